@@ -1,0 +1,20 @@
+from dpo_wrapper.dpo import DPO
+from dpo_wrapper.log_probs import token_log_probs
+from dpo_wrapper.losses import IPO, SFT, Loss, PairLogProbs, Sigmoid, SigmoidNorm, SimPO, dpo_loss
+from dpo_wrapper.scoring import sequence_log_probs
+from dpo_wrapper.sequences import PreferenceBatch
+
+__all__ = [
+    "DPO",
+    "IPO",
+    "SFT",
+    "Loss",
+    "PairLogProbs",
+    "PreferenceBatch",
+    "Sigmoid",
+    "SigmoidNorm",
+    "SimPO",
+    "dpo_loss",
+    "sequence_log_probs",
+    "token_log_probs",
+]

@@ -1,0 +1,3 @@
+from dpo_wrapper.cli import main
+
+main()

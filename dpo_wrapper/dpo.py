@@ -1,0 +1,158 @@
+"""Direct preference optimisation as a module around a language model."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dpo_wrapper import validation
+from dpo_wrapper.losses import Loss, PairLogProbs, Sigmoid, combined, needs_reference, weighted
+from dpo_wrapper.metrics import pair_metrics
+from dpo_wrapper.models import turn_off_dropout
+from dpo_wrapper.reference import Reference
+from dpo_wrapper.scoring import Scorer
+from dpo_wrapper.sequences import PreferenceBatch
+
+
+class DPO(nn.Module):
+    """Train `model` on preference pairs: `loss = dpo(preferred_seq, unpreferred_seq, prompt_mask)`.
+
+    Rafailov et al. 2023, "Direct Preference Optimization" (arXiv 2305.18290), eq. 7.
+
+    Args:
+        model: the policy. An x-transformers `TransformerWrapper` or `AutoregressiveWrapper`, a Hugging Face causal LM
+            (PEFT-wrapped or not), or any causal module from `Int[b n]` ids to `Float[b n v]` logits or to an output
+            with `.logits`.
+        beta: strength of the pull towards the reference, for the default loss.
+        pad_id: where no mask is given, leading and trailing runs of this id are padding.
+        loss: one of `dpo_wrapper.losses`, or a list of `(loss, weight)`; by default `Sigmoid(beta)`.
+        reference: `'copy'`, a frozen copy made now; `'adapter'`, the policy with its fresh LoRA adapter off; a module;
+            `'none'`; or `'auto'`: none if no loss needs one, else the adapter where that is possible, else a copy.
+        share_prefix: `'auto'` or False. Sequences are computed padded, side by side; sharing their prefixes is not
+            available yet, so True raises.
+        log_prob_impl: as `impl` in `token_log_probs`.
+        disable_dropout: keep the policy in eval mode, in which it differs from the reference by training alone.
+
+    Attributes:
+        policy_model, ref_model (None without one of its own), beta.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        beta: float = 0.1,
+        pad_id: int | None = None,
+        loss: Loss | Sequence[tuple[Loss, float]] | None = None,
+        reference: str | nn.Module = "auto",
+        share_prefix: str | bool = "auto",
+        log_prob_impl: str = "auto",
+        disable_dropout: bool = True,
+    ) -> None:
+        super().__init__()
+        policy_scorer = Scorer(model, log_prob_impl)
+        self.losses = weighted(Sigmoid(beta) if loss is None else loss)
+        self.beta = validation.check_beta(beta, self.losses, given=loss is not None)
+        self.pad_id = validation.check_pad_id(pad_id)
+        validation.check_share_prefix(share_prefix)
+        self.disable_dropout = disable_dropout
+
+        self.reference = Reference(model, reference, needs_reference(self.losses))
+        self.policy_model = model
+        self.ref_model = self.reference.module
+        self.score_policy = policy_scorer
+        self.score_reference = Scorer(self.ref_model or model, log_prob_impl, frozen=True)
+
+    def forward(
+        self,
+        preferred_seq: Tensor | PreferenceBatch,
+        unpreferred_seq: Tensor | None = None,
+        prompt_mask: Tensor | tuple[Tensor, Tensor] | None = None,
+        seq_mask: Tensor | tuple[Tensor, Tensor] | None = None,
+        *,
+        preferred_seq_mask: Tensor | None = None,
+        unpreferred_seq_mask: Tensor | None = None,
+        ref_log_probs: tuple[Tensor, Tensor] | None = None,
+        return_metrics: bool = False,
+    ) -> Any:
+        """The mean loss over the valid pairs: those both of whose sides have a scored token.
+
+        A token is scored when it is real and not prompt; its score is read at the last real token before it, and the
+        first real token is never scored. A sequence's log-prob is the sum of its scores, in nats.
+
+        Args:
+            preferred_seq, unpreferred_seq: Int[b n] and Int[b m] token ids; or a `PreferenceBatch` and nothing more.
+            prompt_mask: Bool[b max(n, m)], True on tokens that are not scored, in any pattern; or a tuple, one mask
+                for each side.
+            seq_mask: the same shapes, True on real tokens; padding may stand left, right or in the middle.
+            preferred_seq_mask, unpreferred_seq_mask: Bool[b n] and Bool[b m], another way of giving `seq_mask`.
+            ref_log_probs: (Float[b], Float[b]) reference log-probs of chosen and rejected, instead of the reference.
+            return_metrics: return `(loss, metrics)`, detached tensors as `dpo_wrapper.metrics` names them.
+
+        Returns:
+            Float[], a zero with zero gradients if no pair is valid.
+
+        Raises:
+            TypeError, ValueError: input that does not fit, before any forward pass.
+        """
+        if isinstance(preferred_seq, PreferenceBatch):
+            batch = preferred_seq
+        else:
+            seqs = validation.check_sequences(preferred_seq, unpreferred_seq)
+            prompts = validation.check_prompt_mask(prompt_mask, seqs)
+            per_side = (preferred_seq_mask, unpreferred_seq_mask)
+            reals = validation.check_seq_masks(seq_mask, per_side, seqs, self.pad_id)
+            batch = PreferenceBatch.from_padded(seqs, prompts, reals)
+
+        self.settle()
+        reference = self.reference_log_probs(batch, ref_log_probs)
+        policy = self.score_policy(batch.sequences)
+        pairs = pair_log_probs(batch, policy, reference)
+
+        per_pair = combined(self.losses, pairs)
+        count = max(1, len(per_pair)) if batch.step_pairs is None else max(1, batch.step_pairs)
+        loss = per_pair.sum() / count
+        if not return_metrics:
+            return loss
+        return loss, pair_metrics(batch, pairs, per_pair, self.beta)
+
+    def settle(self) -> None:
+        """Bring policy and reference into the modes they are computed in."""
+        if self.disable_dropout:
+            turn_off_dropout(self.policy_model)
+        if self.ref_model is not None:
+            self.ref_model.eval()
+
+    @torch.no_grad()
+    def reference_log_probs(
+        self, batch: PreferenceBatch, given: tuple[Tensor, Tensor] | None = None
+    ) -> Float[Tensor, "s"] | None:
+        """The reference's log-prob of each sequence; None where there is no reference."""
+        if given is not None:
+            device = batch.sequences.ids.device
+            return torch.cat(validation.check_ref_log_probs(given, len(batch.pairs), device))
+        with self.reference.still():
+            return self.score_reference(batch.sequences) if self.reference.exists else None
+
+
+def pair_log_probs(
+    batch: PreferenceBatch, policy: Float[Tensor, "s"], reference: Float[Tensor, "s"] | None
+) -> PairLogProbs:
+    """Sums per sequence as sums per valid pair."""
+    chosen, rejected = batch.pairs[batch.valid].unbind(dim=-1)
+    lengths = batch.sequences.length
+    if batch.step_pairs is not None and batch.step_chosen_tokens is not None:
+        mean_length = policy.new_tensor(batch.step_chosen_tokens / max(1, batch.step_pairs))
+    else:
+        mean_length = lengths[chosen].to(policy.dtype).sum() / max(1, len(chosen))
+    return PairLogProbs(
+        chosen=policy[chosen],
+        rejected=policy[rejected],
+        ref_chosen=None if reference is None else reference[chosen].to(policy.dtype),
+        ref_rejected=None if reference is None else reference[rejected].to(policy.dtype),
+        chosen_length=lengths[chosen],
+        rejected_length=lengths[rejected],
+        mean_chosen_length=mean_length,
+    )

@@ -1,0 +1,51 @@
+"""How good a policy is on pairs it was not trained on."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from dpo_wrapper.metrics import MetricSums
+from dpo_wrapper.sequences import PreferenceBatch
+
+
+@torch.no_grad()
+def evaluate(
+    dpo: nn.Module, batches: Iterable[PreferenceBatch], reduce: Callable[[Tensor], Tensor] | None = None
+) -> dict[str, float]:
+    """The metrics of `dpo_wrapper.metrics` over all pairs of the batches.
+
+    Args:
+        dpo: a `DPO`, or a wrapper around one that passes its arguments on.
+        batches: each pair in exactly one of them; with several processes, each process has its own share.
+        reduce: sums a tensor over the processes.
+    """
+    sums = MetricSums()
+    for batch in batches:
+        _, metrics = dpo(batch, return_metrics=True)
+        sums.add(metrics)
+    return sums.result(reduce)
+
+
+@torch.no_grad()
+def complete(model: nn.Module, prompt: list[int], most: int, eos_id: int) -> list[int]:
+    """The most likely continuation, token by token: at most `most` tokens, without the end token.
+
+    Generation is left to the library that the model comes from.
+    """
+    mode = model.training
+    model.eval()
+    ids = torch.tensor([prompt], device=next(model.parameters()).device)
+    if hasattr(model, "generate"):
+        mask = torch.ones_like(ids)
+        out = model.generate(
+            ids, attention_mask=mask, max_new_tokens=most, do_sample=False, eos_token_id=eos_id, pad_token_id=eos_id
+        )
+        new = out[0, len(prompt) :].tolist()
+    else:
+        from x_transformers import AutoregressiveWrapper
+
+        wrapper = AutoregressiveWrapper(model)
+        new = wrapper.generate(ids, most, temperature=0.0, eos_token=eos_id)[0].tolist()
+    model.train(mode)
+    return new[: new.index(eos_id)] if eos_id in new else new

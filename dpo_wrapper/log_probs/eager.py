@@ -1,0 +1,46 @@
+"""The obvious lines. In float64 they are the truth that every other implementation is held against."""
+
+import torch
+from beartype import beartype
+from jaxtyping import Float, Int, jaxtyped
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 where the input is float64: the dtype of softmax, sums and losses."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype of the matrix product: autocast's where it is on, else the wider of the two."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return torch.promote_types(hidden.dtype, weight.dtype)
+
+
+@jaxtyped(typechecker=beartype)
+def log_probs_from_logits(logits: Float[Tensor, "t v"], targets: Int[Tensor, "t"]) -> Float[Tensor, "t"]:
+    """`logits.float().log_softmax(-1)[range(t), targets]`, in nats, in float32 or wider."""
+    logits = logits.to(accumulation_dtype(logits.dtype))
+    return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(dim=-1)
+
+
+@jaxtyped(typechecker=beartype)
+def token_log_probs(
+    hidden: Float[Tensor, "t d"],
+    weight: Float[Tensor, "v d"],
+    targets: Int[Tensor, "t"],
+    bias: Float[Tensor, "v"] | None,
+    logit_scale: float,
+    softcap: float | None,
+) -> Float[Tensor, "t"]:
+    dtype = compute_dtype(hidden, weight)
+    logits = hidden.to(dtype) @ weight.to(dtype).T
+    logits = logits.to(accumulation_dtype(dtype))
+    if bias is not None:
+        logits = logits + bias
+    logits = logits * logit_scale
+    if softcap is not None:
+        logits = (logits / softcap).tanh() * softcap
+    return log_probs_from_logits(logits, targets)

@@ -1,0 +1,178 @@
+"""The training loop: optimizer steps of one stage, from wherever the run folder's checkpoint stands."""
+
+import math
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from dpo_wrapper.config import TrainConfig
+from dpo_wrapper.data import PreferenceDataset, PreferenceItem
+from dpo_wrapper.metrics import MetricSums
+from dpo_wrapper.runs import RunFolder
+from dpo_wrapper.stages import Stage
+
+TRAINING_SAMPLE = 512
+"""How many training pairs are evaluated before and after a stage, to see what became of their log-probs."""
+
+
+def step_indices(n: int, batch_size: int, epochs: int, seed: int) -> Iterator[list[int]]:
+    """The rows of each step: every epoch takes each of the `n` rows once, in an order set by seed and epoch."""
+    for epoch in range(epochs):
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 100_003 + epoch)).tolist()
+        yield from (order[start : start + batch_size] for start in range(0, n, batch_size))
+
+
+def steps_in(n: int, batch_size: int, epochs: int) -> int:
+    return epochs * math.ceil(n / batch_size)
+
+
+def micro_batches(items: Sequence[PreferenceItem], size: int) -> list[list[PreferenceItem]]:
+    """Items of similar length together, so that little padding is computed."""
+    by_length = sorted(items, key=lambda item: len(item.prompt_mask))
+    return [by_length[start : start + size] for start in range(0, len(items), size)]
+
+
+def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
+    """Linear rise over the first `warmup` of the steps, then a cosine to zero."""
+    rise = math.ceil(steps * warmup)
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+class Loop:
+    """Runs stages over the same data and writes what happens to the run folder."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: RunFolder,
+        training: PreferenceDataset,
+        held_out: PreferenceDataset,
+    ) -> None:
+        self.config, self.run = config, run
+        self.training, self.held_out = training, held_out
+
+    def accelerator(self) -> Accelerator:
+        return Accelerator(mixed_precision=self.config.precision, cpu=self.config.cpu)
+
+    def stage(self, stage: Stage, epochs: int, lr: float) -> None:
+        """Train `stage.module` in place; held-out metrics are logged before the first and after the last step."""
+        config, run = self.config, self.run
+        accelerator = self.accelerator()
+        steps = steps_in(len(self.training), config.batch_size, epochs)
+        trained = [p for p in stage.module.parameters() if p.requires_grad]
+        optimizer: Any = torch.optim.AdamW(trained, lr=lr, weight_decay=config.weight_decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_factor(step, steps, config.warmup)
+        )
+        module, optimizer = accelerator.prepare(stage.module, optimizer)
+        accelerator.register_for_checkpointing(schedule)
+
+        done = 0
+        if run.progress.stage == stage.name and run.progress.step:
+            accelerator.load_state(str(run.checkpoint))
+            done = run.progress.step
+        else:
+            self.evaluate(accelerator, stage, module, 0, ends=True)
+
+        every = config.eval_every or max(1, math.ceil(steps / 8))
+        order = step_indices(len(self.training), config.batch_size, epochs, config.seed)
+        quiet = not accelerator.is_main_process
+        often = 0.2 if sys.stderr.isatty() else 10.0  # a bar in a log file is a line each time
+        with tqdm(
+            total=steps, initial=done, desc=stage.title, unit="step", mininterval=often, disable=quiet
+        ) as bar:
+            for step, rows in enumerate(order, start=1):
+                if step <= done:
+                    continue
+                values = self.step(accelerator, stage, module, optimizer, [self.training[k] for k in rows])
+                values["lr"] = schedule.get_last_lr()[0]
+                schedule.step()
+                if accelerator.is_main_process:
+                    run.log(stage.name, "step", step, values)
+                    bar.set_postfix_str(progress(values), refresh=False)
+                    bar.update()
+                if step % every == 0 or step == steps:
+                    self.evaluate(accelerator, stage, module, step, ends=step == steps)
+                if config.save_every and step % config.save_every == 0 and step < steps:
+                    self.save(accelerator, stage, step)
+        accelerator.free_memory()
+
+    def step(
+        self, accelerator: Accelerator, stage: Stage, module: Any, optimizer: Any, items: list[PreferenceItem]
+    ) -> dict[str, float]:
+        """One optimizer step over `items`, of which each process takes its share."""
+        began = time.perf_counter()
+        rank, world = accelerator.process_index, accelerator.num_processes
+        mine = items[rank::world]
+        # with fewer items than processes a process still takes part in the reduction of gradients, with weight 0
+        weight = world if mine else 0
+        batches = [stage.batch(part) for part in micro_batches(mine or items[:1], self.config.micro_batch_size)]
+        counts = torch.tensor([stage.counts(batch) for batch in batches], device=accelerator.device).sum(dim=0)
+        pairs, tokens = reduce_over(accelerator, counts * (weight > 0)).tolist()
+
+        loss, sums = torch.zeros((), device=accelerator.device), MetricSums()
+        for k, batch in enumerate(batches):
+            last = k == len(batches) - 1
+            context: AbstractContextManager[Any] = nullcontext() if last else accelerator.no_sync(module)
+            with context:
+                share, metrics = stage.share(module, batch.to(accelerator.device), (pairs, tokens))
+                accelerator.backward(share * weight)
+            loss = loss + share.detach() * (weight > 0)
+            sums.add(metrics if mine else {name: torch.zeros_like(value) for name, value in metrics.items()})
+        norm = accelerator.clip_grad_norm_(module.parameters(), self.config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        reduce = partial(reduce_over, accelerator)
+        values = {"loss": float(reduce(loss)), **sums.result(reduce), "grad_norm": float(norm)}
+        return values | {"pairs/second": len(items) / (time.perf_counter() - began)}
+
+    def evaluate(
+        self, accelerator: Accelerator, stage: Stage, module: Any, step: int, *, ends: bool = False
+    ) -> None:
+        """Log metrics of the held-out part and, at both ends of a stage, of (a sample of) the training part."""
+        parts = {"held-out": self.held_out, **({"training": self.training} if ends else {})}
+        for name, dataset in parts.items():
+            count = len(dataset) if name == "held-out" else min(len(dataset), TRAINING_SAMPLE)
+            if not count:
+                continue
+            mine = [dataset[k] for k in range(count)][accelerator.process_index :: accelerator.num_processes]
+            parts_of_mine = micro_batches(mine, self.config.micro_batch_size)
+            batches = [stage.batch(part).to(accelerator.device) for part in parts_of_mine]
+            values = stage.held_out(module, batches, partial(reduce_over, accelerator))
+            if accelerator.is_main_process:
+                self.run.log(stage.name, name, step, values)
+
+    def save(self, accelerator: Accelerator, stage: Stage, step: int) -> None:
+        new = self.run.path / "checkpoint.new"
+        if accelerator.is_main_process:
+            shutil.rmtree(new, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        # not as safetensors, which would tear apart what policy and reference share
+        accelerator.save_state(str(new), safe_serialization=False)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            self.run.replace_checkpoint(new, stage.name, step)
+
+
+def reduce_over(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """Sum over processes."""
+    return accelerator.reduce(values.to(accelerator.device), reduction="sum")
+
+
+def progress(values: dict[str, float]) -> str:
+    """What the bar shows."""
+    shown = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
+    parts = [f"{label} {values[name]:.3f}" for name, label in shown.items() if name in values]
+    return ", ".join([*parts, f"{values['pairs/second']:.1f} pairs/s"])

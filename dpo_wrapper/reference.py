@@ -1,0 +1,147 @@
+"""Where reference log-probs come from: a frozen copy, a given module, the policy with its adapter off, or nowhere."""
+
+import copy
+import types
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+KINDS = ("auto", "copy", "adapter", "none")
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy in eval mode, without gradients, that shares storage for parameters that do not train.
+
+    `deepcopy` leaves functions as they are. One that a module holds (a lambda as output head, say) and that closes
+    over a part of the model would go on reading the original, so such functions are made anew around the copy.
+    """
+    memo: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
+    parts = {id(part) for part in (*model.modules(), *model.parameters(), *model.buffers())}
+    closures = list(closures_over(parts, model))
+    remade = []
+    for function in closures:
+        cells = tuple(types.CellType() for _ in function.__closure__ or ())
+        new = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, cells)
+        memo[id(function)] = new
+        remade.append((function, new))
+    copied = copy.deepcopy(model, memo)
+    for function, new in remade:
+        new.__defaults__ = copy.deepcopy(function.__defaults__, memo)
+        new.__kwdefaults__ = copy.deepcopy(function.__kwdefaults__, memo)
+        new.__dict__.update(copy.deepcopy(function.__dict__, memo))
+        for old_cell, new_cell in zip(function.__closure__ or (), new.__closure__ or (), strict=True):
+            for content in contents(old_cell):
+                new_cell.cell_contents = copy.deepcopy(content, memo) if reaches(content, parts) else content
+    return copied.requires_grad_(False).eval()
+
+
+def contents(cell: types.CellType) -> tuple[Any, ...]:
+    """What a closure's cell holds: one value, or none if it has not been filled yet."""
+    try:
+        return (cell.cell_contents,)
+    except ValueError:
+        return ()
+
+
+def held_by(value: object) -> tuple[Any, ...]:
+    """What a function, method, partial or container holds."""
+    if isinstance(value, types.FunctionType):
+        cells = (content for cell in value.__closure__ or () for content in contents(cell))
+        return (*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+    if isinstance(value, types.MethodType):
+        return (value.__self__, value.__func__)
+    if isinstance(value, partial):
+        return (value.func, *value.args, *value.keywords.values())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return tuple(value)
+    if isinstance(value, dict):
+        return tuple(value.values())
+    return ()
+
+
+def reaches(value: object, parts: set[int], seen: frozenset[int] = frozenset()) -> bool:
+    """Whether a part of the model is held by `value`, however deep."""
+    if id(value) in parts:
+        return True
+    return id(value) not in seen and any(reaches(held, parts, seen | {id(value)}) for held in held_by(value))
+
+
+def closures_over(parts: set[int], model: nn.Module) -> Iterator[types.FunctionType]:
+    """Functions that the modules hold as attributes and that reach a part of the model."""
+    seen: set[int] = set()
+    waiting: list[Any] = [value for module in model.modules() for value in vars(module).values()]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen or isinstance(value, (nn.Module, Tensor)):
+            continue
+        seen.add(id(value))
+        waiting.extend(held_by(value))
+        if isinstance(value, types.FunctionType) and reaches(value, parts):
+            yield value
+
+
+def adapter_is_idle(policy: nn.Module) -> bool:
+    """Whether a PEFT LoRA adapter that does nothing yet is all that trains: then switching it off is the reference."""
+    if not (hasattr(policy, "peft_config") and hasattr(policy, "disable_adapter")):
+        return False
+    # of the two factors PEFT starts B at zero, for embeddings A
+    zeros = [p for name, p in policy.named_parameters() if "lora_B." in name or "lora_embedding_A." in name]
+    alone = all("lora_" in name for name, p in policy.named_parameters() if p.requires_grad)
+    return bool(zeros) and alone and not any(p.detach().any() for p in zeros)
+
+
+class Reference:
+    """The model that stays still, and the ways in which it could fail to.
+
+    `module` is None where the policy itself serves (adapter off) or where there is no reference.
+    """
+
+    def __init__(self, policy: nn.Module, kind: str | nn.Module, needed: bool) -> None:
+        if not isinstance(kind, (str, nn.Module)) or (isinstance(kind, str) and kind not in KINDS):
+            raise ValueError(f"reference should be a module or one of {', '.join(KINDS)}, but it is {kind!r}.")
+        if kind == "auto":
+            kind = "none" if not needed else "adapter" if adapter_is_idle(policy) else "copy"
+        self.adapter_of: Any = None
+        self.module: nn.Module | None = None
+        self.shared: list[tuple[str, nn.Parameter]] = []
+        if isinstance(kind, nn.Module):
+            self.module = self.given(kind, policy)
+        elif kind == "adapter":
+            if not adapter_is_idle(policy):
+                raise ValueError(
+                    "reference = 'adapter' switches a fresh PEFT LoRA adapter off, but this policy has none, or one "
+                    "that is already trained, or trains other weights as well: use reference = 'copy'."
+                )
+            self.adapter_of = policy
+        elif kind == "copy":
+            self.module = frozen_copy(policy)
+        if self.module is not None:
+            own = {id(p) for p in self.module.parameters()}
+            self.shared = [(name, p) for name, p in policy.named_parameters() if id(p) in own]
+
+    @property
+    def exists(self) -> bool:
+        return self.module is not None or self.adapter_of is not None
+
+    @staticmethod
+    def given(module: nn.Module, policy: nn.Module) -> nn.Module:
+        trained = {id(p) for p in policy.parameters() if p.requires_grad}
+        if module is policy or any(id(p) in trained for p in module.parameters()):
+            raise ValueError(
+                "the given reference shares trained parameters with the policy and would follow it: "
+                "use reference = 'copy'."
+            )
+        return module.requires_grad_(False).eval()
+
+    def still(self) -> AbstractContextManager[Any]:
+        """The context in which the reference is computed; raises if a shared parameter has begun to train."""
+        for name, parameter in self.shared:
+            if parameter.requires_grad:
+                raise ValueError(
+                    f"{name} was frozen when DPO was made, so policy and reference share it, but now it trains: "
+                    "choose what trains before making DPO."
+                )
+        return self.adapter_of.disable_adapter() if self.adapter_of is not None else nullcontext()

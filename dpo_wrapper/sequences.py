@@ -1,0 +1,132 @@
+"""From padded rows and masks to what a model computes and what of it is scored. The one place where things shift."""
+
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from beartype import beartype
+from einops import rearrange
+from jaxtyping import Bool, Float, Int, jaxtyped
+from torch import Tensor
+
+T = TypeVar("T", bound="Movable")
+
+
+class Movable:
+    """A frozen dataclass of tensors (and of other such) that moves between devices as one."""
+
+    def to(self: T, device: torch.device | str) -> T:
+        moved: dict[str, Any] = {}
+        for name in (f.name for f in fields(self)):  # type: ignore[arg-type]
+            value = getattr(self, name)
+            moved[name] = value.to(device) if isinstance(value, (Tensor, Movable)) else value
+        return type(self)(**moved)
+
+
+@jaxtyped(typechecker=beartype)
+@dataclass(frozen=True)
+class ScoredSequences(Movable):
+    """Sequences as a model should see them, with their scored tokens listed.
+
+    `ids` holds each sequence's real tokens, moved to the left, without those behind the last scored one: wherever the
+    caller's padding stood, every position is what it would be without any, and a causal model needs no mask.
+
+        seq     .  a  b  .  c  d         ids       a  b  c        (d is never an input)
+        real    0  1  1  0  1  1         row       0  0           one entry per scored token
+        scored  0  0  0  0  1  1         source    1  2           where its score is read: the real token before it
+                                         target    c  d
+
+    `length` is the number of scored tokens of each sequence, `real` the number of real ids in its row.
+    """
+
+    ids: Int[Tensor, "s n"]
+    row: Int[Tensor, "t"]
+    source: Int[Tensor, "t"]
+    target: Int[Tensor, "t"]
+    length: Int[Tensor, "s"]
+    real: Int[Tensor, "s"]
+
+    @classmethod
+    def from_padded(
+        cls, seq: Int[Tensor, "s n"], scored: Bool[Tensor, "s n"], real: Bool[Tensor, "s n"]
+    ) -> "ScoredSequences":
+        order = real.long().argsort(dim=-1, descending=True, stable=True)
+        seq, scored, real = (t.gather(-1, order) for t in (seq, scored & real, real))
+        scored = F.pad(scored[:, 1:], (1, 0), value=False)  # nothing stands before the first real token
+        width = max(2, int(scored.any(dim=0).nonzero().max()) + 1) if scored.any() else 2
+        seq, scored, real = (F.pad(t, (0, max(0, width - t.shape[1])))[:, :width] for t in (seq, scored, real))
+
+        row, place = scored.nonzero(as_tuple=True)
+        inputs = real[:, :-1]
+        filler = seq[:, :1].masked_fill(~real[:, :1], 0)  # any valid id does; a row's own first is never a pad id
+        return cls(
+            ids=seq[:, :-1].where(inputs, filler).long(),
+            row=row,
+            source=place - 1,
+            target=seq[row, place].long(),
+            length=scored.sum(dim=-1),
+            real=inputs.sum(dim=-1),
+        )
+
+    def sums(self, scores: Float[Tensor, "t"]) -> Float[Tensor, "s"]:
+        """Sum per sequence of one score per scored token, in an order that does not depend on the device."""
+        table = scores.new_zeros(self.ids.shape)
+        return table.index_put((self.row, self.source), scores).sum(dim=-1)
+
+    def unique_tokens(self) -> int:
+        """How many tokens there are if every prefix that sequences share is counted once."""
+        rows = sorted(ids[:n] for ids, n in zip(self.ids.tolist(), self.real.tolist(), strict=True))
+        shared = 0
+        for one, next_one in pairwise(rows):
+            ends = (k for k, (left, right) in enumerate(zip(one, next_one, strict=False)) if left != right)
+            shared += next(ends, min(len(one), len(next_one)))
+        return sum(map(len, rows)) - shared
+
+
+@jaxtyped(typechecker=beartype)
+@dataclass(frozen=True)
+class PreferenceBatch(Movable):
+    """Sequences and the pairs among them: row `k` of `pairs` holds the indices of chosen and rejected.
+
+    `step_pairs` and `step_chosen_tokens` count the valid pairs and their scored chosen tokens of a whole optimizer
+    step, where this batch is a part of it: losses are then divided by these, so that the parts' losses add up to the
+    loss of the whole.
+    """
+
+    sequences: ScoredSequences
+    pairs: Int[Tensor, "p 2"]
+    step_pairs: int | None = None
+    step_chosen_tokens: int | None = None
+
+    @classmethod
+    def from_padded(
+        cls,
+        seqs: tuple[Int[Tensor, "b n"], Int[Tensor, "b m"]],
+        prompts: tuple[Bool[Tensor, "b n"], Bool[Tensor, "b m"]],
+        reals: tuple[Bool[Tensor, "b n"], Bool[Tensor, "b m"]],
+    ) -> "PreferenceBatch":
+        """Chosen and rejected rows, each with its own prompt and padding mask, as one stack of sequences."""
+        width = max(seqs[0].shape[1], seqs[1].shape[1])
+
+        def stacked(sides: tuple[Tensor, Tensor]) -> Tensor:
+            return torch.cat([F.pad(side, (0, width - side.shape[1])) for side in sides])
+
+        sequences = ScoredSequences.from_padded(stacked(seqs), ~stacked(prompts), stacked(reals))
+        b = len(seqs[0])
+        pairs = rearrange(torch.arange(2 * b, device=seqs[0].device), "(side b) -> b side", side=2)
+        return cls(sequences, pairs)
+
+    @property
+    def valid(self) -> Bool[Tensor, "p"]:
+        """Pairs both of whose sides have a scored token."""
+        return (self.sequences.length[self.pairs] > 0).all(dim=-1)
+
+    def counts(self) -> tuple[int, int]:
+        """Valid pairs, and the scored tokens on their chosen sides."""
+        chosen = self.sequences.length[self.pairs[:, 0]]
+        return int(self.valid.sum()), int(chosen[self.valid].sum())
+
+    def as_part_of(self, step_pairs: int, step_chosen_tokens: int) -> "PreferenceBatch":
+        return replace(self, step_pairs=step_pairs, step_chosen_tokens=step_chosen_tokens)

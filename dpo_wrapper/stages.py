@@ -1,0 +1,109 @@
+"""What a stage of training does with a micro-batch: supervised warm-up, and preferences.
+
+Every micro-batch gives its share of the step's loss, divided by counts of the whole step, so that gradients add up to
+the same update however a step is split.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dpo_wrapper.data import PreferenceCollator, PreferenceItem
+from dpo_wrapper.dpo import DPO
+from dpo_wrapper.evaluate import evaluate
+from dpo_wrapper.scoring import Scorer
+from dpo_wrapper.sequences import PreferenceBatch, ScoredSequences
+
+Reduce = Callable[[Tensor], Tensor]
+Totals = tuple[int, int]
+
+
+class Stage(Protocol):
+    """A stage: the module that is trained, and what it makes of a list of items."""
+
+    name: str
+    title: str
+    module: nn.Module
+
+    def batch(self, items: Sequence[PreferenceItem]) -> Any: ...
+
+    def counts(self, batch: Any) -> Totals:
+        """Pairs and scored tokens of a batch; summed over a step they are what `share` divides by."""
+
+    def share(self, module: nn.Module, batch: Any, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
+        """This batch's part of the step's loss, and its metrics. `module` is `self.module`, perhaps wrapped."""
+
+    def held_out(self, module: nn.Module, batches: Sequence[Any], reduce: Reduce) -> dict[str, float]:
+        """Metrics over held-out batches, of which other processes have others."""
+
+
+class LikelihoodLoss(nn.Module):
+    """Minus the summed log-prob of sequences, divided by `tokens`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.score = Scorer(model)
+
+    def forward(self, sequences: ScoredSequences, tokens: int) -> Tensor:
+        return -self.score(sequences).sum() / max(1, tokens)
+
+
+class SFTStage:
+    """Supervised warm-up: maximum likelihood of prompt and chosen, in nats per token."""
+
+    name, title = "sft", "SFT"
+
+    def __init__(self, model: nn.Module, collate: PreferenceCollator) -> None:
+        self.module = LikelihoodLoss(model)
+        self.collate = collate
+
+    def batch(self, items: Sequence[PreferenceItem]) -> ScoredSequences:
+        columns = self.collate(items)
+        real, _ = columns["seq_mask"]
+        return ScoredSequences.from_padded(columns["preferred_seq"], real, real)
+
+    def counts(self, batch: ScoredSequences) -> Totals:
+        return len(batch.length), int(batch.length.sum())
+
+    def share(
+        self, module: nn.Module, batch: ScoredSequences, totals: Totals
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        module.train()
+        return module(batch, totals[1]), {}
+
+    @torch.no_grad()
+    def held_out(self, module: nn.Module, batches: Sequence[Any], reduce: Reduce) -> dict[str, float]:
+        module.eval()
+        tokens = sum(self.counts(batch)[1] for batch in batches)
+        losses = [float(module(batch, 1)) for batch in batches]
+        total, count = reduce(torch.tensor([sum(losses), tokens], dtype=torch.float64)).tolist()
+        return {"loss": total / max(1.0, count)}
+
+
+class DPOStage:
+    """Preference training."""
+
+    name, title = "dpo", "DPO"
+
+    def __init__(self, dpo: DPO, collate: PreferenceCollator) -> None:
+        self.module = dpo
+        self.collate = collate
+
+    def batch(self, items: Sequence[PreferenceItem]) -> PreferenceBatch:
+        columns = self.collate(items)
+        seqs = (columns["preferred_seq"], columns["unpreferred_seq"])
+        return PreferenceBatch.from_padded(seqs, columns["prompt_mask"], columns["seq_mask"])
+
+    def counts(self, batch: PreferenceBatch) -> Totals:
+        return batch.counts()
+
+    def share(
+        self, module: nn.Module, batch: PreferenceBatch, totals: Totals
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return module(batch.as_part_of(*totals), return_metrics=True)
+
+    def held_out(self, module: nn.Module, batches: Sequence[Any], reduce: Reduce) -> dict[str, float]:
+        return evaluate(module, batches, reduce)

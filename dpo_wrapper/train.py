@@ -1,0 +1,158 @@
+"""From a file of preferences to a better model: `train(TrainConfig(data = ...))`."""
+
+from dataclasses import dataclass, replace
+from accelerate.utils import set_seed
+from torch import nn
+
+from dpo_wrapper.config import TrainConfig
+from dpo_wrapper.data import (
+    Fields,
+    Message,
+    PreferenceCollator,
+    PreferenceDataset,
+    Row,
+    TokenPair,
+    encode_rows,
+    read_rows,
+    split_rows,
+)
+from dpo_wrapper.dpo import DPO
+from dpo_wrapper.evaluate import complete
+from dpo_wrapper.loop import Loop
+from dpo_wrapper.losses import parse_losses
+from dpo_wrapper.policies import Policy, load_policy, save_policy
+from dpo_wrapper.report import plot_curves, summary_table
+from dpo_wrapper.runs import RunFolder
+from dpo_wrapper.stages import DPOStage, SFTStage
+
+COMPLETION_TOKENS = 120
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything a run needs, checked: nothing a user can get wrong is left to find out later."""
+
+    config: TrainConfig
+    run: RunFolder
+    policy: Policy
+    training: list[TokenPair]
+    held_out: list[TokenPair]
+    notes: tuple[str, ...]
+
+
+def as_chat(row: Row) -> Row:
+    """A plain prompt as one user turn."""
+    return replace(row, prompt=(Message("user", row.prompt),)) if isinstance(row.prompt, str) else row
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Read and check everything before a model is trained.
+
+    Raises:
+        ValueError, TypeError, OSError, ImportError: one sentence about what does not fit.
+    """
+    parse_losses(config.loss)
+    run = RunFolder(config)
+    run.check(config.resume)
+    fields = Fields(prompt=config.prompt_field, chosen=config.chosen_field, rejected=config.rejected_field)
+    on_error = "skip" if config.skip_bad_rows else "raise"
+    rows, errors = read_rows(config.data, fields, on_error=on_error)
+    if config.eval_data is None:
+        parts = split_rows(rows, config.eval_fraction, config.seed)
+    else:
+        held_out, more = read_rows(config.eval_data, fields, on_error=on_error)
+        parts, errors = (rows, held_out), [*errors, *more]
+
+    set_seed(config.seed)
+    start = str(run.sft) if run.sft.is_dir() and run.progress.stage == "dpo" else config.model
+    policy = load_policy(start, config.tokenizer, config.max_length)
+    notes, pairs = [], []
+    for name, part in zip(("training", "held-out"), parts, strict=True):
+        encoded = encode_rows(
+            [as_chat(row) if config.as_chat else row for row in part],
+            policy.tokenizer,
+            config.max_length,
+            on_error=on_error,
+        )
+        errors = [*errors, *encoded.errors]
+        pairs.append(list(encoded.pairs))
+        if encoded.summary():
+            notes.append(f"{name}: {encoded.summary()}")
+    if errors:
+        notes.append(f"{len(errors)} rows could not be read and are left out; the first: {errors[0]}")
+    if not pairs[0]:
+        raise ValueError(f"{config.data} leaves no pair to train on.")
+    return Prepared(config, run, policy, *pairs, tuple(notes))
+
+
+def train(config: TrainConfig) -> RunFolder:
+    """Run the whole of `dpo-wrapper train`; the run folder holds the result."""
+    return run_prepared(prepare(config))
+
+
+def run_prepared(prepared: Prepared) -> RunFolder:
+    config, run, policy = prepared.config, prepared.run, prepared.policy
+    pad_id = policy.tokenizer.pad_id
+    training, held_out = (PreferenceDataset(pairs, pad_id) for pairs in (prepared.training, prepared.held_out))
+    collate = PreferenceCollator(pad_id)
+    loop = Loop(config, run, training, held_out)
+    accelerator = loop.accelerator()
+    say = accelerator.print
+    if accelerator.is_main_process:
+        run.open()
+
+    model = policy.model
+    say(f"{describe_size(model)}, {len(training)} training and {len(held_out)} held-out pairs")
+    for note in prepared.notes:
+        say(note)
+    sft_epochs = config.sft_epochs if config.sft_epochs is not None else 15 if config.fresh else 0
+    if sft_epochs and run.progress.stage == "sft":
+        loop.stage(SFTStage(model, collate), sft_epochs, config.sft_lr or (2e-3 if config.fresh else 1e-5))
+        if accelerator.is_main_process:
+            save_policy(policy, model, run.sft, run.settings)
+            run.pass_to("dpo")
+
+    dpo = DPO(model, loss=parse_losses(config.loss), reference=config.reference)
+    loop.stage(DPOStage(dpo, collate), config.epochs, config.lr or (3e-4 if config.fresh else 1e-6))
+    if accelerator.is_main_process:
+        save_policy(policy, dpo.policy_model, run.path, run.settings)
+        run.drop_checkpoint()
+        plot_curves(run.records(), run.curves)
+        say("\n" + before_and_after(run))
+        say("\n" + side_by_side(policy, dpo, (prepared.held_out or prepared.training)[0]))
+        say(f"\nThe policy, its metrics and curves.png are in {run.path}")
+    accelerator.wait_for_everyone()
+    return run
+
+
+def describe_size(model: nn.Module) -> str:
+    count = sum(p.numel() for p in model.parameters())
+    return f"{type(model).__name__} with {count / 1e6:.1f}M parameters"
+
+
+def before_and_after(run: RunFolder) -> str:
+    """Held-out and training metrics at both ends of preference training, as a table."""
+    columns = []
+    for part in ("held-out", "training"):
+        ends = [record for record in run.records() if record["stage"] == "dpo" and record["part"] == part]
+        if ends:
+            columns += [(f"{part} before", ends[0]), ("after", ends[-1])]
+    return summary_table(columns)
+
+
+def side_by_side(policy: Policy, dpo: DPO, pair: TokenPair) -> str:
+    """One prompt with what the reference and the policy make of it, each at its most likely."""
+    tokenizer = policy.tokenizer
+    lines = [f"prompt     {shown(tokenizer.decode(list(pair.prompt)))}"]
+    for name, model in (("reference", dpo.ref_model), ("policy", dpo.policy_model)):
+        if model is not None:
+            ids = complete(model, list(pair.prompt), COMPLETION_TOKENS, tokenizer.eos_id)
+            lines.append(f"{name.ljust(9)}  {shown(tokenizer.decode(ids))}")
+    lines.append(f"chosen     {shown(tokenizer.decode(list(pair.chosen)))}")
+    return "\n".join(lines)
+
+
+def shown(text: str, most: int = 300) -> str:
+    """Text on one line, its end if it is long."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else "…" + line[-most:]

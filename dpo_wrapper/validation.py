@@ -1,0 +1,146 @@
+"""What users get wrong in a call of `DPO`, said in one sentence before any forward pass."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+Sides = tuple[Tensor, Tensor]
+SIDES = ("preferred_seq", "unpreferred_seq")
+
+
+def check_ids(name: str, seq: object) -> Tensor:
+    if not isinstance(seq, Tensor):
+        raise TypeError(f"{name} should be a tensor of token ids, but it is a {type(seq).__name__}.")
+    if seq.is_floating_point() or seq.is_complex() or seq.dtype == torch.bool:
+        raise TypeError(f"{name} should hold token ids (int64), but its dtype is {seq.dtype}: use .long().")
+    if seq.ndim != 2:
+        raise ValueError(f"{name} should have shape (b, n), but its shape is {tuple(seq.shape)}.")
+    if 0 in seq.shape:
+        raise ValueError(f"{name} should hold at least one row and one token, but its shape is {tuple(seq.shape)}.")
+    return seq
+
+
+def check_mask(name: str, mask: object, like: Tensor, other: str) -> Tensor:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} should be a bool tensor, but it is a {type(mask).__name__}.")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} should be bool, but its dtype is {mask.dtype}: use .bool().")
+    if mask.shape != like.shape:
+        raise ValueError(
+            f"{name} should have the shape of {other}, {tuple(like.shape)}, but its shape is {tuple(mask.shape)}."
+        )
+    if mask.device != like.device:
+        raise ValueError(f"{name} is on {mask.device} but {other} is on {like.device}: move one of them.")
+    return mask
+
+
+def check_sequences(preferred_seq: object, unpreferred_seq: object) -> Sides:
+    if unpreferred_seq is None:
+        raise TypeError("unpreferred_seq is missing: call dpo(preferred_seq, unpreferred_seq, prompt_mask).")
+    left, right = check_ids(SIDES[0], preferred_seq), check_ids(SIDES[1], unpreferred_seq)
+    if len(left) != len(right):
+        raise ValueError(f"each preferred_seq needs its unpreferred_seq, but there are {len(left)} and {len(right)}.")
+    if left.device != right.device:
+        raise ValueError(f"preferred_seq is on {left.device} but unpreferred_seq on {right.device}: move one of them.")
+    return left, right
+
+
+def check_both_sides(name: str, mask: object, seqs: Sides) -> Sides:
+    """One mask for both sides, as wide as the wider of them, or a tuple with one mask for each."""
+    if isinstance(mask, (tuple, list)):
+        if len(mask) != 2:
+            raise ValueError(f"{name} should be one mask or a tuple of two, but it has {len(mask)} elements.")
+        checked = [
+            check_mask(f"{name}[{k}]", m, seq, side)
+            for k, (m, seq, side) in enumerate(zip(mask, seqs, SIDES, strict=True))
+        ]
+        return checked[0], checked[1]
+    wider = max(range(2), key=lambda k: seqs[k].shape[1])
+    mask = check_mask(name, mask, seqs[wider], SIDES[wider])
+    return mask[:, : seqs[0].shape[1]], mask[:, : seqs[1].shape[1]]
+
+
+def check_prompt_mask(mask: object, seqs: Sides) -> Sides:
+    if mask is None:
+        raise TypeError("prompt_mask is missing: a bool mask, True on prompt tokens, all False if nothing is prompt.")
+    return check_both_sides("prompt_mask", mask, seqs)
+
+
+def real_tokens(seq: Tensor, pad_id: int | None) -> Tensor:
+    """True on real tokens: all, but for the leading and trailing runs of `pad_id` where there is one."""
+    if pad_id is None:
+        return torch.ones_like(seq, dtype=torch.bool)
+    filled = (seq != pad_id).long()
+    begun = filled.cumsum(dim=-1) > 0
+    unfinished = filled.flip(-1).cumsum(dim=-1).flip(-1) > 0
+    return begun & unfinished
+
+
+def check_seq_masks(
+    seq_mask: object, per_side: tuple[object, object], seqs: Sides, pad_id: int | None
+) -> Sides:
+    """The padding masks of both sides, from whichever of the three ways of giving them was used."""
+    if seq_mask is not None:
+        if per_side != (None, None):
+            raise ValueError("give either seq_mask or preferred_seq_mask and unpreferred_seq_mask, not both.")
+        return check_both_sides("seq_mask", seq_mask, seqs)
+    masks = [
+        real_tokens(seq, pad_id) if mask is None else check_mask(f"{side}_mask", mask, seq, side)
+        for mask, seq, side in zip(per_side, seqs, SIDES, strict=True)
+    ]
+    return masks[0], masks[1]
+
+
+def check_ref_log_probs(ref_log_probs: object, pairs: int, device: torch.device) -> Sides:
+    if not (isinstance(ref_log_probs, (tuple, list)) and len(ref_log_probs) == 2):
+        raise TypeError("ref_log_probs should be a tuple (chosen, rejected) of tensors of shape (b,).")
+    for side, sums in zip(("chosen", "rejected"), ref_log_probs, strict=True):
+        if not (isinstance(sums, Tensor) and sums.is_floating_point()):
+            raise TypeError(f"ref_log_probs for {side} should be a tensor of floats: sums in nats.")
+        if sums.shape != (pairs,):
+            raise ValueError(
+                f"ref_log_probs for {side} should have shape ({pairs},), one sum per pair, "
+                f"but its shape is {tuple(sums.shape)}."
+            )
+        if sums.requires_grad:
+            raise ValueError(f"ref_log_probs for {side} requires a gradient: .detach() it, a reference stays still.")
+        if sums.device != device:
+            raise ValueError(f"ref_log_probs for {side} is on {sums.device} but the batch is on {device}: move it.")
+    return cast(Sides, tuple(ref_log_probs))
+
+
+def check_vocabulary(ids: Tensor, vocab_size: int) -> None:
+    """Raise ValueError if a real token is no id of the model."""
+    low, high = (int(bound) for bound in torch.aminmax(ids)) if ids.numel() else (0, 0)
+    if low < 0 or high >= vocab_size:
+        outside = low if low < 0 else high
+        raise ValueError(
+            f"token ids should be in [0, {vocab_size}), the model's vocabulary, but one is {outside}: "
+            "is the tokenizer the model's own, and is padding masked (pad_id or seq_mask)?"
+        )
+
+
+def check_beta(beta: object, losses: Sequence[tuple[object, float]], given: bool) -> float:
+    """`dpo.beta`, the scale of the logged rewards: that of the first loss that has one."""
+    if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not beta > 0:
+        raise ValueError(f"beta should be a positive number, but it is {beta!r}.")
+    of_losses = [loss.beta for loss, _ in losses if hasattr(loss, "beta")]
+    own = of_losses[0] if of_losses else beta
+    if given and beta not in (0.1, own):
+        raise ValueError(f"beta = {beta} has no effect beside a loss with beta = {own}: give it to the loss alone.")
+    return float(own)
+
+
+def check_pad_id(pad_id: object) -> int | None:
+    if pad_id is not None and (isinstance(pad_id, bool) or not isinstance(pad_id, int)):
+        raise TypeError(f"pad_id should be an integer or None, but it is {pad_id!r}.")
+    return pad_id
+
+
+def check_share_prefix(share_prefix: object) -> None:
+    if share_prefix is True:
+        raise ValueError("share_prefix = True is not available yet: use 'auto', which computes padded sequences.")
+    if share_prefix not in ("auto", False):
+        raise ValueError(f"share_prefix should be 'auto' or False, but it is {share_prefix!r}.")

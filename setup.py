@@ -1,0 +1,45 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+train = [
+    "accelerate>=1.2",
+    "matplotlib>=3.8",
+    "pyarrow>=15",
+    "safetensors>=0.4.3",
+    "tokenizers>=0.20",
+    "tqdm>=4.66",
+    "transformers>=4.48",
+    "tyro>=0.9",
+]
+
+setup(
+    name="dpo-wrapper",
+    version="0.1.0",
+    description="Train any autoregressive PyTorch transformer on human preferences",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["dpo_wrapper", "dpo_wrapper.*"]),
+    install_requires=[
+        "torch>=2.6,<2.14",
+        "einops>=0.8",
+        "x-transformers>=2.31",
+        "beartype>=0.19",
+        "jaxtyping>=0.2.36",
+    ],
+    extras_require={
+        "train": train,
+        "test": [
+            *train,
+            "hypothesis>=6.100",
+            "mypy>=1.13",
+            "peft>=0.14",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.8",
+        ],
+    },
+    entry_points={"console_scripts": ["dpo-wrapper = dpo_wrapper.cli:main"]},
+)
