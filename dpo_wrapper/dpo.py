@@ -63,7 +63,7 @@ class DPO(nn.Module):
         self.policy_model = model
         self.ref_model = self.reference.module
         self.score_policy = policy_scorer
-        self.score_reference = Scorer(self.ref_model or model, log_prob_impl, frozen=True)
+        self.score_reference = Scorer(self.ref_model or model, log_prob_impl, apart_from=model)
 
     def forward(
         self,

@@ -80,6 +80,8 @@ class XTransformersModel(LanguageModel):
         return self.net(ids, return_embeddings=True)
 
     def head(self) -> OutputHead | None:
+        if self.net.output_is_log_prob:  # a mixture of softmaxes, which has no single head
+            return None
         to_logits = self.net.to_logits
         if hasattr(self.net, "tie_embedding_scale") and not isinstance(to_logits, nn.Module):
             return OutputHead(self.net.token_emb.emb.weight, logit_scale=float(self.net.tie_embedding_scale))
@@ -129,9 +131,9 @@ def language_model(model: nn.Module) -> LanguageModel:
         inner = model.get_base_model()
     if (library := sys.modules.get("x_transformers.x_transformers")) is not None:
         net = inner
-        while isinstance(net, nn.Module) and not isinstance(net, library.TransformerWrapper):
+        while type(net).__module__.startswith("x_transformers.") and not isinstance(net, library.TransformerWrapper):
             net = getattr(net, "net", None)
-        if net is not None:
+        if isinstance(net, library.TransformerWrapper):
             return XTransformersModel(model, net)
     if hasattr(inner, "config") and hasattr(inner, "get_output_embeddings"):
         return HuggingFaceModel(model, inner)
@@ -162,6 +164,18 @@ def quiet(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def one_arithmetic() -> Iterator[None]:
+    """Keep torch's transformer layers from a fused path that they take only where no gradients are wanted, so that
+    policy and reference round alike."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}

@@ -7,7 +7,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dpo_wrapper.log_probs import implementation, log_probs_from_logits, token_log_probs
-from dpo_wrapper.models import difference, language_model, quiet
+from dpo_wrapper.models import (
+    TOLERANCE,
+    LanguageModel,
+    OutputHead,
+    difference,
+    language_model,
+    one_arithmetic,
+    quiet,
+)
 from dpo_wrapper.sequences import ScoredSequences
 from dpo_wrapper.validation import check_ids, check_mask, check_vocabulary
 
@@ -17,17 +25,17 @@ class Scorer:
 
     That look is two rows of a few tokens, in eval mode and without gradients. It refuses a model that sees ahead or
     returns something else than logits, and it decides whether the output head may be applied to scored positions
-    alone: only if `head(hidden)` reproduces the model's own logits. With `frozen` it also refuses a model whose
-    output depends on anything that trains.
+    alone: only if `head(hidden)` reproduces the model's own logits. It also refuses a model whose output
+    depends on a parameter that trains in `apart_from`.
     """
 
-    def __init__(self, model: nn.Module, impl: str = "auto", *, frozen: bool = False) -> None:
+    def __init__(self, model: nn.Module, impl: str = "auto", *, apart_from: nn.Module | None = None) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"a model should be a torch.nn.Module, but it is a {type(model).__name__}.")
         implementation(impl)
         self.language_model = language_model(model)
         self.impl = impl
-        self.frozen = frozen
+        self.apart_from = apart_from
         self.vocab_size: int | None = None
         self.head_applies = False
 
@@ -39,10 +47,11 @@ class Scorer:
         self.check(sequences)
         where = (sequences.row, sequences.source)
         head = self.language_model.head()
-        if head is None or not self.head_applies:
-            logits = self.valid_logits(sequences.ids)
-            return log_probs_from_logits(logits[where], sequences.target)
-        hidden = self.language_model.hidden(sequences.ids)[where]
+        with one_arithmetic():
+            if head is None or not self.head_applies:
+                logits = self.valid_logits(sequences.ids)
+                return log_probs_from_logits(logits[where], sequences.target)
+            hidden = self.language_model.hidden(sequences.ids)[where]
         return token_log_probs(hidden, head.weight, sequences.target, impl=self.impl, **head.options)
 
     def check(self, sequences: ScoredSequences) -> None:
@@ -76,29 +85,47 @@ class Scorer:
         known = model.vocab_size or 2
         row = [(k * 7919) % known for k in range(min(5, model.max_positions or 5))]
         ids = torch.tensor([row, [*row[:-1], (row[-1] + 1) % known]], device=device)
-        with quiet(model.model), torch.set_grad_enabled(self.frozen):
+        with quiet(model.model), torch.set_grad_enabled(self.apart_from is not None):
             logits = self.valid_logits(ids)
-            if self.frozen and logits.requires_grad:
+            if self.apart_from is not None and depends_on(logits, self.apart_from):
                 raise ValueError(
                     "the reference's output depends on parameters that train, so it would follow the policy: "
                     "give a separately built model as reference = module."
                 )
-            _, looks_ahead = difference(logits[0, :-1], logits[1, :-1])
-            if looks_ahead:
+            # rounding alone may differ between the two rows, in float32 even inside float64 models
+            worst, _ = difference(logits[0, :-1], logits[1, :-1])
+            if worst > max(TOLERANCE[torch.float32], TOLERANCE.get(logits.dtype, 0.1)):
                 raise ValueError(
                     "the model is not autoregressive: changing a token changes the logits before it. "
                     "Use a causal model (in x-transformers a Decoder)."
                 )
             if (head := model.head()) is not None:
-                worst, differs = difference(head.logits(model.hidden(ids)), logits)
-                self.head_applies = not differs
-                if differs:
-                    warnings.warn(
-                        f"{model.name} model: applying the output head to the hidden states does not give the "
-                        f"model's own logits (relative difference {worst:.1e}), so all its logits are computed.",
-                        stacklevel=2,
-                    )
+                reason = why_not(model, head, ids, logits)
+                self.head_applies = reason is None
+                if reason is not None:
+                    warnings.warn(f"all logits of the {model.name} model are computed, for {reason}.", stacklevel=2)
         self.vocab_size = min(logits.shape[-1], model.vocab_size or logits.shape[-1])
+
+
+def depends_on(output: Tensor, model: nn.Module) -> bool:
+    """Whether a trained parameter of the model has a part in the output."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not (trained and output.requires_grad):
+        return False
+    gradients = torch.autograd.grad(output.sum(), trained, allow_unused=True)
+    return any(gradient is not None for gradient in gradients)
+
+
+def why_not(model: LanguageModel, head: OutputHead, ids: Tensor, logits: Tensor) -> str | None:
+    """Why the head may not be applied to hidden states outside the model; None if it may."""
+    try:
+        got = head.logits(model.hidden(ids))
+    except Exception as error:  # whatever a model's code may raise, there is the plain path
+        return f"its hidden states cannot be had ({type(error).__name__}: {error})"
+    if got.shape != logits.shape:
+        return f"its head gives logits of shape {tuple(got.shape)} instead of {tuple(logits.shape)}"
+    worst, differs = difference(got, logits)
+    return f"its head alone gives other logits (relative difference {worst:.1e})" if differs else None
 
 
 def sequence_log_probs(
