@@ -1,3 +1,4 @@
+from dpo_wrapper.data import PreferenceCollator, PreferenceDataset
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.log_probs import token_log_probs
 from dpo_wrapper.losses import IPO, SFT, Loss, PairLogProbs, Sigmoid, SigmoidNorm, SimPO, dpo_loss
@@ -11,6 +12,8 @@ __all__ = [
     "Loss",
     "PairLogProbs",
     "PreferenceBatch",
+    "PreferenceCollator",
+    "PreferenceDataset",
     "Sigmoid",
     "SigmoidNorm",
     "SimPO",

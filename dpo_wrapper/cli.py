@@ -38,5 +38,8 @@ def train(config: TrainConfig) -> None:
     try:
         run_prepared(prepared)
     except KeyboardInterrupt:
-        print(f"\ndpo-wrapper: interrupted; the same command with --resume goes on in {config.out}", file=sys.stderr)
+        print(
+            f"\ndpo-wrapper: interrupted; the same command with --resume goes on in {config.out}",
+            file=sys.stderr,
+        )
         sys.exit(130)

@@ -46,20 +46,20 @@ class TrainConfig:
     max_length: int = 512
     """Longest sequence in tokens: prompts are shortened from the front first, then completions are cut."""
 
-    loss: str = "sigmoid(beta=0.1) + 0.5*sft"
+    loss: str = "sigmoid(beta=0.1) + 1.0*sft"
     """Sum of losses, each a name with its options: sigmoid(beta, label_smoothing), sigmoidnorm(beta), ipo(beta),
     simpo(beta, gamma), sft."""
     reference: Literal["auto", "copy", "none"] = "auto"
     """What the policy is held against: a frozen copy of where it starts, or nothing."""
 
     sft_epochs: int | None = None
-    """Epochs of warm-up on prompt and chosen before preferences; by default 15 for a new model and 0 for others."""
+    """Epochs of warm-up on prompt and chosen before preferences; by default 10 for a new model and 0 for others."""
     sft_lr: float | None = None
     """Highest learning rate of the warm-up; by default 2e-3 for a new model and 1e-5 for others."""
     epochs: int = 3
     """Epochs of preference training."""
     lr: float | None = None
-    """Highest learning rate of preference training; by default 3e-4 for a new model and 1e-6 for others."""
+    """Highest learning rate of preference training; by default 1e-4 for a new model and 1e-6 for others."""
     batch_size: int = 16
     """Pairs per optimizer step, over all processes."""
     micro_batch_size: int = 16
@@ -96,7 +96,9 @@ class TrainConfig:
         for name in ("eval_fraction", "warmup"):
             self._check(name, lambda value: 0 <= value < 1, "in [0, 1)")
         if self.eval_data is not None and self.eval_data == self.data:
-            raise ValueError("--eval-data is the same file as --data: leave it out to hold out a part of --data.")
+            raise ValueError(
+                "--eval-data is the same file as --data: leave it out to hold out a part of --data."
+            )
 
     def _check(self, name: str, fits: Any, expected: str) -> None:
         value = getattr(self, name)

@@ -20,9 +20,13 @@ def evaluate(
         batches: each pair in exactly one of them; with several processes, each process has its own share.
         reduce: sums a tensor over the processes.
     """
-    sums = MetricSums()
+    batches, sums = list(batches), MetricSums()
+    if not batches and reduce is None:
+        raise ValueError("there is nothing to evaluate: expected at least one batch.")
+    totals = torch.tensor([batch.counts() for batch in batches], dtype=torch.long).reshape(-1, 2).sum(dim=0)
+    pairs, tokens = (totals if reduce is None else reduce(totals)).tolist()
     for batch in batches:
-        _, metrics = dpo(batch, return_metrics=True)
+        _, metrics = dpo(batch.as_part_of(pairs, tokens), return_metrics=True)
         sums.add(metrics)
     return sums.result(reduce)
 
@@ -39,7 +43,12 @@ def complete(model: nn.Module, prompt: list[int], most: int, eos_id: int) -> lis
     if hasattr(model, "generate"):
         mask = torch.ones_like(ids)
         out = model.generate(
-            ids, attention_mask=mask, max_new_tokens=most, do_sample=False, eos_token_id=eos_id, pad_token_id=eos_id
+            ids,
+            attention_mask=mask,
+            max_new_tokens=most,
+            do_sample=False,
+            eos_token_id=eos_id,
+            pad_token_id=eos_id,
         )
         new = out[0, len(prompt) :].tolist()
     else:

@@ -4,7 +4,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -117,8 +117,12 @@ class Loop:
         mine = items[rank::world]
         # with fewer items than processes a process still takes part in the reduction of gradients, with weight 0
         weight = world if mine else 0
-        batches = [stage.batch(part) for part in micro_batches(mine or items[:1], self.config.micro_batch_size)]
-        counts = torch.tensor([stage.counts(batch) for batch in batches], device=accelerator.device).sum(dim=0)
+        batches = [
+            stage.batch(part) for part in micro_batches(mine or items[:1], self.config.micro_batch_size)
+        ]
+        counts = torch.tensor([stage.counts(batch) for batch in batches], device=accelerator.device).sum(
+            dim=0
+        )
         pairs, tokens = reduce_over(accelerator, counts * (weight > 0)).tolist()
 
         loss, sums = torch.zeros((), device=accelerator.device), MetricSums()
@@ -147,10 +151,15 @@ class Loop:
             count = len(dataset) if name == "held-out" else min(len(dataset), TRAINING_SAMPLE)
             if not count:
                 continue
-            mine = [dataset[k] for k in range(count)][accelerator.process_index :: accelerator.num_processes]
-            parts_of_mine = micro_batches(mine, self.config.micro_batch_size)
-            batches = [stage.batch(part).to(accelerator.device) for part in parts_of_mine]
-            values = stage.held_out(module, batches, partial(reduce_over, accelerator))
+            items = [dataset[k] for k in range(count)]
+            reduce: Callable[[Tensor], Tensor] = partial(reduce_over, accelerator)
+            if count < accelerator.num_processes:  # too few for a share each: every process takes all of them
+                reduce = identity
+            else:
+                items = items[accelerator.process_index :: accelerator.num_processes]
+            parts_of_items = micro_batches(items, self.config.micro_batch_size)
+            batches = [stage.batch(part).to(accelerator.device) for part in parts_of_items]
+            values = stage.held_out(module, batches, reduce)
             if accelerator.is_main_process:
                 self.run.log(stage.name, name, step, values)
 
@@ -164,6 +173,10 @@ class Loop:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             self.run.replace_checkpoint(new, stage.name, step)
+
+
+def identity(values: Tensor) -> Tensor:
+    return values
 
 
 def reduce_over(accelerator: Accelerator, values: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from jaxtyping import Float, Int, jaxtyped
 from torch import Tensor
 
 
-
 @jaxtyped(typechecker=beartype)
 @dataclass(frozen=True)
 class PairLogProbs:
@@ -83,7 +82,9 @@ class Sigmoid(Loss):
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
         logits = self.beta * (pairs.chosen_logratio - pairs.rejected_logratio)
-        return -(1 - self.label_smoothing) * F.logsigmoid(logits) - self.label_smoothing * F.logsigmoid(-logits)
+        return -(1 - self.label_smoothing) * F.logsigmoid(logits) - self.label_smoothing * F.logsigmoid(
+            -logits
+        )
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,9 @@ class SigmoidNorm(Loss):
 class IPO(Loss):
     """`(a / n_w - b / n_l - 1 / (2β))²`. Azar et al. 2023 (arXiv 2310.12036), eq. 17; means, as its authors meant."""
 
-    beta: float = option(0.1, "strength of the pull towards the reference; the margin aimed at is 1 / (2 beta)")
+    beta: float = option(
+        0.1, "strength of the pull towards the reference; the margin aimed at is 1 / (2 beta)"
+    )
 
     def __post_init__(self) -> None:
         _check(self.beta > 0, self, f"beta should be positive, but it is {self.beta}.")
@@ -154,14 +157,20 @@ WeightedLosses = tuple[tuple[Loss, float], ...]
 
 def weighted(loss: Loss | Sequence[tuple[Loss, float]]) -> WeightedLosses:
     """One loss or a list of `(loss, weight)` as a checked tuple of `(loss, weight)`."""
-    terms = ((loss, 1.0),) if isinstance(loss, Loss) else tuple(loss) if isinstance(loss, (list, tuple)) else ()
+    terms = (
+        ((loss, 1.0),) if isinstance(loss, Loss) else tuple(loss) if isinstance(loss, (list, tuple)) else ()
+    )
     for term in terms:
         if not (isinstance(term, (list, tuple)) and len(term) == 2 and isinstance(term[0], Loss)):
             raise TypeError(f"a combined loss should be a list of (loss, weight), but it holds {term!r}.")
         if isinstance(term[1], bool) or not isinstance(term[1], (int, float)) or not term[1] > 0:
-            raise ValueError(f"the weight of {type(term[0]).__name__} should be positive, but it is {term[1]!r}.")
+            raise ValueError(
+                f"the weight of {type(term[0]).__name__} should be positive, but it is {term[1]!r}."
+            )
     if not terms:
-        raise TypeError(f"loss should be one of dpo_wrapper.losses or a list of (loss, weight), but it is {loss!r}.")
+        raise TypeError(
+            f"loss should be one of dpo_wrapper.losses or a list of (loss, weight), but it is {loss!r}."
+        )
     return tuple((term[0], float(term[1])) for term in terms)
 
 
@@ -202,7 +211,9 @@ def parse_losses(text: str) -> WeightedLosses:
         options = [f.name for f in fields(known[name])]
         given = {str(keyword.arg): keyword.value for keyword in call.keywords}
         if call.args or not set(given) <= set(options):
-            raise ValueError(f"{name} in {text!r} takes {', '.join(options) or 'no options'}, as name=number.")
+            raise ValueError(
+                f"{name} in {text!r} takes {', '.join(options) or 'no options'}, as name=number."
+            )
         return [(known[name](**{key: number(value) for key, value in given.items()}), weight)]
 
     def number(node: ast.expr) -> float:
@@ -215,7 +226,9 @@ def parse_losses(text: str) -> WeightedLosses:
     try:
         tree = ast.parse(text.strip(), mode="eval")
     except SyntaxError:
-        raise ValueError(f"cannot read the loss {text!r}: write it like 'sigmoid(beta=0.1) + 0.5*sft'.") from None
+        raise ValueError(
+            f"cannot read the loss {text!r}: write it like 'sigmoid(beta=0.1) + 0.5*sft'."
+        ) from None
     return weighted(terms(tree.body))
 
 

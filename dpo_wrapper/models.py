@@ -131,7 +131,9 @@ def language_model(model: nn.Module) -> LanguageModel:
         inner = model.get_base_model()
     if (library := sys.modules.get("x_transformers.x_transformers")) is not None:
         net = inner
-        while type(net).__module__.startswith("x_transformers.") and not isinstance(net, library.TransformerWrapper):
+        while type(net).__module__.startswith("x_transformers.") and not isinstance(
+            net, library.TransformerWrapper
+        ):
             net = getattr(net, "net", None)
         if isinstance(net, library.TransformerWrapper):
             return XTransformersModel(model, net)

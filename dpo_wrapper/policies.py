@@ -43,7 +43,12 @@ def preset(name: str, vocab_size: int, max_length: int) -> dict[str, Any]:
         "ff_glu": True,
         "ff_no_bias": True,
     }
-    return {"num_tokens": vocab_size, "max_seq_len": max_length, "use_abs_pos_emb": False, "attn_layers": layers}
+    return {
+        "num_tokens": vocab_size,
+        "max_seq_len": max_length,
+        "use_abs_pos_emb": False,
+        "attn_layers": layers,
+    }
 
 
 def load_policy(name: str, tokenizer_name: str | None, max_length: int) -> Policy:
@@ -72,6 +77,9 @@ def load_policy(name: str, tokenizer_name: str | None, max_length: int) -> Polic
         model = build_decoder(decoder)
         load_model(model, Path(name) / WEIGHTS)
         return checked(Policy(model, load_tokenizer(tokenizer_name), tokenizer_name, decoder))
+
+    if set(settings) == {"dpo_wrapper"}:
+        raise ValueError(f"the run in {name} has not finished: resume it, or use the model in {name}/sft.")
 
     from transformers import AutoModelForCausalLM
 

@@ -101,7 +101,9 @@ class Reference:
 
     def __init__(self, policy: nn.Module, kind: str | nn.Module, needed: bool) -> None:
         if not isinstance(kind, (str, nn.Module)) or (isinstance(kind, str) and kind not in KINDS):
-            raise ValueError(f"reference should be a module or one of {', '.join(KINDS)}, but it is {kind!r}.")
+            raise ValueError(
+                f"reference should be a module or one of {', '.join(KINDS)}, but it is {kind!r}."
+            )
         if kind == "auto":
             kind = "none" if not needed else "adapter" if adapter_is_idle(policy) else "copy"
         self.adapter_of: Any = None

@@ -39,7 +39,9 @@ def plot_curves(records: Sequence[Record], path: Path) -> None:
             axes.plot([r["step"] for r in drawn], values, color=color, alpha=0.55, lw=1.4, label=label)
             drawn = [r for r in held_out if name in r]
             label = f"{label}, held out" if len(names) > 1 else "held out"
-            axes.plot([r["step"] for r in drawn], [r[name] for r in drawn], "o-", color=color, ms=4, label=label)
+            axes.plot(
+                [r["step"] for r in drawn], [r[name] for r in drawn], "o-", color=color, ms=4, label=label
+            )
         if title == "reward accuracy":
             axes.set_ylim(0, 1.03)
         axes.set(title=title, ylabel=unit, xlabel="step")
@@ -66,7 +68,9 @@ def summary_table(columns: Sequence[tuple[str, Record]]) -> str:
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     lines = []
     for row in rows:
-        first, *rest = (cell.ljust(w) if k == 0 else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths)))
+        first, *rest = (
+            cell.ljust(w) if k == 0 else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths))
+        )
         lines.append("  ".join([first, *rest]).rstrip())
     lines.insert(1, "-" * max(map(len, lines)))
     return "\n".join(lines)

@@ -1,11 +1,11 @@
 """The run folder: settings, the log of metrics, and the checkpoint that an interrupted run goes on from.
 
-    config.json         how it was trained (and, once done, what model it is)
-    metrics.jsonl       one line for each step and evaluation
-    curves.png          the same, drawn
-    sft/                the model after the warm-up, where preference training starts
-    checkpoint/         the latest state, while the run is under way
-    model.safetensors   the trained policy, when the run is done
+config.json         how it was trained (and, once done, what model it is)
+metrics.jsonl       one line for each step and evaluation
+curves.png          the same, drawn
+sft/                the model after the warm-up, where preference training starts
+checkpoint/         the latest state, while the run is under way
+model.safetensors   the trained policy, when the run is done
 """
 
 import json
@@ -47,7 +47,9 @@ class RunFolder:
             raise ValueError(f"--out {self.path} is a file: name a new folder.")
         if not resume:
             if self.path.exists() and any(self.path.iterdir()):
-                raise ValueError(f"--out {self.path} is not empty: name a new folder, or add --resume to go on.")
+                raise ValueError(
+                    f"--out {self.path} is not empty: name a new folder, or add --resume to go on."
+                )
             return
         if not self.config.is_file():
             raise ValueError(f"--resume: {self.path} holds no run that could go on.")
@@ -59,7 +61,9 @@ class RunFolder:
         if (self.path / "model.safetensors").exists():
             raise ValueError(f"--resume: the run in {self.path} is finished.")
         if (self.checkpoint / "progress.json").is_file():
-            self.progress = Progress(**json.loads((self.checkpoint / "progress.json").read_text(encoding="utf-8")))
+            self.progress = Progress(
+                **json.loads((self.checkpoint / "progress.json").read_text(encoding="utf-8"))
+            )
 
     def open(self) -> None:
         """Begin the folder, or take the log back to where the checkpoint stands."""

@@ -72,7 +72,9 @@ class Scorer:
         logits = self.language_model.logits(ids)
         if not isinstance(logits, Tensor) or not logits.is_floating_point():
             got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-            raise TypeError(f"the model should return logits, a float tensor or an output with .logits, not {got}.")
+            raise TypeError(
+                f"the model should return logits, a float tensor or an output with .logits, not {got}."
+            )
         if logits.ndim != 3 or logits.shape[:2] != ids.shape:
             raise TypeError(
                 f"the model should return logits of shape (b, n, v), for ids of shape {tuple(ids.shape)}, "
@@ -103,7 +105,9 @@ class Scorer:
                 reason = why_not(model, head, ids, logits)
                 self.head_applies = reason is None
                 if reason is not None:
-                    warnings.warn(f"all logits of the {model.name} model are computed, for {reason}.", stacklevel=2)
+                    warnings.warn(
+                        f"all logits of the {model.name} model are computed, for {reason}.", stacklevel=2
+                    )
         self.vocab_size = min(logits.shape[-1], model.vocab_size or logits.shape[-1])
 
 

@@ -56,11 +56,15 @@ class ScoredSequences(Movable):
         seq, scored, real = (t.gather(-1, order) for t in (seq, scored & real, real))
         scored = F.pad(scored[:, 1:], (1, 0), value=False)  # nothing stands before the first real token
         width = max(2, int(scored.any(dim=0).nonzero().max()) + 1) if scored.any() else 2
-        seq, scored, real = (F.pad(t, (0, max(0, width - t.shape[1])))[:, :width] for t in (seq, scored, real))
+        seq, scored, real = (
+            F.pad(t, (0, max(0, width - t.shape[1])))[:, :width] for t in (seq, scored, real)
+        )
 
         row, place = scored.nonzero(as_tuple=True)
         inputs = real[:, :-1]
-        filler = seq[:, :1].masked_fill(~real[:, :1], 0)  # any valid id does; a row's own first is never a pad id
+        filler = seq[:, :1].masked_fill(
+            ~real[:, :1], 0
+        )  # any valid id does; a row's own first is never a pad id
         return cls(
             ids=seq[:, :-1].where(inputs, filler).long(),
             row=row,

@@ -1,6 +1,7 @@
 """From a file of preferences to a better model: `train(TrainConfig(data = ...))`."""
 
 from dataclasses import dataclass, replace
+
 from accelerate.utils import set_seed
 from torch import nn
 
@@ -93,7 +94,9 @@ def train(config: TrainConfig) -> RunFolder:
 def run_prepared(prepared: Prepared) -> RunFolder:
     config, run, policy = prepared.config, prepared.run, prepared.policy
     pad_id = policy.tokenizer.pad_id
-    training, held_out = (PreferenceDataset(pairs, pad_id) for pairs in (prepared.training, prepared.held_out))
+    training, held_out = (
+        PreferenceDataset(pairs, pad_id) for pairs in (prepared.training, prepared.held_out)
+    )
     collate = PreferenceCollator(pad_id)
     loop = Loop(config, run, training, held_out)
     accelerator = loop.accelerator()
@@ -105,7 +108,7 @@ def run_prepared(prepared: Prepared) -> RunFolder:
     say(f"{describe_size(model)}, {len(training)} training and {len(held_out)} held-out pairs")
     for note in prepared.notes:
         say(note)
-    sft_epochs = config.sft_epochs if config.sft_epochs is not None else 15 if config.fresh else 0
+    sft_epochs = config.sft_epochs if config.sft_epochs is not None else 10 if config.fresh else 0
     if sft_epochs and run.progress.stage == "sft":
         loop.stage(SFTStage(model, collate), sft_epochs, config.sft_lr or (2e-3 if config.fresh else 1e-5))
         if accelerator.is_main_process:
@@ -113,7 +116,7 @@ def run_prepared(prepared: Prepared) -> RunFolder:
             run.pass_to("dpo")
 
     dpo = DPO(model, loss=parse_losses(config.loss), reference=config.reference)
-    loop.stage(DPOStage(dpo, collate), config.epochs, config.lr or (3e-4 if config.fresh else 1e-6))
+    loop.stage(DPOStage(dpo, collate), config.epochs, config.lr or (1e-4 if config.fresh else 1e-6))
     if accelerator.is_main_process:
         save_policy(policy, dpo.policy_model, run.path, run.settings)
         run.drop_checkpoint()

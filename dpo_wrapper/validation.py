@@ -18,7 +18,9 @@ def check_ids(name: str, seq: object) -> Tensor:
     if seq.ndim != 2:
         raise ValueError(f"{name} should have shape (b, n), but its shape is {tuple(seq.shape)}.")
     if 0 in seq.shape:
-        raise ValueError(f"{name} should hold at least one row and one token, but its shape is {tuple(seq.shape)}.")
+        raise ValueError(
+            f"{name} should hold at least one row and one token, but its shape is {tuple(seq.shape)}."
+        )
     return seq
 
 
@@ -41,9 +43,13 @@ def check_sequences(preferred_seq: object, unpreferred_seq: object) -> Sides:
         raise TypeError("unpreferred_seq is missing: call dpo(preferred_seq, unpreferred_seq, prompt_mask).")
     left, right = check_ids(SIDES[0], preferred_seq), check_ids(SIDES[1], unpreferred_seq)
     if len(left) != len(right):
-        raise ValueError(f"each preferred_seq needs its unpreferred_seq, but there are {len(left)} and {len(right)}.")
+        raise ValueError(
+            f"each preferred_seq needs its unpreferred_seq, but there are {len(left)} and {len(right)}."
+        )
     if left.device != right.device:
-        raise ValueError(f"preferred_seq is on {left.device} but unpreferred_seq on {right.device}: move one of them.")
+        raise ValueError(
+            f"preferred_seq is on {left.device} but unpreferred_seq on {right.device}: move one of them."
+        )
     return left, right
 
 
@@ -64,7 +70,9 @@ def check_both_sides(name: str, mask: object, seqs: Sides) -> Sides:
 
 def check_prompt_mask(mask: object, seqs: Sides) -> Sides:
     if mask is None:
-        raise TypeError("prompt_mask is missing: a bool mask, True on prompt tokens, all False if nothing is prompt.")
+        raise TypeError(
+            "prompt_mask is missing: a bool mask, True on prompt tokens, all False if nothing is prompt."
+        )
     return check_both_sides("prompt_mask", mask, seqs)
 
 
@@ -105,9 +113,13 @@ def check_ref_log_probs(ref_log_probs: object, pairs: int, device: torch.device)
                 f"but its shape is {tuple(sums.shape)}."
             )
         if sums.requires_grad:
-            raise ValueError(f"ref_log_probs for {side} requires a gradient: .detach() it, a reference stays still.")
+            raise ValueError(
+                f"ref_log_probs for {side} requires a gradient: .detach() it, a reference stays still."
+            )
         if sums.device != device:
-            raise ValueError(f"ref_log_probs for {side} is on {sums.device} but the batch is on {device}: move it.")
+            raise ValueError(
+                f"ref_log_probs for {side} is on {sums.device} but the batch is on {device}: move it."
+            )
     return cast(Sides, tuple(ref_log_probs))
 
 
@@ -129,7 +141,9 @@ def check_beta(beta: object, losses: Sequence[tuple[object, float]], given: bool
     of_losses = [loss.beta for loss, _ in losses if hasattr(loss, "beta")]
     own = of_losses[0] if of_losses else beta
     if given and beta not in (0.1, own):
-        raise ValueError(f"beta = {beta} has no effect beside a loss with beta = {own}: give it to the loss alone.")
+        raise ValueError(
+            f"beta = {beta} has no effect beside a loss with beta = {own}: give it to the loss alone."
+        )
     return float(own)
 
 
@@ -141,6 +155,8 @@ def check_pad_id(pad_id: object) -> int | None:
 
 def check_share_prefix(share_prefix: object) -> None:
     if share_prefix is True:
-        raise ValueError("share_prefix = True is not available yet: use 'auto', which computes padded sequences.")
+        raise ValueError(
+            "share_prefix = True is not available yet: use 'auto', which computes padded sequences."
+        )
     if share_prefix not in ("auto", False):
         raise ValueError(f"share_prefix should be 'auto' or False, but it is {share_prefix!r}.")

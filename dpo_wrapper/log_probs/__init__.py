@@ -1,7 +1,7 @@
 """The masked log-prob gather: from hidden states and output head to the log-prob of each scored token.
 
-    eager    the plain lines, with logits [t, v] in memory
-    chunked  any device; logits exist one block at a time, forward and backward
+eager    the plain lines, with logits [t, v] in memory
+chunked  any device; logits exist one block at a time, forward and backward
 """
 
 from collections.abc import Callable
@@ -67,9 +67,13 @@ def token_log_probs(
         if tensor.ndim != ndim:
             raise ValueError(f"{name} should have {ndim} dimensions, but its shape is {tuple(tensor.shape)}.")
         if tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device} but hidden is on {hidden.device}: move one of them.")
+            raise ValueError(
+                f"{name} is on {tensor.device} but hidden is on {hidden.device}: move one of them."
+            )
     if not (hidden.is_floating_point() and weight.is_floating_point()):
-        raise TypeError(f"hidden and weight should be floats, but they are {hidden.dtype} and {weight.dtype}.")
+        raise TypeError(
+            f"hidden and weight should be floats, but they are {hidden.dtype} and {weight.dtype}."
+        )
     if targets.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"targets should be token ids (int64), but they are {targets.dtype}.")
     if hidden.shape[1] != weight.shape[1]:
@@ -83,4 +87,5 @@ def token_log_probs(
     if targets.numel() and not (targets.min() >= 0 and targets.max() < len(weight)):
         outside = targets[(targets < 0) | (targets >= len(weight))][0].item()
         raise ValueError(f"targets should be in [0, {len(weight)}), but one is {outside}.")
+    softcap = None if softcap is None else float(softcap)
     return function(hidden, weight, targets.long(), bias, float(logit_scale), softcap)

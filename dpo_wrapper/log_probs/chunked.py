@@ -28,7 +28,12 @@ class Head:
     """`logits = softcap_(logit_scale · (hidden @ weightᵀ + bias))`, one block at a time, with its derivative."""
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None, dtype: torch.dtype
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        logit_scale: float,
+        softcap: float | None,
+        dtype: torch.dtype,
     ) -> None:
         self.weight, self.bias = weight.to(dtype), bias
         self.logit_scale, self.softcap, self.dtype = logit_scale, softcap, dtype
@@ -39,7 +44,7 @@ class Head:
         per_value = self.wide.itemsize + (self.dtype.itemsize if self.dtype != self.wide else 0)
         if self.softcap is not None:
             per_value += self.wide.itemsize
-        most = max(1, BLOCK_BYTES // (self.weight.shape[0] * per_value))
+        most = max(1, BLOCK_BYTES // max(1, self.weight.shape[0] * per_value))
         size = -(-t // max(1, -(-t // most)))
         return (slice(start, min(start + size, t)) for start in range(0, t, max(size, 1)))
 

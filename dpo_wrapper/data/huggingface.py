@@ -1,0 +1,153 @@
+"""Hugging Face tokenizers and their chat templates."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .turns import Message
+
+_TEXT_ROLES = {"system": "System", "user": "Human", "assistant": "Assistant", "tool": "Tool"}
+
+
+class HuggingFaceTokenizer:
+    r"""A Hugging Face tokenizer as a `Tokenizer`.
+
+    Plain rows: prompt and completion are tokenised apart, so that no token straddles the border between
+    them. Dialogue rows: the chat template renders the prompt with its generation prompt, and the whole
+    dialogue; the completion is what the whole has after the prompt. Without a template: `\n\nHuman:` and
+    `\n\nAssistant:` turns.
+
+    ValueError at construction for a tokenizer without an EOS token.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        if getattr(tokenizer, "eos_token_id", None) is None:
+            raise ValueError(
+                f"expected a tokenizer with an EOS token, got a {type(tokenizer).__name__} without one; set "
+                "its eos_token to the token that ends an answer"
+            )
+        self.tokenizer = tokenizer
+        self.eos_id: int = tokenizer.eos_token_id
+        self.bos_id: int | None = tokenizer.bos_token_id
+        # A pad token that also stands for something else cannot tell padding from text.
+        taken = (None, self.bos_id, self.eos_id, tokenizer.unk_token_id)
+        self.pad_id: int = -100 if tokenizer.pad_token_id in taken else tokenizer.pad_token_id
+        self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
+
+    @classmethod
+    def load(cls, name_or_folder: str | Path) -> "HuggingFaceTokenizer":
+        """The tokenizer of a folder or of a model on the hub; ValueError if none can be had there."""
+        try:
+            from transformers import AutoTokenizer
+        except ImportError as error:
+            needs = "Hugging Face tokenizers need transformers: pip install 'dpo-wrapper[train]'"
+            raise ImportError(needs) from error
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(name_or_folder))
+        except Exception as error:  # OSError, ValueError, KeyError and more, by what is missing or broken
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                "expected a folder with a tokenizer or the name of a model on the hub, got "
+                f"'{name_or_folder}' ({reason}); save a tokenizer there with save_pretrained, check the "
+                "name, or use 'bytes'"
+            ) from error
+        return cls(tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        return list(
+            self.tokenizer(text, add_special_tokens=False, verbose=False, split_special_tokens=False)[
+                "input_ids"
+            ]
+        )
+
+    def decode(self, ids: Iterable[int]) -> str:
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
+
+    def prompt_ids(self, prompt: str | tuple[Message, ...]) -> list[int]:
+        """One BOS first if the tokenizer has one, whether or not the text or the template writes it."""
+        ids = self.encode(prompt if isinstance(prompt, str) else self._prompt_text(prompt))
+        return ids if self.bos_id is None or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
+
+    def completion_ids(self, prompt: str | tuple[Message, ...], completion: str) -> list[int]:
+        """ValueError for a BOS or EOS inside the completion, and for a chat template that does not fit."""
+        answer = completion.removesuffix(self.tokenizer.eos_token)
+        ids = self.encode(answer)
+        for name, id_, token in (
+            ("EOS", self.eos_id, self.tokenizer.eos_token),
+            ("BOS", self.bos_id, self.tokenizer.bos_token),
+        ):
+            if id_ in ids:
+                raise ValueError(
+                    f"expected a completion without the {name} token inside, got {token!r} in it; remove it "
+                    "from the text"
+                )
+        if isinstance(prompt, str):
+            return [*ids, self.eos_id]
+        if not self.tokenizer.chat_template:
+            return [*self.encode(f" {answer}" if answer else ""), self.eos_id]
+        return self._templated_completion(prompt, answer)
+
+    def _templated_completion(self, prompt: tuple[Message, ...], answer: str) -> list[int]:
+        opening = self._prompt_text(prompt)
+        whole = self._render((*prompt, Message("assistant", answer)), add_generation_prompt=False)
+        if not whole.startswith(opening):
+            raise ValueError(
+                "expected a chat template under which a dialogue begins with its prompt and generation "
+                "prompt, got one under which it does not; use another template or plain text rows"
+            )
+        rest = whole[len(opening) :]
+        ids = self.encode(rest)
+        end = ids.index(self.eos_id) if self.eos_id in ids else len(ids)
+        # White space aside, the answer has to be there in full: some templates drop the reasoning in it.
+        told = rest.split(self.tokenizer.eos_token)[0]
+        if "".join(answer.split()) not in "".join(told.split()):
+            raise ValueError(
+                "expected a chat template that keeps the answer whole, got a dialogue without a part of it; "
+                "use another template or plain text rows"
+            )
+        # After the EOS a template may begin the next turn (a line break): nothing to learn from.
+        return [*ids[:end], self.eos_id]
+
+    def _prompt_text(self, prompt: tuple[Message, ...]) -> str:
+        if self.tokenizer.chat_template:
+            return self._render(prompt, add_generation_prompt=True)
+        first, *others = prompt
+        opening = first.content if first.role == "system" else ""
+        turns = others if first.role == "system" else prompt
+        texts = [f"\n\n{_TEXT_ROLES[turn.role]}: {turn.content}" for turn in turns]
+        return "".join([opening, *texts, "\n\nAssistant:"])
+
+    def _render(self, turns: tuple[Message, ...], *, add_generation_prompt: bool) -> str:
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except ImportError as error:
+            raise ImportError("chat templates need jinja2: pip install 'dpo-wrapper[train]'") from error
+        except Exception as error:  # a template is a program: it may raise anything
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            roles = ", ".join(turn.role for turn in turns)
+            raise ValueError(
+                f"expected a dialogue that the chat template takes, got its error '{reason}' for the roles "
+                f"{roles}; change the roles or leave the row out"
+            ) from error
+        return str(text)
+
+    def fingerprint(self) -> str:
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            model = json.loads(backend.to_str())
+            # Left behind by earlier calls, and overridden by every call here.
+            model = {key: value for key, value in model.items() if key not in ("truncation", "padding")}
+        else:
+            model = {"class": type(self.tokenizer).__name__, "vocab": self.tokenizer.get_vocab()}
+        specials = [self.bos_id, self.eos_id, self.pad_id]
+        described = {"model": model, "specials": specials, "template": self.tokenizer.chat_template}
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+    def save(self, folder: str | Path) -> None:
+        self.tokenizer.save_pretrained(str(folder))

@@ -1,0 +1,64 @@
+"""Your own loop: language modelling with AutoregressiveWrapper, then preferences with DPO, on one x-transformers model.
+
+    python examples/custom_loop.py
+"""
+
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
+
+from dpo_wrapper import DPO, PreferenceCollator, PreferenceDataset
+from dpo_wrapper.data import ByteTokenizer
+
+DATA = Path(__file__).parent / "data" / "preferences.jsonl"
+
+
+def main(sft_steps: int = 60, dpo_steps: int = 20, batch_size: int = 16) -> float:
+    torch.manual_seed(0)
+    tokenizer = ByteTokenizer()
+    dataset = PreferenceDataset.from_file(DATA, tokenizer, max_length=256)
+    collate = PreferenceCollator(tokenizer.pad_id)
+    loader = DataLoader(dataset, batch_size=batch_size, shuffle=True, collate_fn=collate, drop_last=True)
+
+    def batches(steps: int):
+        while True:
+            for batch in loader:
+                if steps == 0:
+                    return
+                steps -= 1
+                yield batch
+
+    layers = Decoder(dim=128, depth=4, heads=2, rotary_pos_emb=True, attn_flash=True)
+    model = TransformerWrapper(
+        num_tokens=tokenizer.vocab_size, max_seq_len=256, use_abs_pos_emb=False, attn_layers=layers
+    )
+
+    # first language modelling on prompt and preferred completion, as always
+    pretrain = AutoregressiveWrapper(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for step, batch in enumerate(batches(sft_steps)):
+        real, _ = batch["seq_mask"]
+        loss = pretrain(batch["preferred_seq"].masked_fill(~real, pretrain.ignore_index))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 20 == 0:
+            print(f"language modelling, step {step}: loss {loss.item():.3f}")
+
+    # then preferences: the model as it is now is copied and frozen as the reference
+    dpo = DPO(model, beta=0.1)
+    optimizer = torch.optim.AdamW(dpo.parameters(), lr=1e-4)
+    for step, batch in enumerate(batches(dpo_steps)):
+        loss, metrics = dpo(**batch, return_metrics=True)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 5 == 0 or step == dpo_steps - 1:
+            print(f"preferences, step {step}: loss {loss:.3f}, accuracy {metrics['rewards/accuracies']:.2f}")
+    return metrics["rewards/accuracies"].item()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Tiny Hugging Face tokenizers, saved to a folder as real ones are, for the tests of `dpo_wrapper.data`."""
+
+from functools import cache
+from pathlib import Path
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WITH_BOS = "<s>" + CHATML
+TRIMS = CHATML.replace("m.content", "m.content | trim")
+WITHOUT_EOS = CHATML.replace("<|im_end|>", "")
+NO_PREFIX = CHATML.replace("<|im_start|>assistant\n{% endif", "<|im_start|>assistant\n<think>\n{% endif")
+DROPS_THOUGHT = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
+SAYS_MORE = CHATML.replace("<|im_end|>\n", "<|im_end|>\nsee you{{ '' }}")
+ALTERNATES = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}" + CHATML
+)
+CRASHES = "{{ messages[0].content + 1 }}"
+
+_SENTENCES = [
+    "Hello there, how are you today? I am fine, thank you.",
+    "Human: what is the capital of France? Assistant: The capital of France is Paris.",
+    "<|im_start|>user assistant system tool",
+]
+
+
+@cache
+def _trained() -> str:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=["<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator(_SENTENCES, trainer)
+    # As Llama's does, it would put a BOS (here also an EOS) around every text unless told otherwise.
+    model.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    return model.to_str()
+
+
+def save_tokenizer(
+    folder: Path,
+    *,
+    bos: str | None = "<s>",
+    eos: str | None = "</s>",
+    pad: str | None = "<pad>",
+    unk: str | None = None,
+    template: str | None = None,
+) -> Path:
+    """A folder with a tokenizer of these special tokens; '<|im_end|>' is the natural EOS for ChatML."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_trained()),
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=pad,
+        unk_token=unk,
+    )
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(str(folder))
+    return folder

@@ -1,0 +1,174 @@
+"""The command line as a user meets it: help, one sentence for what is wrong, exit status, and no traceback."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dpo_wrapper import cli
+from dpo_wrapper.config import PRESETS, TrainConfig
+
+ROOT = Path(__file__).parents[1]
+BUNDLED = ROOT / "examples" / "data" / "preferences.jsonl"
+
+
+def run(*args, status):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([str(arg) for arg in args])
+    assert exit_.value.code == status
+
+
+def plain(text):
+    """Without the frame that tyro draws around its messages."""
+    return re.sub(r"\s+", " ", re.sub(r"[│╭╮╰╯─]", " ", text))
+
+
+def test_help_lists_every_option_with_its_text(capsys):
+    run("train", "--help", status=0)
+    printed = plain(capsys.readouterr().out)
+    for name in TrainConfig.__dataclass_fields__:
+        option = f"--{name.replace('_', '-')}"
+        assert re.search(rf"{option} .{{0,60}}[A-Z0-9a-z].{{15,}}", printed), option
+
+
+def test_help_loads_nothing_heavy_but_torch():
+    code = (
+        "import sys\n"
+        "from dpo_wrapper.cli import main\n"
+        "try: main(['train', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print('LOADED', [m for m in ('transformers', 'accelerate', 'datasets', 'matplotlib', 'triton', 'pyarrow',\n"
+        "    'x_transformers', 'peft') if m in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip().endswith("LOADED []"), done.stdout[-300:] + done.stderr[-300:]
+
+
+def test_importing_the_package_loads_core_dependencies_alone():
+    code = (
+        "import sys, dpo_wrapper\n"
+        "heavy = ('transformers', 'accelerate', 'datasets', 'matplotlib', 'triton', 'pyarrow', 'peft', 'tyro',\n"
+        "         'tokenizers', 'safetensors')\n"
+        "print([m for m in heavy if m in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def line(**fields):
+    return json.dumps(fields) + "\n"
+
+
+GOOD = line(prompt="p", chosen="a", rejected="b") + line(prompt="q", chosen="a", rejected="b")
+
+BAD = {
+    "no such file": ({}, ["--data", "missing.jsonl"], r"missing\.jsonl.*(no such|not|does not)"),
+    "unknown ending": ({"d.txt": GOOD}, ["--data", "d.txt"], r"d\.txt.*\.jsonl"),
+    "empty file": ({"d.jsonl": ""}, ["--data", "d.jsonl"], r"d\.jsonl.*empty"),
+    "bad json": ({"d.jsonl": GOOD + "{oops\n"}, ["--data", "d.jsonl"], r"d\.jsonl, line 3"),
+    "missing field": (
+        {"d.jsonl": GOOD + line(prompt="p", chosen="a")},
+        ["--data", "d.jsonl"],
+        r"d\.jsonl, line 3, field 'rejected'",
+    ),
+    "wrong type": (
+        {"d.jsonl": line(prompt="p", chosen=3, rejected="b")},
+        ["--data", "d.jsonl"],
+        r"d\.jsonl, line 1, field 'chosen'.*number 3",
+    ),
+    "field that is not there": (
+        {"d.jsonl": GOOD},
+        ["--data", "d.jsonl", "--prompt-field", "question"],
+        r"line 1, field 'question'",
+    ),
+    "nothing preferred": (
+        {"d.jsonl": line(prompt="p", chosen="a", rejected="a")},
+        ["--data", "d.jsonl", "--eval-fraction", "0"],
+        r"leaves no pair to train on",
+    ),
+    "gzip cut off": ({"d.jsonl.gz": b"\x1f\x8b\x08\x00"}, ["--data", "d.jsonl.gz"], r"d\.jsonl\.gz"),
+    "not parquet": ({"d.parquet": "hello"}, ["--data", "d.parquet"], r"d\.parquet"),
+    "held-out file missing": ({"d.jsonl": GOOD}, ["--data", "d.jsonl", "--eval-data", "no.jsonl"], r"no\.jsonl"),
+    "held-out file is the file": ({"d.jsonl": GOOD}, ["--data", "d.jsonl", "--eval-data", "d.jsonl"], "same file"),
+    "unknown option": ({"d.jsonl": GOOD}, ["--data", "d.jsonl", "--epochz", "1"], "--epochz.*--epochs"),
+    "not a number": ({"d.jsonl": GOOD}, ["--data", "d.jsonl", "--epochs", "many"], "--epochs.*many"),
+    "no data": ({}, [], "--data"),
+    "negative epochs": ({"d.jsonl": GOOD}, ["--data", "d.jsonl", "--epochs", "-1"], "--epochs should be 0 or more"),
+    "batch of none": ({"d.jsonl": GOOD}, ["--data", "d.jsonl", "--batch-size", "0"], "--batch-size should be at least 1"),
+    "learning rate": ({"d.jsonl": GOOD}, ["--data", "d.jsonl", "--lr", "0"], "--lr should be a positive number"),
+    "learning rate nan": ({"d.jsonl": GOOD}, ["--data", "d.jsonl", "--lr", "nan"], "--lr should be a positive number"),
+    "fraction": ({"d.jsonl": GOOD}, ["--data", "d.jsonl", "--eval-fraction", "1"], r"--eval-fraction should be in \[0, 1\)"),
+    "too short": ({"d.jsonl": GOOD}, ["--data", "d.jsonl", "--max-length", "4"], "--max-length should be at least 8"),
+    "precision": ({"d.jsonl": GOOD}, ["--data", "d.jsonl", "--precision", "int8"], "--precision.*bf16"),
+    "unknown loss": ({"d.jsonl": GOOD}, ["--data", "d.jsonl", "--loss", "dpo"], "unknown loss 'dpo'.*sigmoid"),
+    "loss option": (
+        {"d.jsonl": GOOD},
+        ["--data", "d.jsonl", "--loss", "sft(beta=1)"],
+        "sft in .* takes no options",
+    ),
+    "beta": ({"d.jsonl": GOOD}, ["--data", "d.jsonl", "--loss", "sigmoid(beta=-1)"], "beta should be .*positive.*-1"),
+    "folder without a model": ({"d.jsonl": GOOD, "m/x": ""}, ["--data", "d.jsonl", "--model", "m"], "m holds no config.json"),
+    "folder with a foreign config": (
+        {"d.jsonl": GOOD, "m/config.json": "{}"},
+        ["--data", "d.jsonl", "--model", "m"],
+        "--model m: expected tiny, small, medium, a run folder or a Hugging Face causal LM",
+    ),
+    "tokenizer of another model": (
+        {"d.jsonl": GOOD},
+        ["--data", "d.jsonl", "--tokenizer", "folder/that/is/not/there"],
+        "folder/that/is/not/there",
+    ),
+    "out is a file": ({"d.jsonl": GOOD, "o": ""}, ["--data", "d.jsonl", "--out", "o"], "--out o is a file"),
+    "out is not empty": ({"d.jsonl": GOOD, "o/x": ""}, ["--data", "d.jsonl", "--out", "o"], "--out o is not empty"),
+    "nothing to resume": ({"d.jsonl": GOOD}, ["--data", "d.jsonl", "--out", "o", "--resume"], "holds no run"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_sentence_and_loses_nothing(case, tmp_path, monkeypatch, capsys):
+    files, args, sentence = BAD[case]
+    for name, content in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setitem(PRESETS, "tiny", {"dim": 32, "depth": 1, "heads": 1})
+    before = sorted(path for path in tmp_path.rglob("*"))
+    run("train", *args, status=2)
+    err = plain(capsys.readouterr().err)
+    assert re.search(sentence, err), err
+    assert "Traceback" not in err
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "dpo_wrapper", "train", "--data", BUNDLED, "--out", out, "--cpu"]
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    log = out / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") > 2) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"the same command with --resume goes on" in err and b"Traceback" not in err
+
+
+def test_the_program_is_installed_under_both_names():
+    for command in ([sys.executable, "-m", "dpo_wrapper"], ["dpo-wrapper"]):
+        if command[0] == "dpo-wrapper":
+            beside = Path(sys.executable).parent / "dpo-wrapper"
+            if not beside.exists():
+                pytest.skip("the package is not installed here")
+            command = [str(beside)]
+        done = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd=ROOT, env={**os.environ})
+        assert done.returncode == 0 and "train" in done.stdout
