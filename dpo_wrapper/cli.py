@@ -13,7 +13,7 @@ def refuse(error: object) -> NoReturn:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Exit status 0 on success, 2 with one sentence on standard error for bad usage or input, 130 if interrupted."""
+    """Exit status 0 on success, 2 (and one sentence on standard error) for bad input, 130 if interrupted."""
     try:
         import tyro
     except ImportError:

@@ -16,15 +16,15 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a language model on preference pairs, from a file of them to a run folder with the better model."""
+    """Train a language model on preference pairs: from a file of them to a folder with the better model."""
 
     data: Path
     """File of preferences: .jsonl, .json (either may be gzipped) or .parquet."""
     out: Path = Path("runs/dpo")
     """Run folder; it must be new or empty, unless --resume is given."""
     eval_data: Path | None = None
-    """File of held-out preferences. Without it they come from --data: rows whose column `split` says test, or else
-    a part of the prompts."""
+    """File of held-out preferences. Without it they come from --data: rows whose column `split` says test,
+    or else a part of the prompts."""
     eval_fraction: float = 0.1
     """Part of the rows held out where no row has a split and there is no --eval-data; 0 holds out none."""
     prompt_field: str | None = None
@@ -39,21 +39,21 @@ class TrainConfig:
     """Leave out rows that cannot be read, and say how many, instead of stopping at the first."""
 
     model: str = "tiny"
-    """tiny, small or medium (a new x-transformers decoder), a folder that this command wrote, or a Hugging Face model
-    by folder or name."""
+    """tiny, small or medium (a new x-transformers decoder), a folder that this command wrote, or a Hugging
+    Face model by folder or name."""
     tokenizer: str | None = None
-    """bytes, or a Hugging Face tokenizer by folder or name; by default the model's own, bytes for a new one."""
+    """bytes, or a Hugging Face tokenizer by folder or name; by default the model's own (if new, bytes)."""
     max_length: int = 512
     """Longest sequence in tokens: prompts are shortened from the front first, then completions are cut."""
 
     loss: str = "sigmoid(beta=0.1) + 1.0*sft"
-    """Sum of losses, each a name with its options: sigmoid(beta, label_smoothing), sigmoidnorm(beta), ipo(beta),
-    simpo(beta, gamma), sft."""
+    """Sum of losses, each a name with its options: sigmoid(beta, label_smoothing), sigmoidnorm(beta),
+    ipo(beta), simpo(beta, gamma), sft."""
     reference: Literal["auto", "copy", "none"] = "auto"
     """What the policy is held against: a frozen copy of where it starts, or nothing."""
 
     sft_epochs: int | None = None
-    """Epochs of warm-up on prompt and chosen before preferences; by default 10 for a new model and 0 for others."""
+    """Epochs of warm-up on prompt and chosen, before preferences; by default 10 for a new model, else 0."""
     sft_lr: float | None = None
     """Highest learning rate of the warm-up; by default 2e-3 for a new model and 1e-5 for others."""
     epochs: int = 3

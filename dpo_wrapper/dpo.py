@@ -22,18 +22,20 @@ class DPO(nn.Module):
     Rafailov et al. 2023, "Direct Preference Optimization" (arXiv 2305.18290), eq. 7.
 
     Args:
-        model: the policy. An x-transformers `TransformerWrapper` or `AutoregressiveWrapper`, a Hugging Face causal LM
-            (PEFT-wrapped or not), or any causal module from `Int[b n]` ids to `Float[b n v]` logits or to an output
-            with `.logits`.
+        model: the policy. An x-transformers `TransformerWrapper` or `AutoregressiveWrapper`, a Hugging Face
+            causal LM (PEFT-wrapped or not), or any causal module from `Int[b n]` ids to `Float[b n v]`
+            logits or to an output with `.logits`.
         beta: strength of the pull towards the reference, for the default loss.
         pad_id: where no mask is given, leading and trailing runs of this id are padding.
         loss: one of `dpo_wrapper.losses`, or a list of `(loss, weight)`; by default `Sigmoid(beta)`.
-        reference: `'copy'`, a frozen copy made now; `'adapter'`, the policy with its fresh LoRA adapter off; a module;
-            `'none'`; or `'auto'`: none if no loss needs one, else the adapter where that is possible, else a copy.
-        share_prefix: `'auto'` or False. Sequences are computed padded, side by side; sharing their prefixes is not
-            available yet, so True raises.
+        reference: `'copy'`, a frozen copy made now; `'adapter'`, the policy with its fresh LoRA adapter off;
+            a module; `'none'`; or `'auto'`: none if no loss needs one, else the adapter where that is
+            possible, else a copy.
+        share_prefix: `'auto'` or False. Sequences are computed padded, side by side; sharing their prefixes
+            is not available yet, so True raises.
         log_prob_impl: as `impl` in `token_log_probs`.
-        disable_dropout: keep the policy in eval mode, in which it differs from the reference by training alone.
+        disable_dropout: keep the policy in eval mode, in which it differs from the reference by training
+            alone.
 
     Attributes:
         policy_model, ref_model (None without one of its own), beta.
@@ -79,16 +81,19 @@ class DPO(nn.Module):
     ) -> Any:
         """The mean loss over the valid pairs: those both of whose sides have a scored token.
 
-        A token is scored when it is real and not prompt; its score is read at the last real token before it, and the
-        first real token is never scored. A sequence's log-prob is the sum of its scores, in nats.
+        A token is scored when it is real and not prompt; its score is read at the last real token before it,
+        and the first real token is never scored. A sequence's log-prob is the sum of its scores, in nats.
 
         Args:
-            preferred_seq, unpreferred_seq: Int[b n] and Int[b m] token ids; or a `PreferenceBatch` and nothing more.
-            prompt_mask: Bool[b max(n, m)], True on tokens that are not scored, in any pattern; or a tuple, one mask
-                for each side.
+            preferred_seq, unpreferred_seq: Int[b n] and Int[b m] token ids; or a `PreferenceBatch` and
+                nothing more.
+            prompt_mask: Bool[b max(n, m)], True on tokens that are not scored, in any pattern; or a tuple,
+                one mask for each side.
             seq_mask: the same shapes, True on real tokens; padding may stand left, right or in the middle.
-            preferred_seq_mask, unpreferred_seq_mask: Bool[b n] and Bool[b m], another way of giving `seq_mask`.
-            ref_log_probs: (Float[b], Float[b]) reference log-probs of chosen and rejected, instead of the reference.
+            preferred_seq_mask, unpreferred_seq_mask: Bool[b n] and Bool[b m], another way of giving
+                `seq_mask`.
+            ref_log_probs: (Float[b], Float[b]) reference log-probs of chosen and rejected, instead of the
+                reference.
             return_metrics: return `(loss, metrics)`, detached tensors as `dpo_wrapper.metrics` names them.
 
         Returns:

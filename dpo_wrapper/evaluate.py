@@ -1,6 +1,7 @@
 """How good a policy is on pairs it was not trained on."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ def evaluate(
 
 
 @torch.no_grad()
-def complete(model: nn.Module, prompt: list[int], most: int, eos_id: int) -> list[int]:
+def complete(model: Any, prompt: list[int], most: int, eos_id: int) -> list[int]:
     """The most likely continuation, token by token: at most `most` tokens, without the end token.
 
     Generation is left to the library that the model comes from.

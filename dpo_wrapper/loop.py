@@ -25,7 +25,7 @@ TRAINING_SAMPLE = 512
 
 
 def step_indices(n: int, batch_size: int, epochs: int, seed: int) -> Iterator[list[int]]:
-    """The rows of each step: every epoch takes each of the `n` rows once, in an order set by seed and epoch."""
+    """The rows of each step: each epoch takes each of the `n` rows once, in an order set by the seed."""
     for epoch in range(epochs):
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 100_003 + epoch)).tolist()
         yield from (order[start : start + batch_size] for start in range(0, n, batch_size))
@@ -66,7 +66,7 @@ class Loop:
         return Accelerator(mixed_precision=self.config.precision, cpu=self.config.cpu)
 
     def stage(self, stage: Stage, epochs: int, lr: float) -> None:
-        """Train `stage.module` in place; held-out metrics are logged before the first and after the last step."""
+        """Train `stage.module` in place; held-out metrics are logged before, during and after."""
         config, run = self.config, self.run
         accelerator = self.accelerator()
         steps = steps_in(len(self.training), config.batch_size, epochs)
@@ -96,7 +96,7 @@ class Loop:
                 if step <= done:
                     continue
                 values = self.step(accelerator, stage, module, optimizer, [self.training[k] for k in rows])
-                values["lr"] = schedule.get_last_lr()[0]
+                values["lr"] = float(schedule.get_last_lr()[0])
                 schedule.step()
                 if accelerator.is_main_process:
                     run.log(stage.name, "step", step, values)
@@ -115,7 +115,7 @@ class Loop:
         began = time.perf_counter()
         rank, world = accelerator.process_index, accelerator.num_processes
         mine = items[rank::world]
-        # with fewer items than processes a process still takes part in the reduction of gradients, with weight 0
+        # with fewer items than processes, a process still takes part in reducing gradients, with weight 0
         weight = world if mine else 0
         batches = [
             stage.batch(part) for part in micro_batches(mine or items[:1], self.config.micro_batch_size)
@@ -145,7 +145,7 @@ class Loop:
     def evaluate(
         self, accelerator: Accelerator, stage: Stage, module: Any, step: int, *, ends: bool = False
     ) -> None:
-        """Log metrics of the held-out part and, at both ends of a stage, of (a sample of) the training part."""
+        """Log metrics of the held-out part and, at the ends of a stage, of (some of) the training part."""
         parts = {"held-out": self.held_out, **({"training": self.training} if ends else {})}
         for name, dataset in parts.items():
             count = len(dataset) if name == "held-out" else min(len(dataset), TRAINING_SAMPLE)

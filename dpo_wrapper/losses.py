@@ -76,7 +76,7 @@ class Sigmoid(Loss):
     label_smoothing: float = option(0.0, "probability ε that a label is the wrong way round, in [0, 0.5)")
 
     def __post_init__(self) -> None:
-        _check(self.beta > 0, self, f"beta should be positive, but it is {self.beta}.")
+        _check(is_number(self.beta) and self.beta > 0, self, f"beta should be positive, but it is {self.beta!r}.")
         smoothing = self.label_smoothing
         _check(0 <= smoothing < 0.5, self, f"label_smoothing should be in [0, 0.5), but it is {smoothing}.")
 
@@ -94,7 +94,7 @@ class SigmoidNorm(Loss):
     beta: float = option(0.1, "strength of the pull towards the reference")
 
     def __post_init__(self) -> None:
-        _check(self.beta > 0, self, f"beta should be positive, but it is {self.beta}.")
+        _check(is_number(self.beta) and self.beta > 0, self, f"beta should be positive, but it is {self.beta!r}.")
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
         chosen = pairs.chosen_logratio / pairs.chosen_length
@@ -111,7 +111,7 @@ class IPO(Loss):
     )
 
     def __post_init__(self) -> None:
-        _check(self.beta > 0, self, f"beta should be positive, but it is {self.beta}.")
+        _check(is_number(self.beta) and self.beta > 0, self, f"beta should be positive, but it is {self.beta!r}.")
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
         chosen = pairs.chosen_logratio / pairs.chosen_length
@@ -129,7 +129,7 @@ class SimPO(Loss):
     gamma: float = option(0.5, "margin that chosen should keep over rejected")
 
     def __post_init__(self) -> None:
-        _check(self.beta > 0, self, f"beta should be positive, but it is {self.beta}.")
+        _check(is_number(self.beta) and self.beta > 0, self, f"beta should be positive, but it is {self.beta!r}.")
         _check(self.gamma >= 0, self, f"gamma should not be negative, but it is {self.gamma}.")
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:

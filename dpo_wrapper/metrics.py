@@ -6,7 +6,7 @@ Log-probs and rewards are in nats and are means over the valid pairs:
     rewards/chosen          β·a, with a = p_w - r_w the chosen log-ratio (p_w without a reference)
     rewards/rejected        β·b
     rewards/margins         β·(a - b)
-    rewards/accuracies      how often the margin is positive; a tie counts half, so an untrained policy has 0.5
+    rewards/accuracies      how often the margin is positive; a tie counts half
     logps/chosen ...        log-probs of each side, under the policy and (ref_) the reference
     kl/chosen               a: how far the policy has moved, measured on the chosen completions
     length/chosen ...       scored tokens

@@ -16,7 +16,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 @dataclass(frozen=True)
 class Policy:
-    """A language model with its tokenizer. `decoder` holds the arguments of a model that x-transformers builds."""
+    """A language model with its tokenizer. `decoder` holds the arguments of x-transformers' classes."""
 
     model: nn.Module
     tokenizer: Tokenizer
@@ -55,7 +55,8 @@ def load_policy(name: str, tokenizer_name: str | None, max_length: int) -> Polic
     """A preset, a folder written by `save_policy`, or a Hugging Face model by folder or name, in float32.
 
     Raises:
-        ValueError: a folder without a model, a name that cannot be fetched, a tokenizer with other ids than the model.
+        ValueError: a folder without a model, a name that cannot be fetched, a tokenizer with other ids than
+            the model.
     """
     if name in PRESETS:
         tokenizer_name = tokenizer_name or "bytes"
@@ -88,8 +89,8 @@ def load_policy(name: str, tokenizer_name: str | None, max_length: int) -> Polic
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"--model {name}: expected {', '.join(PRESETS)}, a run folder or a Hugging Face causal LM by folder or "
-            f"name, but it could not be loaded: {first}"
+            f"--model {name}: expected {', '.join(PRESETS)}, a run folder or a Hugging Face causal LM by "
+            f"folder or name, but it could not be loaded: {first}"
         ) from error
     tokenizer_name = tokenizer_name or name
     return checked(Policy(model, load_tokenizer(tokenizer_name), tokenizer_name, None))
@@ -100,18 +101,20 @@ def checked(policy: Policy) -> Policy:
     size = decoder["num_tokens"] if decoder else policy.model.get_input_embeddings().num_embeddings  # type: ignore
     if policy.tokenizer.vocab_size > size:
         raise ValueError(
-            f"the tokenizer {policy.tokenizer_name} has {policy.tokenizer.vocab_size} ids but the model only {size}: "
-            "use the model's own tokenizer."
+            f"the tokenizer {policy.tokenizer_name} has {policy.tokenizer.vocab_size} ids but the "
+            f"model "
+            f"only {size}: use the model's own tokenizer."
         )
     return policy
 
 
 def save_policy(policy: Policy, model: nn.Module, folder: Path, training: dict[str, Any]) -> None:
-    """Write `model.safetensors`, `config.json` and the tokenizer, so that `load_policy(folder)` gives the model back.
+    """Write `model.safetensors`, `config.json` and the tokenizer, so that `load_policy(folder)` gives the
+    model back.
 
-    A decoder's weights go by the names that x-transformers has for them; its arguments stand in config.json under
-    "x_transformers". A Hugging Face model is saved by its own `save_pretrained`. How the model was trained stands
-    under "dpo_wrapper" in either.
+    A decoder's weights go by the names that x-transformers has for them; its arguments stand in config.json
+    under "x_transformers". A Hugging Face model is saved by its own `save_pretrained`. How the model was
+    trained stands under "dpo_wrapper" in either.
     """
     from safetensors.torch import save_model
 

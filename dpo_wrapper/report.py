@@ -69,7 +69,8 @@ def summary_table(columns: Sequence[tuple[str, Record]]) -> str:
     lines = []
     for row in rows:
         first, *rest = (
-            cell.ljust(w) if k == 0 else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths))
+            cell.ljust(w) if k == 0 else cell.rjust(w)
+            for k, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
         lines.append("  ".join([first, *rest]).rstrip())
     lines.insert(1, "-" * max(map(len, lines)))

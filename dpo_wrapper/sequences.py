@@ -1,4 +1,7 @@
-"""From padded rows and masks to what a model computes and what of it is scored. The one place where things shift."""
+"""From padded rows and masks to what a model computes and what of it is scored.
+
+The one place where ids and masks shift.
+"""
 
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
@@ -30,12 +33,13 @@ class Movable:
 class ScoredSequences(Movable):
     """Sequences as a model should see them, with their scored tokens listed.
 
-    `ids` holds each sequence's real tokens, moved to the left, without those behind the last scored one: wherever the
-    caller's padding stood, every position is what it would be without any, and a causal model needs no mask.
+    `ids` holds each sequence's real tokens, moved to the left, without those behind the last scored one:
+    wherever the caller's padding stood, every position is what it would be without any, and a causal model
+    needs no mask.
 
         seq     .  a  b  .  c  d         ids       a  b  c        (d is never an input)
         real    0  1  1  0  1  1         row       0  0           one entry per scored token
-        scored  0  0  0  0  1  1         source    1  2           where its score is read: the real token before it
+        scored  0  0  0  0  1  1         source    1  2           where its score is read: the token before
                                          target    c  d
 
     `length` is the number of scored tokens of each sequence, `real` the number of real ids in its row.
@@ -94,9 +98,9 @@ class ScoredSequences(Movable):
 class PreferenceBatch(Movable):
     """Sequences and the pairs among them: row `k` of `pairs` holds the indices of chosen and rejected.
 
-    `step_pairs` and `step_chosen_tokens` count the valid pairs and their scored chosen tokens of a whole optimizer
-    step, where this batch is a part of it: losses are then divided by these, so that the parts' losses add up to the
-    loss of the whole.
+    `step_pairs` and `step_chosen_tokens` count the valid pairs and their scored chosen tokens of a whole
+    optimizer step, where this batch is a part of it: losses are then divided by these, so that the parts'
+    losses add up to the loss of the whole.
     """
 
     sequences: ScoredSequences

@@ -1,7 +1,7 @@
 """What a stage of training does with a micro-batch: supervised warm-up, and preferences.
 
-Every micro-batch gives its share of the step's loss, divided by counts of the whole step, so that gradients add up to
-the same update however a step is split.
+Every micro-batch gives its share of the step's loss, divided by counts of the whole step, so that gradients
+add up to the same update however a step is split.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ class Stage(Protocol):
         """Pairs and scored tokens of a batch; summed over a step they are what `share` divides by."""
 
     def share(self, module: nn.Module, batch: Any, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
-        """This batch's part of the step's loss, and its metrics. `module` is `self.module`, perhaps wrapped."""
+        """This batch's part of the step's loss, and metrics. `module` is `self.module`, perhaps wrapped."""
 
     def held_out(self, module: nn.Module, batches: Sequence[Any], reduce: Reduce) -> dict[str, float]:
         """Metrics over held-out batches, of which other processes have others."""
@@ -57,7 +57,7 @@ class SFTStage:
     name, title = "sft", "SFT"
 
     def __init__(self, model: nn.Module, collate: PreferenceCollator) -> None:
-        self.module = LikelihoodLoss(model)
+        self.module: nn.Module = LikelihoodLoss(model)
         self.collate = collate
 
     def batch(self, items: Sequence[PreferenceItem]) -> ScoredSequences:
@@ -89,7 +89,7 @@ class DPOStage:
     name, title = "dpo", "DPO"
 
     def __init__(self, dpo: DPO, collate: PreferenceCollator) -> None:
-        self.module = dpo
+        self.module: nn.Module = dpo
         self.collate = collate
 
     def batch(self, items: Sequence[PreferenceItem]) -> PreferenceBatch:

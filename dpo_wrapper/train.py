@@ -1,6 +1,7 @@
 """From a file of preferences to a better model: `train(TrainConfig(data = ...))`."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from accelerate.utils import set_seed
 from torch import nn
@@ -56,7 +57,7 @@ def prepare(config: TrainConfig) -> Prepared:
     run = RunFolder(config)
     run.check(config.resume)
     fields = Fields(prompt=config.prompt_field, chosen=config.chosen_field, rejected=config.rejected_field)
-    on_error = "skip" if config.skip_bad_rows else "raise"
+    on_error: Literal["raise", "skip"] = "skip" if config.skip_bad_rows else "raise"
     rows, errors = read_rows(config.data, fields, on_error=on_error)
     if config.eval_data is None:
         parts = split_rows(rows, config.eval_fraction, config.seed)
@@ -67,7 +68,8 @@ def prepare(config: TrainConfig) -> Prepared:
     set_seed(config.seed)
     start = str(run.sft) if run.sft.is_dir() and run.progress.stage == "dpo" else config.model
     policy = load_policy(start, config.tokenizer, config.max_length)
-    notes, pairs = [], []
+    notes: list[str] = []
+    pairs: list[list[TokenPair]] = []
     for name, part in zip(("training", "held-out"), parts, strict=True):
         encoded = encode_rows(
             [as_chat(row) if config.as_chat else row for row in part],
@@ -83,7 +85,7 @@ def prepare(config: TrainConfig) -> Prepared:
         notes.append(f"{len(errors)} rows could not be read and are left out; the first: {errors[0]}")
     if not pairs[0]:
         raise ValueError(f"{config.data} leaves no pair to train on.")
-    return Prepared(config, run, policy, *pairs, tuple(notes))
+    return Prepared(config, run, policy, pairs[0], pairs[1], tuple(notes))
 
 
 def train(config: TrainConfig) -> RunFolder:
@@ -146,7 +148,7 @@ def before_and_after(run: RunFolder) -> str:
 def side_by_side(policy: Policy, dpo: DPO, pair: TokenPair) -> str:
     """One prompt with what the reference and the policy make of it, each at its most likely."""
     tokenizer = policy.tokenizer
-    lines = [f"prompt     {shown(tokenizer.decode(list(pair.prompt)))}"]
+    lines = [f"prompt     {shown(tokenizer.decode(list(pair.prompt)), end=True)}"]
     for name, model in (("reference", dpo.ref_model), ("policy", dpo.policy_model)):
         if model is not None:
             ids = complete(model, list(pair.prompt), COMPLETION_TOKENS, tokenizer.eos_id)
@@ -155,7 +157,9 @@ def side_by_side(policy: Policy, dpo: DPO, pair: TokenPair) -> str:
     return "\n".join(lines)
 
 
-def shown(text: str, most: int = 300) -> str:
-    """Text on one line, its end if it is long."""
+def shown(text: str, most: int = 300, *, end: bool = False) -> str:
+    """Text on one line; of a long one its beginning, or its end."""
     line = " ".join(text.split())
-    return line if len(line) <= most else "…" + line[-most:]
+    if len(line) <= most:
+        return line
+    return f"…{line[-most:]}" if end else f"{line[:most]}…"

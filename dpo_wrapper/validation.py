@@ -6,32 +6,50 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from dpo_wrapper.losses import is_number
+from dpo_wrapper.sequences import PreferenceBatch
+
 Sides = tuple[Tensor, Tensor]
 SIDES = ("preferred_seq", "unpreferred_seq")
 
 
+def kind(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
 def check_ids(name: str, seq: object) -> Tensor:
+    """The ids as int64."""
     if not isinstance(seq, Tensor):
-        raise TypeError(f"{name} should be a tensor of token ids, but it is a {type(seq).__name__}.")
+        raise TypeError(f"{name} should be a tensor of token ids, but it is {kind(seq)}: use torch.tensor(ids).")
     if seq.is_floating_point() or seq.is_complex() or seq.dtype == torch.bool:
-        raise TypeError(f"{name} should hold token ids (int64), but its dtype is {seq.dtype}: use .long().")
+        remedy = "is it a mask?" if seq.dtype == torch.bool else "use .long()."
+        raise TypeError(f"{name} should hold token ids (int64), but its dtype is {seq.dtype}: {remedy}")
     if seq.ndim != 2:
-        raise ValueError(f"{name} should have shape (b, n), but its shape is {tuple(seq.shape)}.")
+        raise ValueError(
+            f"{name} should have shape (b, n), one row a sequence, but its shape is {tuple(seq.shape)}: "
+            "for a single sequence use ids[None]."
+        )
     if 0 in seq.shape:
         raise ValueError(
-            f"{name} should hold at least one row and one token, but its shape is {tuple(seq.shape)}."
+            f"{name} should hold at least one row and one token, but its shape is {tuple(seq.shape)}: "
+            "leave such a batch out."
         )
-    return seq
+    if seq.is_meta:
+        raise ValueError(f"{name} is on the meta device, where tensors hold no ids: move it to the model's.")
+    return seq.long()
 
 
-def check_mask(name: str, mask: object, like: Tensor, other: str) -> Tensor:
+def check_mask(name: str, mask: object, like: Tensor, other: str, remedy: str = "") -> Tensor:
     if not isinstance(mask, Tensor):
-        raise TypeError(f"{name} should be a bool tensor, but it is a {type(mask).__name__}.")
+        raise TypeError(
+            f"{name} should be a bool tensor, but it is {kind(mask)}: use torch.tensor(mask, dtype=torch.bool)."
+        )
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} should be bool, but its dtype is {mask.dtype}: use .bool().")
     if mask.shape != like.shape:
         raise ValueError(
-            f"{name} should have the shape of {other}, {tuple(like.shape)}, but its shape is {tuple(mask.shape)}."
+            f"{name} should have the shape of {other}, {tuple(like.shape)}, but its shape is "
+            f"{tuple(mask.shape)}: {remedy or 'give one value for each token.'}"
         )
     if mask.device != like.device:
         raise ValueError(f"{name} is on {mask.device} but {other} is on {like.device}: move one of them.")
@@ -39,9 +57,10 @@ def check_mask(name: str, mask: object, like: Tensor, other: str) -> Tensor:
 
 
 def check_sequences(preferred_seq: object, unpreferred_seq: object) -> Sides:
+    left = check_ids(SIDES[0], preferred_seq)
     if unpreferred_seq is None:
         raise TypeError("unpreferred_seq is missing: call dpo(preferred_seq, unpreferred_seq, prompt_mask).")
-    left, right = check_ids(SIDES[0], preferred_seq), check_ids(SIDES[1], unpreferred_seq)
+    right = check_ids(SIDES[1], unpreferred_seq)
     if len(left) != len(right):
         raise ValueError(
             f"each preferred_seq needs its unpreferred_seq, but there are {len(left)} and {len(right)}."
@@ -58,13 +77,15 @@ def check_both_sides(name: str, mask: object, seqs: Sides) -> Sides:
     if isinstance(mask, (tuple, list)):
         if len(mask) != 2:
             raise ValueError(f"{name} should be one mask or a tuple of two, but it has {len(mask)} elements.")
+        order = "the tuple holds the mask of preferred_seq, then that of unpreferred_seq."
         checked = [
-            check_mask(f"{name}[{k}]", m, seq, side)
+            check_mask(f"{name}[{k}]", m, seq, side, order)
             for k, (m, seq, side) in enumerate(zip(mask, seqs, SIDES, strict=True))
         ]
         return checked[0], checked[1]
     wider = max(range(2), key=lambda k: seqs[k].shape[1])
-    mask = check_mask(name, mask, seqs[wider], SIDES[wider])
+    both = "one mask serves both sides if it is as wide as the wider, else give a tuple of two."
+    mask = check_mask(name, mask, seqs[wider], SIDES[wider], both)
     return mask[:, : seqs[0].shape[1]], mask[:, : seqs[1].shape[1]]
 
 
@@ -103,10 +124,14 @@ def check_seq_masks(
 
 def check_ref_log_probs(ref_log_probs: object, pairs: int, device: torch.device) -> Sides:
     if not (isinstance(ref_log_probs, (tuple, list)) and len(ref_log_probs) == 2):
-        raise TypeError("ref_log_probs should be a tuple (chosen, rejected) of tensors of shape (b,).")
+        raise TypeError(
+            f"ref_log_probs should be a tuple (chosen, rejected) of tensors of shape ({pairs},), "
+            f"but it is {kind(ref_log_probs)}: give what sequence_log_probs says of each side."
+        )
     for side, sums in zip(("chosen", "rejected"), ref_log_probs, strict=True):
         if not (isinstance(sums, Tensor) and sums.is_floating_point()):
-            raise TypeError(f"ref_log_probs for {side} should be a tensor of floats: sums in nats.")
+            got = sums.dtype if isinstance(sums, Tensor) else kind(sums)
+            raise TypeError(f"ref_log_probs for {side} should be a tensor of floats, sums in nats, not {got}.")
         if sums.shape != (pairs,):
             raise ValueError(
                 f"ref_log_probs for {side} should have shape ({pairs},), one sum per pair, "
@@ -120,7 +145,23 @@ def check_ref_log_probs(ref_log_probs: object, pairs: int, device: torch.device)
             raise ValueError(
                 f"ref_log_probs for {side} is on {sums.device} but the batch is on {device}: move it."
             )
+        if not sums.isfinite().all():
+            raise ValueError(f"ref_log_probs for {side} should be finite, but one is not: compute them again.")
     return cast(Sides, tuple(ref_log_probs))
+
+
+def check_batch(batch: PreferenceBatch, beside: Sequence[object]) -> PreferenceBatch:
+    """A ready-made batch, with none of the arguments that it replaces."""
+    if any(argument is not None for argument in beside):
+        raise TypeError("a PreferenceBatch holds ids and masks already: give it alone.")
+    if len(batch.pairs):
+        low, high = (int(bound) for bound in torch.aminmax(batch.pairs))
+        if low < 0 or high >= (most := len(batch.sequences.length)):
+            raise ValueError(
+                f"pairs should hold indices in [0, {most}), the batch's sequences, but they reach from {low} "
+                f"to {high}: index into this batch alone."
+            )
+    return batch
 
 
 def check_vocabulary(ids: Tensor, vocab_size: int) -> None:
@@ -136,7 +177,7 @@ def check_vocabulary(ids: Tensor, vocab_size: int) -> None:
 
 def check_beta(beta: object, losses: Sequence[tuple[object, float]], given: bool) -> float:
     """`dpo.beta`, the scale of the logged rewards: that of the first loss that has one."""
-    if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not beta > 0:
+    if not (is_number(beta) and beta > 0):
         raise ValueError(f"beta should be a positive number, but it is {beta!r}.")
     of_losses = [loss.beta for loss, _ in losses if hasattr(loss, "beta")]
     own = of_losses[0] if of_losses else beta
@@ -158,5 +199,11 @@ def check_share_prefix(share_prefix: object) -> None:
         raise ValueError(
             "share_prefix = True is not available yet: use 'auto', which computes padded sequences."
         )
-    if share_prefix not in ("auto", False):
+    if not isinstance(share_prefix, (str, bool)) or share_prefix not in ("auto", False):
         raise ValueError(f"share_prefix should be 'auto' or False, but it is {share_prefix!r}.")
+
+
+def check_flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} should be True or False, but it is {value!r}.")
+    return value

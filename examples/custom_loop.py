@@ -1,6 +1,6 @@
-"""Your own loop: language modelling with AutoregressiveWrapper, then preferences with DPO, on one x-transformers model.
+"""Your own loop: language modelling with AutoregressiveWrapper, then preferences with DPO, on one model.
 
-    python examples/custom_loop.py
+python examples/custom_loop.py
 """
 
 from pathlib import Path

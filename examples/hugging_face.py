@@ -1,6 +1,6 @@
-"""A Hugging Face model: built from a config here (nothing is downloaded), saved, loaded by folder, trained, saved.
+"""A Hugging Face model: built from a config (nothing is downloaded), saved, loaded, trained, saved.
 
-    python examples/hugging_face.py
+python examples/hugging_face.py
 """
 
 import tempfile
@@ -24,13 +24,15 @@ DATA = Path(__file__).parent / "data" / "preferences.jsonl"
 
 
 def build(folder: Path) -> None:
-    """A small Llama with a byte-level BPE tokenizer learned from the data, saved as any Hugging Face model is."""
+    """A small Llama with a BPE tokenizer learned from the data, saved as any Hugging Face model is."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<pad>", "<s>", "</s>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train([str(DATA)], trainers.BpeTrainer(vocab_size=1000, special_tokens=special, initial_alphabet=alphabet))
+    tokenizer.train(
+        [str(DATA)], trainers.BpeTrainer(vocab_size=1000, special_tokens=special, initial_alphabet=alphabet)
+    )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
@@ -59,7 +61,9 @@ def main(steps: int = 30) -> float:
         model = AutoModelForCausalLM.from_pretrained(folder / "base")
         tokenizer = HuggingFaceTokenizer.load(str(folder / "base"))
         dataset = PreferenceDataset.from_file(DATA, tokenizer, max_length=256)
-        loader = DataLoader(dataset, batch_size=16, shuffle=True, collate_fn=PreferenceCollator(dataset.pad_id))
+        loader = DataLoader(
+            dataset, batch_size=16, shuffle=True, collate_fn=PreferenceCollator(dataset.pad_id)
+        )
 
         dpo = DPO(model, loss=[(Sigmoid(beta=0.1), 1.0), (SFT(), 1.0)])
         optimizer = torch.optim.AdamW(dpo.parameters(), lr=3e-4)

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: help, one sentence for what is wrong, exit status, and no traceback."""
+"""The command line as a user meets it: help, one sentence for what is wrong, exit status, no traceback."""
 
 import json
 import os
@@ -43,8 +43,9 @@ def test_help_loads_nothing_heavy_but_torch():
         "from dpo_wrapper.cli import main\n"
         "try: main(['train', '--help'])\n"
         "except SystemExit: pass\n"
-        "print('LOADED', [m for m in ('transformers', 'accelerate', 'datasets', 'matplotlib', 'triton', 'pyarrow',\n"
-        "    'x_transformers', 'peft') if m in sys.modules])\n"
+        "heavy = ('transformers', 'accelerate', 'datasets', 'matplotlib', 'triton', 'pyarrow',\n"
+        "    'x_transformers', 'peft')\n"
+        "print('LOADED', [m for m in heavy if m in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip().endswith("LOADED []"), done.stdout[-300:] + done.stderr[-300:]
@@ -53,8 +54,8 @@ def test_help_loads_nothing_heavy_but_torch():
 def test_importing_the_package_loads_core_dependencies_alone():
     code = (
         "import sys, dpo_wrapper\n"
-        "heavy = ('transformers', 'accelerate', 'datasets', 'matplotlib', 'triton', 'pyarrow', 'peft', 'tyro',\n"
-        "         'tokenizers', 'safetensors')\n"
+        "heavy = ('transformers', 'accelerate', 'datasets', 'matplotlib', 'triton', 'pyarrow', 'peft',\n"
+        "    'tyro', 'tokenizers', 'safetensors')\n"
         "print([m for m in heavy if m in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
@@ -94,26 +95,70 @@ BAD = {
     ),
     "gzip cut off": ({"d.jsonl.gz": b"\x1f\x8b\x08\x00"}, ["--data", "d.jsonl.gz"], r"d\.jsonl\.gz"),
     "not parquet": ({"d.parquet": "hello"}, ["--data", "d.parquet"], r"d\.parquet"),
-    "held-out file missing": ({"d.jsonl": GOOD}, ["--data", "d.jsonl", "--eval-data", "no.jsonl"], r"no\.jsonl"),
-    "held-out file is the file": ({"d.jsonl": GOOD}, ["--data", "d.jsonl", "--eval-data", "d.jsonl"], "same file"),
+    "held-out file missing": (
+        {"d.jsonl": GOOD},
+        ["--data", "d.jsonl", "--eval-data", "no.jsonl"],
+        r"no\.jsonl",
+    ),
+    "held-out file is the file": (
+        {"d.jsonl": GOOD},
+        ["--data", "d.jsonl", "--eval-data", "d.jsonl"],
+        "same file",
+    ),
     "unknown option": ({"d.jsonl": GOOD}, ["--data", "d.jsonl", "--epochz", "1"], "--epochz.*--epochs"),
     "not a number": ({"d.jsonl": GOOD}, ["--data", "d.jsonl", "--epochs", "many"], "--epochs.*many"),
     "no data": ({}, [], "--data"),
-    "negative epochs": ({"d.jsonl": GOOD}, ["--data", "d.jsonl", "--epochs", "-1"], "--epochs should be 0 or more"),
-    "batch of none": ({"d.jsonl": GOOD}, ["--data", "d.jsonl", "--batch-size", "0"], "--batch-size should be at least 1"),
-    "learning rate": ({"d.jsonl": GOOD}, ["--data", "d.jsonl", "--lr", "0"], "--lr should be a positive number"),
-    "learning rate nan": ({"d.jsonl": GOOD}, ["--data", "d.jsonl", "--lr", "nan"], "--lr should be a positive number"),
-    "fraction": ({"d.jsonl": GOOD}, ["--data", "d.jsonl", "--eval-fraction", "1"], r"--eval-fraction should be in \[0, 1\)"),
-    "too short": ({"d.jsonl": GOOD}, ["--data", "d.jsonl", "--max-length", "4"], "--max-length should be at least 8"),
+    "negative epochs": (
+        {"d.jsonl": GOOD},
+        ["--data", "d.jsonl", "--epochs", "-1"],
+        "--epochs should be 0 or more",
+    ),
+    "batch of none": (
+        {"d.jsonl": GOOD},
+        ["--data", "d.jsonl", "--batch-size", "0"],
+        "--batch-size should be at least 1",
+    ),
+    "learning rate": (
+        {"d.jsonl": GOOD},
+        ["--data", "d.jsonl", "--lr", "0"],
+        "--lr should be a positive number",
+    ),
+    "learning rate nan": (
+        {"d.jsonl": GOOD},
+        ["--data", "d.jsonl", "--lr", "nan"],
+        "--lr should be a positive number",
+    ),
+    "fraction": (
+        {"d.jsonl": GOOD},
+        ["--data", "d.jsonl", "--eval-fraction", "1"],
+        r"--eval-fraction should be in \[0, 1\)",
+    ),
+    "too short": (
+        {"d.jsonl": GOOD},
+        ["--data", "d.jsonl", "--max-length", "4"],
+        "--max-length should be at least 8",
+    ),
     "precision": ({"d.jsonl": GOOD}, ["--data", "d.jsonl", "--precision", "int8"], "--precision.*bf16"),
-    "unknown loss": ({"d.jsonl": GOOD}, ["--data", "d.jsonl", "--loss", "dpo"], "unknown loss 'dpo'.*sigmoid"),
+    "unknown loss": (
+        {"d.jsonl": GOOD},
+        ["--data", "d.jsonl", "--loss", "dpo"],
+        "unknown loss 'dpo'.*sigmoid",
+    ),
     "loss option": (
         {"d.jsonl": GOOD},
         ["--data", "d.jsonl", "--loss", "sft(beta=1)"],
         "sft in .* takes no options",
     ),
-    "beta": ({"d.jsonl": GOOD}, ["--data", "d.jsonl", "--loss", "sigmoid(beta=-1)"], "beta should be .*positive.*-1"),
-    "folder without a model": ({"d.jsonl": GOOD, "m/x": ""}, ["--data", "d.jsonl", "--model", "m"], "m holds no config.json"),
+    "beta": (
+        {"d.jsonl": GOOD},
+        ["--data", "d.jsonl", "--loss", "sigmoid(beta=-1)"],
+        "beta should be .*positive.*-1",
+    ),
+    "folder without a model": (
+        {"d.jsonl": GOOD, "m/x": ""},
+        ["--data", "d.jsonl", "--model", "m"],
+        "m holds no config.json",
+    ),
     "folder with a foreign config": (
         {"d.jsonl": GOOD, "m/config.json": "{}"},
         ["--data", "d.jsonl", "--model", "m"],
@@ -125,7 +170,11 @@ BAD = {
         "folder/that/is/not/there",
     ),
     "out is a file": ({"d.jsonl": GOOD, "o": ""}, ["--data", "d.jsonl", "--out", "o"], "--out o is a file"),
-    "out is not empty": ({"d.jsonl": GOOD, "o/x": ""}, ["--data", "d.jsonl", "--out", "o"], "--out o is not empty"),
+    "out is not empty": (
+        {"d.jsonl": GOOD, "o/x": ""},
+        ["--data", "d.jsonl", "--out", "o"],
+        "--out o is not empty",
+    ),
     "nothing to resume": ({"d.jsonl": GOOD}, ["--data", "d.jsonl", "--out", "o", "--resume"], "holds no run"),
 }
 
@@ -152,7 +201,9 @@ def test_bad_input_gets_one_sentence_and_loses_nothing(case, tmp_path, monkeypat
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "dpo_wrapper", "train", "--data", BUNDLED, "--out", out, "--cpu"]
-    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
     log = out / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (log.exists() and log.read_text().count("\n") > 2) and time.monotonic() < deadline:
@@ -170,5 +221,7 @@ def test_the_program_is_installed_under_both_names():
             if not beside.exists():
                 pytest.skip("the package is not installed here")
             command = [str(beside)]
-        done = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd=ROOT, env={**os.environ})
+        done = subprocess.run(
+            [*command, "--help"], capture_output=True, text=True, cwd=ROOT, env={**os.environ}
+        )
         assert done.returncode == 0 and "train" in done.stdout

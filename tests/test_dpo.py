@@ -240,7 +240,7 @@ def test_without_a_reference_the_loss_is_the_simplified_form():
 
 
 def test_metrics_by_hand():
-    """Two tokens of known probability: p_w = ln 0.5 against r_w = ln 0.25, p_l = ln 0.1 against r_l = ln 0.4."""
+    """Known probabilities: p_w = ln 0.5 and r_w = ln 0.25, p_l = ln 0.1 and r_l = ln 0.4."""
 
     class Table(nn.Module):
         def __init__(self, rows):

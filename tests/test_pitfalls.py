@@ -41,8 +41,11 @@ def test_pitfall_1_one_scored_token_scores_that_token(place):
 
 
 def test_pitfall_1_x_transformers_scores_the_wrong_tokens():
-    """x-transformers 2.31 crops the mask as it crops the inputs, but what it masks are targets. Given a mask that is
-    moved by one beforehand it agrees with `SigmoidNorm`; given the mask it asks for, it scores one token too early."""
+    """x-transformers 2.31 crops the mask as it crops the inputs, but what it masks are targets.
+
+    Given a mask that is moved by one beforehand it agrees with `SigmoidNorm`; given the mask it asks for, it
+    leaves out the first token of the completion.
+    """
     theirs_class = pytest.importorskip("x_transformers.dpo").DPO
     policy = ZOO["xt-absolute"](0)
     ours = DPO(policy, loss=SigmoidNorm(0.1))
@@ -146,7 +149,9 @@ def test_pitfall_7_no_valid_pair_is_a_zero_with_zero_gradients(name):
     assert all(math.isfinite(value) for value in metrics.values())
 
 
-@pytest.mark.parametrize("loss", [Sigmoid(), SigmoidNorm(), IPO(), SimPO(), [(SFT(), 1.0), (IPO(), 1.0)]], ids=str)
+@pytest.mark.parametrize(
+    "loss", [Sigmoid(), SigmoidNorm(), IPO(), SimPO(), [(SFT(), 1.0), (IPO(), 1.0)]], ids=str
+)
 def test_pitfall_16_padding_changes_no_loss(loss):
     dpo = DPO(nudged(ZOO["xt-absolute"](0)), reference=ZOO["xt-absolute"](0), loss=loss)
     chosen, rejected = torch.randint(1, 37, (2, 7)), torch.randint(1, 37, (2, 5))
@@ -193,18 +198,27 @@ def test_pitfall_21_each_sides_log_prob_and_its_change_are_reported():
         assert torch.allclose(metrics[f"rewards/{side}"], 0.2 * change, atol=1e-6)
 
 
-@pytest.mark.parametrize("loss", [Sigmoid(), [(Sigmoid(), 1.0), (SFT(), 0.7)]], ids=["sigmoid", "sigmoid + sft"])
+@pytest.mark.parametrize(
+    "loss", [Sigmoid(), [(Sigmoid(), 1.0), (SFT(), 0.7)]], ids=["sigmoid", "sigmoid + sft"]
+)
 @pytest.mark.parametrize("sizes", [(4,), (1, 1, 1, 1), (3, 1), (1, 2, 1)])
 def test_pitfall_23_the_parts_of_a_step_add_up_to_the_step(loss, sizes):
     """Pairs of quite different lengths, and one that is not valid, in one batch and in parts."""
     dpo = DPO(nudged(ZOO["xt-rotary"](0)), reference=ZOO["xt-rotary"](0), loss=loss)
     seqs = tuple(torch.randint(1, 37, (4, n), generator=Generator().manual_seed(n)) for n in (12, 9))
-    prompts = (torch.arange(12) < torch.tensor([[1], [9], [12], [5]]), torch.arange(9) < torch.tensor([[1]] * 4))
+    prompts = (
+        torch.arange(12) < torch.tensor([[1], [9], [12], [5]]),
+        torch.arange(9) < torch.tensor([[1]] * 4),
+    )
     reals = tuple(torch.ones_like(mask) for mask in prompts)
-    whole = gradients(dpo, preferred_seq=seqs[0], unpreferred_seq=seqs[1], prompt_mask=prompts, seq_mask=reals)
+    whole = gradients(
+        dpo, preferred_seq=seqs[0], unpreferred_seq=seqs[1], prompt_mask=prompts, seq_mask=reals
+    )
 
     def part(start, stop):
-        return PreferenceBatch.from_padded(*(tuple(t[start:stop] for t in ts) for ts in (seqs, prompts, reals)))
+        return PreferenceBatch.from_padded(
+            *(tuple(t[start:stop] for t in ts) for ts in (seqs, prompts, reals))
+        )
 
     totals = part(0, 4).counts()
     assert totals == (3, 11 + 3 + 7)
@@ -230,7 +244,7 @@ def test_pitfall_24_activation_checkpointing_changes_nothing(name, reentrant):
     expected, *_, expected_grads = gradients(DPO(plain).train(), **arguments(case))
     dpo, runs = DPO(checkpointed).train(), []
     dpo(**arguments(case))
-    layer = [m for m in dpo.policy_model.modules() if isinstance(m, nn.ModuleList)][0][0]
+    layer = next(m for m in dpo.policy_model.modules() if isinstance(m, nn.ModuleList))[0]
     next(layer.children()).register_forward_hook(lambda *_: runs.append(1))
     loss, *_, grads = gradients(dpo, **arguments(case))
     assert len(runs) == 2, "each layer runs again in backward"

@@ -17,7 +17,9 @@ SHELL = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
 
 def test_the_first_two_shell_blocks_are_the_two_commands():
     assert len(SHELL) >= 2
-    assert "pip install" in SHELL[0] and "dpo-wrapper train --data examples/data/preferences.jsonl" in SHELL[0]
+    assert (
+        "pip install" in SHELL[0] and "dpo-wrapper train --data examples/data/preferences.jsonl" in SHELL[0]
+    )
     assert "pip install" in SHELL[1] and "pytest" in SHELL[1]
 
 

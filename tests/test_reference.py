@@ -11,7 +11,16 @@ from zoo import ZOO
 
 from dpo_wrapper import DPO, IPO, SFT, Sigmoid, SimPO
 
-HEADS = ["xt-absolute", "xt-tied", "xt-wrapped", "xt-mixture", "hf-llama", "hf-llama-tied", "hf-gpt2", "plain-tied"]
+HEADS = [
+    "xt-absolute",
+    "xt-tied",
+    "xt-wrapped",
+    "xt-mixture",
+    "hf-llama",
+    "hf-llama-tied",
+    "hf-gpt2",
+    "plain-tied",
+]
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -50,7 +59,9 @@ def test_a_shared_parameter_that_begins_to_train_is_refused():
     dpo = DPO(model)
     model.model.embed_tokens.weight.requires_grad_(True)
     case = random_batch(Generator().manual_seed(0), odd=0)
-    with pytest.raises(ValueError, match=r"embed_tokens.weight was frozen when DPO was made.*before making DPO"):
+    with pytest.raises(
+        ValueError, match=r"embed_tokens.weight was frozen when DPO was made.*before making DPO"
+    ):
         dpo(**arguments(case))
 
 
@@ -61,7 +72,9 @@ class Closures(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(37, 8)
         scale = 3.0
-        self.heads = [functools.partial(lambda h, times: times * h @ self.embedding.weight.T / scale, times=2.0)]
+        self.heads = [
+            functools.partial(lambda h, times: times * h @ self.embedding.weight.T / scale, times=2.0)
+        ]
 
     def forward(self, ids):
         return self.heads[0](self.embedding(ids))

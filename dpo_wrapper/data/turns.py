@@ -122,8 +122,8 @@ def parse_text(text: str) -> tuple[Message, ...]:
     r"""The turns of a dialogue written as one text.
 
     Turns open with `\n\nHuman:` or `\n\nAssistant:`; the blank lines may be absent before the first. Contents
-    are stripped of surrounding white space. Text before the first turn is a system message. A speaker who goes on
-    (`\n\nAssistant:` twice in a row, as hh-rlhf has it) has one turn, its parts a blank line apart.
+    are stripped of surrounding white space. Text before the first turn is a system message. A speaker who
+    goes on (`\n\nAssistant:` twice in a row, as hh-rlhf has it) has one turn, its parts a blank line apart.
     """
     preamble, *parts = _TURN.split("\n\n" + text.strip())
     turns = [Message("system", preamble.strip())] if preamble.strip() else []
