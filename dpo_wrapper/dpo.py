@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from dpo_wrapper import validation
 from dpo_wrapper.losses import Loss, PairLogProbs, Sigmoid, combined, needs_reference, weighted
 from dpo_wrapper.metrics import pair_metrics
-from dpo_wrapper.models import turn_off_dropout
-from dpo_wrapper.reference import Reference
+from dpo_wrapper.modes import turn_off_dropout
+from dpo_wrapper.reference import Reference, copy_with_closures
 from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.sequences import PreferenceBatch
 
@@ -59,13 +59,21 @@ class DPO(nn.Module):
         self.beta = validation.check_beta(beta, self.losses, given=loss is not None)
         self.pad_id = validation.check_pad_id(pad_id)
         validation.check_share_prefix(share_prefix)
-        self.disable_dropout = disable_dropout
+        self.disable_dropout = validation.check_flag("disable_dropout", disable_dropout)
 
         self.reference = Reference(model, reference, needs_reference(self.losses))
         self.policy_model = model
         self.ref_model = self.reference.module
         self.score_policy = policy_scorer
-        self.score_reference = Scorer(self.ref_model or model, log_prob_impl, apart_from=model)
+        reference_model = model if self.ref_model is None else self.ref_model
+        self.score_reference = Scorer(reference_model, log_prob_impl, apart_from=policy_scorer)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DPO":
+        """A copy whose policy reads no weights but its own, with a tied head in x-transformers too."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy_with_closures(self.__dict__, self, memo))
+        return twin
 
     def forward(
         self,
@@ -103,7 +111,8 @@ class DPO(nn.Module):
             TypeError, ValueError: input that does not fit, before any forward pass.
         """
         if isinstance(preferred_seq, PreferenceBatch):
-            batch = preferred_seq
+            beside = (unpreferred_seq, prompt_mask, seq_mask, preferred_seq_mask, unpreferred_seq_mask)
+            batch = validation.check_batch(preferred_seq, beside)
         else:
             seqs = validation.check_sequences(preferred_seq, unpreferred_seq)
             prompts = validation.check_prompt_mask(prompt_mask, seqs)
@@ -112,8 +121,9 @@ class DPO(nn.Module):
             batch = PreferenceBatch.from_padded(seqs, prompts, reals)
 
         self.settle()
+        self.score_policy.check(batch.sequences)
         reference = self.reference_log_probs(batch, ref_log_probs)
-        policy = self.score_policy(batch.sequences)
+        policy = self.score_policy.score(batch.sequences)
         pairs = pair_log_probs(batch, policy, reference)
 
         per_pair = combined(self.losses, pairs)
@@ -136,8 +146,9 @@ class DPO(nn.Module):
     ) -> Float[Tensor, "s"] | None:
         """The reference's log-prob of each sequence; None where there is no reference."""
         if given is not None:
-            device = batch.sequences.ids.device
-            return torch.cat(validation.check_ref_log_probs(given, len(batch.pairs), device))
+            of_pairs = torch.cat(validation.check_ref_log_probs(given, len(batch.pairs), batch.pairs.device))
+            sums = of_pairs.new_zeros(batch.sequences.length.shape)
+            return sums.index_put((batch.pairs.T.flatten(),), of_pairs)
         with self.reference.still():
             return self.score_reference(batch.sequences) if self.reference.exists else None
 

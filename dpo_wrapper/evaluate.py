@@ -19,7 +19,7 @@ def evaluate(
     Args:
         dpo: a `DPO`, or a wrapper around one that passes its arguments on.
         batches: each pair in exactly one of them; with several processes, each process has its own share.
-        reduce: sums a tensor over the processes.
+        reduce: sums a tensor over the processes, each of which must have at least one batch.
     """
     batches, sums = list(batches), MetricSums()
     if not batches and reduce is None:

@@ -62,7 +62,7 @@ class MetricSums:
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         for name, value in metrics.items():
-            term = (value if name in COUNTS else value * metrics["pairs/valid"]).detach().double()
+            term = (value if name in COUNTS else value * metrics["pairs/valid"]).detach().cpu().double()
             self.sums[name] = self.sums[name] + term if name in self.sums else term
 
     def result(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:

@@ -1,18 +1,15 @@
 """How to ask a model for logits or, better, for hidden states and its output head.
 
-Nothing here changes a model's weights or modules. Families are told apart by what the model offers, so that neither
-transformers nor peft is imported.
+Nothing here changes a model's weights or modules. Families are told apart by what the model offers, so that
+neither transformers nor peft is imported.
 """
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from beartype import beartype
-from jaxtyping import Float, Int, jaxtyped
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 
@@ -35,7 +32,7 @@ class OutputHead:
 
 
 def linear_head(module: object, **options: Any) -> OutputHead | None:
-    """The head if it is a plain linear layer; one that is adapted, hooked or replaced is left to the model itself."""
+    """The head if it is a plain linear layer; an adapted, hooked or replaced one is left to the model."""
     if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
         return None
     return OutputHead(module.weight, module.bias, **options)
@@ -63,12 +60,14 @@ class LanguageModel:
 
 
 class XTransformersModel(LanguageModel):
-    """x-transformers' `TransformerWrapper`, alone or as the `.net` of `AutoregressiveWrapper` and its siblings."""
+    """x-transformers' `TransformerWrapper`, alone or as the `.net` of an `AutoregressiveWrapper` or such."""
 
     name = "x-transformers"
 
     def __init__(self, model: nn.Module, net: Any) -> None:
         super().__init__(model)
+        if net.to_logits is None:
+            raise TypeError("a model with an output head is expected: leave return_only_embed at False.")
         self.net = net
         self.vocab_size = net.num_tokens
         self.max_positions = getattr(net.pos_emb, "max_seq_len", None)
@@ -98,95 +97,71 @@ class HuggingFaceModel(LanguageModel):
         self.inner = inner
         config = inner.config
         if getattr(config, "is_encoder_decoder", False):
-            raise TypeError(f"a decoder-only model is expected, but {type(inner).__name__} has an encoder.")
+            raise TypeError(
+                f"a decoder-only model is expected, but {type(inner).__name__} has an encoder: "
+                "load one of transformers' AutoModelForCausalLM."
+            )
         self.text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.options = {"use_cache": False} if hasattr(self.text_config, "use_cache") else {}
         embedding = inner.get_input_embeddings()
-        self.vocab_size = embedding.num_embeddings
+        # one that PEFT has wrapped may hide its size
+        self.vocab_size = getattr(embedding, "num_embeddings", getattr(self.text_config, "vocab_size", None))
         longest = getattr(self.text_config, "max_position_embeddings", None)
-        # only a learned table of positions bounds the length; some of them (OPT) hold two more rows
-        tables = (m for m in inner.modules() if isinstance(m, nn.Embedding) and m is not embedding)
-        if longest is not None and any(longest <= table.num_embeddings <= longest + 2 for table in tables):
+        # only a table of positions bounds the length; some of them (OPT) hold two more rows
+        tables = [
+            m.num_embeddings for m in inner.modules() if isinstance(m, nn.Embedding) and m is not embedding
+        ]
+        tables += [len(buffer) for name, buffer in inner.named_buffers() if name.endswith("embed_positions")]
+        if longest is not None and any(longest <= length <= longest + 2 for length in tables):
             self.max_positions = longest
+        if hasattr(model, "_orig_mod"):
+            warnings.warn(
+                "of a compiled Hugging Face model only the whole is compiled, and scoring calls its parts: "
+                f"compile model.{inner.base_model_prefix} instead.",
+                stacklevel=2,
+            )
 
     def logits(self, ids: Int[Tensor, "b n"]) -> Any:
-        return self.model(input_ids=ids, **self.options).logits
+        output = self.model(input_ids=ids, **self.options)
+        return getattr(output, "logits", output)
 
     def hidden(self, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         return self.inner.base_model(input_ids=ids, **self.options).last_hidden_state
 
     def head(self) -> OutputHead | None:
-        if self.inner.base_model is self.inner:
-            return None
-        scale = getattr(self.text_config, "logit_scale", None) or 1.0
-        scale /= getattr(self.text_config, "logits_scaling", None) or 1.0
-        softcap = getattr(self.text_config, "final_logit_softcapping", None)
+        peft_config = getattr(self.model, "active_peft_config", None)
+        if self.inner.base_model is self.inner or getattr(peft_config, "is_prompt_learning", False):
+            return None  # what a learned prompt adds, it adds outside the base model
+
+        def option(*names: str) -> float | None:
+            return next((value for name in names if (value := getattr(self.text_config, name, None))), None)
+
+        scale = (option("logit_scale", "lm_head_multiplier") or 1.0) / (option("logits_scaling") or 1.0)
+        softcap = option("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
         return linear_head(self.inner.get_output_embeddings(), logit_scale=scale, softcap=softcap)
 
 
 def language_model(model: nn.Module) -> LanguageModel:
     """The family a model belongs to."""
     inner: Any = model
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        inner = model.get_base_model()
+    if hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    whole = getattr(inner, "_orig_mod", inner)  # what torch.compile has wrapped
     if (library := sys.modules.get("x_transformers.x_transformers")) is not None:
-        net = inner
-        while type(net).__module__.startswith("x_transformers.") and not isinstance(
-            net, library.TransformerWrapper
-        ):
+        net = whole
+        while is_of_x_transformers(net) and not isinstance(net, library.TransformerWrapper):
             net = getattr(net, "net", None)
         if isinstance(net, library.TransformerWrapper):
-            return XTransformersModel(model, net)
-    if hasattr(inner, "config") and hasattr(inner, "get_output_embeddings"):
-        return HuggingFaceModel(model, inner)
+            return XTransformersModel(model, inner if net is whole else net)
+    if hasattr(whole, "config") and hasattr(whole, "get_output_embeddings"):
+        return HuggingFaceModel(model, whole)
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        warnings.warn(
+            f"inside {type(model).__name__} all logits of a model are computed: wrap DPO, not the model.",
+            stacklevel=2,
+        )
     return LanguageModel(model)
 
 
-def turn_off_dropout(model: nn.Module) -> None:
-    """Put a model in eval mode: dropout as modules, as function calls and of whole layers, all at once.
-
-    A module that checkpoints its activations does so in training mode only (transformers), so it alone keeps that
-    mode, with rates of dropout that it may use in its own forward set to 0.
-    """
-    for module in model.modules():
-        module.training = bool(getattr(module, "gradient_checkpointing", False))
-        if module.training:
-            for name, value in vars(module).items():
-                if "drop" in name and isinstance(value, float):
-                    setattr(module, name, 0.0)
-
-
-@contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Eval mode within, and each module's own mode again after."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def one_arithmetic() -> Iterator[None]:
-    """Keep torch's transformer layers from a fused path that they take only where no gradients are wanted, so that
-    policy and reference round alike."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-
-
-@jaxtyped(typechecker=beartype)
-def difference(got: Float[Tensor, "*n"], expected: Float[Tensor, "*n"]) -> tuple[float, bool]:
-    """The largest difference relative to the largest expected value, and whether it is more than rounding."""
-    tolerance = max(TOLERANCE.get(t.dtype, 0.1) for t in (got, expected))
-    got, expected = got.double(), expected.double()
-    worst = ((got - expected).abs().max() / expected.abs().max().clamp(min=1.0)).item()
-    return worst, not worst <= tolerance  # NaN counts as a difference
+def is_of_x_transformers(module: object) -> bool:
+    return any(kind.__module__.startswith("x_transformers.") for kind in type(module).__mro__)

@@ -1,33 +1,56 @@
-"""Where reference log-probs come from: a frozen copy, a given module, the policy with its adapter off, or nowhere."""
+"""Where reference log-probs come from: a frozen copy, a given module, the policy without adapter, nowhere."""
 
 import copy
+import re
 import types
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
+from dpo_wrapper.modes import quiet
+
+T = TypeVar("T")
+
 KINDS = ("auto", "copy", "adapter", "none")
+FACTOR = re.compile(r"lora_(embedding_)?[AB]\.")
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode, without gradients, that shares storage for parameters that do not train.
-
-    `deepcopy` leaves functions as they are. One that a module holds (a lambda as output head, say) and that closes
-    over a part of the model would go on reading the original, so such functions are made anew around the copy.
-    """
+    """A copy in eval mode, without gradients, that shares storage for parameters that do not train."""
     memo: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
+    copied = copy_with_closures(model, model, memo)
+    if any(hasattr(module, "__deepcopy__") for module in model.modules()):
+        pairs = zip(model.state_dict().values(), copied.state_dict().values(), strict=True)
+        if copied is model or not all(torch.equal(old, new) for old, new in pairs):
+            raise ValueError(
+                "the model's own __deepcopy__ gives no copy with the same weights: give a separately built "
+                "model as reference = module."
+            )
+    return copied.requires_grad_(False).eval()
+
+
+def copy_with_closures(value: T, model: nn.Module, memo: dict[int, Any]) -> T:
+    """`deepcopy` of the model or of what it holds, that leaves nothing reading the original.
+
+    `deepcopy` leaves functions as they are. One that a module holds (a lambda as output head, say) and that
+    closes over a part of the model would go on reading the original, so such functions are made anew around
+    the copy. And it refuses tensors that were computed, like those that hooks compute from parameters
+    (`weight_norm`, pruning); they are copied as the numbers they are.
+    """
+    held = [thing for module in model.modules() for thing in vars(module).values()]
+    memo |= {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}
     parts = {id(part) for part in (*model.modules(), *model.parameters(), *model.buffers())}
-    closures = list(closures_over(parts, model))
     remade = []
-    for function in closures:
+    for function in list(closures_over(parts, held)):
         cells = tuple(types.CellType() for _ in function.__closure__ or ())
         new = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, cells)
         memo[id(function)] = new
         remade.append((function, new))
-    copied = copy.deepcopy(model, memo)
+    copied = copy.deepcopy(value, memo)
     for function, new in remade:
         new.__defaults__ = copy.deepcopy(function.__defaults__, memo)
         new.__kwdefaults__ = copy.deepcopy(function.__kwdefaults__, memo)
@@ -35,7 +58,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
         for old_cell, new_cell in zip(function.__closure__ or (), new.__closure__ or (), strict=True):
             for content in contents(old_cell):
                 new_cell.cell_contents = copy.deepcopy(content, memo) if reaches(content, parts) else content
-    return copied.requires_grad_(False).eval()
+    return copied
 
 
 def contents(cell: types.CellType) -> tuple[Any, ...]:
@@ -62,17 +85,24 @@ def held_by(value: object) -> tuple[Any, ...]:
     return ()
 
 
-def reaches(value: object, parts: set[int], seen: frozenset[int] = frozenset()) -> bool:
+def reaches(value: object, parts: set[int]) -> bool:
     """Whether a part of the model is held by `value`, however deep."""
-    if id(value) in parts:
-        return True
-    return id(value) not in seen and any(reaches(held, parts, seen | {id(value)}) for held in held_by(value))
-
-
-def closures_over(parts: set[int], model: nn.Module) -> Iterator[types.FunctionType]:
-    """Functions that the modules hold as attributes and that reach a part of the model."""
     seen: set[int] = set()
-    waiting: list[Any] = [value for module in model.modules() for value in vars(module).values()]
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in parts:
+            return True
+        if id(value) not in seen:
+            seen.add(id(value))
+            waiting.extend(held_by(value))
+    return False
+
+
+def closures_over(parts: set[int], held: list[Any]) -> Iterator[types.FunctionType]:
+    """Functions among what is held, however deep, that reach a part of the model."""
+    seen: set[int] = set()
+    waiting = list(held)
     while waiting:
         value = waiting.pop()
         if id(value) in seen or isinstance(value, (nn.Module, Tensor)):
@@ -84,12 +114,12 @@ def closures_over(parts: set[int], model: nn.Module) -> Iterator[types.FunctionT
 
 
 def adapter_is_idle(policy: nn.Module) -> bool:
-    """Whether a PEFT LoRA adapter that does nothing yet is all that trains: then switching it off is the reference."""
+    """Whether all that trains is a PEFT LoRA adapter that does nothing yet: off, it leaves the reference."""
     if not (hasattr(policy, "peft_config") and hasattr(policy, "disable_adapter")):
         return False
-    # of the two factors PEFT starts B at zero, for embeddings A
+    # of the two factors PEFT starts B at zero, for embeddings A; beside them DoRA trains magnitudes
     zeros = [p for name, p in policy.named_parameters() if "lora_B." in name or "lora_embedding_A." in name]
-    alone = all("lora_" in name for name, p in policy.named_parameters() if p.requires_grad)
+    alone = all(FACTOR.search(name) for name, p in policy.named_parameters() if p.requires_grad)
     return bool(zeros) and alone and not any(p.detach().any() for p in zeros)
 
 
@@ -114,8 +144,8 @@ class Reference:
         elif kind == "adapter":
             if not adapter_is_idle(policy):
                 raise ValueError(
-                    "reference = 'adapter' switches a fresh PEFT LoRA adapter off, but this policy has none, or one "
-                    "that is already trained, or trains other weights as well: use reference = 'copy'."
+                    "reference = 'adapter' switches a fresh PEFT LoRA adapter off, but this policy has none, "
+                    "or one that is already trained, or trains other weights as well: use reference = 'copy'."
                 )
             self.adapter_of = policy
         elif kind == "copy":
@@ -138,12 +168,22 @@ class Reference:
             )
         return module.requires_grad_(False).eval()
 
-    def still(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def still(self) -> Iterator[None]:
         """The context in which the reference is computed; raises if a shared parameter has begun to train."""
         for name, parameter in self.shared:
             if parameter.requires_grad:
                 raise ValueError(
-                    f"{name} was frozen when DPO was made, so policy and reference share it, but now it trains: "
-                    "choose what trains before making DPO."
+                    f"{name} was frozen when DPO was made, so policy and reference share it, but now it "
+                    "trains: choose what trains before making DPO."
                 )
-        return self.adapter_of.disable_adapter() if self.adapter_of is not None else nullcontext()
+        if self.adapter_of is None:
+            yield
+            return
+        trains = [(p, p.requires_grad) for p in self.adapter_of.parameters()]
+        try:
+            with quiet(self.adapter_of), self.adapter_of.disable_adapter():
+                yield
+        finally:
+            for parameter, flag in trains:  # PEFT lets all of an adapter train that it switches on again
+                parameter.requires_grad_(flag)

@@ -65,10 +65,9 @@ class ScoredSequences(Movable):
         )
 
         row, place = scored.nonzero(as_tuple=True)
-        inputs = real[:, :-1]
-        filler = seq[:, :1].masked_fill(
-            ~real[:, :1], 0
-        )  # any valid id does; a row's own first is never a pad id
+        last = (scored * torch.arange(width, device=seq.device)).amax(dim=-1, keepdim=True)
+        inputs = real[:, :-1] & (torch.arange(width - 1, device=seq.device) < last)
+        filler = seq[:, :1].masked_fill(~real[:, :1], 0)  # any valid id does; a row's first is no pad id
         return cls(
             ids=seq[:, :-1].where(inputs, filler).long(),
             row=row,

@@ -14,13 +14,14 @@ SIDES = ("preferred_seq", "unpreferred_seq")
 
 
 def kind(value: object) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
+    of = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
+    return "None" if value is None else f"a {type(value).__name__}{of}"
 
 
 def check_ids(name: str, seq: object) -> Tensor:
     """The ids as int64."""
     if not isinstance(seq, Tensor):
-        raise TypeError(f"{name} should be a tensor of token ids, but it is {kind(seq)}: use torch.tensor(ids).")
+        raise TypeError(f"{name} should be a tensor of token ids, but it is {kind(seq)}: use torch.tensor.")
     if seq.is_floating_point() or seq.is_complex() or seq.dtype == torch.bool:
         remedy = "is it a mask?" if seq.dtype == torch.bool else "use .long()."
         raise TypeError(f"{name} should hold token ids (int64), but its dtype is {seq.dtype}: {remedy}")
@@ -41,9 +42,7 @@ def check_ids(name: str, seq: object) -> Tensor:
 
 def check_mask(name: str, mask: object, like: Tensor, other: str, remedy: str = "") -> Tensor:
     if not isinstance(mask, Tensor):
-        raise TypeError(
-            f"{name} should be a bool tensor, but it is {kind(mask)}: use torch.tensor(mask, dtype=torch.bool)."
-        )
+        raise TypeError(f"{name} should be a bool tensor, but it is {kind(mask)}: use torch.tensor.")
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} should be bool, but its dtype is {mask.dtype}: use .bool().")
     if mask.shape != like.shape:
@@ -63,12 +62,10 @@ def check_sequences(preferred_seq: object, unpreferred_seq: object) -> Sides:
     right = check_ids(SIDES[1], unpreferred_seq)
     if len(left) != len(right):
         raise ValueError(
-            f"each preferred_seq needs its unpreferred_seq, but there are {len(left)} and {len(right)}."
+            f"each preferred_seq needs an unpreferred_seq, but there are {len(left)} and {len(right)}."
         )
     if left.device != right.device:
-        raise ValueError(
-            f"preferred_seq is on {left.device} but unpreferred_seq on {right.device}: move one of them."
-        )
+        raise ValueError(f"preferred_seq is on {left.device}, unpreferred_seq on {right.device}: move one.")
     return left, right
 
 
@@ -76,7 +73,7 @@ def check_both_sides(name: str, mask: object, seqs: Sides) -> Sides:
     """One mask for both sides, as wide as the wider of them, or a tuple with one mask for each."""
     if isinstance(mask, (tuple, list)):
         if len(mask) != 2:
-            raise ValueError(f"{name} should be one mask or a tuple of two, but it has {len(mask)} elements.")
+            raise ValueError(f"{name} should be one mask or a tuple of two, but it is {kind(mask)}.")
         order = "the tuple holds the mask of preferred_seq, then that of unpreferred_seq."
         checked = [
             check_mask(f"{name}[{k}]", m, seq, side, order)
@@ -91,9 +88,7 @@ def check_both_sides(name: str, mask: object, seqs: Sides) -> Sides:
 
 def check_prompt_mask(mask: object, seqs: Sides) -> Sides:
     if mask is None:
-        raise TypeError(
-            "prompt_mask is missing: a bool mask, True on prompt tokens, all False if nothing is prompt."
-        )
+        raise TypeError("prompt_mask is missing: give a bool mask, True on prompt tokens, perhaps on none.")
     return check_both_sides("prompt_mask", mask, seqs)
 
 
@@ -126,27 +121,23 @@ def check_ref_log_probs(ref_log_probs: object, pairs: int, device: torch.device)
     if not (isinstance(ref_log_probs, (tuple, list)) and len(ref_log_probs) == 2):
         raise TypeError(
             f"ref_log_probs should be a tuple (chosen, rejected) of tensors of shape ({pairs},), "
-            f"but it is {kind(ref_log_probs)}: give what sequence_log_probs says of each side."
+            f"not {kind(ref_log_probs)}: give what sequence_log_probs says of each side."
         )
     for side, sums in zip(("chosen", "rejected"), ref_log_probs, strict=True):
         if not (isinstance(sums, Tensor) and sums.is_floating_point()):
             got = sums.dtype if isinstance(sums, Tensor) else kind(sums)
-            raise TypeError(f"ref_log_probs for {side} should be a tensor of floats, sums in nats, not {got}.")
+            raise TypeError(f"ref_log_probs for {side} should be a tensor of floats (nats), but it is {got}.")
         if sums.shape != (pairs,):
             raise ValueError(
                 f"ref_log_probs for {side} should have shape ({pairs},), one sum per pair, "
                 f"but its shape is {tuple(sums.shape)}."
             )
         if sums.requires_grad:
-            raise ValueError(
-                f"ref_log_probs for {side} requires a gradient: .detach() it, a reference stays still."
-            )
+            raise ValueError(f"ref_log_probs for {side} requires a gradient: .detach() it.")
         if sums.device != device:
-            raise ValueError(
-                f"ref_log_probs for {side} is on {sums.device} but the batch is on {device}: move it."
-            )
+            raise ValueError(f"ref_log_probs for {side} is on {sums.device}, the batch on {device}: move it.")
         if not sums.isfinite().all():
-            raise ValueError(f"ref_log_probs for {side} should be finite, but one is not: compute them again.")
+            raise ValueError(f"ref_log_probs for {side} should be finite, but one is not: compute it again.")
     return cast(Sides, tuple(ref_log_probs))
 
 
@@ -155,8 +146,9 @@ def check_batch(batch: PreferenceBatch, beside: Sequence[object]) -> PreferenceB
     if any(argument is not None for argument in beside):
         raise TypeError("a PreferenceBatch holds ids and masks already: give it alone.")
     if len(batch.pairs):
+        most = len(batch.sequences.length)
         low, high = (int(bound) for bound in torch.aminmax(batch.pairs))
-        if low < 0 or high >= (most := len(batch.sequences.length)):
+        if low < 0 or high >= most:
             raise ValueError(
                 f"pairs should hold indices in [0, {most}), the batch's sequences, but they reach from {low} "
                 f"to {high}: index into this batch alone."
@@ -196,9 +188,7 @@ def check_pad_id(pad_id: object) -> int | None:
 
 def check_share_prefix(share_prefix: object) -> None:
     if share_prefix is True:
-        raise ValueError(
-            "share_prefix = True is not available yet: use 'auto', which computes padded sequences."
-        )
+        raise ValueError("share_prefix = True is not available yet: use 'auto', which pads sequences.")
     if not isinstance(share_prefix, (str, bool)) or share_prefix not in ("auto", False):
         raise ValueError(f"share_prefix should be 'auto' or False, but it is {share_prefix!r}.")
 

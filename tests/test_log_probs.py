@@ -185,6 +185,17 @@ def test_error_is_that_of_the_plain_lines_in_the_same_dtype(dtype: torch.dtype, 
         assert grad.dtype == x.dtype
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_after_the_product_all_is_in_float32(impl: str, dtype: torch.dtype):
+    # the products 1 and 2 are exact in any dtype, what follows is not: 0.3 (1 + 3/256), and tanh of it
+    hidden, weight = torch.ones(2, 1, dtype=dtype), torch.tensor([[1.0], [2.0]]).to(dtype)
+    given = Inputs(hidden, weight, torch.tensor([3 / 256, 0.0]).to(dtype), torch.tensor([0, 1]))
+    for options in ({}, {"logit_scale": 0.3}, {"softcap": 0.7}, {"logit_scale": 0.3, "softcap": 0.7}):
+        scores = given.scores(impl=impl, **options)
+        torch.testing.assert_close(scores, slow_scores(in_float64(given), **options).float())
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_many_blocks_lose_no_precision(dtype: torch.dtype):
     # 1024 blocks of one token. A running sum in bfloat16 stops growing where a term is 1/256 of it.
@@ -330,7 +341,6 @@ def test_double_backward_is_refused():
         sum(grad.square().sum() for grad in grads).backward()
 
 
-@pytest.mark.xfail(reason="once_differentiable lets it pass where what comes back is constant", strict=True)
 def test_a_penalty_on_gradients_is_never_dropped_silently():
     given = inputs(3, 5, 2)
     with pytest.raises(RuntimeError, match="differentiate"):
@@ -474,6 +484,15 @@ def test_auto_is_bounded_in_memory():
 # autocast
 
 
+def test_backward_inside_autocast_is_as_wide_as_forward_was():
+    given = inputs(9, 7, 4, torch.float32)
+    expected = with_grads(given.scores(impl="chunked"), given)
+    scores = given.scores(impl="chunked")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = with_grads(scores, given)
+    assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+
+
 @pytest.mark.parametrize("backward_inside", (False, True))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_autocast(dtype: torch.dtype, backward_inside: bool):
@@ -504,7 +523,6 @@ def test_gradients_of_float32_weights_under_autocast_are_summed_in_float32():
         assert one.dtype == torch.float32 and error(one, true) < 0.01
 
 
-@pytest.mark.xfail(reason="compute_dtype narrows float64, which autocast leaves alone", strict=True)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_autocast_leaves_float64_alone(impl: str):
     given = inputs(5, 7, 3)
@@ -613,9 +631,10 @@ def test_blocks_cover_every_token_once(t: int, v: int, room: int, dtype: torch.d
     wide = accumulation_dtype(dtype).itemsize
     logits = v * (wide + (dtype.itemsize if dtype.itemsize < wide else 0) + (wide if softcap else 0))
     assert all(size * logits <= room or size == 1 for size in sizes)
-    if sizes:  # no more blocks than the budget asks for, and all but the last alike
-        assert len(sizes) <= -(-t // max(1, room // logits))
-        assert set(sizes[:-1]) <= {sizes[0]} and sizes[-1] <= sizes[0]
+    if sizes:  # no more blocks than the budget asks for, and as even as they can be
+        fewest = -(-t // max(1, room // logits))
+        assert len(sizes) <= fewest
+        assert set(sizes[:-1]) <= {-(-t // fewest)} and sizes[-1] <= sizes[0]
 
 
 def test_log_probs_from_logits():
@@ -734,7 +753,6 @@ TO_BE_REFUSED = {
 }
 
 
-@pytest.mark.xfail(reason="not checked yet: garbage, NaN or a type checker's message", strict=True)
 @pytest.mark.parametrize("kind, change", TO_BE_REFUSED.values(), ids=TO_BE_REFUSED)
 def test_refusals_that_are_missing(kind: type[Exception], change: dict):
     with pytest.raises(kind, match=next(iter(change))) as caught:
@@ -777,4 +795,4 @@ def test_memory_of_chunked_is_gradients_and_blocks():
     t, d, v = 8192, 64, 16384  # eight blocks; all the logits would be 512 MiB
     extra = measured("chunked", t, d, v)
     gradients = (t * d + v * d) * 4
-    assert extra < gradients + 2.5 * chunked.BLOCK_BYTES
+    assert extra < gradients + 1.5 * chunked.BLOCK_BYTES

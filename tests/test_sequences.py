@@ -1,4 +1,4 @@
-"""Sequences against naive loops over Python lists, under any masks and padding; batches, metrics and their sums."""
+"""Sequences against naive loops over Python lists, under any masks and padding; batches and metrics."""
 
 import math
 import random
@@ -27,9 +27,9 @@ class Token(NamedTuple):
 
 
 @st.composite
-def grids(draw, rows: st.SearchStrategy[int] = st.integers(0, 5)) -> list[list[Token]]:
+def grids(draw, least: int = 0, most: int = 5) -> list[list[Token]]:
     """Rows of one width, with any masks; a scored mark on padding means nothing."""
-    width = draw(st.integers(0, 7))
+    rows, width = draw(st.integers(least, most)), draw(st.integers(0, 7))
     chance = draw(st.sampled_from([(0.5, 0.5), (0.9, 0.5), (0.5, 0.1), (1.0, 0.9), (0.0, 1.0), (0.9, 0.0)]))
     randomness = draw(st.randoms(use_true_random=False))
 
@@ -39,7 +39,7 @@ def grids(draw, rows: st.SearchStrategy[int] = st.integers(0, 5)) -> list[list[T
         id_ = randomness.randint(0, 2) if real else randomness.choice(WILD)
         return Token(id_, real, randomness.random() < chance[1])
 
-    return [[token() for _ in range(width)] for _ in range(draw(rows))]
+    return [[token() for _ in range(width)] for _ in range(rows)]
 
 
 def tensors(grid: list[list[Token]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,7 +110,10 @@ def test_from_padded_is_the_naive_loop(grid: list[list[Token]]):
     width = got.ids.shape[1]
     reals = [[x.id for x in row if x.real] for row in grid]
     assert width >= 1 and got.ids.shape[0] == len(grid)
-    assert got.real.tolist() == [min(len(ids), width) for ids in reals]
+    # of which what stands behind a row's last scored token is left out, and that token too
+    assert got.real.tolist() == [
+        max([0, *(len(before_it) for before_it, _ in scores)]) for scores in expected
+    ]
     for ids, n, real in zip(got.ids.tolist(), got.real.tolist(), reals, strict=True):
         assert ids[:n] == real[:n]
         assert set(ids[n:]) <= {real[0] if real else 0}
@@ -225,7 +228,7 @@ def test_unique_tokens_by_hand():
 @SLOW
 def test_unique_tokens_counts_inputs(grid: list[list[Token]]):
     got = made(grid)
-    rows = [[x.id for x in row if x.real][: got.ids.shape[1]] for row in grid]
+    rows = [max((before_it for before_it, _ in scores), key=len, default=[]) for scores in naive(grid)]
     assert got.unique_tokens() == size_of_trie(rows) <= got.ids.numel()
 
 
@@ -235,7 +238,7 @@ def test_unique_tokens_counts_inputs(grid: list[list[Token]]):
 @st.composite
 def batches(draw, least: int = 0) -> tuple[PreferenceBatch, list[list[Token]], list[list[Token]]]:
     b = draw(st.integers(least, 4))
-    sides = draw(grids(st.just(b))), draw(grids(st.just(b)))
+    sides = draw(grids(b, b)), draw(grids(b, b))
     chosen, rejected = map(tensors, sides)
     batch = PreferenceBatch.from_padded(
         (chosen[0], rejected[0]), (~chosen[1], ~rejected[1]), (chosen[2], rejected[2])
@@ -281,7 +284,7 @@ def test_counts_by_hand():
 
 def test_pairs_may_share_sequences():
     # K completions of one prompt: each sequence once, pairs are an index into them
-    sequences = made([row_of([1, 2]), row_of([1, 3]), row_of([1], "x")])
+    sequences = made([row_of([1, 2]), row_of([1, 3]), row_of([1, 0], "x.")])
     batch = PreferenceBatch(sequences, torch.tensor([[0, 1], [1, 0], [0, 2], [0, 1]]))
     assert batch.valid.tolist() == [True, True, False, True] and batch.counts() == (3, 3)
     assert PreferenceBatch(sequences, torch.zeros(0, 2, dtype=torch.long)).counts() == (0, 0)
@@ -349,8 +352,8 @@ def test_metrics_by_hand():
         "length/chosen": 1.5,
         "length/rejected": 1.0,
         "pairs/valid": 2.0,
-        # inputs 1 2, 1 2, 4 5, 1 2, 1 2, 4 5: two prefixes
-        "tokens/unique": 4.0,
+        # inputs 1 2, none, 4, 1, 1, 4: up to the last token that is scored, without it
+        "tokens/unique": 3.0,
         "tokens/padded": 12.0,
     }
     assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected, rel=1e-12)

@@ -4,6 +4,7 @@ eager    the plain lines, with logits [t, v] in memory
 chunked  any device; logits exist one block at a time, forward and backward
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -60,10 +61,13 @@ def token_log_probs(
         Float[t], at most 0, in float32 (float64 where the inputs are).
 
     Raises:
-        TypeError, ValueError: dtypes, shapes, devices or options that do not fit, before anything is computed.
+        TypeError, ValueError: dtypes, shapes, devices or options that do not fit, before anything is
+            computed.
     """
     function = implementation(impl)
     for name, tensor, ndim in (("hidden", hidden, 2), ("weight", weight, 2), ("targets", targets, 1)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} should be a tensor, but it is a {type(tensor).__name__}.")
         if tensor.ndim != ndim:
             raise ValueError(f"{name} should have {ndim} dimensions, but its shape is {tuple(tensor.shape)}.")
         if tensor.device != hidden.device:
@@ -82,7 +86,13 @@ def token_log_probs(
         raise ValueError(f"there are {len(hidden)} hidden states but {len(targets)} targets.")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias should have shape ({len(weight)},), but its shape is {tuple(bias.shape)}.")
-    if softcap is not None and not softcap > 0:
+    if bias is not None and not bias.is_floating_point():
+        raise TypeError(f"bias should be floats, but it is {bias.dtype}.")
+    if bias is not None and bias.device != hidden.device:
+        raise ValueError(f"bias is on {bias.device} but hidden is on {hidden.device}: move one of them.")
+    if isinstance(logit_scale, Tensor) or not math.isfinite(logit_scale):
+        raise ValueError(f"logit_scale should be a finite number, but it is {logit_scale}.")
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap should be positive, but it is {softcap}.")
     if targets.numel() and not (targets.min() >= 0 and targets.max() < len(weight)):
         outside = targets[(targets < 0) | (targets >= len(weight))][0].item()

@@ -1,7 +1,8 @@
 """Log-probs of scored tokens in bounded memory, on any device.
 
-The tokens are taken in chunks small enough that one `[chunk, v]` block of float32 logits (and what is worked out in
-place from it) fits a budget. Forward keeps one number per token, the log-sum-exp; backward computes each block again:
+The tokens are taken in chunks small enough that one `[chunk, v]` block of float32 logits (and what is worked
+out in place from it) fits a budget. Forward keeps one number per token, the log-sum-exp; backward computes
+each block again:
 
     forward    2·t·d·v  FLOPs      block -> max, log-sum-exp, the target's logit
     backward   2·t·d·v             block again -> probabilities -> d loss / d logits, all in place
@@ -16,7 +17,6 @@ import torch
 from beartype import beartype
 from jaxtyping import Float, Int, jaxtyped
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dpo_wrapper.log_probs.eager import accumulation_dtype, compute_dtype
 
@@ -25,7 +25,7 @@ BLOCK_BYTES = 64 * 2**20
 
 
 class Head:
-    """`logits = softcap_(logit_scale · (hidden @ weightᵀ + bias))`, one block at a time, with its derivative."""
+    """`logits = softcap_(logit_scale · (hidden @ weightᵀ + bias))`, and its derivative, by blocks."""
 
     def __init__(
         self,
@@ -86,14 +86,18 @@ class ChunkedLogProbs(torch.autograd.Function):
             scores[part] = block.gather(1, targets[part, None])[:, 0]
             highest = block.amax(dim=1, keepdim=True)
             log_sum_exp[part] = block.sub_(highest).exp_().sum(dim=1).log_() + highest[:, 0]
+            del block
 
         ctx.save_for_backward(hidden, weight, bias, targets, log_sum_exp)
         ctx.head_options = (logit_scale, softcap, dtype)
         return scores - log_sum_exp
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "chunked log-probs cannot be differentiated twice (create_graph = True): use impl = 'eager'."
+            )
         hidden, weight, bias, targets, log_sum_exp = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         with torch.autocast(hidden.device.type, enabled=False):
@@ -119,6 +123,7 @@ class ChunkedLogProbs(torch.autograd.Function):
                     grad_weight.addmm_(narrow.T, hidden[part].to(head.dtype))
                 elif grad_weight is not None:
                     grad_weight += narrow.T @ hidden[part].to(head.dtype)
+                del block, derivative, narrow
 
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)

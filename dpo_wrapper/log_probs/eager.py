@@ -14,9 +14,10 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype of the matrix product: autocast's where it is on, else the wider of the two."""
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):
+    wider = torch.promote_types(hidden.dtype, weight.dtype)
+    if torch.is_autocast_enabled(device) and wider != torch.float64:  # which autocast leaves alone
         return torch.get_autocast_dtype(device)
-    return torch.promote_types(hidden.dtype, weight.dtype)
+    return wider
 
 
 @jaxtyped(typechecker=beartype)
