@@ -202,7 +202,12 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "dpo_wrapper", "train", "--data", BUNDLED, "--out", out, "--cpu"]
     process = subprocess.Popen(
-        list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+        list(map(str, command)),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        # where the tests run in the background, the shell has told them to ignore the signal
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     log = out / "metrics.jsonl"
     deadline = time.monotonic() + 120
