@@ -25,6 +25,7 @@ setup(
     install_requires=[
         "torch>=2.6,<2.14",
         "einops>=0.8",
+        "numpy>=1.26",
         "x-transformers>=2.31",
         "beartype>=0.19",
         "jaxtyping>=0.2.36",

@@ -62,8 +62,9 @@ class TrainConfig:
     """Highest learning rate of preference training; by default 1e-4 for a new model and 1e-6 for others."""
     batch_size: int = 16
     """Pairs per optimizer step, over all processes."""
-    micro_batch_size: int = 16
-    """Pairs per forward pass; a step takes as many as it needs, with the same result."""
+    max_tokens: int = 16384
+    """Unique tokens per forward pass (tokens that pairs share count once): what fits in memory. A step takes
+    as many passes as it needs, with the same result."""
     warmup: float = 0.1
     """Part of the steps in which the learning rate rises; then it falls to zero along a cosine."""
     weight_decay: float = 0.0
@@ -87,7 +88,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("sft_epochs", "epochs", "save_every"):
             self._check(name, lambda value: value >= 0, "0 or more")
-        for name in ("batch_size", "micro_batch_size", "eval_every"):
+        for name in ("batch_size", "max_tokens", "eval_every"):
             self._check(name, lambda value: value >= 1, "at least 1")
         for name in ("lr", "sft_lr", "max_grad_norm"):
             self._check(name, lambda value: value > 0 and math.isfinite(value), "a positive number")

@@ -31,8 +31,9 @@ class DPO(nn.Module):
         reference: `'copy'`, a frozen copy made now; `'adapter'`, the policy with its fresh LoRA adapter off;
             a module; `'none'`; or `'auto'`: none if no loss needs one, else the adapter where that is
             possible, else a copy.
-        share_prefix: `'auto'` or False. Sequences are computed padded, side by side; sharing their prefixes
-            is not available yet, so True raises.
+        share_prefix: compute every prefix that sequences of a batch share once, and no padding. `'auto'`
+            does so if a trial on the model gives the log-probs of padded sequences, and else warns;
+            True raises then; False pads.
         log_prob_impl: as `impl` in `token_log_probs`.
         disable_dropout: keep the policy in eval mode, in which it differs from the reference by training
             alone.
@@ -54,11 +55,11 @@ class DPO(nn.Module):
         disable_dropout: bool = True,
     ) -> None:
         super().__init__()
-        policy_scorer = Scorer(model, log_prob_impl)
+        share = validation.check_share_prefix(share_prefix)
+        policy_scorer = Scorer(model, log_prob_impl, share=share)
         self.losses = weighted(Sigmoid(beta) if loss is None else loss)
         self.beta = validation.check_beta(beta, self.losses, given=loss is not None)
         self.pad_id = validation.check_pad_id(pad_id)
-        validation.check_share_prefix(share_prefix)
         self.disable_dropout = validation.check_flag("disable_dropout", disable_dropout)
 
         self.reference = Reference(model, reference, needs_reference(self.losses))
@@ -66,7 +67,7 @@ class DPO(nn.Module):
         self.ref_model = self.reference.module
         self.score_policy = policy_scorer
         reference_model = model if self.ref_model is None else self.ref_model
-        self.score_reference = Scorer(reference_model, log_prob_impl, apart_from=policy_scorer)
+        self.score_reference = Scorer(reference_model, log_prob_impl, apart_from=policy_scorer, share=share)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DPO":
         """A copy whose policy reads no weights but its own, with a tied head in x-transformers too."""
@@ -132,6 +133,16 @@ class DPO(nn.Module):
         if not return_metrics:
             return loss
         return loss, pair_metrics(batch, pairs, per_pair, self.beta)
+
+    def explain(self) -> str:
+        """Which paths are in use, and why not the others, in plain words; known after the first call."""
+        lines = [f"policy: {self.score_policy.explain()}"]
+        if self.reference.exists:
+            which = "the policy with its adapter off" if self.ref_model is None else "a frozen model"
+            lines.append(f"reference: {which}; {self.score_reference.explain()}")
+        else:
+            lines.append("reference: none")
+        return "\n".join(lines)
 
     def settle(self) -> None:
         """Bring policy and reference into the modes they are computed in."""

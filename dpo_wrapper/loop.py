@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dpo_wrapper.config import TrainConfig
-from dpo_wrapper.data import PreferenceDataset, PreferenceItem
+from dpo_wrapper.data import PreferenceDataset, TokenPair
 from dpo_wrapper.metrics import MetricSums
 from dpo_wrapper.runs import RunFolder
 from dpo_wrapper.stages import Stage
@@ -35,10 +35,27 @@ def steps_in(n: int, batch_size: int, epochs: int) -> int:
     return epochs * math.ceil(n / batch_size)
 
 
-def micro_batches(items: Sequence[PreferenceItem], size: int) -> list[list[PreferenceItem]]:
-    """Items of similar length together, so that little padding is computed."""
-    by_length = sorted(items, key=lambda item: len(item.prompt_mask))
-    return [by_length[start : start + size] for start in range(0, len(items), size)]
+def micro_batches(pairs: Sequence[TokenPair], most: int) -> list[list[int]]:
+    """Indices of pairs in groups of at most `most` unique tokens each, or of one pair.
+
+    Pairs with long common prefixes come together: in the order of their prompts.
+    """
+    groups: list[list[int]] = []
+    room = 0
+    before: tuple[int, ...] = ()
+    for k in sorted(range(len(pairs)), key=lambda k: (pairs[k].prompt, k)):
+        prompt = tuple(pairs[k].prompt)
+        tokens = len(prompt) + len(pairs[k].chosen) + len(pairs[k].rejected)
+        shared = next((n for n, (a, b) in enumerate(zip(prompt, before, strict=False)) if a != b), None)
+        shared = min(len(prompt), len(before)) if shared is None else shared
+        if groups and tokens - shared <= room:
+            groups[-1].append(k)
+            room -= tokens - shared
+        else:
+            groups.append([k])
+            room = most - tokens
+        before = prompt
+    return groups
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
@@ -95,7 +112,7 @@ class Loop:
             for step, rows in enumerate(order, start=1):
                 if step <= done:
                     continue
-                values = self.step(accelerator, stage, module, optimizer, [self.training[k] for k in rows])
+                values = self.step(accelerator, stage, module, optimizer, rows)
                 values["lr"] = float(schedule.get_last_lr()[0])
                 schedule.step()
                 if accelerator.is_main_process:
@@ -109,17 +126,15 @@ class Loop:
         accelerator.free_memory()
 
     def step(
-        self, accelerator: Accelerator, stage: Stage, module: Any, optimizer: Any, items: list[PreferenceItem]
+        self, accelerator: Accelerator, stage: Stage, module: Any, optimizer: Any, rows: list[int]
     ) -> dict[str, float]:
-        """One optimizer step over `items`, of which each process takes its share."""
+        """One optimizer step over the pairs `rows`, of which each process takes its share."""
         began = time.perf_counter()
         rank, world = accelerator.process_index, accelerator.num_processes
-        mine = items[rank::world]
+        mine = rows[rank::world]
         # with fewer items than processes, a process still takes part in reducing gradients, with weight 0
         weight = world if mine else 0
-        batches = [
-            stage.batch(part) for part in micro_batches(mine or items[:1], self.config.micro_batch_size)
-        ]
+        batches = self.batches(stage, self.training, mine or rows[:1])
         counts = torch.tensor([stage.counts(batch) for batch in batches], device=accelerator.device).sum(
             dim=0
         )
@@ -140,7 +155,12 @@ class Loop:
 
         reduce = partial(reduce_over, accelerator)
         values = {"loss": float(reduce(loss)), **sums.result(reduce), "grad_norm": float(norm)}
-        return values | {"pairs/second": len(items) / (time.perf_counter() - began)}
+        return values | {"pairs/second": len(rows) / (time.perf_counter() - began)}
+
+    def batches(self, stage: Stage, dataset: PreferenceDataset, rows: Sequence[int]) -> list[Any]:
+        """The pairs `rows` of a dataset in micro-batches."""
+        groups = micro_batches([dataset.pairs[k] for k in rows], self.config.max_tokens)
+        return [stage.batch([dataset[rows[k]] for k in group]) for group in groups]
 
     def evaluate(
         self, accelerator: Accelerator, stage: Stage, module: Any, step: int, *, ends: bool = False
@@ -151,15 +171,14 @@ class Loop:
             count = len(dataset) if name == "held-out" else min(len(dataset), TRAINING_SAMPLE)
             if not count:
                 continue
-            items = [dataset[k] for k in range(count)]
+            rows = list(range(count))
             reduce: Callable[[Tensor], Tensor] = partial(reduce_over, accelerator)
             if count < accelerator.num_processes:  # too few for a share each: every process takes all of them
                 reduce = identity
             else:
-                items = items[accelerator.process_index :: accelerator.num_processes]
-            parts_of_items = micro_batches(items, self.config.micro_batch_size)
-            batches = [stage.batch(part).to(accelerator.device) for part in parts_of_items]
-            values = stage.held_out(module, batches, reduce)
+                rows = rows[accelerator.process_index :: accelerator.num_processes]
+            batches = self.batches(stage, dataset, rows)
+            values = stage.held_out(module, [batch.to(accelerator.device) for batch in batches], reduce)
             if accelerator.is_main_process:
                 self.run.log(stage.name, name, step, values)
 

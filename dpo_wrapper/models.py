@@ -12,6 +12,9 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dpo_wrapper.attention import LAYOUT, NotShareable, hugging_face_over, x_transformers_over
+from dpo_wrapper.prefix_tree import TreeLayout
+
 
 @dataclass(frozen=True)
 class OutputHead:
@@ -58,6 +61,10 @@ class LanguageModel:
     def head(self) -> OutputHead | None:
         return None
 
+    def over_tree(self, layout: TreeLayout, hidden: bool) -> Float[Tensor, "r w _"]:
+        """Hidden states, or logits, of the tokens of a tree. Raises NotShareable where that cannot be."""
+        raise NotShareable("the attention of a plain module cannot be reached")
+
 
 class XTransformersModel(LanguageModel):
     """x-transformers' `TransformerWrapper`, alone or as the `.net` of an `AutoregressiveWrapper` or such."""
@@ -77,6 +84,15 @@ class XTransformersModel(LanguageModel):
 
     def hidden(self, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         return self.net(ids, return_embeddings=True)
+
+    def over_tree(self, layout: TreeLayout, hidden: bool) -> Float[Tensor, "r w _"]:
+        layers = self.net.attn_layers
+        rotates = layers.rotary_pos_emb is not None or layers.polar_pos_emb is not None
+        placed = isinstance(self.net.pos_emb, nn.Module) or rotates
+        # where rows are one, positions have one axis: not every embedding of positions takes two
+        position = layout.position if layout.shape[0] > 1 else layout.position[0]
+        with x_transformers_over(self.net, layout):
+            return self.net(layout.ids, return_embeddings=hidden, pos=position if placed else None)
 
     def head(self) -> OutputHead | None:
         if self.net.output_is_log_prob:  # a mixture of softmaxes, which has no single head
@@ -127,6 +143,13 @@ class HuggingFaceModel(LanguageModel):
 
     def hidden(self, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         return self.inner.base_model(input_ids=ids, **self.options).last_hidden_state
+
+    def over_tree(self, layout: TreeLayout, hidden: bool) -> Float[Tensor, "r w _"]:
+        model = self.inner.base_model if hidden else self.model
+        arguments = {"input_ids": layout.ids, "position_ids": layout.position, LAYOUT: layout, **self.options}
+        with hugging_face_over(self.inner):
+            output = model(**arguments)
+        return output.last_hidden_state if hidden else output.logits
 
     def head(self) -> OutputHead | None:
         peft_config = getattr(self.model, "active_peft_config", None)

@@ -1,13 +1,17 @@
 """Log-probs of sequences under a model: hidden states of the scored positions, then the fused gather."""
 
+import warnings
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dpo_wrapper.attention import NotShareable
 from dpo_wrapper.log_probs import implementation, log_probs_from_logits, token_log_probs
-from dpo_wrapper.look import look_at, valid_logits
+from dpo_wrapper.look import difference, look_at, valid_logits
 from dpo_wrapper.models import language_model
-from dpo_wrapper.modes import one_arithmetic
+from dpo_wrapper.modes import one_arithmetic, quiet
 from dpo_wrapper.sequences import ScoredSequences
 from dpo_wrapper.validation import check_ids, check_mask, check_vocabulary, kind
 
@@ -20,7 +24,14 @@ class Scorer:
     train. It also refuses a reference that is not `apart_from` the policy, or has another vocabulary.
     """
 
-    def __init__(self, model: nn.Module, impl: str = "auto", *, apart_from: "Scorer | None" = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        impl: str = "auto",
+        *,
+        apart_from: "Scorer | None" = None,
+        share: str | bool = False,
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"a model should be a torch.nn.Module, but it is {kind(model)}: load or build it first."
@@ -29,6 +40,8 @@ class Scorer:
         self.language_model = language_model(model)
         self.impl = impl
         self.apart_from = apart_from
+        self.share = share
+        self.why_padded: str | None = "share_prefix is False"
         self.vocab_size: int | None = None
         self.looked_on: torch.device | None = None
         self.head_applies = False
@@ -43,14 +56,52 @@ class Scorer:
         return sequences.sums(self.token_scores(sequences))
 
     def token_scores(self, sequences: ScoredSequences) -> Float[Tensor, "t"]:
-        where = (sequences.row, sequences.source)
+        """The log-prob of each scored token, over a tree or over padded rows."""
+        if self.why_padded is not None or not len(sequences.target):
+            where = (sequences.row, sequences.source)
+            return self.scores_at(lambda hidden: self.padded(sequences, hidden)[where], sequences.target)
+        tree = sequences.over_tree(self.language_model.max_positions)
+
+        def states(hidden: bool) -> Tensor:
+            return (
+                self.language_model.over_tree(tree.layout, hidden).flatten(0, 1).index_select(0, tree.source)
+            )
+
+        return self.scores_at(states, tree.target).index_select(0, tree.entry)
+
+    def explain(self) -> str:
+        """Which paths are in use, and why not the others."""
+        name = self.language_model.name
+        if self.looked_on is None:
+            return f"{name} model, not looked at before the first call"
+        head = (
+            "the head is applied to scored positions alone"
+            if self.head_applies
+            else "all logits are computed"
+        )
+        if self.why_padded is None:
+            return f"{name} model; shared prefixes are computed once; {head}"
+        return f"{name} model; sequences are padded, for {self.why_padded}; {head}"
+
+    def laid_out(self, sequences: ScoredSequences) -> ScoredSequences:
+        """The sequences with their tree made ahead, while they are still on the CPU."""
+        if len(sequences.target) and (self.why_padded is None or (self.share and self.looked_on is None)):
+            sequences.over_tree(self.language_model.max_positions)
+        return sequences
+
+    def padded(self, sequences: ScoredSequences, hidden: bool) -> Float[Tensor, "s n _"]:
+        if hidden:
+            return self.language_model.hidden(sequences.ids)
+        return valid_logits(self.language_model.logits(sequences.ids), sequences.ids)
+
+    def scores_at(self, states: Callable[[bool], Tensor], targets: Tensor) -> Float[Tensor, "t"]:
+        """Log-probs of targets from the hidden states (or, if False is asked for, logits) at their places."""
         head = self.language_model.head()
         with one_arithmetic():
             if head is None or not self.head_applies:
-                logits = valid_logits(self.language_model.logits(sequences.ids), sequences.ids)
-                return log_probs_from_logits(logits[where], sequences.target)
-            hidden = self.language_model.hidden(sequences.ids)[where]
-        return token_log_probs(hidden, head.weight, sequences.target, impl=self.impl, **head.options)
+                return log_probs_from_logits(states(False), targets)
+            hidden = states(True)
+        return token_log_probs(hidden, head.weight, targets, impl=self.impl, **head.options)
 
     def check(self, sequences: ScoredSequences) -> None:
         """Everything that can be said before the model runs on these sequences."""
@@ -64,6 +115,8 @@ class Scorer:
                     f"{self.apart_from.vocab_size}: give a reference with the policy's tokenizer."
                 )
             self.vocab_size, self.looked_on = size, device
+            if self.share:
+                self.try_sharing(device)
         assert self.vocab_size is not None
         check_vocabulary(sequences.ids, self.vocab_size)
         check_vocabulary(sequences.target, self.vocab_size)
@@ -73,6 +126,32 @@ class Scorer:
                 f"a sequence has {longest} tokens before its last, but the model's table of positions ends "
                 f"at {most}: shorten the sequences."
             )
+
+    @torch.no_grad()
+    def try_sharing(self, device: torch.device) -> None:
+        """Score two tiny pairs over a tree and over padded rows, and share prefixes only if they agree."""
+        assert self.vocab_size is not None
+        n = min(12, self.language_model.max_positions or 12)
+        ids = torch.randint(self.vocab_size, (4, n), generator=torch.Generator().manual_seed(0))
+        ids[1, : n // 2], ids[3, : n // 4] = ids[0, : n // 2], ids[2, : n // 4]
+        everything = torch.ones_like(ids, dtype=torch.bool)
+        sequences = ScoredSequences.from_padded(ids, everything, everything).to(device)
+        with quiet(self.language_model.model):
+            expected = self.token_scores(sequences)
+            try:
+                self.why_padded = None
+                worst, differs = difference(self.token_scores(sequences), expected)
+                reason = f"its log-probs would differ (by {worst:.1e}, relatively)" if differs else None
+            except Exception as error:  # whatever a model's code may raise, there is the plain path
+                reason = str(error) if isinstance(error, NotShareable) else f"{type(error).__name__}: {error}"
+        self.why_padded = reason
+        if reason is None:
+            return
+        message = f"prefixes are not shared in the {self.language_model.name} model, for {reason}"
+        if self.share is True:
+            raise ValueError(f"{message}: use share_prefix = 'auto'.")
+        if self.language_model.name != "module":
+            warnings.warn(f"{message}; its sequences are computed padded, one by one.", stacklevel=2)
 
 
 def sequence_log_probs(

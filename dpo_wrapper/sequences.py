@@ -4,7 +4,6 @@ The one place where ids and masks shift.
 """
 
 from dataclasses import dataclass, fields, replace
-from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +12,8 @@ from beartype import beartype
 from einops import rearrange
 from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor
+
+from dpo_wrapper.prefix_tree import PrefixTree, TreeLayout
 
 T = TypeVar("T", bound="Movable")
 
@@ -24,7 +25,7 @@ class Movable:
         moved: dict[str, Any] = {}
         for name in (f.name for f in fields(self)):  # type: ignore[arg-type]
             value = getattr(self, name)
-            moved[name] = value.to(device) if isinstance(value, (Tensor, Movable)) else value
+            moved[name] = value.to(device) if hasattr(value, "to") else value
         return type(self)(**moved)
 
 
@@ -77,19 +78,59 @@ class ScoredSequences(Movable):
             real=inputs.sum(dim=-1),
         )
 
+    def over_tree(self, most: int | None) -> "ScoredTree":
+        """The same as a prefix tree in rows no wider than `most`, made once."""
+        made = vars(self).setdefault("_trees", {})
+        if most not in made:
+            made[most] = ScoredTree.of(self, most)
+        return made[most]
+
+    def to(self, device: torch.device | str) -> "ScoredSequences":
+        moved = super().to(device)
+        vars(moved)["_trees"] = {most: tree.to(device) for most, tree in vars(self).get("_trees", {}).items()}
+        return moved
+
     def sums(self, scores: Float[Tensor, "t"]) -> Float[Tensor, "s"]:
         """Sum per sequence of one score per scored token, in an order that does not depend on the device."""
         table = scores.new_zeros(self.ids.shape)
         return table.index_put((self.row, self.source), scores).sum(dim=-1)
 
+    def inputs(self) -> list[Int[Tensor, "_"]]:
+        """Each row without its padding, on the CPU."""
+        return [ids[:n] for ids, n in zip(self.ids.cpu(), self.real.tolist(), strict=True)]
+
     def unique_tokens(self) -> int:
         """How many tokens there are if every prefix that sequences share is counted once."""
-        rows = sorted(ids[:n] for ids, n in zip(self.ids.tolist(), self.real.tolist(), strict=True))
-        shared = 0
-        for one, next_one in pairwise(rows):
-            ends = (k for k, (left, right) in enumerate(zip(one, next_one, strict=False)) if left != right)
-            shared += next(ends, min(len(one), len(next_one)))
-        return sum(map(len, rows)) - shared
+        trees = vars(self).get("_trees", {}).values()
+        return next((tree.unique for tree in trees), None) or len(
+            PrefixTree.from_sequences(self.inputs()).ids
+        )
+
+
+@dataclass(frozen=True)
+class ScoredTree(Movable):
+    """Scored sequences as a tree of `unique` tokens: what is scored twice (same token, same past) is listed
+    once.
+
+    `source` is the token of the tree that a score is read at, `target` what is scored, and `entry` holds for
+    each of the sequences' scored tokens its place among those.
+    """
+
+    layout: TreeLayout
+    unique: int
+    source: Int[Tensor, "e"]
+    target: Int[Tensor, "e"]
+    entry: Int[Tensor, "t"]
+
+    @classmethod
+    def of(cls, sequences: ScoredSequences, most: int | None) -> "ScoredTree":
+        device = sequences.ids.device
+        tree = PrefixTree.from_sequences(sequences.inputs())
+        row, place, target = (t.cpu() for t in (sequences.row, sequences.source, sequences.target))
+        source = tree.path[tree.start[row] + place]
+        scored, entry = torch.unique(torch.stack([source, target]), dim=1, return_inverse=True)
+        layout = TreeLayout.of(tree, most)
+        return cls(layout, len(tree.ids), scored[0], scored[1], entry).to(device)
 
 
 @jaxtyped(typechecker=beartype)

@@ -45,7 +45,7 @@ class LikelihoodLoss(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.score = Scorer(model)
+        self.score = Scorer(model, share="auto")
 
     def forward(self, sequences: ScoredSequences, tokens: int) -> Tensor:
         return -self.score(sequences).sum() / max(1, tokens)
@@ -58,12 +58,13 @@ class SFTStage:
 
     def __init__(self, model: nn.Module, collate: PreferenceCollator) -> None:
         self.module: nn.Module = LikelihoodLoss(model)
+        self.score = self.module.score
         self.collate = collate
 
     def batch(self, items: Sequence[PreferenceItem]) -> ScoredSequences:
         columns = self.collate(items)
         real, _ = columns["seq_mask"]
-        return ScoredSequences.from_padded(columns["preferred_seq"], real, real)
+        return self.score.laid_out(ScoredSequences.from_padded(columns["preferred_seq"], real, real))
 
     def counts(self, batch: ScoredSequences) -> Totals:
         return len(batch.length), int(batch.length.sum())
@@ -90,12 +91,15 @@ class DPOStage:
 
     def __init__(self, dpo: DPO, collate: PreferenceCollator) -> None:
         self.module: nn.Module = dpo
+        self.score = dpo.score_policy
         self.collate = collate
 
     def batch(self, items: Sequence[PreferenceItem]) -> PreferenceBatch:
         columns = self.collate(items)
         seqs = (columns["preferred_seq"], columns["unpreferred_seq"])
-        return PreferenceBatch.from_padded(seqs, columns["prompt_mask"], columns["seq_mask"])
+        batch = PreferenceBatch.from_padded(seqs, columns["prompt_mask"], columns["seq_mask"])
+        self.score.laid_out(batch.sequences)
+        return batch
 
     def counts(self, batch: PreferenceBatch) -> Totals:
         return batch.counts()

@@ -186,11 +186,10 @@ def check_pad_id(pad_id: object) -> int | None:
     return pad_id
 
 
-def check_share_prefix(share_prefix: object) -> None:
-    if share_prefix is True:
-        raise ValueError("share_prefix = True is not available yet: use 'auto', which pads sequences.")
-    if not isinstance(share_prefix, (str, bool)) or share_prefix not in ("auto", False):
-        raise ValueError(f"share_prefix should be 'auto' or False, but it is {share_prefix!r}.")
+def check_share_prefix(share_prefix: object) -> str | bool:
+    if not isinstance(share_prefix, (str, bool)) or share_prefix not in ("auto", True, False):
+        raise ValueError(f"share_prefix should be 'auto', True or False, but it is {share_prefix!r}.")
+    return share_prefix
 
 
 def check_flag(name: str, value: object) -> bool:

@@ -162,17 +162,20 @@ def test_dropout_stays_on_when_asked_for():
     assert len(set(losses)) > 1 and max(abs(loss - LN2) for loss in losses) > 1e-4
 
 
-def test_one_forward_for_both_sides_of_the_policy_and_one_for_the_reference():
-    dpo = DPO(ZOO["xt-rotary"](0))
+@pytest.mark.parametrize("share", [False, True])
+def test_one_forward_for_both_sides_of_the_policy_and_one_for_the_reference(share):
+    dpo = DPO(ZOO["xt-rotary"](0), share_prefix=share)
     case = random_batch(Generator().manual_seed(0), b=3, odd=0)
     dpo(**arguments(case))  # the first call also looks at the models
     calls = []
     for model in (dpo.policy_model, dpo.ref_model):
         model.attn_layers.register_forward_hook(
-            lambda module, args, out: calls.append((len(args[0]), torch.is_grad_enabled()))
+            lambda module, args, out: calls.append((tuple(args[0].shape[:2]), torch.is_grad_enabled()))
         )
-    dpo(**arguments(case))
-    assert sorted(calls) == [(6, False), (6, True)]
+    metrics = dpo(**arguments(case), return_metrics=True)[1]
+    unique, padded = int(metrics["tokens/unique"]), int(metrics["tokens/padded"])
+    shape = (1, unique) if share else (6, padded // 6)
+    assert sorted(calls) == [(shape, False), (shape, True)]
 
 
 @pytest.mark.parametrize("name", ["xt-rotary", "hf-llama", "hf-gpt2", "hf-gemma2", "hf-opt"])

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_wrapper.config import PRESETS, TrainConfig
+from dpo_wrapper.data import TokenPair
 from dpo_wrapper.loop import Loop, learning_rate_factor, micro_batches, step_indices
 from dpo_wrapper.policies import load_policy
 from dpo_wrapper.runs import RunFolder
@@ -40,7 +41,6 @@ def config(rows, out, **kwargs):
         "sft_epochs": 1,
         "epochs": 2,
         "batch_size": 4,
-        "micro_batch_size": 4,
         "max_length": 128,
         "cpu": True,
     }
@@ -129,9 +129,9 @@ def test_an_interrupted_run_resumes_to_the_same_result(finished, rows, tmp_path,
     assert (out / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("size", [1, 250])
 def test_pitfall_23_micro_batches_give_the_same_update(finished, rows, tmp_path, size):
-    train(config(rows, tmp_path / "out", micro_batch_size=size))
+    train(config(rows, tmp_path / "out", max_tokens=size))
     expected, got = (load_file(folder / "model.safetensors") for folder in (finished, tmp_path / "out"))
     for name in expected:
         assert torch.allclose(expected[name], got[name], atol=2e-5), name
@@ -152,7 +152,7 @@ def test_pitfall_22_two_processes_report_what_one_does(finished, rows, tmp_path)
         "torch.set_num_threads(1)\n"
         "PRESETS['tiny'] = {'dim': 32, 'depth': 1, 'heads': 1}\n"
         "train(TrainConfig(data=Path(sys.argv[1]), out=Path(sys.argv[2]), sft_epochs=1, epochs=2,\n"
-        "      batch_size=4, micro_batch_size=4, max_length=128, cpu=True, save_every=0))\n"
+        "      batch_size=4, max_length=128, cpu=True, save_every=0))\n"
     )
     out = tmp_path / "out"
     launch = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
@@ -192,13 +192,16 @@ def test_the_learning_rate_rises_and_falls():
     assert all(a > b for a, b in pairwise(factors[2:])) and factors[-1] < 0.02
 
 
-def test_micro_batches_keep_similar_lengths_together():
-    class Item:
-        def __init__(self, n):
-            self.prompt_mask = torch.zeros(n, dtype=torch.bool)
+def test_micro_batches_hold_so_many_unique_tokens_and_keep_prompts_together():
+    def pair(prompt, chosen, rejected):
+        return TokenPair(prompt, (7,) * chosen, (8,) * rejected)
 
-    parts = micro_batches([Item(n) for n in (9, 1, 5, 2, 8)], 2)
-    assert [[len(item.prompt_mask) for item in part] for part in parts] == [[1, 2], [5, 8], [9]]
+    pairs = [pair((1, 2, 3), 4, 4), pair((5,), 2, 2), pair((1, 2, 3), 1, 1), pair((1, 2, 4), 3, 3)]
+    # 11 and then 2 more, 7 with the prompt's last token; 5 on its own
+    assert micro_batches(pairs, 1000) == [[0, 2, 3, 1]]
+    assert micro_batches(pairs, 20) == [[0, 2, 3], [1]]
+    assert micro_batches(pairs, 13) == [[0, 2], [3], [1]]
+    assert micro_batches(pairs, 1) == [[0], [2], [3], [1]]
 
 
 def test_resume_is_refused_with_other_settings(rows, tmp_path, monkeypatch):
