@@ -43,6 +43,15 @@ def attend(
     return rearrange(kept, "(r w) h e -> r h w e", w=width)
 
 
+def flexible(
+    layout: TreeLayout, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None
+) -> Tensor:
+    """The same by FlexAttention, which is loaded only where it is used."""
+    from dpo_wrapper.flex import flex_attend
+
+    return flex_attend(q, k, v, layout.block_mask(window), scale)
+
+
 def causal_mask(n: int, window: int | None, like: Tensor) -> Tensor:
     """Bool[1 1 n n], True where position i may attend to j: `0 <= i - j < window`."""
     distance = torch.arange(n, device=like.device)[:, None] - torch.arange(n, device=like.device)
@@ -115,18 +124,29 @@ def _x_transformers_attend(
         raise NotShareable("its attention takes a mask or attention of the layer before")
     if any(value is not None for name, value in kwargs.items() if name != "causal"):
         raise NotShareable("its attention takes " + ", ".join(sorted(kwargs)))
-    kept: list[Any] = []
+    if layout.flex and attn_bias is None and _is_plain(original.__self__):  # type: ignore[attr-defined]
+        scale = original.__self__.scale  # type: ignore[attr-defined]
+        return flexible(layout, q, k, v, window, scale), _intermediates()
 
     def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         n = q.shape[2]
         band = causal_mask(n, window, q) if window is not None and n > window else None
         bias = bias_of(n, n) if attn_bias is not None and bias_of is not None else None
-        out, intermediates = original(q, k, v, mask=band, attn_bias=bias, **kwargs)
-        kept.append(intermediates)
-        return out
+        return original(q, k, v, mask=band, attn_bias=bias, **kwargs)[0]
 
-    out = attend(layout, q, k, v, core)
-    return out, type(kept[0])()
+    return attend(layout, q, k, v, core), _intermediates()
+
+
+def _intermediates() -> Any:
+    """What x-transformers expects beside the output; of its contents the layers fill in what they use."""
+    return sys.modules["x_transformers.attend"].Intermediates()
+
+
+def _is_plain(attend: Any) -> bool:
+    """Whether an x-transformers `Attend` is nothing but softmax attention."""
+    return attend.flash and not (
+        attend.l2_distance or attend.add_zero_kv or (attend.dropout and attend.training)
+    )
 
 
 # Hugging Face
@@ -199,6 +219,10 @@ def _hugging_face_attend(
         return function(module, q, k, v, mask, **kwargs)
     kwargs.pop("position_ids", None)  # which tell other attention where packed sequences begin
     window = kwargs.get("sliding_window")
+    plain = base != "eager" and not kwargs.get("dropout") and kwargs.get("softcap") is None
+    if layout.flex and plain and kwargs.get("position_bias") is None and kwargs.get("s_aux") is None:
+        out = flexible(layout, q, k, v, window, kwargs.get("scaling"))
+        return rearrange(out, "1 h w e -> 1 w h e"), None
 
     def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         n, band = q.shape[2], None

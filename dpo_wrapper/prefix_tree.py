@@ -108,9 +108,12 @@ class TreeLayout:
     position: Int[Tensor, "r w"]
     groups: tuple[Int[Tensor, "g n"], ...]
     home: Int[Tensor, "rw"]
+    subtree_end: Int[Tensor, "u"]
+    flex: bool = False
+    """Whether attention should be FlexAttention, where the model's is plain, and nothing be expanded."""
 
     @classmethod
-    def of(cls, tree: PrefixTree, most: int | None = None) -> "TreeLayout":
+    def of(cls, tree: PrefixTree, most: int | None = None, *, flex: bool = False) -> "TreeLayout":
         """Rows are no wider than `most`. Only paths to a leaf become sequences: others are parts of those."""
         u = len(tree.ids)
         rows = -(-u // min(u, most or u))
@@ -136,8 +139,21 @@ class TreeLayout:
             groups.append(table)
             filled += table.numel()
             del paths[-size:]
-        return cls((rows, width), laid(tree.ids), laid(tree.position), tuple(groups), home)
+        ids, position = laid(tree.ids), laid(tree.position)
+        return cls((rows, width), ids, position, tuple(groups), home, tree.subtree_end, flex and rows == 1)
 
     def to(self, device: torch.device | str) -> "TreeLayout":
-        ids, position, home = (t.to(device) for t in (self.ids, self.position, self.home))
-        return TreeLayout(self.shape, ids, position, tuple(group.to(device) for group in self.groups), home)
+        groups = tuple(group.to(device) for group in self.groups)
+        ids, position, home, end = (
+            t.to(device) for t in (self.ids, self.position, self.home, self.subtree_end)
+        )
+        return TreeLayout(self.shape, ids, position, groups, home, end, self.flex)
+
+    def block_mask(self, window: int | None) -> Any:
+        """The tree's block mask for FlexAttention, made once for each width of a sliding window."""
+        from dpo_wrapper.flex import tree_block_mask
+
+        made = vars(self).setdefault("_masks", {})
+        if window not in made:
+            made[window] = tree_block_mask(self.subtree_end, self.position[0], window)
+        return made[window]

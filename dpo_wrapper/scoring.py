@@ -42,6 +42,7 @@ class Scorer:
         self.apart_from = apart_from
         self.share = share
         self.why_padded: str | None = "share_prefix is False"
+        self.flex = False
         self.vocab_size: int | None = None
         self.looked_on: torch.device | None = None
         self.head_applies = False
@@ -60,7 +61,7 @@ class Scorer:
         if self.why_padded is not None or not len(sequences.target):
             where = (sequences.row, sequences.source)
             return self.scores_at(lambda hidden: self.padded(sequences, hidden)[where], sequences.target)
-        tree = sequences.over_tree(self.language_model.max_positions)
+        tree = sequences.over_tree(self.language_model.max_positions, self.flex)
 
         def states(hidden: bool) -> Tensor:
             return (
@@ -80,13 +81,18 @@ class Scorer:
             else "all logits are computed"
         )
         if self.why_padded is None:
-            return f"{name} model; shared prefixes are computed once; {head}"
+            how = (
+                "by FlexAttention where attention is plain"
+                if self.flex
+                else "by the model's own attention along each path"
+            )
+            return f"{name} model; shared prefixes are computed once, {how}; {head}"
         return f"{name} model; sequences are padded, for {self.why_padded}; {head}"
 
     def laid_out(self, sequences: ScoredSequences) -> ScoredSequences:
         """The sequences with their tree made ahead, while they are still on the CPU."""
         if len(sequences.target) and (self.why_padded is None or (self.share and self.looked_on is None)):
-            sequences.over_tree(self.language_model.max_positions)
+            sequences.over_tree(self.language_model.max_positions, self.flex)
         return sequences
 
     def padded(self, sequences: ScoredSequences, hidden: bool) -> Float[Tensor, "s n _"]:
@@ -137,16 +143,19 @@ class Scorer:
         everything = torch.ones_like(ids, dtype=torch.bool)
         sequences = ScoredSequences.from_padded(ids, everything, everything).to(device)
         with quiet(self.language_model.model):
+            self.why_padded = "it is being tried"
             expected = self.token_scores(sequences)
-            try:
-                self.why_padded = None
-                worst, differs = difference(self.token_scores(sequences), expected)
-                reason = f"its log-probs would differ (by {worst:.1e}, relatively)" if differs else None
-            except Exception as error:  # whatever a model's code may raise, there is the plain path
-                reason = str(error) if isinstance(error, NotShareable) else f"{type(error).__name__}: {error}"
+            for self.flex in (True, False) if device.type == "cuda" else (False,):
+                try:
+                    self.why_padded = None
+                    worst, differs = difference(self.token_scores(sequences), expected)
+                    reason = f"its log-probs would differ (by {worst:.1e}, relatively)" if differs else None
+                except Exception as error:  # whatever a model's code may raise, there is the plain path
+                    own = isinstance(error, NotShareable)
+                    reason = str(error) if own else f"{type(error).__name__}: {error}"
+                if reason is None:
+                    return
         self.why_padded = reason
-        if reason is None:
-            return
         message = f"prefixes are not shared in the {self.language_model.name} model, for {reason}"
         if self.share is True:
             raise ValueError(f"{message}: use share_prefix = 'auto'.")

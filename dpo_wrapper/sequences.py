@@ -78,12 +78,12 @@ class ScoredSequences(Movable):
             real=inputs.sum(dim=-1),
         )
 
-    def over_tree(self, most: int | None) -> "ScoredTree":
+    def over_tree(self, most: int | None, flex: bool = False) -> "ScoredTree":
         """The same as a prefix tree in rows no wider than `most`, made once."""
         made = vars(self).setdefault("_trees", {})
-        if most not in made:
-            made[most] = ScoredTree.of(self, most)
-        return made[most]
+        if (most, flex) not in made:
+            made[most, flex] = ScoredTree.of(self, most, flex)
+        return made[most, flex]
 
     def to(self, device: torch.device | str) -> "ScoredSequences":
         moved = super().to(device)
@@ -123,13 +123,13 @@ class ScoredTree(Movable):
     entry: Int[Tensor, "t"]
 
     @classmethod
-    def of(cls, sequences: ScoredSequences, most: int | None) -> "ScoredTree":
+    def of(cls, sequences: ScoredSequences, most: int | None, flex: bool = False) -> "ScoredTree":
         device = sequences.ids.device
         tree = PrefixTree.from_sequences(sequences.inputs())
         row, place, target = (t.cpu() for t in (sequences.row, sequences.source, sequences.target))
         source = tree.path[tree.start[row] + place]
         scored, entry = torch.unique(torch.stack([source, target]), dim=1, return_inverse=True)
-        layout = TreeLayout.of(tree, most)
+        layout = TreeLayout.of(tree, most, flex=flex)
         return cls(layout, len(tree.ids), scored[0], scored[1], entry).to(device)
 
 
