@@ -94,6 +94,8 @@ def x_transformers_over(net: Any, layout: TreeLayout) -> Iterator[None]:
             for name in ("forward", "forward_custom_pos"):
                 stack.enter_context(replaced(bias, name, lambda *_: layout.ids.new_zeros(1, 1, 1)))
         for module in net.modules():
+            if _runs_again(module):
+                raise NotShareable("its layers run again in backward, when the tree is gone")
             if isinstance(module, library.Attention):
                 if module.data_dependent_alibi is not None or module.rel_proj_pos_bias is not None:
                     raise NotShareable("its attention has a bias that depends on the data")
@@ -171,13 +173,17 @@ def hugging_face_over(inner: nn.Module) -> Iterator[None]:
             if own is None or not own.startswith(_PREFIX):
                 before = vars(config).get("_attn_implementation_internal")
                 vars(config)["_attn_implementation_internal"] = _registered(own)
-                if not any(
-                    getattr(m, "gradient_checkpointing", False) and m.training for m in inner.modules()
-                ):
+                if not any(map(_runs_again, inner.modules())):
                     stack.callback(vars(config).__setitem__, "_attn_implementation_internal", before)
         _local.over_tree = True
         stack.callback(setattr, _local, "over_tree", False)
         yield
+
+
+def _runs_again(module: nn.Module) -> bool:
+    """Whether it checkpoints activations: transformers' own way, or torch's wrapper (which FSDP uses)."""
+    own = getattr(module, "gradient_checkpointing", False) and module.training
+    return bool(own) or type(module).__name__ == "CheckpointWrapper"
 
 
 _PREFIX = "dpo_wrapper_over_tree_"
@@ -199,7 +205,13 @@ def _hugging_face_mask(base: str, *args: Any, **kwargs: Any) -> Any:
     from transformers import AttentionMaskInterface
 
     if getattr(_local, "over_tree", False):
-        return None
+        window, allows = kwargs.get("local_size"), kwargs.get("mask_function")
+        if window is None:
+            return None
+        one_back = None if allows is None else allows(*map(torch.tensor, (0, 0, window, window - 1)))
+        if window > 1 and not one_back:
+            raise NotShareable("its attention is cut into chunks")
+        return torch.full((1, 1, 1, 1), window)  # some models tell their window by the mask alone
     return AttentionMaskInterface()[base](*args, **kwargs)
 
 
@@ -219,6 +231,10 @@ def _hugging_face_attend(
         return function(module, q, k, v, mask, **kwargs)
     kwargs.pop("position_ids", None)  # which tell other attention where packed sequences begin
     window = kwargs.get("sliding_window")
+    if mask is not None and mask.numel() > 1:
+        raise NotShareable("its attention takes a mask of its own")
+    if mask is not None and window is None and base in ("eager", "sdpa"):
+        window = int(mask)
     plain = base != "eager" and not kwargs.get("dropout") and kwargs.get("softcap") is None
     if layout.flex and plain and kwargs.get("position_bias") is None and kwargs.get("s_aux") is None:
         out = flexible(layout, q, k, v, window, kwargs.get("scaling"))

@@ -22,10 +22,12 @@ from beartype import beartype
 from jaxtyping import Bool, Int, jaxtyped
 from torch import Tensor
 
+from dpo_wrapper.movable import Movable
+
 
 @jaxtyped(typechecker=beartype)
 @dataclass(frozen=True)
-class PrefixTree:
+class PrefixTree(Movable):
     """The `u` unique tokens of `s` sequences with `n` tokens in all.
 
     `path` holds the paths of the sequences, one behind the other: sequence k is the tokens
@@ -95,7 +97,7 @@ PADDING = 0.15
 
 
 @dataclass(frozen=True)
-class TreeLayout:
+class TreeLayout(Movable):
     """A tree's `u` tokens as rows for a model, and as ordinary sequences for its attention.
 
     The tokens lie in `shape` = (r, w) rows, row by row; places from u on are padding. `groups` holds for each
@@ -141,13 +143,6 @@ class TreeLayout:
             del paths[-size:]
         ids, position = laid(tree.ids), laid(tree.position)
         return cls((rows, width), ids, position, tuple(groups), home, tree.subtree_end, flex and rows == 1)
-
-    def to(self, device: torch.device | str) -> "TreeLayout":
-        groups = tuple(group.to(device) for group in self.groups)
-        ids, position, home, end = (
-            t.to(device) for t in (self.ids, self.position, self.home, self.subtree_end)
-        )
-        return TreeLayout(self.shape, ids, position, groups, home, end, self.flex)
 
     def block_mask(self, window: int | None) -> Any:
         """The tree's block mask for FlexAttention, made once for each width of a sliding window."""

@@ -3,8 +3,8 @@
 The one place where ids and masks shift.
 """
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -13,20 +13,8 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor
 
+from dpo_wrapper.movable import Movable
 from dpo_wrapper.prefix_tree import PrefixTree, TreeLayout
-
-T = TypeVar("T", bound="Movable")
-
-
-class Movable:
-    """A frozen dataclass of tensors (and of other such) that moves between devices as one."""
-
-    def to(self: T, device: torch.device | str) -> T:
-        moved: dict[str, Any] = {}
-        for name in (f.name for f in fields(self)):  # type: ignore[arg-type]
-            value = getattr(self, name)
-            moved[name] = value.to(device) if hasattr(value, "to") else value
-        return type(self)(**moved)
 
 
 @jaxtyped(typechecker=beartype)
@@ -85,9 +73,9 @@ class ScoredSequences(Movable):
             made[most, flex] = ScoredTree.of(self, most, flex)
         return made[most, flex]
 
-    def to(self, device: torch.device | str) -> "ScoredSequences":
-        moved = super().to(device)
-        vars(moved)["_trees"] = {most: tree.to(device) for most, tree in vars(self).get("_trees", {}).items()}
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "ScoredSequences":
+        moved, made = super().mapped(function), vars(self).get("_trees", {})
+        vars(moved)["_trees"] = {key: tree.mapped(function) for key, tree in made.items()}
         return moved
 
     def sums(self, scores: Float[Tensor, "t"]) -> Float[Tensor, "s"]:
