@@ -205,14 +205,23 @@ def _hugging_face_mask(base: str, *args: Any, **kwargs: Any) -> Any:
     from transformers import AttentionMaskInterface
 
     if getattr(_local, "over_tree", False):
-        window, allows = kwargs.get("local_size"), kwargs.get("mask_function")
+        window = kwargs.get("local_size")
         if window is None:
             return None
-        one_back = None if allows is None else allows(*map(torch.tensor, (0, 0, window, window - 1)))
-        if window > 1 and not one_back:
-            raise NotShareable("its attention is cut into chunks")
+        if not any("sliding_window" in name for name in _made_of(kwargs.get("mask_function"))):
+            raise NotShareable("its attention is local in another way than by a sliding window")
         return torch.full((1, 1, 1, 1), window)  # some models tell their window by the mask alone
     return AttentionMaskInterface()[base](*args, **kwargs)
+
+
+def _made_of(function: Any) -> Iterator[str]:
+    """Names of a function and of those that it closes over."""
+    yield getattr(function, "__qualname__", "")
+    for cell in getattr(function, "__closure__", None) or ():
+        held = cell.cell_contents
+        for part in held if isinstance(held, (tuple, list)) else (held,):
+            if callable(part):
+                yield from _made_of(part)
 
 
 def _hugging_face_attend(

@@ -120,13 +120,24 @@ def why_not(model: LanguageModel, head: OutputHead, ids: Tensor, logits: Tensor)
     return "its head alone leaves out trained parameters" if trained else None
 
 
+def rounding(device: torch.device, model: nn.Module) -> torch.dtype:
+    """The narrowest dtype that a model computes in: autocast's where it is on, else that of its weights."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    floats = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return max(floats, key=lambda dtype: TOLERANCE.get(dtype, 0.1), default=torch.float64)
+
+
 @jaxtyped(typechecker=beartype)
-def difference(got: Float[Tensor, "*n"], expected: Float[Tensor, "*n"]) -> tuple[float, bool]:
+def difference(
+    got: Float[Tensor, "*n"], expected: Float[Tensor, "*n"], inside: torch.dtype = torch.float64
+) -> tuple[float, bool]:
     """The largest difference relative to the largest expected value, and whether it is more than rounding.
 
-    Values that stand for minus infinity (masked tokens of a vocabulary) are no scale for the others.
+    `inside` is the dtype of what they were computed with, if that is narrower than their own. Values that
+    stand for minus infinity (masked tokens of a vocabulary) are no scale for the others.
     """
-    tolerance = max(TOLERANCE.get(t.dtype, 0.1) for t in (got, expected))
+    tolerance = max(TOLERANCE.get(dtype, 0.1) for dtype in (got.dtype, expected.dtype, inside))
     scale = expected.detach().abs()
     scale = scale.masked_fill(scale > torch.finfo(scale.dtype).max / 2, 0.0).double().max().clamp(min=1.0)
     gap = (got.double() - expected.double()).abs().masked_fill(got == expected, 0.0)

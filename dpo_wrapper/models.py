@@ -12,7 +12,7 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dpo_wrapper.attention import LAYOUT, NotShareable, hugging_face_over, x_transformers_over
+from dpo_wrapper.attention import LAYOUT, hugging_face_over, x_transformers_over
 from dpo_wrapper.prefix_tree import TreeLayout
 
 
@@ -47,6 +47,7 @@ class LanguageModel:
     name = "module"
     vocab_size: int | None = None
     max_positions: int | None = None
+    reaches_attention = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -63,13 +64,14 @@ class LanguageModel:
 
     def over_tree(self, layout: TreeLayout, hidden: bool) -> Float[Tensor, "r w _"]:
         """Hidden states, or logits, of the tokens of a tree. Raises NotShareable where that cannot be."""
-        raise NotShareable("the attention of a plain module cannot be reached")
+        raise NotImplementedError
 
 
 class XTransformersModel(LanguageModel):
     """x-transformers' `TransformerWrapper`, alone or as the `.net` of an `AutoregressiveWrapper` or such."""
 
     name = "x-transformers"
+    reaches_attention = True
 
     def __init__(self, model: nn.Module, net: Any) -> None:
         super().__init__(model)
@@ -107,6 +109,7 @@ class HuggingFaceModel(LanguageModel):
     """A transformers causal LM; `inner` is the same without PEFT's wrapping."""
 
     name = "Hugging Face"
+    reaches_attention = True
 
     def __init__(self, model: nn.Module, inner: Any) -> None:
         super().__init__(model)

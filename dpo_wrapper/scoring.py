@@ -1,5 +1,6 @@
 """Log-probs of sequences under a model: hidden states of the scored positions, then the fused gather."""
 
+import threading
 import warnings
 from collections.abc import Callable
 
@@ -9,11 +10,14 @@ from torch import Tensor, nn
 
 from dpo_wrapper.attention import NotShareable
 from dpo_wrapper.log_probs import implementation, log_probs_from_logits, token_log_probs
-from dpo_wrapper.look import difference, look_at, valid_logits
+from dpo_wrapper.look import difference, look_at, rounding, valid_logits
 from dpo_wrapper.models import language_model
 from dpo_wrapper.modes import one_arithmetic, quiet
 from dpo_wrapper.sequences import ScoredSequences
 from dpo_wrapper.validation import check_ids, check_mask, check_vocabulary, kind
+
+_looking = threading.RLock()
+"""A model is looked at by one thread at a time, while others wait for what it finds."""
 
 
 class Scorer:
@@ -112,17 +116,10 @@ class Scorer:
     def check(self, sequences: ScoredSequences) -> None:
         """Everything that can be said before the model runs on these sequences."""
         device = sequences.ids.device
-        if device != self.looked_on:
-            other = None if self.apart_from is None else self.apart_from.language_model.model
-            size, self.head_applies = look_at(self.language_model, device, other)
-            if self.apart_from is not None and self.apart_from.vocab_size not in (None, size):
-                raise ValueError(
-                    f"the reference has a vocabulary of {size} tokens but the policy one of "
-                    f"{self.apart_from.vocab_size}: give a reference with the policy's tokenizer."
-                )
-            self.vocab_size, self.looked_on = size, device
-            if self.share:
-                self.try_sharing(device)
+        with _looking:
+            if device != self.looked_on:
+                self.look(device)
+                self.looked_on = device
         assert self.vocab_size is not None
         check_vocabulary(sequences.ids, self.vocab_size)
         check_vocabulary(sequences.target, self.vocab_size)
@@ -133,34 +130,60 @@ class Scorer:
                 f"at {most}: shorten the sequences."
             )
 
-    @torch.no_grad()
+    def look(self, device: torch.device) -> None:
+        """Find out how the model behaves on a device."""
+        other = None if self.apart_from is None else self.apart_from.language_model.model
+        size, self.head_applies = look_at(self.language_model, device, other)
+        if self.apart_from is not None and self.apart_from.vocab_size not in (None, size):
+            raise ValueError(
+                f"the reference has a vocabulary of {size} tokens but the policy one of "
+                f"{self.apart_from.vocab_size}: give a reference with the policy's tokenizer."
+            )
+        self.vocab_size = size
+        if self.share:
+            self.try_sharing(device)
+
     def try_sharing(self, device: torch.device) -> None:
-        """Score two tiny pairs over a tree and over padded rows, and share prefixes only if they agree."""
+        """Share prefixes if the model's log-probs allow it; else say why not."""
+        for self.flex in (True, False) if device.type == "cuda" else (False,):
+            reason = self.why_not_shared(device)
+            if reason is None:
+                break
+        self.why_padded = reason
+        name = self.language_model.name
+        if reason is not None and self.share is True:
+            raise ValueError(
+                f"prefixes are not shared in the {name} model, for {reason}: use share_prefix = 'auto'."
+            )
+        if reason is not None and name != "module":
+            warnings.warn(
+                f"prefixes are not shared in the {name} model, for {reason}; its sequences are padded.",
+                stacklevel=2,
+            )
+
+    @torch.no_grad()
+    def why_not_shared(self, device: torch.device) -> str | None:
+        """Score two tiny pairs over a tree and over padded rows: None if they agree, else what happened."""
+        model = self.language_model
+        if not model.reaches_attention:
+            return "the attention of a plain module cannot be reached"
         assert self.vocab_size is not None
-        n = min(12, self.language_model.max_positions or 12)
+        n = min(40, model.max_positions or 40)
         ids = torch.randint(self.vocab_size, (4, n), generator=torch.Generator().manual_seed(0))
         ids[1, : n // 2], ids[3, : n // 4] = ids[0, : n // 2], ids[2, : n // 4]
         everything = torch.ones_like(ids, dtype=torch.bool)
         sequences = ScoredSequences.from_padded(ids, everything, everything).to(device)
-        with quiet(self.language_model.model):
-            self.why_padded = "it is being tried"
-            expected = self.token_scores(sequences)
-            for self.flex in (True, False) if device.type == "cuda" else (False,):
-                try:
-                    self.why_padded = None
-                    worst, differs = difference(self.token_scores(sequences), expected)
-                    reason = f"its log-probs would differ (by {worst:.1e}, relatively)" if differs else None
-                except Exception as error:  # whatever a model's code may raise, there is the plain path
-                    own = isinstance(error, NotShareable)
-                    reason = str(error) if own else f"{type(error).__name__}: {error}"
-                if reason is None:
-                    return
-        self.why_padded = reason
-        message = f"prefixes are not shared in the {self.language_model.name} model, for {reason}"
-        if self.share is True:
-            raise ValueError(f"{message}: use share_prefix = 'auto'.")
-        if self.language_model.name != "module":
-            warnings.warn(f"{message}; its sequences are computed padded, one by one.", stacklevel=2)
+        scores = []
+        try:
+            with quiet(model.model):
+                for self.why_padded in ("it is being tried", None):
+                    scores.append(self.token_scores(sequences))
+        except NotShareable as error:
+            return str(error)
+        except Exception as error:  # whatever a model's code may raise, there is the plain path
+            return f"{type(error).__name__}: {error}"
+        worst, differs = difference(scores[1], scores[0], rounding(device, model.model))
+        return f"its log-probs would differ (by {worst:.1e}, relatively)" if differs else None
 
 
 def sequence_log_probs(

@@ -293,3 +293,25 @@ def test_deepcopy_of_the_module_trains_on_its_own():
     twin(**arguments(case)).backward()
     assert all(p.grad is None for p in dpo.parameters())
     assert any(p.grad is not None for p in twin.policy_model.parameters())
+
+
+def test_explain_says_which_paths_are_in_use():
+    case = random_batch(Generator().manual_seed(1), b=2, odd=0)
+    dpo = DPO(ZOO["xt-rotary"](0))
+    assert "not looked at before the first call" in dpo.explain()
+    dpo(**arguments(case))
+    policy, reference = dpo.explain().splitlines()
+    assert policy.startswith(
+        "policy: x-transformers model; shared prefixes are computed once, by the model's own"
+    )
+    assert policy.endswith("the head is applied to scored positions alone")
+    assert reference.startswith("reference: a frozen model; x-transformers model; shared prefixes")
+
+    plain = DPO(ZOO["plain-gru"](0), reference="none")
+    plain(**arguments(case))
+    policy, reference = plain.explain().splitlines()
+    assert "sequences are padded, for the attention of a plain module cannot be reached" in policy
+    assert policy.endswith("all logits are computed") and reference == "reference: none"
+    off = DPO(ZOO["xt-rotary"](0), share_prefix=False)
+    off(**arguments(case))
+    assert "padded, for share_prefix is False" in off.explain()
