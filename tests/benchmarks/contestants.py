@@ -1,0 +1,287 @@
+"""One contestant of a benchmark, in a process of its own: a training step, timed and weighed.
+
+Every process builds the same policy and reference from the seed. The reference is the model as initialised,
+the policy the same with a little noise on every weight, so that no log-ratio is zero.
+"""
+
+import importlib.util
+import statistics
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from lengths import Lengths
+from torch import Tensor, nn
+
+from dpo_wrapper import DPO, losses
+from dpo_wrapper.prefix_tree import PrefixTree
+from dpo_wrapper.sequences import PreferenceBatch
+
+Step = Callable[[], Tensor]
+BETA = 0.1
+
+
+class Missing(Exception):
+    """A contestant is not installed."""
+
+
+# models
+
+
+def build(args: Namespace) -> nn.Module:
+    torch.manual_seed(args.seed)
+    if args.model == "llama":
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(
+            vocab_size=args.vocab,
+            hidden_size=args.dim,
+            intermediate_size=args.dim * 11 // 4,
+            num_hidden_layers=args.depth,
+            num_attention_heads=args.dim // 64,
+            max_position_embeddings=4096,
+            tie_word_embeddings=False,
+            attn_implementation="sdpa",
+            use_cache=False,
+        )
+        return LlamaForCausalLM(config)
+
+    from x_transformers import Decoder, TransformerWrapper
+
+    decoder = Decoder(
+        dim=args.dim, depth=args.depth, heads=args.dim // 64, rotary_pos_emb=True, attn_flash=True
+    )
+    return TransformerWrapper(
+        num_tokens=args.vocab, max_seq_len=4096, use_abs_pos_emb=False, attn_layers=decoder
+    )
+
+
+@torch.no_grad()
+def perturb(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed + 1)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter += 0.1 * parameter.std(correction=0) * noise
+
+
+def head_of(model: nn.Module) -> nn.Module:
+    return model.lm_head if hasattr(model, "lm_head") else model.to_logits  # type: ignore[return-value]
+
+
+# batches
+
+
+class Batch:
+    """The pairs as every contestant's own collator would lay them."""
+
+    def __init__(self, lengths: Lengths, vocab: int, seed: int) -> None:
+        self.chosen, self.rejected, self.prompts = lengths.ids(vocab, seed)
+
+    def side(self, rows: list[list[int]], width: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, padded on the right with 0, and what of them is prompt, and what is real."""
+        width = max(map(len, rows)) if width is None else width
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+        place = torch.arange(width)
+        return (
+            ids,
+            place < torch.tensor(self.prompts)[:, None],
+            place < torch.tensor([[len(r)] for r in rows]),
+        )
+
+    def counts(self) -> dict[str, int]:
+        rows = self.chosen + self.rejected
+        return {
+            "padded": len(rows) * max(map(len, rows)),
+            "real": sum(map(len, rows)),
+            "unique": len(PrefixTree.from_sequences(rows).ids),
+        }
+
+    def flops(self, model: nn.Module, dim: int, depth: int) -> dict[str, float]:
+        """Of the matrix products of one forward pass that computes each unique token once: every linear layer
+        of the decoder, the causal half of both attention products, and the head where something is scored."""
+        rows = [row[:-1] for row in self.chosen + self.rejected]  # a last token is never an input
+        tree = PrefixTree.from_sequences(rows)
+        head = head_of(model)
+        linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+        paths = tree.path.split(tree.start.diff().tolist())
+        scored = torch.cat([p[n - 1 :] for p, n in zip(paths, 2 * self.prompts, strict=True)]).unique()
+        return {
+            "linear": 2.0 * linear * len(tree.ids),
+            "attention": 4.0 * dim * depth * float((tree.position + 1).sum()),
+            "head": 2.0 * sum(p.numel() for p in head.parameters()) * len(scored),
+        }
+
+
+# contestants
+
+
+def ours(model: nn.Module, batch: Batch, args: Namespace, share: str | bool, cached: bool) -> Step:
+    loss = losses.Sigmoid(BETA) if args.model == "llama" else losses.SigmoidNorm(BETA)
+    dpo = DPO(model, loss=loss, share_prefix=share)
+    perturb(model, args.seed)
+    sides = [batch.side(rows) for rows in (batch.chosen, batch.rejected)]
+    chosen, rejected = (ids for ids, _, _ in sides)
+    longest = max(sides, key=lambda side: side[0].shape[1])
+    given: dict[str, Any] = {}
+
+    def step() -> Tensor:
+        loss = dpo(chosen, rejected, longest[1], (sides[0][2], sides[1][2]), **given)
+        scorers = [dpo.score_policy] if cached else [dpo.score_policy, dpo.score_reference]
+        for scorer in scorers:
+            assert (scorer.why_padded is None) == bool(share), scorer.why_padded
+        return loss
+
+    if cached:
+        prompts, reals = (tuple(side[k] for side in sides) for k in (1, 2))
+        ready = PreferenceBatch.from_padded((chosen, rejected), prompts, reals)  # type: ignore[arg-type]
+        sums = dpo.reference_log_probs(ready)
+        assert sums is not None
+        given["ref_log_probs"] = (sums[ready.pairs[:, 0]], sums[ready.pairs[:, 1]])
+    return step
+
+
+def x_transformers(model: nn.Module, batch: Batch, args: Namespace) -> Step:
+    """Theirs takes both sides in one shape, and means over the answer's tokens (with its mask off by one)."""
+    from x_transformers.dpo import DPO as TheirDPO
+
+    dpo = TheirDPO(model, beta=BETA)
+    perturb(model, args.seed)
+    width = max(map(len, batch.chosen + batch.rejected))
+    chosen, prompt, chosen_real = batch.side(batch.chosen, width)
+    rejected, _, rejected_real = batch.side(batch.rejected, width)
+    masks = {"preferred_seq_mask": chosen_real, "unpreferred_seq_mask": rejected_real}
+    return lambda: dpo(chosen, rejected, prompt_mask=prompt, **masks)
+
+
+def trl(model: nn.Module, batch: Batch, args: Namespace, checkpointing: bool = False) -> Step:
+    """`DPOTrainer.compute_loss` on what TRL's own collator makes of the tokens."""
+    if importlib.util.find_spec("trl") is None:
+        raise Missing("not installed: pip install trl")
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl import DPOConfig, DPOTrainer
+
+    words = {"<pad>": 0, "</s>": 1, "a": 2, "b": 3}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="a")),
+        pad_token="<pad>",
+        eos_token="</s>",
+    )
+    config = DPOConfig(
+        output_dir=tempfile.mkdtemp(prefix="dpo-benchmark-"),
+        beta=BETA,
+        loss_type=["sigmoid"],
+        max_length=None,
+        padding_free=False,
+        disable_dropout=True,
+        gradient_checkpointing=checkpointing,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+    )
+    trainer = DPOTrainer(
+        model=model,
+        ref_model=deepcopy(model),
+        args=config,
+        train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "a", "rejected": "b"}]),
+        processing_class=tokenizer,
+    )
+    perturb(model, args.seed)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    rows = zip(batch.chosen, batch.rejected, batch.prompts, strict=True)
+    examples = [
+        {"prompt_ids": chosen[:n], "chosen_ids": chosen[n:], "rejected_ids": rejected[n:]}
+        for chosen, rejected, n in rows
+    ]
+    inputs = trainer.data_collator(examples)
+    trainer.model.train()
+    return lambda: trainer.compute_loss(trainer.model, inputs)
+
+
+CONTESTANTS: dict[str, Callable[[nn.Module, Batch, Namespace], Step]] = {
+    "tree": lambda m, b, a: ours(m, b, a, share="auto", cached=False),
+    "cached": lambda m, b, a: ours(m, b, a, share="auto", cached=True),
+    "plain": lambda m, b, a: ours(m, b, a, share=False, cached=False),
+    "trl": trl,
+    "trl-checkpointing": lambda m, b, a: trl(m, b, a, checkpointing=True),
+    "x-transformers": x_transformers,
+}
+
+
+# measuring
+
+
+def status(name: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def can_weigh() -> bool:
+    try:
+        forget_peak()
+    except OSError:
+        return False
+    return True
+
+
+def gemm_rate(repeats: int = 5) -> float:
+    """FLOP/s of a float32 product of 4096x512 and 512x2048: the median of several."""
+    a, b, out = torch.randn(4096, 512), torch.randn(512, 2048), torch.empty(4096, 2048)
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        torch.mm(a, b, out=out)
+        times.append(time.perf_counter() - began)
+    return 2 * 4096 * 512 * 2048 / statistics.median(times)
+
+
+def measure(args: Namespace, lengths: Lengths) -> dict[str, Any]:
+    """What the contestant `args.contestant` needs for its steps; the only thing that its process does."""
+    torch.set_num_threads(args.threads)
+    model = build(args)
+    batch = Batch(lengths, args.vocab, args.seed)
+    try:
+        step = CONTESTANTS[args.contestant](model, batch, args)
+    except Missing as missing:
+        return {"missing": str(missing)}
+    gemm_rate()  # its own buffers, and the threads, are there now
+
+    weighs = can_weigh()
+    before = status("VmRSS") if weighs else 0
+    seconds, rates, peaks, loss = [], [], [], torch.zeros(())
+    for run in range(args.runs + 1):
+        model.zero_grad(set_to_none=True)
+        rates.append(gemm_rate())
+        if weighs:
+            forget_peak()
+        began = time.perf_counter()
+        loss = step()
+        loss.backward()
+        took = time.perf_counter() - began
+        if run:  # the first one warms up
+            seconds.append(took)
+            peaks.append(status("VmHWM") - before if weighs else 0)
+    gradients = [p.grad.double().norm() for p in model.parameters() if p.grad is not None]
+    return {
+        "seconds": statistics.median(seconds),
+        "runs": seconds,
+        "peak_mb": max(peaks) / 1e6 if weighs else None,
+        "gradient_norm": float(torch.stack(gradients).norm()),
+        "loss": float(loss.detach()),
+        "gemm_rates": rates,
+        "tokens": batch.counts(),
+        "forward_flops": batch.flops(model, args.dim, args.depth),
+        "torch": torch.__version__,
+    }
