@@ -97,8 +97,7 @@ class ScoredSequences(Movable):
 
 @dataclass(frozen=True)
 class ScoredTree(Movable):
-    """Scored sequences as a tree of `unique` tokens: what is scored twice (same token, same past) is listed
-    once.
+    """Scored sequences as a tree of `unique` tokens: what is scored twice, after the same past, stands once.
 
     `source` is the token of the tree that a score is read at, `target` what is scored, and `entry` holds for
     each of the sequences' scored tokens its place among those.

@@ -23,6 +23,13 @@ HEADS = [
 ]
 
 
+def train(dpo, case, optimizer, steps):
+    for _ in range(steps):
+        dpo(**arguments(case)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_log_probs_are_bit_identical_after_50_optimizer_steps(name):
     dpo = DPO(ZOO[name](0))
@@ -33,11 +40,7 @@ def test_log_probs_are_bit_identical_after_50_optimizer_steps(name):
         return metrics["logps/ref_chosen"], metrics["logps/ref_rejected"], metrics["logps/chosen"]
 
     before = reference_log_probs()
-    optimizer = torch.optim.AdamW(dpo.parameters(), lr=1e-2, weight_decay=0.1)
-    for _ in range(50):
-        dpo(**arguments(case)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train(dpo, case, torch.optim.AdamW(dpo.parameters(), lr=1e-2, weight_decay=0.1), steps=50)
     after = reference_log_probs()
     assert after[:2] == before[:2]
     assert after[2] != before[2]
@@ -140,11 +143,7 @@ def test_auto_switches_a_fresh_adapter_off():
     assert dpo.ref_model is None
     assert abs(dpo(**arguments(case)) - 0.6931471805599453) < 1e-6
     before = dpo(**arguments(case), return_metrics=True)[1]
-    optimizer = torch.optim.SGD(dpo.parameters(), lr=1.0)
-    for _ in range(5):
-        dpo(**arguments(case)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train(dpo, case, torch.optim.SGD(dpo.parameters(), lr=1.0), steps=5)
     after = dpo(**arguments(case), return_metrics=True)[1]
     assert after["logps/ref_chosen"] == before["logps/ref_chosen"]
     assert after["logps/chosen"] != before["logps/chosen"]
@@ -163,10 +162,6 @@ def test_pitfall_6_a_trained_adapter_is_part_of_the_reference(kwargs):
     case = random_batch(Generator().manual_seed(0), odd=0)
     loss, before = dpo(**arguments(case), return_metrics=True)
     assert abs(loss - 0.6931471805599453) < 1e-6
-    optimizer = torch.optim.SGD(dpo.parameters(), lr=1.0)
-    for _ in range(5):
-        dpo(**arguments(case)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train(dpo, case, torch.optim.SGD(dpo.parameters(), lr=1.0), steps=5)
     after = dpo(**arguments(case), return_metrics=True)[1]
     assert after["logps/ref_chosen"] == before["logps/ref_chosen"]
