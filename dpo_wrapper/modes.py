@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from dpo_wrapper.products import FastProducts
+
 
 def turn_off_dropout(model: nn.Module) -> None:
     """Put a model in eval mode: dropout as modules, as function calls and of whole layers, all at once.
@@ -35,14 +37,16 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def one_arithmetic() -> Iterator[None]:
-    """Keep torch's transformer layers off a fused path that is for passes without gradients.
+    """Policy and reference round alike within: linear layers take one library, and torch's transformer layers
+    stay off a fused path that is for passes without gradients.
 
-    So policy and reference round alike; and under autocast that path leaves casts of the weights behind,
-    without gradients, that a later pass with gradients would use.
+    Under autocast that path also leaves casts of the weights behind, without gradients, that a later pass
+    with gradients would use.
     """
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with FastProducts():
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)

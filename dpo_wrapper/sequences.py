@@ -66,12 +66,12 @@ class ScoredSequences(Movable):
             real=inputs.sum(dim=-1),
         )
 
-    def over_tree(self, most: int | None, flex: bool = False) -> "ScoredTree":
+    def over_tree(self, most: int | None, kernel: str = "own") -> "ScoredTree":
         """The same as a prefix tree in rows no wider than `most`, made once."""
         made = vars(self).setdefault("_trees", {})
-        if (most, flex) not in made:
-            made[most, flex] = ScoredTree.of(self, most, flex)
-        return made[most, flex]
+        if (most, kernel) not in made:
+            made[most, kernel] = ScoredTree.of(self, most, kernel)
+        return made[most, kernel]
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "ScoredSequences":
         moved, made = super().mapped(function), vars(self).get("_trees", {})
@@ -110,13 +110,13 @@ class ScoredTree(Movable):
     entry: Int[Tensor, "t"]
 
     @classmethod
-    def of(cls, sequences: ScoredSequences, most: int | None, flex: bool = False) -> "ScoredTree":
+    def of(cls, sequences: ScoredSequences, most: int | None, kernel: str = "own") -> "ScoredTree":
         device = sequences.ids.device
         tree = PrefixTree.from_sequences(sequences.inputs())
         row, place, target = (t.cpu() for t in (sequences.row, sequences.source, sequences.target))
         source = tree.path[tree.start[row] + place]
         scored, entry = torch.unique(torch.stack([source, target]), dim=1, return_inverse=True)
-        layout = TreeLayout.of(tree, most, flex=flex)
+        layout = TreeLayout.of(tree, most, kernel=kernel)
         return cls(layout, len(tree.ids), scored[0], scored[1], entry).to(device)
 
 
