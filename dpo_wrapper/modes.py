@@ -1,12 +1,12 @@
 """The modes that a model is computed in: without dropout, in eval mode for a moment, in one arithmetic."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
 
-from dpo_wrapper.products import FastProducts
+from dpo_wrapper.products import FastProducts, onednn_is_faster
 
 
 def turn_off_dropout(model: nn.Module) -> None:
@@ -36,9 +36,9 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def one_arithmetic() -> Iterator[None]:
-    """Policy and reference round alike within: linear layers take one library, and torch's transformer layers
-    stay off a fused path that is for passes without gradients.
+def one_arithmetic(model: nn.Module) -> Iterator[None]:
+    """Passes of a model round alike within, with gradients or without: linear layers take the library that is
+    best here, and torch's transformer layers stay off a fused path that is for passes without gradients.
 
     Under autocast that path also leaves casts of the weights behind, without gradients, that a later pass
     with gradients would use.
@@ -46,7 +46,12 @@ def one_arithmetic() -> Iterator[None]:
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with FastProducts():
+        with FastProducts() if onednn_is_faster() and not is_compiled(model) else nullcontext():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether any part of a model is; `torch.compile` does not trace well under a mode for functions."""
+    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())

@@ -13,7 +13,7 @@ from dpo_wrapper.log_probs import implementation, log_probs_from_logits, token_l
 from dpo_wrapper.look import difference, look_at, rounding, valid_logits
 from dpo_wrapper.models import language_model
 from dpo_wrapper.modes import one_arithmetic, quiet
-from dpo_wrapper.sequences import ScoredSequences
+from dpo_wrapper.sequences import ScoredSequences, TreePlan
 from dpo_wrapper.validation import check_ids, check_mask, check_vocabulary, kind
 
 _looking = threading.RLock()
@@ -74,7 +74,7 @@ class Scorer:
         if self.why_padded is not None or not len(sequences.target):
             where = (sequences.row, sequences.source)
             return self.scores_at(lambda hidden: self.padded(sequences, hidden)[where], sequences.target)
-        tree = sequences.over_tree(self.language_model.max_positions, self.kernel)
+        tree = sequences.over_tree(TreePlan(self.language_model.max_positions, self.kernel))
 
         def states(hidden: bool) -> Tensor:
             return (
@@ -97,11 +97,11 @@ class Scorer:
             return f"{name} model; shared prefixes are computed once, by {KERNELS[self.kernel]}; {head}"
         return f"{name} model; sequences are padded, for {self.why_padded}; {head}"
 
-    def laid_out(self, sequences: ScoredSequences) -> ScoredSequences:
-        """The sequences with their tree made ahead, while they are still on the CPU."""
-        if len(sequences.target) and (self.why_padded is None or (self.share and self.looked_on is None)):
-            sequences.over_tree(self.language_model.max_positions, self.kernel)
-        return sequences
+    @property
+    def tree_plan(self) -> TreePlan | None:
+        """How batches may be laid out ahead for this model; None if it takes padded rows."""
+        shares = self.why_padded is None or (self.share and self.looked_on is None)
+        return TreePlan(self.language_model.max_positions, self.kernel) if shares else None
 
     def padded(self, sequences: ScoredSequences, hidden: bool) -> Float[Tensor, "s n _"]:
         if hidden:
@@ -111,7 +111,7 @@ class Scorer:
     def scores_at(self, states: Callable[[bool], Tensor], targets: Tensor) -> Float[Tensor, "t"]:
         """Log-probs of targets from the hidden states (or, if False is asked for, logits) at their places."""
         head = self.language_model.head()
-        with one_arithmetic():
+        with one_arithmetic(self.language_model.model):
             if head is None or not self.head_applies:
                 return log_probs_from_logits(states(False), targets)
             hidden = states(True)

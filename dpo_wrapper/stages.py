@@ -5,6 +5,7 @@ add up to the same update however a step is split.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -14,10 +15,11 @@ from dpo_wrapper.data import PreferenceCollator, PreferenceItem
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.evaluate import evaluate
 from dpo_wrapper.scoring import Scorer
-from dpo_wrapper.sequences import PreferenceBatch, ScoredSequences
+from dpo_wrapper.sequences import PreferenceBatch, ScoredSequences, TreePlan
 
 Reduce = Callable[[Tensor], Tensor]
 Totals = tuple[int, int]
+Prepare = Callable[[Sequence[PreferenceItem]], Any]
 
 
 class Stage(Protocol):
@@ -27,7 +29,8 @@ class Stage(Protocol):
     title: str
     module: nn.Module
 
-    def batch(self, items: Sequence[PreferenceItem]) -> Any: ...
+    def prepares(self) -> Prepare:
+        """What makes a batch of items. It can be sent to another process, for it holds no model."""
 
     def counts(self, batch: Any) -> Totals:
         """Pairs and scored tokens of a batch; summed over a step they are what `share` divides by."""
@@ -51,6 +54,25 @@ class LikelihoodLoss(nn.Module):
         return -self.score(sequences).sum() / max(1, tokens)
 
 
+def chosen_sequences(
+    collate: PreferenceCollator, plan: TreePlan | None, items: Sequence[PreferenceItem]
+) -> ScoredSequences:
+    """Prompts and chosen completions, all of them scored."""
+    columns = collate(items)
+    real, _ = columns["seq_mask"]
+    return ScoredSequences.from_padded(columns["preferred_seq"], real, real).laid_out(plan)
+
+
+def preference_batch(
+    collate: PreferenceCollator, plan: TreePlan | None, items: Sequence[PreferenceItem]
+) -> PreferenceBatch:
+    columns = collate(items)
+    seqs = (columns["preferred_seq"], columns["unpreferred_seq"])
+    batch = PreferenceBatch.from_padded(seqs, columns["prompt_mask"], columns["seq_mask"])
+    batch.sequences.laid_out(plan)
+    return batch
+
+
 class SFTStage:
     """Supervised warm-up: maximum likelihood of prompt and chosen, in nats per token."""
 
@@ -61,10 +83,8 @@ class SFTStage:
         self.score = self.module.score
         self.collate = collate
 
-    def batch(self, items: Sequence[PreferenceItem]) -> ScoredSequences:
-        columns = self.collate(items)
-        real, _ = columns["seq_mask"]
-        return self.score.laid_out(ScoredSequences.from_padded(columns["preferred_seq"], real, real))
+    def prepares(self) -> Prepare:
+        return partial(chosen_sequences, self.collate, self.score.tree_plan)
 
     def counts(self, batch: ScoredSequences) -> Totals:
         return len(batch.length), int(batch.length.sum())
@@ -94,12 +114,8 @@ class DPOStage:
         self.score = dpo.score_policy
         self.collate = collate
 
-    def batch(self, items: Sequence[PreferenceItem]) -> PreferenceBatch:
-        columns = self.collate(items)
-        seqs = (columns["preferred_seq"], columns["unpreferred_seq"])
-        batch = PreferenceBatch.from_padded(seqs, columns["prompt_mask"], columns["seq_mask"])
-        self.score.laid_out(batch.sequences)
-        return batch
+    def prepares(self) -> Prepare:
+        return partial(preference_batch, self.collate, self.score.tree_plan)
 
     def counts(self, batch: PreferenceBatch) -> Totals:
         return batch.counts()

@@ -242,6 +242,33 @@ def test_pitfall_24_layers_wrapped_for_checkpointing(name):
     assert ("run again" in dpo.explain()) == (name == "xt-rotary")
 
 
+def compiled(model, parts):
+    for module in model.modules():
+        if type(module).__name__ in parts:
+            module.compile(backend="eager")
+    return model
+
+
+@pytest.mark.usefixtures("each_kernel")
+@pytest.mark.parametrize(
+    "name, parts",
+    [
+        ("hf-llama", ["LlamaModel"]),
+        ("hf-llama", ["LlamaDecoderLayer"]),
+        ("hf-llama", ["LlamaMLP"]),
+        ("xt-rotary-flash", ["AttentionLayers", "Decoder"]),
+        ("xt-rotary-flash", ["FeedForward"]),
+    ],
+)
+def test_compiled_parts(name, parts):
+    expected = numbers(made(ZOO[name]), CASES[1])
+    torch._dynamo.reset()
+    dpo = made(lambda seed: compiled(ZOO[name](seed), parts))
+    assert any(m._compiled_call_impl is not None for m in dpo.policy_model.modules())
+    assert_equal(numbers(dpo, CASES[1]), expected, 3e-5)
+    assert shares(dpo)
+
+
 @pytest.mark.usefixtures("each_kernel")
 def test_lora():
     peft = pytest.importorskip("peft")
