@@ -3,13 +3,14 @@
 import threading
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dpo_wrapper.attention import NotShareable
-from dpo_wrapper.log_probs import implementation, log_probs_from_logits, token_log_probs
+from dpo_wrapper.log_probs import implementation, log_probs_of_rows, token_log_probs
 from dpo_wrapper.look import difference, look_at, rounding, valid_logits
 from dpo_wrapper.models import language_model
 from dpo_wrapper.modes import one_arithmetic, quiet
@@ -72,16 +73,12 @@ class Scorer:
     def token_scores(self, sequences: ScoredSequences) -> Float[Tensor, "t"]:
         """The log-prob of each scored token, over a tree or over padded rows."""
         if self.why_padded is not None or not len(sequences.target):
-            where = (sequences.row, sequences.source)
-            return self.scores_at(lambda hidden: self.padded(sequences, hidden)[where], sequences.target)
-        tree = sequences.over_tree(TreePlan(self.language_model.max_positions, self.kernel))
-
-        def states(hidden: bool) -> Tensor:
-            return (
-                self.language_model.over_tree(tree.layout, hidden).flatten(0, 1).index_select(0, tree.source)
-            )
-
-        return self.scores_at(states, tree.target).index_select(0, tree.entry)
+            where = sequences.row * sequences.ids.shape[1] + sequences.source
+            return self.scores_at(partial(self.padded, sequences), where, sequences.target)
+        plan = TreePlan(self.language_model.max_positions, self.kernel)
+        tree = sequences.over_tree(plan)
+        states = partial(self.language_model.over_tree, tree.layout)
+        return self.scores_at(states, tree.source, tree.target).index_select(0, tree.entry)
 
     def explain(self) -> str:
         """Which paths are in use, and why not the others."""
@@ -108,13 +105,16 @@ class Scorer:
             return self.language_model.hidden(sequences.ids)
         return valid_logits(self.language_model.logits(sequences.ids), sequences.ids)
 
-    def scores_at(self, states: Callable[[bool], Tensor], targets: Tensor) -> Float[Tensor, "t"]:
-        """Log-probs of targets from the hidden states (or, if False is asked for, logits) at their places."""
+    def scores_at(
+        self, states: Callable[[bool], Tensor], where: Int[Tensor, "t"], targets: Int[Tensor, "t"]
+    ) -> Float[Tensor, "t"]:
+        """Log-probs of targets from the hidden states (or, if False is asked for, logits) at places of their
+        rows, laid end to end."""
         head = self.language_model.head()
         with one_arithmetic(self.language_model.model):
             if head is None or not self.head_applies:
-                return log_probs_from_logits(states(False), targets)
-            hidden = states(True)
+                return log_probs_of_rows(states(False).flatten(0, 1), where, targets)
+            hidden = states(True).flatten(0, 1).index_select(0, where)
         return token_log_probs(hidden, head.weight, targets, impl=self.impl, **head.options)
 
     def check(self, sequences: ScoredSequences) -> None:

@@ -1,37 +1,78 @@
 """The masked log-prob gather: from hidden states and output head to the log-prob of each scored token.
 
-eager    the plain lines, with logits [t, v] in memory
-chunked  any device; logits exist one block at a time, forward and backward
+What is computed, with h the hidden states of t scored tokens (the masked ones have been left out before), W
+the head of v words, y the targets, f the head's scale and softcap:
+
+    x = f(h Wᵀ + b)                [t, v], a tile [r, w] at a time
+    log p = log σ(x_y - lse of x over all words but y)
+
+In which pass, at what cost (products of 2·t·d·v FLOPs; t·v numbers written and read between products):
+
+                                   products    tile traffic           beside inputs and gradients
+    reference, evaluation          1           write, read            two tiles
+    frozen head (LoRA)   forward   2           write, read, write,    two tiles, [t, d] in float32
+                                               read
+                         backward  0
+    trained head, kept   forward   1           write, read, write     two tiles, [t, v]
+                         backward  2           read, read             two tiles, [t, d] in float32
+    trained head, else   forward   1           write, read            two tiles
+                         backward  3           write, read, write,    two tiles, [t, d] in float32
+                                               read, read
+
+An eager log-softmax takes 1 and 2 products, and holds about four times [t, v] in float32.
+
+    eager      the plain lines; the truth that all others are held against
+    tiled      the algorithm: tiles, their weighing, what is kept or computed again, gradients
+    chunked    a tile's softmax by torch's operations: any device
+    triton     a tile's softmax in one kernel: CUDA
+    sharded    heads in parts on several processes
+    from_logits  for models that hand out nothing but logits
 """
 
 import math
-from collections.abc import Callable
-from typing import Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from dpo_wrapper.log_probs import chunked, eager
-from dpo_wrapper.log_probs.eager import accumulation_dtype, log_probs_from_logits
+from dpo_wrapper.log_probs.eager import EXTRAS, accumulation_dtype
+from dpo_wrapper.log_probs.from_logits import log_probs_of_rows
+from dpo_wrapper.log_probs.sharded import first_word, whole
 
-__all__ = ["Impl", "accumulation_dtype", "log_probs_from_logits", "token_log_probs"]
+__all__ = [
+    "EXTRAS",
+    "Impl",
+    "accumulation_dtype",
+    "log_probs_from_logits",
+    "log_probs_of_rows",
+    "token_log_probs",
+]
 
 Impl = Literal["auto", "triton", "chunked", "eager"]
 
-_IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
-    "auto": chunked.token_log_probs,
-    "chunked": chunked.token_log_probs,
-    "eager": eager.token_log_probs,
-}
 
-
-def implementation(impl: str) -> Callable[..., Tensor]:
+def implementation(impl: str, device: torch.device | None = None) -> Callable[..., tuple[Tensor, ...]]:
     """The function behind a name; `'auto'` takes the best there is, a name that is not there raises."""
     if impl not in get_args(Impl):
         raise ValueError(f"impl should be one of {', '.join(get_args(Impl))}, but it is {impl!r}.")
-    if impl not in _IMPLEMENTATIONS:
-        raise ValueError(f"impl = {impl!r} is not available in this version: use 'auto' or 'chunked'.")
-    return _IMPLEMENTATIONS[impl]
+    if impl == "eager":
+        return eager.token_log_probs
+    if impl == "triton" or (impl == "auto" and device is not None and device.type == "cuda"):
+        try:
+            import dpo_wrapper.log_probs.triton_kernels as triton_kernels
+        except ImportError:
+            if impl == "triton":
+                raise ImportError("impl = 'triton' needs triton: pip install triton.") from None
+        else:
+            if device is None or triton_kernels.runs_on(device):
+                return triton_kernels.token_log_probs
+            if impl == "triton":
+                raise ValueError(
+                    f"impl = 'triton' needs tensors on CUDA, but they are on {device}: use 'auto'."
+                )
+    return chunked.token_log_probs
 
 
 def token_log_probs(
@@ -43,7 +84,9 @@ def token_log_probs(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     impl: str = "auto",
-) -> Tensor:
+    extras: Sequence[str] = (),
+    vocab_group: Any = None,
+) -> Any:
     """Log-probs of `targets` in nats, without ever holding all the logits. It equals
 
         logits = logit_scale * (hidden @ weight.T + bias)
@@ -52,19 +95,59 @@ def token_log_probs(
 
     Args:
         hidden: Float[t d], the hidden state each target is predicted from.
-        weight: Float[v d], the output head.
+        weight: Float[v d], the output head; one that FSDP2 has sharded is gathered.
         targets: Int[t], each in [0, v).
         bias: Float[v].
-        impl: `'auto'`, `'chunked'` or `'eager'`.
+        impl: `'auto'`, `'triton'` (CUDA), `'chunked'` or `'eager'`.
+        extras: names of what else is wanted, without gradients: `'entropy'` in nats, `'log_sum_p2'` (log Σ p²
+            over the vocabulary), `'top1'` (Bool, whether no word is likelier than the target), `'greedy'`
+            (the likeliest word's log-prob).
+        vocab_group: a torch.distributed group whose processes, in the order of their ranks, hold consecutive
+            parts of the vocabulary as `weight` and `bias`; hidden and targets are then the same on each of
+            them, targets being ids of the whole.
 
     Returns:
-        Float[t], at most 0, in float32 (float64 where the inputs are).
+        Float[t], at most 0, in float32 (float64 where the inputs are); with extras a tuple of that and a dict
+        of Float[t] or Bool[t].
 
     Raises:
         TypeError, ValueError: dtypes, shapes, devices or options that do not fit, before anything is
             computed.
     """
-    function = implementation(impl)
+    weight, bias = whole(weight), None if bias is None else whole(bias)
+    check(hidden, weight, targets, bias, logit_scale, softcap)
+    unknown = sorted(set(extras) - set(EXTRAS))
+    if unknown or isinstance(extras, str):
+        raise ValueError(f"extras should be among {', '.join(EXTRAS)}, as a list, but they are {extras!r}.")
+    options: dict[str, Any] = {"extras": bool(extras)}
+    vocabulary = len(weight)
+    if vocab_group is not None:
+        if impl == "eager":
+            raise ValueError("impl = 'eager' takes a whole head: use 'auto' with a vocab_group.")
+        options["offset"], vocabulary = first_word(weight, vocab_group)
+        options["group"] = vocab_group
+    if targets.numel() and not (targets.min() >= 0 and targets.max() < vocabulary):
+        outside = targets[(targets < 0) | (targets >= vocabulary)][0].item()
+        raise ValueError(f"targets should be in [0, {vocabulary}), but one is {outside}.")
+    softcap = None if softcap is None else float(softcap)
+    function = implementation(impl, hidden.device)
+    log_probs, *found = function(hidden, weight, targets.long(), bias, float(logit_scale), softcap, **options)
+    return (
+        (log_probs, {name: dict(zip(EXTRAS, found, strict=True))[name] for name in extras})
+        if extras
+        else log_probs
+    )
+
+
+def check(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+) -> None:
+    """Whether the arguments of `token_log_probs` fit one another."""
     for name, tensor, ndim in (("hidden", hidden, 2), ("weight", weight, 2), ("targets", targets, 1)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} should be a tensor, but it is a {type(tensor).__name__}.")
@@ -94,8 +177,45 @@ def token_log_probs(
         raise ValueError(f"logit_scale should be a finite number, but it is {logit_scale}.")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap should be positive, but it is {softcap}.")
-    if targets.numel() and not (targets.min() >= 0 and targets.max() < len(weight)):
-        outside = targets[(targets < 0) | (targets >= len(weight))][0].item()
-        raise ValueError(f"targets should be in [0, {len(weight)}), but one is {outside}.")
-    softcap = None if softcap is None else float(softcap)
-    return function(hidden, weight, targets.long(), bias, float(logit_scale), softcap)
+
+
+def log_probs_from_logits(logits: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Log-probs of `targets` in nats from logits that are there already, in one pass over them. It equals
+
+        logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]      # and 0 where not mask
+
+    but holds no log-softmax, and computes only what the mask asks for.
+
+    Args:
+        logits: Float[... v], in line with the targets: `logits[k]` predicts `targets[k]`.
+        targets: Int[...], in [0, v) where the mask is True.
+        mask: Bool[...], True on tokens to be scored; all of them without it.
+
+    Returns:
+        Float[...], at most 0, in float32 (float64 where the logits are).
+
+    Raises:
+        TypeError, ValueError: what does not fit, before anything is computed.
+    """
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        raise TypeError("logits should be a tensor of floats.")
+    if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32):
+        raise TypeError("targets should be a tensor of token ids (int64).")
+    if targets.shape != logits.shape[:-1] or (mask is not None and mask.shape != targets.shape):
+        shapes = [tuple(t.shape) for t in (logits, targets, mask) if t is not None]
+        raise ValueError(
+            f"for logits of shape (..., v), targets and mask should have the shape (...), but the shapes are "
+            f"{', '.join(map(str, shapes))}."
+        )
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"mask should be bool, but it is {mask.dtype}.")
+    v = logits.shape[-1]
+    flat = targets.flatten().long()
+    every = torch.ones_like(flat, dtype=torch.bool) if mask is None else mask.flatten()
+    rows = every.nonzero()[:, 0]
+    chosen = flat[rows]
+    if chosen.numel() and not (chosen.min() >= 0 and chosen.max() < v):
+        outside = chosen[(chosen < 0) | (chosen >= v)][0].item()
+        raise ValueError(f"targets should be in [0, {v}), but one is {outside}.")
+    scores = log_probs_of_rows(logits.reshape(-1, v), rows, chosen)
+    return scores.new_zeros(len(flat)).index_put((rows,), scores).view(targets.shape)

@@ -5,6 +5,9 @@ from beartype import beartype
 from jaxtyping import Float, Int, jaxtyped
 from torch import Tensor
 
+EXTRAS = ("entropy", "log_sum_p2", "top1", "greedy")
+"""Entropy; log Σ p²; whether no token is likelier than the target; the log-prob of the likeliest."""
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32, or float64 where the input is float64: the dtype of softmax, sums and losses."""
@@ -35,7 +38,9 @@ def token_log_probs(
     bias: Float[Tensor, "v"] | None,
     logit_scale: float,
     softcap: float | None,
-) -> Float[Tensor, "t"]:
+    extras: bool = False,
+) -> tuple[Tensor, ...]:
+    """Log-probs, and then what `EXTRAS` names."""
     dtype = compute_dtype(hidden, weight)
     logits = hidden.to(dtype) @ weight.to(dtype).T
     logits = logits.to(accumulation_dtype(dtype))
@@ -44,4 +49,11 @@ def token_log_probs(
     logits = logits * logit_scale
     if softcap is not None:
         logits = (logits / softcap).tanh() * softcap
-    return log_probs_from_logits(logits, targets)
+    log_probs = log_probs_from_logits(logits, targets)
+    if not extras:
+        return (log_probs,)
+    with torch.no_grad():
+        every = logits.log_softmax(dim=-1)
+        p, (greedy, _) = every.exp(), every.max(dim=-1)
+        entropy = -(p * every.clamp(min=torch.finfo(every.dtype).min)).sum(dim=-1)
+        return log_probs, entropy, p.square().sum(dim=-1).log(), log_probs >= greedy, greedy

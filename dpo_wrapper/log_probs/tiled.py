@@ -1,0 +1,319 @@
+"""Log-probs of scored tokens without their logits: the algorithm, for whatever computes a tile of logits.
+
+Logits exist a tile at a time, `[r, w]` of r tokens and w words of the vocabulary. Of each tile a *fold* takes
+the log-sum-exp over the words that are no target (so that a log-prob is `log σ(x_target - lse_others)`, at
+most 0 and exact near 0) and, in place, its gradient: the softmax within the tile. Tiles are then weighed
+against one another by their log-sum-exps, as in online softmax (Milakov and Gimelshein 2018).
+
+FLOPs, in products of [t, d] and [d, v] (2·t·d·v each):
+
+    no gradient wanted            forward 1
+    hidden alone (frozen head)    forward 2, backward 0: the gradient of each log-prob for its hidden state is
+                                  ready in forward, and backward scales it
+    weight, tiles fit KEEP        forward 1, backward 2: the softmaxes of all tiles are kept
+    weight, they do not           forward 1, backward 3: tiles are computed again
+
+Bytes beside inputs and gradients: two tiles, `[t, d]` in float32, one number per token and row of tiles; the
+kept softmaxes. Each weight gradient is finished over all tokens before the next begins, in float32.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from dpo_wrapper.log_probs.eager import accumulation_dtype
+from dpo_wrapper.products import product
+
+ROWS = 8192
+"""Tokens in a tile."""
+
+
+class Folded(NamedTuple):
+    """What a fold makes of a tile. `block` is d lse / d (hidden @ weightᵀ), 0 at targets; with a total given
+    it is the softmax against that instead, less 1 at targets, times slopes."""
+
+    block: Float[Tensor, "r w"]
+    lse: Float[Tensor, "r"]
+    """Log-sum-exp over the words of the tile that are no target."""
+    own: Float[Tensor, "r"]
+    """Logit of the target where it is in the tile, else 0."""
+    slope: Float[Tensor, "r"]
+    """d logit / d (hidden @ weightᵀ) of the target where it is in the tile, else 0."""
+    moments: tuple[Tensor, Tensor, Tensor] | None
+    """Of the tile's own softmax, if asked for: its entropy, Σ p², and the highest logit."""
+
+
+Fold = Callable[..., Folded]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a head makes logits of hidden states, and how much memory that may take."""
+
+    logit_scale: float
+    softcap: float | None
+    dtype: torch.dtype
+    """Of the matrix products."""
+    fold: Fold
+    tile_bytes: int
+    keep_bytes: int
+    differentiates: bool = True
+    """Whether gradients may be asked for: a Function cannot tell by itself."""
+    extras: bool = False
+    group: ProcessGroup | None = None
+    """The processes that hold a part of the vocabulary each, in the order of their ranks."""
+    offset: int = 0
+    """The first word of this process's part."""
+
+    @property
+    def wide(self) -> torch.dtype:
+        return accumulation_dtype(self.dtype)
+
+
+def spans(n: int, most: int, multiple: int = 1) -> Iterator[slice]:
+    """0 to n in stretches as even as may be, of at most `most`."""
+    size = -(-n // max(1, -(-n // max(1, most))))
+    size = max(1, -(-size // multiple) * multiple)
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+
+class Tiles:
+    """The tiles of t tokens and v words: words outside, tokens inside."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options
+    ) -> None:
+        self.hidden, self.weight, self.bias, self.targets = hidden, weight, bias, targets
+        self.options = options
+        t, v = len(targets), len(weight)
+        per_value = options.wide.itemsize + (options.dtype.itemsize if options.dtype != options.wide else 0)
+        self.rows = list(spans(t, ROWS))
+        words = options.tile_bytes // (per_value * max(1, min(t, ROWS)))
+        self.words = list(spans(v, words, 64 if words >= 64 else 1))
+        self.bytes = t * v * options.dtype.itemsize
+
+    def fold(self, rows: slice, words: slice, **kwargs: Any) -> Folded:
+        options = self.options
+        block = product(self.hidden[rows].to(options.dtype), self.weight[words].to(options.dtype).T)
+        local = self.local(rows, words)
+        bias = None if self.bias is None else self.bias[words]
+        return options.fold(block, local, bias, options.logit_scale, options.softcap, **kwargs)
+
+    def local(self, rows: slice, words: slice) -> Int[Tensor, "r"]:
+        """Each target's column in a tile, or -1."""
+        local = self.targets[rows] - (self.options.offset + words.start)
+        return local.where((local >= 0) & (local < words.stop - words.start), -1)
+
+    def new(self, *shape: int, fill: float = 0.0) -> Tensor:
+        return self.hidden.new_full(shape, fill, dtype=self.options.wide)
+
+
+class Statistics(NamedTuple):
+    """Of all tiles so far, per token: log-sum-exp over words that are no target; the target's logit and its
+    slope; and the moments of the softmax over all words that are no target."""
+
+    lse: Float[Tensor, "t"]
+    own: Float[Tensor, "t"]
+    slope: Float[Tensor, "t"]
+    entropy: Float[Tensor, "t"]
+    squares: Float[Tensor, "t"]
+    highest: Float[Tensor, "t"]
+
+    @classmethod
+    def of_nothing(cls, tiles: Tiles) -> "Statistics":
+        t, low = len(tiles.targets), -torch.inf
+        return cls(*(tiles.new(t, fill=fill) for fill in (low, 0.0, 0.0, 0.0, 0.0, low)))
+
+    def add(self, rows: slice, folded: Folded) -> tuple[Tensor, Tensor]:
+        """Take a tile in; by what everything before and the tile itself are now to be weighed."""
+        lse, own, slope, entropy, squares, highest = (value[rows] for value in self)
+        total = torch.logaddexp(lse, folded.lse)
+        safe = total.clamp(min=torch.finfo(total.dtype).min)  # where there was nothing yet
+        before, now = (lse - safe).exp(), (folded.lse - safe).exp()
+        if folded.moments is not None:
+            of_tile = folded.moments
+            mixed = mixed_entropy(((before, entropy), (now, of_tile[0])))
+            entropy.copy_(mixed)
+            squares.mul_(before.square()).add_(now.square() * of_tile[1])
+            torch.maximum(highest, of_tile[2], out=highest)
+        lse.copy_(total)
+        own.add_(folded.own)
+        slope.add_(folded.slope)
+        return before, now
+
+    def over(self, group: ProcessGroup) -> "Statistics":
+        """The same over the vocabulary of all processes, each of which has seen its part."""
+        both = torch.stack([self.lse, self.highest])
+        torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX, group=group)
+        safe = both[0].clamp(min=torch.finfo(both.dtype).min)
+        part = (self.lse - safe).exp()
+        sums = [
+            part,
+            self.own,
+            self.slope,
+            part * (self.entropy + safe - self.lse),
+            part.square() * self.squares,
+        ]
+        sums[3] = sums[3].where(part > 0, 0.0)
+        part, own, slope, entropy, squares = summed(torch.stack(sums), group).unbind()
+        entropy = entropy / part + part.log()  # of a mixture, as in `mixed_entropy`
+        return Statistics(part.log() + safe, own, slope, entropy, squares / part.square(), both[1])
+
+    @property
+    def total(self) -> Float[Tensor, "t"]:
+        """Log-sum-exp over the whole vocabulary."""
+        return torch.logaddexp(self.lse, self.own)
+
+    @property
+    def log_probs(self) -> Float[Tensor, "t"]:
+        return F.logsigmoid(self.own - self.lse)
+
+    def extras(self) -> tuple[Tensor, ...]:
+        """As `EXTRAS` names them."""
+        total, log_probs, of_others = self.total, self.log_probs, F.logsigmoid(self.lse - self.own)
+        parts = ((of_others.exp(), self.entropy), (log_probs.exp(), torch.zeros_like(log_probs)))
+        entropy = mixed_entropy(parts)
+        squares = torch.logaddexp(2 * of_others + self.squares.log(), 2 * log_probs)
+        top1 = self.own >= self.highest
+        return entropy, squares, top1, log_probs.where(top1, self.highest - total)
+
+
+def mixed_entropy(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Entropy of distributions over different words that are mixed, from their weights and own entropies."""
+    return torch.stack([w * entropy - torch.xlogy(w, w) for w, entropy in parts]).sum(dim=0)
+
+
+class TiledLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options
+    ) -> tuple[Tensor, ...]:
+        tiles = Tiles(hidden, weight, bias, targets, options)
+        wants_hidden, wants_weight, wants_bias = (
+            wanted and options.differentiates for wanted in ctx.needs_input_grad[:3]
+        )
+        ctx.ready = wants_hidden and not (wants_weight or wants_bias)
+        keeps = (wants_weight or wants_bias) and tiles.bytes <= options.keep_bytes
+
+        statistics, kept = Statistics.of_nothing(tiles), []
+        ready = tiles.new(*hidden.shape) if ctx.ready else None
+        for words in tiles.words:
+            for rows in tiles.rows:
+                folded = tiles.fold(rows, words, write=ctx.ready or keeps, moments=options.extras)
+                before, now = statistics.add(rows, folded)
+                if ready is not None:
+                    of_tile = product(folded.block.to(options.dtype), weight[words].to(options.dtype))
+                    ready[rows].mul_(before[:, None]).addcmul_(of_tile.to(ready.dtype), now[:, None])
+                if keeps:
+                    kept += [folded.block.to(options.dtype), folded.lse]
+        mine = statistics
+        if options.group is not None:
+            statistics = statistics.over(options.group)
+        if ready is not None:
+            total = statistics.total
+            ready.mul_((mine.lse - total).exp()[:, None])
+            own = (statistics.lse - total).exp() * mine.slope  # 0 where another process has the target
+            row = (targets - options.offset).clamp(0, len(weight) - 1)
+            ready = (weight[row].to(ready.dtype) * own[:, None]).sub_(ready)
+
+        ctx.options = options
+        saved = [hidden, weight, bias, targets, statistics.own, statistics.lse]
+        ctx.save_for_backward(*([ready] if ctx.ready else [*saved, statistics.slope, *kept]))
+        ctx.hidden_dtype = hidden.dtype
+        log_probs = statistics.log_probs
+        extras = statistics.extras() if options.extras else ()
+        ctx.mark_non_differentiable(*extras)
+        return (log_probs, *extras)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "tiled log-probs cannot be differentiated twice (create_graph = True): use impl = 'eager'."
+            )
+        if ctx.ready:
+            (ready,) = ctx.saved_tensors
+            grad_hidden = summed(ready * grad[:, None], ctx.options.group)
+            return grad_hidden.to(ctx.hidden_dtype), None, None, None, None
+        hidden, weight, bias, targets, own, lse, slope, *kept = ctx.saved_tensors
+        with torch.autocast(hidden.device.type, enabled=False):
+            tiles = Tiles(hidden, weight, bias, targets, ctx.options)
+            total = torch.logaddexp(lse, own)
+            others = (lse - total).exp()
+            wants = ctx.needs_input_grad[:3]
+            return *gradients(tiles, wants, grad, total, others * slope, kept), None, None
+
+
+def gradients(
+    tiles: Tiles,
+    wants: tuple[bool, ...],
+    grad: Float[Tensor, "t"],
+    total: Float[Tensor, "t"],
+    at_target: Float[Tensor, "t"],
+    kept: list[Tensor],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of hidden, weight and bias, for log-probs whose gradients are `grad`.
+
+    `at_target` is d log-prob / d (hidden @ weightᵀ) at the target, as exact as it can be told.
+    """
+    options, (wants_hidden, wants_weight, wants_bias) = tiles.options, wants
+    hidden, weight, dtype = tiles.hidden, tiles.weight, options.dtype
+    grad_hidden = tiles.new(*hidden.shape) if wants_hidden else None
+    grad_weight = torch.empty_like(weight) if wants_weight else None
+    grad_bias = torch.empty_like(tiles.bias) if wants_bias and tiles.bias is not None else None
+    by_grad = (hidden.to(options.wide) * -grad[:, None]).to(dtype) if wants_weight else None
+    parts = iter(kept)
+    for words in tiles.words:
+        of_weight: Tensor | None = None
+        of_bias = tiles.new(words.stop - words.start)
+        for rows in tiles.rows:
+            if kept:
+                part = torch.empty_like(next_kept := next(parts))
+                block = against(
+                    next_kept, next(parts), total[rows], at_target[rows], tiles.local(rows, words), part
+                )
+            else:
+                block = tiles.fold(rows, words, total=total[rows], at_target=at_target[rows]).block
+            narrow = block.to(dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] += product(narrow, weight[words].to(dtype))
+            if by_grad is not None:
+                of_rows = product(narrow.T, by_grad[rows])
+                of_weight = of_rows if of_weight is None else of_weight.to(options.wide).add_(of_rows)
+            if grad_bias is not None:
+                of_bias.sub_(grad[rows] @ block.to(options.wide))
+        if grad_weight is not None:
+            grad_weight[words] = 0.0 if of_weight is None else of_weight
+        if grad_bias is not None:
+            grad_bias[words] = of_bias.to(grad_bias.dtype)
+    if grad_hidden is not None:
+        grad_hidden = summed(grad_hidden.mul_(-grad[:, None]), options.group).to(hidden.dtype)
+    return grad_hidden, grad_weight, grad_bias
+
+
+def against(
+    block: Float[Tensor, "r w"],
+    lse: Float[Tensor, "r"],
+    total: Float[Tensor, "r"],
+    at_target: Float[Tensor, "r"],
+    local: Int[Tensor, "r"],
+    out: Float[Tensor, "r w"],
+) -> Float[Tensor, "r w"]:
+    """The tile's own softmax as a part of the whole one, less the target: minus d log-prob / d logits."""
+    torch.mul(block, (lse - total).exp().to(block.dtype)[:, None], out=out)
+    rows = (local >= 0).nonzero()[:, 0]
+    out[rows, local[rows]] = -at_target[rows].to(out.dtype)
+    return out
+
+
+def summed(values: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Summed over the processes of a group, in place."""
+    if group is not None:
+        torch.distributed.all_reduce(values, group=group)
+    return values
