@@ -4,7 +4,11 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from typing_extensions import Doc
+
+from dpo_wrapper.losses.describe import help_text
 
 PRESETS = {
     "tiny": {"dim": 128, "depth": 4, "heads": 2},
@@ -46,9 +50,7 @@ class TrainConfig:
     max_length: int = 512
     """Longest sequence in tokens: prompts are shortened from the front first, then completions are cut."""
 
-    loss: str = "sigmoid(beta=0.1) + 1.0*sft"
-    """Sum of losses, each a name with its options: sigmoid(beta, label_smoothing), sigmoidnorm(beta),
-    ipo(beta), simpo(beta, gamma), sft."""
+    loss: Annotated[str, Doc(help_text())] = "sigmoid(beta=0.1) + 1.0*sft"
     reference: Literal["auto", "copy", "none"] = "auto"
     """What the policy is held against: a frozen copy of where it starts, or nothing."""
 

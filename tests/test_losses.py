@@ -200,8 +200,8 @@ def test_each_pair_is_on_its_own(given: PairLogProbs, loss: Loss):
     whole = loss(given)
     assert whole.shape == given.chosen.shape
     for k in range(len(whole)):
-        row = [None if x is None else x[k : k + 1] for x in vars(given).values() if x is None or x.ndim]
-        assert torch.allclose(loss(PairLogProbs(*row, given.mean_chosen_length)), whole[k : k + 1])
+        row = {name: x[k : k + 1] for name, x in vars(given).items() if x is not None and x.ndim}
+        assert torch.allclose(loss(replace(given, **row)), whole[k : k + 1])
 
 
 @given(some_pairs(), st.sampled_from(ALL))
@@ -287,7 +287,7 @@ def test_weighted():
     assert all(type(weight) is float for _, weight in weighted([(SFT(), 2)]))
 
 
-NO_LOSS = "loss should be one of dpo_wrapper.losses or a list of (loss, weight), but it is"
+NO_LOSS = "loss should be one of dpo_wrapper.losses, a function or a list of (loss, weight), but it is"
 NO_TERM = "a combined loss should be a list of (loss, weight), but it holds"
 NO_WEIGHT = "the weight of SFT should be positive, but it is"
 
@@ -536,6 +536,7 @@ def test_parse_losses_reads_what_is_printed(data: st.DataObject, terms: list[tup
     assert parse_losses(plain) == weighted(terms)
 
 
+TAKES = "beta, label_smoothing, divergence, as name=value."
 KNOWN = "there are <names>."
 HOW = "write it like 'sigmoid(beta=0.1) + 0.5*sft'."
 
@@ -560,11 +561,20 @@ HOW = "write it like 'sigmoid(beta=0.1) + 0.5*sft'."
         ("2*(sigmoid+sft)", f"unknown loss 'sigmoid + sft' in '2*(sigmoid+sft)': {KNOWN}"),
         ("sft()()", f"unknown loss 'sft()' in 'sft()()': {KNOWN}"),
         ("open(0).read()", f"unknown loss 'open(0).read' in 'open(0).read()': {KNOWN}"),
-        ("sigmoid(0.1)", "sigmoid in 'sigmoid(0.1)' takes beta, label_smoothing, as name=number."),
-        ("sigmoid(gamma=1)", "sigmoid in 'sigmoid(gamma=1)' takes beta, label_smoothing, as name=number."),
-        ("sigmoid(*[1])", "sigmoid in 'sigmoid(*[1])' takes beta, label_smoothing, as name=number."),
-        ("sigmoid(**{1: 1})", "sigmoid in 'sigmoid(**{1: 1})' takes beta, label_smoothing, as name=number."),
-        ("sft(beta=1)", "sft in 'sft(beta=1)' takes no options, as name=number."),
+        ("sigmoid(0.1)", f"sigmoid in 'sigmoid(0.1)' takes {TAKES}"),
+        (
+            "sigmoid(gamma=1)",
+            f"sigmoid in 'sigmoid(gamma=1)' takes {TAKES}",
+        ),
+        (
+            "sigmoid(*[1])",
+            f"sigmoid in 'sigmoid(*[1])' takes {TAKES}",
+        ),
+        (
+            "sigmoid(**{1: 1})",
+            f"sigmoid in 'sigmoid(**{{1: 1}})' takes {TAKES}",
+        ),
+        ("sft(beta=1)", "sft in 'sft(beta=1)' takes no options, as name=value."),
         ("ipo(beta=x)", "expected a number in 'ipo(beta=x)', got 'x'."),
         ("ipo(beta=nan)", "expected a number in 'ipo(beta=nan)', got 'nan'."),
         ("ipo(beta=[1])", "expected a number in 'ipo(beta=[1])', got '[1]'."),
