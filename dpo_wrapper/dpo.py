@@ -8,10 +8,21 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dpo_wrapper import validation
-from dpo_wrapper.losses import Loss, PairLogProbs, Sigmoid, combined, needs_reference, weighted
+from dpo_wrapper.losses import (
+    Loss,
+    PairFunction,
+    PairLogProbs,
+    RunningGap,
+    Sigmoid,
+    check_columns,
+    combined,
+    needs_reference,
+    weighted,
+)
 from dpo_wrapper.metrics import pair_metrics
 from dpo_wrapper.modes import turn_off_dropout
 from dpo_wrapper.reference import Reference, copy_with_closures
+from dpo_wrapper.running import GapState, Reduce
 from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.sequences import PreferenceBatch
 
@@ -27,7 +38,8 @@ class DPO(nn.Module):
             logits or to an output with `.logits`.
         beta: strength of the pull towards the reference, for the default loss.
         pad_id: where no mask is given, leading and trailing runs of this id are padding.
-        loss: one of `dpo_wrapper.losses`, or a list of `(loss, weight)`; by default `Sigmoid(beta)`.
+        loss: one of `dpo_wrapper.losses`, a function from `PairLogProbs` to one value per pair, or a list of
+            `(loss, weight)`; by default `Sigmoid(beta)`.
         reference: `'copy'`, a frozen copy made now; `'adapter'`, the policy with its fresh LoRA adapter off;
             a module; `'none'`; or `'auto'`: none if no loss needs one, else the adapter where that is
             possible, else a copy.
@@ -48,7 +60,7 @@ class DPO(nn.Module):
         *,
         beta: float = 0.1,
         pad_id: int | None = None,
-        loss: Loss | Sequence[tuple[Loss, float]] | None = None,
+        loss: Loss | PairFunction | Sequence[tuple[Loss | PairFunction, float]] | None = None,
         reference: str | nn.Module = "auto",
         share_prefix: str | bool = "auto",
         log_prob_impl: str = "auto",
@@ -65,6 +77,7 @@ class DPO(nn.Module):
         self.reference = Reference(model, reference, needs_reference(self.losses))
         self.policy_model = model
         self.ref_model = self.reference.module
+        self.gap = GapState() if any(term.needs_gap for term, _ in self.losses) else None
         self.score_policy = policy_scorer
         reference_model = model if self.ref_model is None else self.ref_model
         self.score_reference = Scorer(reference_model, log_prob_impl, apart_from=policy_scorer, share=share)
@@ -86,6 +99,8 @@ class DPO(nn.Module):
         preferred_seq_mask: Tensor | None = None,
         unpreferred_seq_mask: Tensor | None = None,
         ref_log_probs: tuple[Tensor, Tensor] | None = None,
+        pair_weights: Tensor | None = None,
+        margins: Tensor | None = None,
         return_metrics: bool = False,
     ) -> Any:
         """The mean loss over the valid pairs: those both of whose sides have a scored token.
@@ -103,6 +118,8 @@ class DPO(nn.Module):
                 `seq_mask`.
             ref_log_probs: (Float[b], Float[b]) reference log-probs of chosen and rejected, instead of the
                 reference.
+            pair_weights: Float[b], not negative; each multiplies the loss of its pair.
+            margins: Float[b], nats by which chosen should win: subtracted inside the sigmoid or hinge.
             return_metrics: return `(loss, metrics)`, detached tensors as `dpo_wrapper.metrics` names them.
 
         Returns:
@@ -112,24 +129,34 @@ class DPO(nn.Module):
             TypeError, ValueError: input that does not fit, before any forward pass.
         """
         if isinstance(preferred_seq, PreferenceBatch):
-            beside = (unpreferred_seq, prompt_mask, seq_mask, preferred_seq_mask, unpreferred_seq_mask)
+            masks = (prompt_mask, seq_mask, preferred_seq_mask, unpreferred_seq_mask)
+            beside = (unpreferred_seq, *masks, pair_weights, margins)
             batch = validation.check_batch(preferred_seq, beside)
         else:
             seqs = validation.check_sequences(preferred_seq, unpreferred_seq)
             prompts = validation.check_prompt_mask(prompt_mask, seqs)
             per_side = (preferred_seq_mask, unpreferred_seq_mask)
             reals = validation.check_seq_masks(seq_mask, per_side, seqs, self.pad_id)
-            batch = PreferenceBatch.from_padded(seqs, prompts, reals)
+            columns = validation.check_columns_of(pair_weights, margins, len(seqs[0]), seqs[0].device)
+            batch = PreferenceBatch.from_padded(seqs, prompts, reals, *columns)
 
+        check_columns(
+            self.losses, margins=batch.margins is not None, pair_weights=batch.pair_weights is not None
+        )
         self.settle()
         self.score_policy.check(batch.sequences)
         reference = self.reference_log_probs(batch, ref_log_probs)
         policy = self.score_policy.score(batch.sequences)
-        pairs = pair_log_probs(batch, policy, reference)
+        gap = None if self.gap is None else self.gap.now(policy)
+        pairs = pair_log_probs(batch, policy, reference, gap)
 
         per_pair = combined(self.losses, pairs)
         count = max(1, len(per_pair)) if batch.step_pairs is None else max(1, batch.step_pairs)
         loss = per_pair.sum() / count
+        if self.gap is not None and torch.is_grad_enabled():
+            self.gap.see(pairs.chosen_logratio - pairs.rejected_logratio)
+            if batch.step_pairs is None:
+                self.end_step()
         if not return_metrics:
             return loss
         return loss, pair_metrics(batch, pairs, per_pair, self.beta)
@@ -143,6 +170,15 @@ class DPO(nn.Module):
         else:
             lines.append("reference: none")
         return "\n".join(lines)
+
+    def end_step(self, reduce: Reduce | None = None) -> None:
+        """Let what runs over steps (the mean gap of `BetaDPO`) move on.
+
+        A call with a whole step does so by itself. Where a step has several batches (`as_part_of`), call this
+        after the last; `reduce` sums a tensor over processes.
+        """
+        if self.gap is not None:
+            self.gap.end_step(reduce)
 
     def settle(self) -> None:
         """Bring policy and reference into the modes they are computed in."""
@@ -165,10 +201,14 @@ class DPO(nn.Module):
 
 
 def pair_log_probs(
-    batch: PreferenceBatch, policy: Float[Tensor, "s"], reference: Float[Tensor, "s"] | None
+    batch: PreferenceBatch,
+    policy: Float[Tensor, "s"],
+    reference: Float[Tensor, "s"] | None,
+    gap: RunningGap | None = None,
 ) -> PairLogProbs:
-    """Sums per sequence as sums per valid pair."""
-    chosen, rejected = batch.pairs[batch.valid].unbind(dim=-1)
+    """Sums per sequence as sums per valid pair, with what the data says of these."""
+    valid = batch.valid
+    chosen, rejected = batch.pairs[valid].unbind(dim=-1)
     lengths = batch.sequences.length
     if batch.step_pairs is not None and batch.step_chosen_tokens is not None:
         mean_length = policy.new_tensor(batch.step_chosen_tokens / max(1, batch.step_pairs))
@@ -182,4 +222,7 @@ def pair_log_probs(
         chosen_length=lengths[chosen],
         rejected_length=lengths[rejected],
         mean_chosen_length=mean_length,
+        margins=None if batch.margins is None else batch.margins[valid].to(policy.dtype),
+        pair_weights=None if batch.pair_weights is None else batch.pair_weights[valid].to(policy.dtype),
+        gap=gap,
     )

@@ -154,6 +154,7 @@ class Loop:
         optimizer.zero_grad(set_to_none=True)
 
         reduce = partial(reduce_over, accelerator)
+        stage.end_step(lambda sums: reduce(sums * (weight > 0)))
         values = {"loss": float(reduce(loss)), **sums.result(reduce), "grad_norm": float(norm)}
         return values | {"pairs/second": len(rows) / (time.perf_counter() - began)}
 

@@ -127,13 +127,16 @@ class PreferenceBatch(Movable):
 
     `step_pairs` and `step_chosen_tokens` count the valid pairs and their scored chosen tokens of a whole
     optimizer step, where this batch is a part of it: losses are then divided by these, so that the parts'
-    losses add up to the loss of the whole.
+    losses add up to the loss of the whole. `pair_weights` multiply the pairs' losses, and `margins` (in
+    nats) are subtracted inside the sigmoid or hinge of losses that have one.
     """
 
     sequences: ScoredSequences
     pairs: Int[Tensor, "p 2"]
     step_pairs: int | None = None
     step_chosen_tokens: int | None = None
+    pair_weights: Float[Tensor, "p"] | None = None
+    margins: Float[Tensor, "p"] | None = None
 
     @classmethod
     def from_padded(
@@ -141,6 +144,8 @@ class PreferenceBatch(Movable):
         seqs: tuple[Int[Tensor, "b n"], Int[Tensor, "b m"]],
         prompts: tuple[Bool[Tensor, "b n"], Bool[Tensor, "b m"]],
         reals: tuple[Bool[Tensor, "b n"], Bool[Tensor, "b m"]],
+        pair_weights: Float[Tensor, "b"] | None = None,
+        margins: Float[Tensor, "b"] | None = None,
     ) -> "PreferenceBatch":
         """Chosen and rejected rows, each with its own prompt and padding mask, as one stack of sequences."""
         width = max(seqs[0].shape[1], seqs[1].shape[1])
@@ -151,7 +156,7 @@ class PreferenceBatch(Movable):
         sequences = ScoredSequences.from_padded(stacked(seqs), ~stacked(prompts), stacked(reals))
         b = len(seqs[0])
         pairs = rearrange(torch.arange(2 * b, device=seqs[0].device), "(side b) -> b side", side=2)
-        return cls(sequences, pairs)
+        return cls(sequences, pairs, pair_weights=pair_weights, margins=margins)
 
     @property
     def valid(self) -> Bool[Tensor, "p"]:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dpo_wrapper.data import PreferenceCollator, PreferenceItem
+from dpo_wrapper.data import PreferenceCollator, PreferenceItem, PreferenceItemWithColumns
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.evaluate import evaluate
 from dpo_wrapper.scoring import Scorer
@@ -18,6 +18,7 @@ from dpo_wrapper.sequences import PreferenceBatch, ScoredSequences
 
 Reduce = Callable[[Tensor], Tensor]
 Totals = tuple[int, int]
+Item = PreferenceItem | PreferenceItemWithColumns
 
 
 class Stage(Protocol):
@@ -27,13 +28,16 @@ class Stage(Protocol):
     title: str
     module: nn.Module
 
-    def batch(self, items: Sequence[PreferenceItem]) -> Any: ...
+    def batch(self, items: Sequence[Item]) -> Any: ...
 
     def counts(self, batch: Any) -> Totals:
         """Pairs and scored tokens of a batch; summed over a step they are what `share` divides by."""
 
     def share(self, module: nn.Module, batch: Any, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
         """This batch's part of the step's loss, and metrics. `module` is `self.module`, perhaps wrapped."""
+
+    def end_step(self, reduce: Reduce) -> None:
+        """Called after the last share of each step; `reduce` sums over processes."""
 
     def held_out(self, module: nn.Module, batches: Sequence[Any], reduce: Reduce) -> dict[str, float]:
         """Metrics over held-out batches, of which other processes have others."""
@@ -61,7 +65,7 @@ class SFTStage:
         self.score = self.module.score
         self.collate = collate
 
-    def batch(self, items: Sequence[PreferenceItem]) -> ScoredSequences:
+    def batch(self, items: Sequence[Item]) -> ScoredSequences:
         columns = self.collate(items)
         real, _ = columns["seq_mask"]
         return self.score.laid_out(ScoredSequences.from_padded(columns["preferred_seq"], real, real))
@@ -74,6 +78,9 @@ class SFTStage:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         module.train()
         return module(batch, totals[1]), {}
+
+    def end_step(self, reduce: Reduce) -> None:
+        """Nothing runs over steps."""
 
     @torch.no_grad()
     def held_out(self, module: nn.Module, batches: Sequence[Any], reduce: Reduce) -> dict[str, float]:
@@ -90,14 +97,16 @@ class DPOStage:
     name, title = "dpo", "DPO"
 
     def __init__(self, dpo: DPO, collate: PreferenceCollator) -> None:
+        self.dpo = dpo
         self.module: nn.Module = dpo
         self.score = dpo.score_policy
         self.collate = collate
 
-    def batch(self, items: Sequence[PreferenceItem]) -> PreferenceBatch:
+    def batch(self, items: Sequence[Item]) -> PreferenceBatch:
         columns = self.collate(items)
         seqs = (columns["preferred_seq"], columns["unpreferred_seq"])
-        batch = PreferenceBatch.from_padded(seqs, columns["prompt_mask"], columns["seq_mask"])
+        more = (columns.get("pair_weights"), columns.get("margins"))
+        batch = PreferenceBatch.from_padded(seqs, columns["prompt_mask"], columns["seq_mask"], *more)
         self.score.laid_out(batch.sequences)
         return batch
 
@@ -108,6 +117,9 @@ class DPOStage:
         self, module: nn.Module, batch: PreferenceBatch, totals: Totals
     ) -> tuple[Tensor, dict[str, Tensor]]:
         return module(batch.as_part_of(*totals), return_metrics=True)
+
+    def end_step(self, reduce: Reduce) -> None:
+        self.dpo.end_step(reduce)
 
     def held_out(self, module: nn.Module, batches: Sequence[Any], reduce: Reduce) -> dict[str, float]:
         return evaluate(module, batches, reduce)

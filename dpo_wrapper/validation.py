@@ -1,5 +1,6 @@
 """What users get wrong in a call of `DPO`, said in one sentence before any forward pass."""
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -141,6 +142,34 @@ def check_ref_log_probs(ref_log_probs: object, pairs: int, device: torch.device)
     return cast(Sides, tuple(ref_log_probs))
 
 
+def check_column(name: str, values: object, pairs: int, device: torch.device, least: float) -> Tensor | None:
+    """What the data gives for each pair: weights, margins."""
+    if values is None:
+        return None
+    if not (isinstance(values, Tensor) and values.is_floating_point()):
+        got = values.dtype if isinstance(values, Tensor) else kind(values)
+        raise TypeError(f"{name} should be a tensor of floats, one per pair, but it is {got}: use .float().")
+    if values.shape != (pairs,):
+        raise ValueError(
+            f"{name} should have shape ({pairs},), one per pair, but its shape is {tuple(values.shape)}."
+        )
+    if values.device != device:
+        raise ValueError(f"{name} is on {values.device} but the batch is on {device}: move one of them.")
+    if not (values.isfinite() & (values >= least)).all():
+        wanted = "finite" if least == -math.inf else "finite and not negative"
+        raise ValueError(f"{name} should be {wanted}, but one is not: correct or leave out that pair.")
+    return values
+
+
+def check_columns_of(
+    pair_weights: object, margins: object, pairs: int, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    return (
+        check_column("pair_weights", pair_weights, pairs, device, least=0.0),
+        check_column("margins", margins, pairs, device, least=-math.inf),
+    )
+
+
 def check_batch(batch: PreferenceBatch, beside: Sequence[object]) -> PreferenceBatch:
     """A ready-made batch, with none of the arguments that it replaces."""
     if any(argument is not None for argument in beside):
@@ -153,6 +182,7 @@ def check_batch(batch: PreferenceBatch, beside: Sequence[object]) -> PreferenceB
                 f"pairs should hold indices in [0, {most}), the batch's sequences, but they reach from {low} "
                 f"to {high}: index into this batch alone."
             )
+    check_columns_of(batch.pair_weights, batch.margins, len(batch.pairs), batch.pairs.device)
     return batch
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dpo_wrapper.config import PRESETS, TrainConfig
-from dpo_wrapper.losses.describe import table
+from dpo_wrapper.losses.describe import ours, table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -56,3 +56,9 @@ def test_files_that_are_named_exist():
 def test_options_that_are_named_exist():
     known = {f"--{name.replace('_', '-')}" for name in TrainConfig.__dataclass_fields__}
     assert set(re.findall(r"`(--[a-z-]+)", README)) <= known
+
+
+def test_losses_that_take_margins_are_named():
+    named = README.split("of Sigmoid, SigmoidNorm, ")[1].split(". Where they")[0]
+    found = {"Sigmoid", "SigmoidNorm", *re.findall(r"\w+", named)} - {"and"}
+    assert found == {kind.__name__ for kind in ours() if kind.takes_margin}

@@ -3,6 +3,7 @@
 from .dataset import PreferenceCollator as PreferenceCollator
 from .dataset import PreferenceDataset as PreferenceDataset
 from .dataset import PreferenceItem as PreferenceItem
+from .dataset import PreferenceItemWithColumns as PreferenceItemWithColumns
 from .encode import EncodedRows as EncodedRows
 from .encode import TokenPair as TokenPair
 from .encode import encode_row as encode_row

@@ -15,12 +15,15 @@ class TokenPair:
     """The ids of one pair. Both sides continue the same prompt; a side's sequence is prompt + completion.
 
     prompt: Int[k], chosen: Int[i], rejected: Int[j]; the tokens of chosen and rejected are the scored ones.
+    weight, margin: what the row says of the pair's loss, or None.
     """
 
     prompt: tuple[int, ...]
     chosen: tuple[int, ...]
     rejected: tuple[int, ...]
     where: str = ""
+    weight: float | None = None
+    margin: float | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def _encode(row: Row, tokenizer: Tokenizer, max_length: int) -> tuple[TokenPair,
     keep = min(len(prompt), max(room, max_length // 4))
     cut = [side[: max_length - keep] for side in sides]
     kept = _last_tokens(prompt, keep, tokenizer.bos_id)
-    pair = TokenPair(tuple(kept), tuple(cut[0]), tuple(cut[1]), row.where)
+    pair = TokenPair(tuple(kept), tuple(cut[0]), tuple(cut[1]), row.where, row.weight, row.margin)
     return pair, len(kept) < len(prompt), sum(a != b for a, b in zip(sides, cut, strict=True))
 
 

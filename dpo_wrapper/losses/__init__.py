@@ -15,6 +15,8 @@ from dpo_wrapper.losses.base import option as option
 from dpo_wrapper.losses.batchwise import AOT as AOT
 from dpo_wrapper.losses.batchwise import AOTUnpaired as AOTUnpaired
 from dpo_wrapper.losses.batchwise import BetaDPO as BetaDPO
+from dpo_wrapper.losses.batchwise import updated as updated
+from dpo_wrapper.losses.combine import PairFunction as PairFunction
 from dpo_wrapper.losses.combine import WeightedLosses as WeightedLosses
 from dpo_wrapper.losses.combine import check_columns as check_columns
 from dpo_wrapper.losses.combine import combined as combined

@@ -89,7 +89,9 @@ class BetaDPO(Loss):
         gap = pairs.chosen_logratio - pairs.rejected_logratio
         if not len(gap):
             return gap
-        running, fixed = updated(pairs.gap, gap), gap.detach()
+        fixed = gap.detach()
+        spread = fixed.std() if len(fixed) > 1 else torch.zeros_like(fixed[0])
+        running = updated(pairs.gap, fixed.mean(), spread)
         kept = self.kept(fixed, running)
         mean = (fixed * kept).sum() / kept.sum()
         beta = (self.beta * (1 + self.k * (mean - running.mean))).clamp(min=SMALLEST_BETA)
@@ -106,11 +108,9 @@ class BetaDPO(Loss):
         return torch.zeros_like(gap).scatter(0, (log_weight + noise).topk(most).indices, 1.0)
 
 
-def updated(before: RunningGap | None, gap: Float[Tensor, "p"]) -> RunningGap:
-    """The running mean and standard deviation of `a - b` after a step with these."""
-    gap = gap.detach()
-    mean = (1 - MOMENTUM) * gap.mean()
-    spread = (1 - MOMENTUM) * (gap.std() if len(gap) > 1 else torch.zeros_like(mean))
+def updated(before: RunningGap | None, mean: Float[Tensor, ""], spread: Float[Tensor, ""]) -> RunningGap:
+    """The running mean and standard deviation of `a - b` after a step with these, 0 before the first."""
+    mean, spread = (1 - MOMENTUM) * mean, (1 - MOMENTUM) * spread
     if before is None:
         return RunningGap(mean, spread)
     return RunningGap(mean + MOMENTUM * before.mean, spread + MOMENTUM * before.spread)
