@@ -54,6 +54,9 @@ class TrainConfig:
     reference: Literal["auto", "copy", "none"] = "auto"
     """What the policy is held against: a frozen copy of where it starts, or nothing."""
 
+    ld_alpha: float = 1.0
+    """LD-DPO: below 1, what the longer side of a pair has more than the other counts only so much."""
+
     sft_epochs: int | None = None
     """Epochs of warm-up on prompt and chosen, before preferences; by default 10 for a new model, else 0."""
     sft_lr: float | None = None
@@ -94,6 +97,7 @@ class TrainConfig:
             self._check(name, lambda value: value >= 1, "at least 1")
         for name in ("lr", "sft_lr", "max_grad_norm"):
             self._check(name, lambda value: value > 0 and math.isfinite(value), "a positive number")
+        self._check("ld_alpha", lambda value: 0 <= value <= 1, "from 0 to 1")
         self._check("weight_decay", lambda value: 0 <= value < 1, "in [0, 1)")
         self._check("max_length", lambda value: value >= 8, "at least 8")
         for name in ("eval_fraction", "warmup"):

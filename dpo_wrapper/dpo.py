@@ -25,6 +25,7 @@ from dpo_wrapper.reference import Reference, copy_with_closures
 from dpo_wrapper.running import GapState, Reduce
 from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.sequences import PreferenceBatch
+from dpo_wrapper.token_level import desensitized
 
 
 class DPO(nn.Module):
@@ -47,6 +48,8 @@ class DPO(nn.Module):
             does so if a trial on the model gives the log-probs of padded sequences, and else warns;
             True raises then; False pads.
         log_prob_impl: as `impl` in `token_log_probs`.
+        ld_alpha: below 1, what the longer side of a pair has more than the other counts only so much in the
+            sums of policy and reference (LD-DPO, Liu 2024, arXiv 2409.06411); 0 leaves it out.
         disable_dropout: keep the policy in eval mode, in which it differs from the reference by training
             alone.
 
@@ -64,6 +67,7 @@ class DPO(nn.Module):
         reference: str | nn.Module = "auto",
         share_prefix: str | bool = "auto",
         log_prob_impl: str = "auto",
+        ld_alpha: float = 1.0,
         disable_dropout: bool = True,
     ) -> None:
         super().__init__()
@@ -72,6 +76,7 @@ class DPO(nn.Module):
         self.losses = weighted(Sigmoid(beta) if loss is None else loss)
         self.beta = validation.check_beta(beta, self.losses, given=loss is not None)
         self.pad_id = validation.check_pad_id(pad_id)
+        self.ld_alpha = validation.check_ld_alpha(ld_alpha)
         self.disable_dropout = validation.check_flag("disable_dropout", disable_dropout)
 
         self.reference = Reference(model, reference, needs_reference(self.losses))
@@ -145,10 +150,7 @@ class DPO(nn.Module):
         )
         self.settle()
         self.score_policy.check(batch.sequences)
-        reference = self.reference_log_probs(batch, ref_log_probs)
-        policy = self.score_policy.score(batch.sequences)
-        gap = None if self.gap is None else self.gap.now(policy)
-        pairs = pair_log_probs(batch, policy, reference, gap)
+        pairs = self.pairs(batch, ref_log_probs)
 
         per_pair = combined(self.losses, pairs)
         count = max(1, len(per_pair)) if batch.step_pairs is None else max(1, batch.step_pairs)
@@ -160,6 +162,25 @@ class DPO(nn.Module):
         if not return_metrics:
             return loss
         return loss, pair_metrics(batch, pairs, per_pair, self.beta)
+
+    def pairs(self, batch: PreferenceBatch, given: tuple[Tensor, Tensor] | None) -> PairLogProbs:
+        """What the losses look at, from one pass of the reference and one of the policy."""
+        sequences = batch.sequences
+        if self.ld_alpha == 1:
+            reference = self.reference_log_probs(batch, given)
+            policy = self.score_policy.score(sequences)
+            gap = None if self.gap is None else self.gap.now(policy)
+            return pair_log_probs(batch, policy, reference, gap)
+        if given is not None:
+            raise ValueError(
+                "ref_log_probs are sums of all tokens, but ld_alpha needs single ones: give one."
+            )
+        ref_scores = self.reference_token_scores(batch)
+        scores = self.score_policy.token_scores(sequences)
+        reference = None if ref_scores is None else sequences.sums(ref_scores)
+        gap = None if self.gap is None else self.gap.now(scores)
+        pairs = pair_log_probs(batch, sequences.sums(scores), reference, gap)
+        return desensitized(pairs, batch, self.ld_alpha, scores, ref_scores)
 
     def explain(self) -> str:
         """Which paths are in use, and why not the others, in plain words; known after the first call."""
@@ -198,6 +219,15 @@ class DPO(nn.Module):
             return sums.index_put((batch.pairs.T.flatten(),), of_pairs)
         with self.reference.still():
             return self.score_reference(batch.sequences) if self.reference.exists else None
+
+    @torch.no_grad()
+    def reference_token_scores(self, batch: PreferenceBatch) -> Float[Tensor, "t"] | None:
+        """The reference's log-prob of each scored token; None where there is no reference."""
+        if not self.reference.exists:
+            return None
+        with self.reference.still():
+            self.score_reference.check(batch.sequences)
+            return self.score_reference.token_scores(batch.sequences)
 
 
 def pair_log_probs(

@@ -128,7 +128,7 @@ def run_prepared(prepared: Prepared) -> RunFolder:
             save_policy(policy, model, run.sft, run.settings)
             run.pass_to("dpo")
 
-    dpo = DPO(model, loss=parse_losses(config.loss), reference=config.reference)
+    dpo = DPO(model, loss=parse_losses(config.loss), reference=config.reference, ld_alpha=config.ld_alpha)
     loop.stage(DPOStage(dpo, collate), config.epochs, config.lr or (1e-4 if config.fresh else 1e-6))
     if accelerator.is_main_process:
         save_policy(policy, dpo.policy_model, run.path, run.settings)

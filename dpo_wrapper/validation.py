@@ -210,6 +210,12 @@ def check_beta(beta: object, losses: Sequence[tuple[object, float]], given: bool
     return float(own)
 
 
+def check_ld_alpha(ld_alpha: object) -> float:
+    if not (is_number(ld_alpha) and 0 <= ld_alpha <= 1):
+        raise ValueError(f"ld_alpha should be a number from 0 to 1, but it is {ld_alpha!r}.")
+    return float(ld_alpha)
+
+
 def check_pad_id(pad_id: object) -> int | None:
     if pad_id is not None and (isinstance(pad_id, bool) or not isinstance(pad_id, int)):
         raise TypeError(f"pad_id should be an integer or None, but it is {pad_id!r}.")

@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 from zoo import VOCAB, ZOO
 
-from dpo_wrapper import DPO, sequence_log_probs
+from dpo_wrapper import DPO, PreferenceBatch, sequence_log_probs
 from dpo_wrapper.losses import (
     AOT,
     BCO,
@@ -42,6 +42,7 @@ from dpo_wrapper.losses import (
     SigmoidNorm,
     SimPO,
 )
+from dpo_wrapper.token_level import wpo_weights
 
 trl = pytest.importorskip("trl")
 
@@ -107,9 +108,8 @@ PAIR = {"prompt": "a", "chosen": "a", "rejected": "b"}
 @pytest.fixture(scope="module")
 def dpo_trainer(tmp_path_factory) -> Iterator[SimpleNamespace]:
     policy, reference = models()
-    made = trainer(
-        trl.DPOTrainer, trl.DPOConfig, tmp_path_factory.mktemp("dpo"), policy, PAIR, ref_model=reference
-    )
+    config = partial(trl.DPOConfig, use_weighting=True)  # so that it can be switched on later
+    made = trainer(trl.DPOTrainer, config, tmp_path_factory.mktemp("dpo"), policy, PAIR, ref_model=reference)
     made.model.eval()
     rows = [{"prompt_ids": x, "chosen_ids": y, "rejected_ids": z} for x, y, z in tokens()]
     yield SimpleNamespace(trainer=made, inputs=made.data_collator(rows), policy=policy, reference=reference)
@@ -126,12 +126,16 @@ def padded(side: int, rows: list) -> tuple[Tensor, Tensor, Tensor]:
     return ids, prompt.bool(), real.bool()
 
 
-def ours(policy: nn.Module, reference: nn.Module, loss) -> tuple[Tensor, list[Tensor]]:
+def ours(
+    policy: nn.Module, reference: nn.Module, loss, ld_alpha: float = 1.0, **columns
+) -> tuple[Tensor, list[Tensor]]:
     """The loss and its gradients, over the prefix tree and through the fused gather."""
-    dpo = DPO(policy, loss=loss, reference=reference, share_prefix=True, log_prob_impl="chunked")
+    dpo = DPO(
+        policy, loss=loss, reference=reference, share_prefix=True, log_prob_impl="chunked", ld_alpha=ld_alpha
+    )
     chosen, rejected = (padded(side, tokens()) for side in (1, 2))
     masks = [(chosen[k], rejected[k]) for k in (1, 2)]
-    return differentiated(dpo(chosen[0], rejected[0], *masks), policy)
+    return differentiated(dpo(chosen[0], rejected[0], *masks, **columns), policy)
 
 
 def differentiated(loss: Tensor, policy: nn.Module) -> tuple[Tensor, list[Tensor]]:
@@ -216,6 +220,32 @@ def test_combination(dpo_trainer):
     expected = theirs(dpo_trainer, ["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0])
     loss = [(Sigmoid(0.3), 0.8), (BCO(0.3), 0.2), (SFT(), 1.0)]
     assert difference(ours(dpo_trainer.policy, dpo_trainer.reference, loss), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(
+    "name, loss", [("sigmoid", Sigmoid(0.3)), ("ipo", IPO(0.3)), ("sft", SFT()), ("nca_pair", NCA(0.3))]
+)
+def test_length_desensitized(dpo_trainer, name, loss, alpha):
+    expected = theirs(dpo_trainer, [name], ld_alpha=alpha)
+    found = ours(dpo_trainer.policy, dpo_trainer.reference, loss, ld_alpha=alpha)
+    assert difference(found, expected) <= TOLERANCE
+
+
+def test_wpo_weights(dpo_trainer):
+    """The policy's `log Σ p²` comes from its own logits here."""
+    expected = theirs(dpo_trainer, ["sigmoid"], use_weighting=True)
+    chosen, rejected = (padded(side, tokens()) for side in (1, 2))
+    masks = [(chosen[k], rejected[k]) for k in (1, 2)]
+    batch = PreferenceBatch.from_padded((chosen[0], rejected[0]), *masks)
+    sequences = batch.sequences
+    logits = dpo_trainer.policy(sequences.ids).logits[sequences.row, sequences.source].float()
+    log_probs = logits.log_softmax(dim=-1)
+    scores = log_probs.gather(-1, sequences.target[:, None]).squeeze(-1)
+    weights = wpo_weights(batch, scores, (2 * log_probs).logsumexp(dim=-1))
+    assert not weights.requires_grad
+    found = ours(dpo_trainer.policy, dpo_trainer.reference, Sigmoid(0.3), pair_weights=weights)
+    assert difference(found, expected) <= TOLERANCE
 
 
 def labelled() -> dict[str, Tensor]:

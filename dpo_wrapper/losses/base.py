@@ -29,6 +29,7 @@ class PairLogProbs:
     `ref_chosen` and `ref_rejected` are None where there is no reference. `mean_chosen_length` is the mean of
     `chosen_length` over all pairs of the optimizer step, of which these may be a part. `margins` and
     `pair_weights` come from the data, `gap` from the steps before, for a loss with `needs_gap`.
+    `whole_chosen` is `p_w` over all scored tokens where `chosen` is not (LD-DPO); lengths are those of all.
     """
 
     chosen: Float[Tensor, "p"]
@@ -41,6 +42,7 @@ class PairLogProbs:
     margins: Float[Tensor, "p"] | None = None
     pair_weights: Float[Tensor, "p"] | None = None
     gap: RunningGap | None = None
+    whole_chosen: Float[Tensor, "p"] | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -70,7 +72,8 @@ class PairLogProbs:
     @property
     def chosen_nll(self) -> Float[Tensor, "p"]:
         """`-p_w / mean(n_w)`: its mean over the pairs is minus the mean log-prob of all chosen tokens."""
-        return -self.chosen / self.mean_chosen_length
+        whole = self.chosen if self.whole_chosen is None else self.whole_chosen
+        return -whole / self.mean_chosen_length
 
     def less_margin(self, logits: Float[Tensor, "p"]) -> Float[Tensor, "p"]:
         """`logits - margins`, where the data has any."""
