@@ -8,8 +8,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dpo_wrapper import validation
+from dpo_wrapper.listed import ListedBatch
 from dpo_wrapper.losses import (
-    Loss,
+    Objective,
     PairFunction,
     PairLogProbs,
     RunningGap,
@@ -24,7 +25,7 @@ from dpo_wrapper.modes import turn_off_dropout
 from dpo_wrapper.reference import Reference, copy_with_closures
 from dpo_wrapper.running import GapState, Reduce
 from dpo_wrapper.scoring import Scorer
-from dpo_wrapper.sequences import PreferenceBatch
+from dpo_wrapper.sequences import PreferenceBatch, ScoredSequences
 from dpo_wrapper.token_level import desensitized
 
 
@@ -63,7 +64,7 @@ class DPO(nn.Module):
         *,
         beta: float = 0.1,
         pad_id: int | None = None,
-        loss: Loss | PairFunction | Sequence[tuple[Loss | PairFunction, float]] | None = None,
+        loss: Objective | PairFunction | Sequence[tuple[Objective | PairFunction, float]] | None = None,
         reference: str | nn.Module = "auto",
         share_prefix: str | bool = "auto",
         log_prob_impl: str = "auto",
@@ -96,7 +97,7 @@ class DPO(nn.Module):
 
     def forward(
         self,
-        preferred_seq: Tensor | PreferenceBatch,
+        preferred_seq: Tensor | PreferenceBatch | ListedBatch,
         unpreferred_seq: Tensor | None = None,
         prompt_mask: Tensor | tuple[Tensor, Tensor] | None = None,
         seq_mask: Tensor | tuple[Tensor, Tensor] | None = None,
@@ -114,8 +115,8 @@ class DPO(nn.Module):
         and the first real token is never scored. A sequence's log-prob is the sum of its scores, in nats.
 
         Args:
-            preferred_seq, unpreferred_seq: Int[b n] and Int[b m] token ids; or a `PreferenceBatch` and
-                nothing more.
+            preferred_seq, unpreferred_seq: Int[b n] and Int[b m] token ids; or a `PreferenceBatch` (for
+                `PlackettLuce` a `RankedBatch`, for `KTO` an `UnpairedBatch`) and nothing more.
             prompt_mask: Bool[b max(n, m)], True on tokens that are not scored, in any pattern; or a tuple,
                 one mask for each side.
             seq_mask: the same shapes, True on real tokens; padding may stand left, right or in the middle.
@@ -133,9 +134,13 @@ class DPO(nn.Module):
         Raises:
             TypeError, ValueError: input that does not fit, before any forward pass.
         """
+        masks = (prompt_mask, seq_mask, preferred_seq_mask, unpreferred_seq_mask)
+        beside = (unpreferred_seq, *masks, pair_weights, margins)
+        validation.check_data(self.losses, preferred_seq)
+        if isinstance(preferred_seq, ListedBatch):
+            validation.check_alone((*beside, ref_log_probs))
+            return self.listed(preferred_seq, return_metrics)
         if isinstance(preferred_seq, PreferenceBatch):
-            masks = (prompt_mask, seq_mask, preferred_seq_mask, unpreferred_seq_mask)
-            beside = (unpreferred_seq, *masks, pair_weights, margins)
             batch = validation.check_batch(preferred_seq, beside)
         else:
             seqs = validation.check_sequences(preferred_seq, unpreferred_seq)
@@ -162,6 +167,18 @@ class DPO(nn.Module):
         if not return_metrics:
             return loss
         return loss, pair_metrics(batch, pairs, per_pair, self.beta)
+
+    def listed(self, batch: ListedBatch, return_metrics: bool) -> Any:
+        """The same for ranked lists and for single rows: the mean over those that are valid."""
+        if self.ld_alpha != 1:
+            raise ValueError("ld_alpha compares the two sides of a pair: leave it out for other data.")
+        self.settle()
+        self.score_policy.check(batch.sequences)
+        data = batch.log_probs(self.score_policy, self.reference_sums)
+        values = combined(self.losses, data)
+        count = max(1, len(values) if batch.step_count is None else batch.step_count)
+        loss = values.sum() / count
+        return (loss, batch.metrics(data, values, self.beta)) if return_metrics else loss
 
     def pairs(self, batch: PreferenceBatch, given: tuple[Tensor, Tensor] | None) -> PairLogProbs:
         """What the losses look at, from one pass of the reference and one of the policy."""
@@ -217,8 +234,12 @@ class DPO(nn.Module):
             of_pairs = torch.cat(validation.check_ref_log_probs(given, len(batch.pairs), batch.pairs.device))
             sums = of_pairs.new_zeros(batch.sequences.length.shape)
             return sums.index_put((batch.pairs.T.flatten(),), of_pairs)
+        return self.reference_sums(batch.sequences)
+
+    @torch.no_grad()
+    def reference_sums(self, sequences: ScoredSequences) -> Float[Tensor, "s"] | None:
         with self.reference.still():
-            return self.score_reference(batch.sequences) if self.reference.exists else None
+            return self.score_reference(sequences) if self.reference.exists else None
 
     @torch.no_grad()
     def reference_token_scores(self, batch: PreferenceBatch) -> Float[Tensor, "t"] | None:

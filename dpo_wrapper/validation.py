@@ -7,7 +7,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from dpo_wrapper.losses import is_number
+from dpo_wrapper.listed import RankedBatch, UnpairedBatch
+from dpo_wrapper.losses import PairLogProbs, RankedLogProbs, UnpairedLogProbs, WeightedLosses, is_number
 from dpo_wrapper.sequences import PreferenceBatch
 
 Sides = tuple[Tensor, Tensor]
@@ -170,10 +171,29 @@ def check_columns_of(
     )
 
 
+DATA = {PairLogProbs: "pairs", RankedLogProbs: "ranked lists", UnpairedLogProbs: "rows with a label"}
+BATCHES = {RankedBatch: RankedLogProbs, UnpairedBatch: UnpairedLogProbs}
+
+
+def check_data(losses: WeightedLosses, batch: object) -> None:
+    """Pairs for losses of pairs, lists for losses of lists."""
+    wanted, got = losses[0][0].data, BATCHES.get(type(batch), PairLogProbs)
+    if wanted is not got:
+        name = type(losses[0][0]).__name__
+        makes = {what: kind.__name__ for kind, what in BATCHES.items()}.get(wanted, "PreferenceBatch")
+        raise TypeError(
+            f"{name} learns from {DATA[wanted]}, but it was given {DATA[got]}: make a {makes} of them."
+        )
+
+
+def check_alone(beside: Sequence[object], name: str = "a ready-made batch") -> None:
+    if any(argument is not None for argument in beside):
+        raise TypeError(f"{name} holds ids and masks already: give it alone.")
+
+
 def check_batch(batch: PreferenceBatch, beside: Sequence[object]) -> PreferenceBatch:
     """A ready-made batch, with none of the arguments that it replaces."""
-    if any(argument is not None for argument in beside):
-        raise TypeError("a PreferenceBatch holds ids and masks already: give it alone.")
+    check_alone(beside, "a PreferenceBatch")
     if len(batch.pairs):
         most = len(batch.sequences.length)
         low, high = (int(bound) for bound in torch.aminmax(batch.pairs))

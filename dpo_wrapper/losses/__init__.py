@@ -8,6 +8,7 @@ summed over the scored tokens; `n_w, n_l` how many tokens that is; `a = p_w - r_
 """
 
 from dpo_wrapper.losses.base import Loss as Loss
+from dpo_wrapper.losses.base import Objective as Objective
 from dpo_wrapper.losses.base import PairLogProbs as PairLogProbs
 from dpo_wrapper.losses.base import RunningGap as RunningGap
 from dpo_wrapper.losses.base import is_number as is_number
@@ -28,6 +29,10 @@ from dpo_wrapper.losses.divergences import ForwardKL as ForwardKL
 from dpo_wrapper.losses.divergences import JensenShannon as JensenShannon
 from dpo_wrapper.losses.divergences import ReverseKL as ReverseKL
 from dpo_wrapper.losses.functional import dpo_loss as dpo_loss
+from dpo_wrapper.losses.listwise import KTO as KTO
+from dpo_wrapper.losses.listwise import PlackettLuce as PlackettLuce
+from dpo_wrapper.losses.listwise import RankedLogProbs as RankedLogProbs
+from dpo_wrapper.losses.listwise import UnpairedLogProbs as UnpairedLogProbs
 from dpo_wrapper.losses.logistic import DPOP as DPOP
 from dpo_wrapper.losses.logistic import EXO as EXO
 from dpo_wrapper.losses.logistic import IPO as IPO

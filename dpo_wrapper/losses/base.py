@@ -130,14 +130,16 @@ class Configured:
 
 
 @dataclass(frozen=True)
-class Loss(Configured, ABC):
-    """Called with `PairLogProbs` it gives Float[p], one loss per pair, in the pairs' dtype.
+class Objective(Configured, ABC):
+    """Called with its kind of `data` it gives one loss for each pair, list or row, in their dtype.
 
     A subclass is a frozen dataclass, with an `option` for each field, and a docstring that has the formula in
     backquotes first and then a paragraph `Paper: ...` and one `For: ...`. That is all: the command line and
     the README's table find it by itself.
     """
 
+    data: ClassVar[type] = PairLogProbs
+    """What it is called with."""
     needs_reference: ClassVar[bool] = True
     """Whether it looks at the reference's log-probs."""
     takes_margin: ClassVar[bool] = False
@@ -146,6 +148,14 @@ class Loss(Configured, ABC):
     """Whether each value belongs to its pair alone, and would be the same among other pairs."""
     needs_gap: ClassVar[bool] = False
     """Whether it looks at `gap`, the running mean and spread of `a - b`."""
+
+    @abstractmethod
+    def __call__(self, data: Any) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Loss(Objective):
+    """A loss of pairs: called with `PairLogProbs` it gives Float[p], one loss per pair."""
 
     @abstractmethod
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]: ...

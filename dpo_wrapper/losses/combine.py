@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dpo_wrapper.losses.base import Loss, PairLogProbs, is_number
+from dpo_wrapper.losses.base import Loss, Objective, PairLogProbs, is_number
 
-WeightedLosses = tuple[tuple[Loss, float], ...]
+WeightedLosses = tuple[tuple[Objective, float], ...]
 PairFunction = Callable[[PairLogProbs], Tensor]
 
 
@@ -40,20 +40,22 @@ class Custom(Loss):
         return values
 
 
-def as_loss(value: object) -> Loss | None:
+def as_loss(value: object) -> Objective | None:
     """A loss as it is, a function as a `Custom` one, None for anything else."""
-    if isinstance(value, Loss):
+    if isinstance(value, Objective):
         return value
     return Custom(value) if callable(value) and not isinstance(value, type) else None
 
 
-def weighted(loss: Loss | PairFunction | Sequence[tuple[Loss | PairFunction, float]]) -> WeightedLosses:
+def weighted(
+    loss: Objective | PairFunction | Sequence[tuple[Objective | PairFunction, float]],
+) -> WeightedLosses:
     """One loss or a list of `(loss, weight)` as a checked tuple of `(loss, weight)`."""
     single = as_loss(loss)
     given: Sequence[Any] = (
         ((single, 1.0),) if single is not None else tuple(loss) if isinstance(loss, (list, tuple)) else ()
     )
-    terms: list[tuple[Loss, float]] = []
+    terms: list[tuple[Objective, float]] = []
     for term in given:
         each = as_loss(term[0]) if isinstance(term, (list, tuple)) and len(term) == 2 else None
         if each is None:
@@ -69,6 +71,10 @@ def weighted(loss: Loss | PairFunction | Sequence[tuple[Loss | PairFunction, flo
             "loss should be one of dpo_wrapper.losses, a function or a list of (loss, weight), "
             f"but it is {loss!r}{remedy}"
         )
+    if len({each.data for each, _ in terms}) > 1:
+        raise TypeError(
+            f"{names([each for each, _ in terms])} learn from different data: combine losses of one kind."
+        )
     return tuple(terms)
 
 
@@ -76,7 +82,7 @@ def needs_reference(terms: WeightedLosses) -> bool:
     return any(loss.needs_reference for loss, _ in terms)
 
 
-def names(losses: Sequence[Loss]) -> str:
+def names(losses: Sequence[Objective]) -> str:
     return " and ".join(type(loss).__name__ for loss in losses)
 
 
@@ -95,10 +101,10 @@ def check_columns(terms: WeightedLosses, *, margins: bool, pair_weights: bool) -
         )
 
 
-def combined(terms: WeightedLosses, pairs: PairLogProbs) -> Float[Tensor, "p"]:
-    """The weighted sum of the terms, per pair, times the pairs' own weights."""
-    check_columns(terms, margins=pairs.margins is not None, pair_weights=pairs.pair_weights is not None)
-    total = torch.zeros_like(pairs.chosen)
-    for loss, weight in terms:
-        total = total + weight * loss(pairs)
-    return total if pairs.pair_weights is None else total * pairs.pair_weights
+def combined(terms: WeightedLosses, data: Any) -> Float[Tensor, "_"]:
+    """The weighted sum of the terms, per pair (or list, or row), times the pairs' own weights."""
+    weights = data.pair_weights if isinstance(data, PairLogProbs) else None
+    if isinstance(data, PairLogProbs):
+        check_columns(terms, margins=data.margins is not None, pair_weights=weights is not None)
+    total = torch.stack([weight * loss(data) for loss, weight in terms]).sum(dim=0)
+    return total if weights is None else total * weights

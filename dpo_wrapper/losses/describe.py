@@ -4,8 +4,8 @@ import inspect
 import re
 from dataclasses import dataclass, fields
 
-from dpo_wrapper.losses.base import Configured, Loss
-from dpo_wrapper.losses.parse import divergences_by_name, losses_by_name
+from dpo_wrapper.losses.base import Configured, Loss, Objective
+from dpo_wrapper.losses.parse import divergences_by_name, losses_by_name, objectives_by_name
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,16 @@ def ours() -> list[type[Loss]]:
     return [kind for kind in losses_by_name().values() if kind.__module__.startswith("dpo_wrapper.")]
 
 
+def others() -> list[type[Objective]]:
+    """The package's losses of other data than pairs."""
+    known = objectives_by_name().values()
+    return [x for x in known if not issubclass(x, Loss) and x.__module__.startswith("dpo_wrapper.")]
+
+
 def table() -> str:
     """The README's table of losses, in Markdown."""
-    lines = ["| loss | per pair | reference | paper | for |", "| --- | --- | --- | --- | --- |"]
-    for kind in ours():
+    lines = ["| loss | formula | reference | paper | for |", "| --- | --- | --- | --- | --- |"]
+    for kind in [*ours(), *others()]:
         of = describe(kind)
         reference = "yes" if kind.needs_reference else "no"
         lines.append(f"| `{of.shown}` | `{of.formula}` | {reference} | {of.paper} | {of.purpose} |")

@@ -6,7 +6,7 @@ from dataclasses import MISSING, fields
 from inspect import isabstract
 from typing import Any
 
-from dpo_wrapper.losses.base import Configured, Loss
+from dpo_wrapper.losses.base import Configured, Loss, Objective
 from dpo_wrapper.losses.combine import WeightedLosses, weighted
 from dpo_wrapper.losses.divergences import Divergence
 
@@ -26,6 +26,11 @@ def by_name(kind: type[Configured]) -> dict[str, type[Any]]:
 def losses_by_name() -> dict[str, type[Loss]]:
     """Every loss under its lower-case name, for the command line."""
     return by_name(Loss)
+
+
+def objectives_by_name() -> dict[str, type[Objective]]:
+    """The same with losses of other data than pairs."""
+    return by_name(Objective)
 
 
 def divergences_by_name() -> dict[str, type[Divergence]]:
