@@ -1,6 +1,7 @@
 """Direct preference optimisation as a module around a language model."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from dpo_wrapper.reference import Reference, copy_with_closures
 from dpo_wrapper.running import GapState, Reduce
 from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.sequences import PreferenceBatch, ScoredSequences
-from dpo_wrapper.token_level import desensitized
+from dpo_wrapper.token_level import desensitized, prompted_log_probs
 
 
 class DPO(nn.Module):
@@ -182,22 +183,29 @@ class DPO(nn.Module):
 
     def pairs(self, batch: PreferenceBatch, given: tuple[Tensor, Tensor] | None) -> PairLogProbs:
         """What the losses look at, from one pass of the reference and one of the policy."""
-        sequences = batch.sequences
-        if self.ld_alpha == 1:
-            reference = self.reference_log_probs(batch, given)
-            policy = self.score_policy.score(sequences)
-            gap = None if self.gap is None else self.gap.now(policy)
-            return pair_log_probs(batch, policy, reference, gap)
-        if given is not None:
+        if given is not None and self.ld_alpha < 1:
             raise ValueError(
-                "ref_log_probs are sums of all tokens, but ld_alpha needs single ones: give one."
+                "ref_log_probs are sums of all tokens, but ld_alpha needs single ones: give one of the two."
             )
-        ref_scores = self.reference_token_scores(batch)
+        prompted = any(loss.needs_prompt() for loss, _ in self.losses)
+        sequences, (count, tokens) = batch.sequences, (len(batch.sequences.length), len(batch.sequences.row))
+        if prompted:
+            sequences = sequences.beside_whole(batch.pairs[batch.valid, 0])
+
+        ref_scores = self.reference_token_scores(batch) if self.ld_alpha < 1 else None
+        if ref_scores is None:
+            reference = self.reference_log_probs(batch, given)
+        else:
+            reference = batch.sequences.sums(ref_scores)
         scores = self.score_policy.token_scores(sequences)
-        reference = None if ref_scores is None else sequences.sums(ref_scores)
-        gap = None if self.gap is None else self.gap.now(scores)
-        pairs = pair_log_probs(batch, sequences.sums(scores), reference, gap)
-        return desensitized(pairs, batch, self.ld_alpha, scores, ref_scores)
+        policy = sequences.sums(scores)
+        gap = None if self.gap is None else self.gap.now(policy)
+        pairs = pair_log_probs(batch, policy[:count], reference, gap)
+        if prompted:
+            pairs = replace(pairs, prompted=prompted_log_probs(batch, policy[count:]))
+        if self.ld_alpha < 1:
+            pairs = desensitized(pairs, batch, self.ld_alpha, scores[:tokens], ref_scores)
+        return pairs
 
     def explain(self) -> str:
         """Which paths are in use, and why not the others, in plain words; known after the first call."""

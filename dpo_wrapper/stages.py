@@ -17,7 +17,7 @@ from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.sequences import PreferenceBatch, ScoredSequences
 
 Reduce = Callable[[Tensor], Tensor]
-Totals = tuple[int, int]
+Totals = tuple[int, ...]
 Item = PreferenceItem | PreferenceItemWithColumns
 
 
@@ -31,7 +31,7 @@ class Stage(Protocol):
     def batch(self, items: Sequence[Item]) -> Any: ...
 
     def counts(self, batch: Any) -> Totals:
-        """Pairs and scored tokens of a batch; summed over a step they are what `share` divides by."""
+        """Pairs, scored tokens and perhaps more; summed over a step they are what `share` divides by."""
 
     def share(self, module: nn.Module, batch: Any, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
         """This batch's part of the step's loss, and metrics. `module` is `self.module`, perhaps wrapped."""
@@ -111,7 +111,7 @@ class DPOStage:
         return batch
 
     def counts(self, batch: PreferenceBatch) -> Totals:
-        return batch.counts()
+        return *batch.counts(), batch.whole_tokens()
 
     def share(
         self, module: nn.Module, batch: PreferenceBatch, totals: Totals

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dpo_wrapper.losses import PairLogProbs
+from dpo_wrapper.losses import PairLogProbs, PromptedLogProbs
 from dpo_wrapper.sequences import PreferenceBatch, ScoredSequences
 
 
@@ -48,6 +48,19 @@ def desensitized(
         return pairs
     ref_chosen, ref_rejected = shortened_sums(batch, reference.to(policy.dtype), alpha)
     return replace(pairs, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+
+
+def prompted_log_probs(batch: PreferenceBatch, whole: Float[Tensor, "p"]) -> PromptedLogProbs:
+    """Log-probs of prompt and chosen together, with the mean number of tokens over the whole step."""
+    tokens, pairs = batch.step_whole_tokens, batch.step_pairs
+    if pairs is None:
+        tokens, pairs = batch.whole_tokens(), len(whole)
+    if tokens is None:
+        raise ValueError(
+            "a batch that is part of a step should say how many tokens prompts and chosen have: "
+            "as_part_of(pairs, tokens, whole_tokens)."
+        )
+    return PromptedLogProbs(whole, whole.new_tensor(tokens / max(1, pairs)))
 
 
 @torch.no_grad()

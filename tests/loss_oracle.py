@@ -100,7 +100,7 @@ PER_PAIR: dict[str, Callable[..., Tensor]] = {
     "AlphaPO": lambda x, s, beta, gamma, alpha: (
         -ls(beta * (alpha_reward(x.p_w / x.n_w, alpha) - alpha_reward(x.p_l / x.n_l, alpha)) - gamma)
     ),
-    "ORPO": lambda x, s, beta: (
+    "ORPO": lambda x, s, beta, prompt: (
         -x.p_w / x.mean_length - beta * ls(torch.log(odds(x.p_w / x.n_w) / odds(x.p_l / x.n_l)))
     ),
 }

@@ -35,6 +35,7 @@ from dpo_wrapper.losses import (
     ForwardKL,
     Hinge,
     JensenShannon,
+    PromptedLogProbs,
     ReferenceFree,
     ReverseKL,
     Robust,
@@ -107,6 +108,13 @@ def test_losses_without_reference_by_hand():
     # means ln(3/4) and ln(1/4): odds 3 and 1/3, o = ln 9
     odds = pairs([log(3 / 4)], [2 * log(1 / 4)], n_w=[1], n_l=[2])
     assert is_close(ORPO(1.0)(odds), [log(4 / 3) + log(10 / 9)])
+    # prompt and chosen have 6 nats on 4 tokens
+    whole = PromptedLogProbs(
+        torch.tensor([-6.0], dtype=torch.float64), torch.tensor(4.0, dtype=torch.float64)
+    )
+    assert is_close(ORPO(1.0, prompt=True)(replace(odds, prompted=whole)), [1.5 + log(10 / 9)])
+    with pytest.raises(ValueError, match="there are no log-probs of prompts"):
+        ORPO(prompt=True)(odds)
 
 
 def test_aot_by_hand():

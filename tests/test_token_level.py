@@ -1,5 +1,6 @@
 """Sums and weights that look at single tokens, by hand and at their limits."""
 
+from dataclasses import replace
 from math import exp, log
 
 import pytest
@@ -8,8 +9,9 @@ from cases import random_batch
 from torch import Generator
 from zoo import ZOO
 
-from dpo_wrapper import DPO, SFT, PreferenceBatch, Sigmoid
-from dpo_wrapper.losses import CPO, SimPO
+from dpo_wrapper import DPO, SFT, PreferenceBatch, Sigmoid, sequence_log_probs
+from dpo_wrapper.losses import CPO, ORPO, SimPO, parse_losses
+from dpo_wrapper.sequences import ScoredSequences
 from dpo_wrapper.token_level import shortened_sums, wpo_weights
 
 
@@ -89,3 +91,50 @@ def test_wpo_weights_by_hand():
     # where the policy is certain of what is written, the weight is 1
     assert wpo_weights(given, torch.zeros(3), torch.zeros(3)).tolist() == [1.0]
     assert wpo_weights(given, torch.full((3,), -1e4), torch.zeros(3)).tolist() == [exp(-2e4)]
+
+
+def test_whole_sequences_beside_others():
+    # 7 | 1 2 and 5 6 | 3, of which the second again with its prompt
+    seqs = torch.tensor([[7, 1, 2], [5, 6, 3]])
+    scored = torch.tensor([[False, True, True], [False, False, True]])
+    sequences = ScoredSequences.from_padded(seqs, scored, torch.ones_like(scored))
+    both = sequences.beside_whole(torch.tensor([1]))
+    assert both.row.tolist() == [0, 0, 1, 2, 2] and both.source.tolist() == [0, 1, 1, 0, 1]
+    assert both.target.tolist() == [1, 2, 3, 6, 3] and both.length.tolist() == [2, 1, 2]
+    assert both.ids[2].equal(both.ids[1]) and both.unique_tokens() == sequences.unique_tokens()
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_orpo_with_the_prompt(share: bool):
+    dpo = made(ORPO(0.3, prompt=True), share_prefix=share)
+    case = random_batch(Generator().manual_seed(4), b=5)
+    sides = ((case.preferred_seq, case.unpreferred_seq), case.prompt_masks, case.seq_masks)
+    given = PreferenceBatch.from_padded(*sides)
+    valid = given.valid
+    plain = [call(made(loss, share_prefix=share)) for loss in (ORPO(0.3), SFT())]
+
+    # up to the last scored token, as completions end their sequences
+    last = (~case.prompt_masks[0] & case.seq_masks[0]) * torch.arange(case.preferred_seq.shape[1])
+    real = case.seq_masks[0] & (torch.arange(case.preferred_seq.shape[1]) <= last.amax(-1, keepdim=True))
+    sums = sequence_log_probs(dpo.policy_model, case.preferred_seq[valid], real[valid], real[valid])
+    expected = plain[0] - plain[1] - sums.sum() / (real[valid].sum() - valid.sum())
+    torch.testing.assert_close(dpo(given), expected, rtol=1e-6, atol=1e-6)
+    assert dpo(given) != plain[0]
+
+    # in parts it is the same, and without the count of tokens it is refused
+    totals = (*given.counts(), given.whole_tokens())
+    parts = [replace(given, pairs=given.pairs[rows]) for rows in (slice(0, 2), slice(2, 5))]
+    torch.testing.assert_close(sum(dpo(part.as_part_of(*totals)) for part in parts), dpo(given))
+    with pytest.raises(ValueError, match="how many tokens prompts and chosen have"):
+        dpo(parts[0].as_part_of(*given.counts()))
+    short = made([(ORPO(0.3, prompt=True), 1.0), (Sigmoid(), 0.5)], ld_alpha=0.3, share_prefix=share)
+    assert call(short).isfinite()
+
+
+def test_a_switch_as_text():
+    assert parse_losses("orpo(prompt=true, beta=1)") == ((ORPO(1.0, prompt=True), 1.0),)
+    assert parse_losses("orpo(prompt=False)") == ((ORPO(), 1.0),)
+    with pytest.raises(ValueError, match=r"expected true or false in .*, got '1'"):
+        parse_losses("orpo(prompt=1)")
+    with pytest.raises(ValueError, match="ORPO: prompt should be True or False, but it is 1"):
+        ORPO(prompt=1)

@@ -280,14 +280,16 @@ def test_cpo_trainer(tmp_path, options, loss):
 
 
 def test_orpo_trainer(tmp_path):
-    """TRL's likelihood term is over prompt and completion: here it is put in place of the completion's."""
+    """TRL's likelihood term is over prompt and completion."""
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
     policy, reference = models()
     made = trainer(ORPOTrainer, partial(ORPOConfig, beta=0.3), tmp_path, policy, PAIR)
     made.model.eval()
     expected = differentiated(made.compute_loss(made.model, labelled()), policy)
+    assert difference(ours(policy, reference, ORPO(0.3, prompt=True)), expected) <= TOLERANCE
 
+    # and without the prompt: the other likelihood in its place
     ids, _, real = padded(1, tokens())
     whole = -sequence_log_probs(policy, ids, real, real).sum() / (real.sum() - len(real))
     parts = [

@@ -10,6 +10,7 @@ summed over the scored tokens; `n_w, n_l` how many tokens that is; `a = p_w - r_
 from dpo_wrapper.losses.base import Loss as Loss
 from dpo_wrapper.losses.base import Objective as Objective
 from dpo_wrapper.losses.base import PairLogProbs as PairLogProbs
+from dpo_wrapper.losses.base import PromptedLogProbs as PromptedLogProbs
 from dpo_wrapper.losses.base import RunningGap as RunningGap
 from dpo_wrapper.losses.base import is_number as is_number
 from dpo_wrapper.losses.base import option as option

@@ -23,6 +23,19 @@ class RunningGap:
 
 @jaxtyped(typechecker=beartype)
 @dataclass(frozen=True)
+class PromptedLogProbs:
+    """Log-probs of prompt and chosen together, and the mean over the step of how many tokens that is."""
+
+    chosen: Float[Tensor, "p"]
+    mean_length: Float[Tensor, ""]
+
+    @property
+    def nll(self) -> Float[Tensor, "p"]:
+        return -self.chosen / self.mean_length
+
+
+@jaxtyped(typechecker=beartype)
+@dataclass(frozen=True)
 class PairLogProbs:
     """What a loss may look at: sums in nats of the valid pairs alone; half precision is widened to float32.
 
@@ -30,6 +43,7 @@ class PairLogProbs:
     `chosen_length` over all pairs of the optimizer step, of which these may be a part. `margins` and
     `pair_weights` come from the data, `gap` from the steps before, for a loss with `needs_gap`.
     `whole_chosen` is `p_w` over all scored tokens where `chosen` is not (LD-DPO); lengths are those of all.
+    `prompted` is there for a loss with `needs_prompt()`.
     """
 
     chosen: Float[Tensor, "p"]
@@ -43,6 +57,7 @@ class PairLogProbs:
     pair_weights: Float[Tensor, "p"] | None = None
     gap: RunningGap | None = None
     whole_chosen: Float[Tensor, "p"] | None = None
+    prompted: PromptedLogProbs | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -113,6 +128,16 @@ def smoothing(default: float = 0.0) -> float:
     return option(default, help, "be in [0, 0.5)", lambda value: 0 <= value < 0.5)
 
 
+def flag(help: str) -> bool:
+    """A switch that is off unless it is turned on."""
+    metadata = {"help": help, "wanted": "be True or False", "fits": is_flag, "kind": bool}
+    return field(default=False, metadata=metadata)
+
+
+def is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
 def pull(default: float = 0.1) -> float:
     return positive(default, "strength of the pull towards the reference")
 
@@ -148,6 +173,10 @@ class Objective(Configured, ABC):
     """Whether each value belongs to its pair alone, and would be the same among other pairs."""
     needs_gap: ClassVar[bool] = False
     """Whether it looks at `gap`, the running mean and spread of `a - b`."""
+
+    def needs_prompt(self) -> bool:
+        """Whether it looks at `prompted`."""
+        return False
 
     @abstractmethod
     def __call__(self, data: Any) -> Tensor: ...

@@ -77,11 +77,19 @@ def _made(node: ast.expr, kind: type[Configured], text: str) -> Any:
     given = {str(keyword.arg): keyword.value for keyword in call.keywords}
     if call.args or len(given) < len(call.keywords) or not set(given) <= set(options):
         raise ValueError(f"{name} in {text!r} takes {', '.join(options) or 'no options'}, as name=value.")
-    values = {
-        key: _number(value, text) if options[key] is None else _made(value, options[key], text)
-        for key, value in given.items()
-    }
-    return known[name](**values)
+    return known[name](**{key: _value(value, options[key], text) for key, value in given.items()})
+
+
+def _value(node: ast.expr, kind: Any, text: str) -> Any:
+    """An option: a number, a switch, or something with a name of its own."""
+    if kind is None:
+        return _number(node, text)
+    if kind is not bool:
+        return _made(node, kind, text)
+    word = ast.unparse(node).lower()
+    if word not in ("true", "false"):
+        raise ValueError(f"expected true or false in {text!r}, got {ast.unparse(node)!r}.")
+    return word == "true"
 
 
 def _number(node: ast.expr, text: str) -> float:

@@ -11,6 +11,7 @@ from dpo_wrapper.losses.base import (
     Loss,
     PairLogProbs,
     finite_expm1,
+    flag,
     log1mexp,
     not_negative,
     option,
@@ -125,7 +126,8 @@ class AlphaPO(Loss):
 class ORPO(Loss):
     """`-p_w / mean(n_w) - β log σ(o)` with `o = logit(e^(p_w / n_w)) - logit(e^(p_l / n_l))`.
 
-    `logit(e^x) = x - log(1 - e^x)`, the log-odds, is exact near e^x = 1.
+    `logit(e^x) = x - log(1 - e^x)`, the log-odds, is exact near e^x = 1. With `prompt` the first term is over
+    the tokens of prompt and completion, as TRL has it.
 
     Paper: Hong 2024 (arXiv 2403.07691)
     For: supervised training and preferences in one
@@ -134,8 +136,17 @@ class ORPO(Loss):
     needs_reference: ClassVar[bool] = False
 
     beta: float = positive(0.1, "weight of the odds ratio")
+    prompt: bool = flag("take the likelihood of prompt and completion, not of the completion alone")
+
+    def needs_prompt(self) -> bool:
+        return self.prompt
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
         chosen, rejected = pairs.chosen_mean, pairs.rejected_mean
         odds = (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
-        return pairs.chosen_nll - self.beta * F.logsigmoid(odds)
+        preference = -self.beta * F.logsigmoid(odds)
+        if not self.prompt:
+            return pairs.chosen_nll + preference
+        if pairs.prompted is None:
+            raise ValueError("ORPO: prompt is True, but there are no log-probs of prompts: fill `prompted`.")
+        return pairs.prompted.nll + preference
