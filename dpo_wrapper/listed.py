@@ -95,10 +95,11 @@ class RankedBatch(Movable):
     def metrics(self, data: Any, values: Tensor, beta: float) -> dict[str, Tensor]:
         """`rewards/accuracies` is how often the best has the highest reward; means are over `lists/valid`."""
         rewards = beta * data.logratio.detach().masked_fill(~data.real, -torch.inf)
+        best = rewards.gather(-1, data.real.int().argmax(dim=-1, keepdim=True))  # the first with a score
         return {
             "loss": _mean(values),
-            "rewards/chosen": _mean(rewards[:, 0]),
-            "rewards/accuracies": _mean((rewards[:, :1] >= rewards).all(dim=-1).to(values.dtype)),
+            "rewards/chosen": _mean(best.squeeze(-1)),
+            "rewards/accuracies": _mean((best >= rewards).all(dim=-1).to(values.dtype)),
             "lists/valid": values.new_tensor(float(len(values))),
         }
 

@@ -169,6 +169,9 @@ def test_lists_with_nothing_to_rank_are_left_out():
     prompts, completions = lists_of_ids()
     more = RankedBatch.from_lists([*prompts, [1], [2]], [*completions, [[3]], [[], [4]]])
     torch.testing.assert_close(dpo(more), dpo(RankedBatch.from_lists(prompts, completions)))
+    headless = RankedBatch.from_lists([[2]], [[[], [4], [5]]])  # the best has no token: the next is the best
+    _, metrics = dpo(headless, return_metrics=True)
+    assert metrics["rewards/chosen"].isfinite() and metrics["lists/valid"] == 1
     nothing = dpo(RankedBatch.from_lists([[1]], [[[3]]]))
     nothing.backward()
     assert nothing == 0

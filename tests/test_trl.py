@@ -165,7 +165,7 @@ DPO_LOSSES: list[tuple[str, dict, Loss]] = [
     ("ipo", {}, IPO(0.3)),
     ("sigmoid_norm", {}, SigmoidNorm(0.3)),
     ("exo_pair", {"label_smoothing": 1e-2}, EXO(0.3, 1e-2)),
-    ("discopop", {}, DiscoPOP(0.3)),
+    ("discopop", {"discopop_tau": 0.2}, DiscoPOP(0.3, tau=0.2)),
     ("nca_pair", {}, NCA(0.3)),
     ("bco_pair", {}, BCO(0.3)),
     ("sppo_hard", {}, SPPO(0.3)),
@@ -194,8 +194,9 @@ def theirs(made: SimpleNamespace, types: list[str], weights=None, **options) -> 
         "use_weighting": False,
     }
     for name, value in (defaults | options).items():
-        assert hasattr(made.trainer, name), name
-        setattr(made.trainer, name, value)
+        owner = made.trainer.args if name == "discopop_tau" else made.trainer
+        assert hasattr(owner, name), name
+        setattr(owner, name, value)
     return differentiated(made.trainer.compute_loss(made.trainer.model, made.inputs), made.policy)
 
 

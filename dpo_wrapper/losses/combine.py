@@ -16,7 +16,7 @@ PairFunction = Callable[[PairLogProbs], Tensor]
 
 @dataclass(frozen=True)
 class Custom(Loss):
-    """A user's own function from `PairLogProbs` to Float[p]: `-log σ(whatever)`.
+    """A user's own function from `PairLogProbs` to Float[p], one value per pair.
 
     It gets a reference unless it has an attribute `needs_reference` that is False, and margins of the data
     are refused unless it has `takes_margin`.
