@@ -10,6 +10,11 @@ from .encode import encode_row as encode_row
 from .encode import encode_rows as encode_rows
 from .files import read_rows as read_rows
 from .files import split_rows as split_rows
+from .listed import ListedRow as ListedRow
+from .listed import TokenList as TokenList
+from .listed import encode_listed as encode_listed
+from .listed import normalize_listed as normalize_listed
+from .listed import read_listed as read_listed
 from .rows import Fields as Fields
 from .rows import Message as Message
 from .rows import Row as Row
