@@ -17,6 +17,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dpo_wrapper.branches import branch_attend
 from dpo_wrapper.prefix_tree import TreeLayout
 
 Core = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -43,13 +44,24 @@ def attend(
     return rearrange(kept, "(r w) h e -> r h w e", w=width)
 
 
-def flexible(
-    layout: TreeLayout, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None
-) -> Tensor:
-    """The same by FlexAttention, which is loaded only where it is used."""
-    from dpo_wrapper.flex import flex_attend
+def attend_plainly(
+    layout: TreeLayout,
+    q: Float[Tensor, "r h w d"],
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    scale: float | None,
+) -> Float[Tensor, "r h w e"] | None:
+    """Softmax attention by the layout's kernel, if that can do it here."""
+    if layout.kernel == "flex":
+        from dpo_wrapper.flex import flex_attend  # loaded only where it is used
 
-    return flex_attend(q, k, v, layout.block_mask(window), scale)
+        return flex_attend(q, k, v, layout.block_mask(window), scale)
+    if layout.kernel == "branches" and window is None and q.shape[-1] == v.shape[-1]:
+        q, k, v = (rearrange(t, "r h w d -> 1 h (r w) d") for t in (q, k, v))
+        out = branch_attend(q, k, v, layout.branches, scale)
+        return rearrange(out, "1 h (r w) e -> r h w e", w=layout.shape[1])
+    return None
 
 
 def causal_mask(n: int, window: int | None, like: Tensor) -> Tensor:
@@ -126,9 +138,10 @@ def _x_transformers_attend(
         raise NotShareable("its attention takes a mask or attention of the layer before")
     if any(value is not None for name, value in kwargs.items() if name != "causal"):
         raise NotShareable("its attention takes " + ", ".join(sorted(kwargs)))
-    if layout.flex and attn_bias is None and _is_plain(original.__self__):  # type: ignore[attr-defined]
+    if attn_bias is None and _is_plain(original.__self__):  # type: ignore[attr-defined]
         scale = original.__self__.scale  # type: ignore[attr-defined]
-        return flexible(layout, q, k, v, window, scale), _intermediates()
+        if (out := attend_plainly(layout, q, k, v, window, scale)) is not None:
+            return out, _intermediates()
 
     def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         n = q.shape[2]
@@ -245,9 +258,10 @@ def _hugging_face_attend(
     if mask is not None and window is None and base in ("eager", "sdpa"):
         window = int(mask)
     plain = base != "eager" and not kwargs.get("dropout") and kwargs.get("softcap") is None
-    if layout.flex and plain and kwargs.get("position_bias") is None and kwargs.get("s_aux") is None:
-        out = flexible(layout, q, k, v, window, kwargs.get("scaling"))
-        return rearrange(out, "1 h w e -> 1 w h e"), None
+    if plain and kwargs.get("position_bias") is None and kwargs.get("s_aux") is None:
+        out = attend_plainly(layout, q, k, v, window, kwargs.get("scaling"))
+        if out is not None:
+            return rearrange(out, "r h w e -> r w h e"), None
 
     def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         n, band = q.shape[2], None

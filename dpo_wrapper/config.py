@@ -70,6 +70,8 @@ class TrainConfig:
     max_tokens: int = 16384
     """Unique tokens per forward pass (tokens that pairs share count once): what fits in memory. A step takes
     as many passes as it needs, with the same result."""
+    workers: int = 0
+    """Processes that make batches ahead of training; 0 makes them in between."""
     warmup: float = 0.1
     """Part of the steps in which the learning rate rises; then it falls to zero along a cosine."""
     weight_decay: float = 0.0
@@ -91,7 +93,7 @@ class TrainConfig:
     """Continue an interrupted run in --out; everything else must be as it was."""
 
     def __post_init__(self) -> None:
-        for name in ("sft_epochs", "epochs", "save_every"):
+        for name in ("sft_epochs", "epochs", "save_every", "workers"):
             self._check(name, lambda value: value >= 0, "0 or more")
         for name in ("batch_size", "max_tokens", "eval_every"):
             self._check(name, lambda value: value >= 1, "at least 1")

@@ -25,7 +25,7 @@ def look_at(model: LanguageModel, device: torch.device, apart_from: nn.Module | 
     ids = torch.tensor([row, [*row[:-1], (row[-1] + 1) % known]], device=device)
     head = model.head()
     follows = apart_from is not None
-    with quiet(model.model), one_arithmetic(), torch.set_grad_enabled(follows or head is not None):
+    with quiet(model.model), one_arithmetic(model.model), torch.set_grad_enabled(follows or head is not None):
         logits = valid_logits(first_answer(model, ids), ids)
         if logits.isnan().any():
             raise ValueError(

@@ -7,18 +7,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dpo_wrapper.config import TrainConfig
 from dpo_wrapper.data import PreferenceDataset, TokenPair
 from dpo_wrapper.metrics import MetricSums
 from dpo_wrapper.runs import RunFolder
-from dpo_wrapper.stages import Stage
+from dpo_wrapper.stages import Prepare, Stage
+
+T = TypeVar("T")
 
 TRAINING_SAMPLE = 512
 """How many training pairs are evaluated before and after a stage, to see what became of their log-probs."""
@@ -66,6 +69,23 @@ def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
+class MicroBatches(Dataset[list[Any]]):
+    """Of each list of rows, its pairs in micro-batches, ready for a stage."""
+
+    def __init__(
+        self, dataset: PreferenceDataset, rows: Sequence[list[int]], prepare: Prepare, most: int
+    ) -> None:
+        self.dataset, self.rows, self.prepare, self.most = dataset, rows, prepare, most
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> list[Any]:
+        rows = self.rows[index]
+        groups = micro_batches([self.dataset.pairs[k] for k in rows], self.most)
+        return [self.prepare([self.dataset[rows[k]] for k in group]) for group in groups]
+
+
 class Loop:
     """Runs stages over the same data and writes what happens to the run folder."""
 
@@ -109,10 +129,10 @@ class Loop:
         with tqdm(
             total=steps, initial=done, desc=stage.title, unit="step", mininterval=often, disable=quiet
         ) as bar:
-            for step, rows in enumerate(order, start=1):
-                if step <= done:
-                    continue
-                values = self.step(accelerator, stage, module, optimizer, rows)
+            left = list(order)[done:]
+            prepared = self.prepared(accelerator, stage, left)
+            for step, (rows, batches) in enumerate(zip(left, prepared, strict=True), start=done + 1):
+                values = self.step(accelerator, stage, module, optimizer, rows, batches)
                 values["lr"] = float(schedule.get_last_lr()[0])
                 schedule.step()
                 if accelerator.is_main_process:
@@ -125,16 +145,32 @@ class Loop:
                     self.save(accelerator, stage, step)
         accelerator.free_memory()
 
-    def step(
-        self, accelerator: Accelerator, stage: Stage, module: Any, optimizer: Any, rows: list[int]
-    ) -> dict[str, float]:
-        """One optimizer step over the pairs `rows`, of which each process takes its share."""
-        began = time.perf_counter()
-        rank, world = accelerator.process_index, accelerator.num_processes
-        mine = rows[rank::world]
+    def prepared(self, accelerator: Accelerator, stage: Stage, steps: Sequence[list[int]]) -> DataLoader[Any]:
+        """This process's micro-batches of each step, made by other processes if there are workers."""
         # with fewer items than processes, a process still takes part in reducing gradients, with weight 0
-        weight = world if mine else 0
-        batches = self.batches(stage, self.training, mine or rows[:1])
+        mine = [rows[accelerator.process_index :: accelerator.num_processes] or rows[:1] for rows in steps]
+        return DataLoader(
+            MicroBatches(self.training, mine, stage.prepares(), self.config.max_tokens),
+            batch_size=None,
+            collate_fn=identity,
+            num_workers=self.config.workers,
+            pin_memory=accelerator.device.type == "cuda",
+            generator=torch.Generator(),  # leaves the one that training draws from alone
+        )
+
+    def step(
+        self,
+        accelerator: Accelerator,
+        stage: Stage,
+        module: Any,
+        optimizer: Any,
+        rows: list[int],
+        batches: list[Any],
+    ) -> dict[str, float]:
+        """One optimizer step over the pairs `rows`, of which this process has its share in `batches`."""
+        began = time.perf_counter()
+        mine = accelerator.process_index < len(rows)
+        weight = accelerator.num_processes if mine else 0
         counts = torch.tensor([stage.counts(batch) for batch in batches], device=accelerator.device).sum(
             dim=0
         )
@@ -158,15 +194,11 @@ class Loop:
         values = {"loss": float(reduce(loss)), **sums.result(reduce), "grad_norm": float(norm)}
         return values | {"pairs/second": len(rows) / (time.perf_counter() - began)}
 
-    def batches(self, stage: Stage, dataset: PreferenceDataset, rows: Sequence[int]) -> list[Any]:
-        """The pairs `rows` of a dataset in micro-batches."""
-        groups = micro_batches([dataset.pairs[k] for k in rows], self.config.max_tokens)
-        return [stage.batch([dataset[rows[k]] for k in group]) for group in groups]
-
     def evaluate(
         self, accelerator: Accelerator, stage: Stage, module: Any, step: int, *, ends: bool = False
     ) -> None:
         """Log metrics of the held-out part and, at the ends of a stage, of (some of) the training part."""
+        config = self.config
         parts = {"held-out": self.held_out, **({"training": self.training} if ends else {})}
         for name, dataset in parts.items():
             count = len(dataset) if name == "held-out" else min(len(dataset), TRAINING_SAMPLE)
@@ -178,7 +210,7 @@ class Loop:
                 reduce = identity
             else:
                 rows = rows[accelerator.process_index :: accelerator.num_processes]
-            batches = self.batches(stage, dataset, rows)
+            batches = MicroBatches(dataset, [rows], stage.prepares(), config.max_tokens)[0]
             values = stage.held_out(module, [batch.to(accelerator.device) for batch in batches], reduce)
             if accelerator.is_main_process:
                 self.run.log(stage.name, name, step, values)
@@ -195,8 +227,8 @@ class Loop:
             self.run.replace_checkpoint(new, stage.name, step)
 
 
-def identity(values: Tensor) -> Tensor:
-    return values
+def identity(value: T) -> T:
+    return value
 
 
 def reduce_over(accelerator: Accelerator, values: Tensor) -> Tensor:

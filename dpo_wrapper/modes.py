@@ -1,10 +1,12 @@
 """The modes that a model is computed in: without dropout, in eval mode for a moment, in one arithmetic."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
+
+from dpo_wrapper.products import FastProducts, onednn_is_faster
 
 
 def turn_off_dropout(model: nn.Module) -> None:
@@ -34,15 +36,22 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def one_arithmetic() -> Iterator[None]:
-    """Keep torch's transformer layers off a fused path that is for passes without gradients.
+def one_arithmetic(model: nn.Module) -> Iterator[None]:
+    """Passes of a model round alike within, with gradients or without: linear layers take the library that is
+    best here, and torch's transformer layers stay off a fused path that is for passes without gradients.
 
-    So policy and reference round alike; and under autocast that path leaves casts of the weights behind,
-    without gradients, that a later pass with gradients would use.
+    Under autocast that path also leaves casts of the weights behind, without gradients, that a later pass
+    with gradients would use.
     """
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with FastProducts() if onednn_is_faster() and not is_compiled(model) else nullcontext():
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether any part of a model is; `torch.compile` does not trace well under a mode for functions."""
+    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())

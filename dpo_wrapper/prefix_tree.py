@@ -22,6 +22,7 @@ from beartype import beartype
 from jaxtyping import Bool, Int, jaxtyped
 from torch import Tensor
 
+from dpo_wrapper.branches import Branch, branches_of, worthwhile
 from dpo_wrapper.movable import Movable
 
 
@@ -111,11 +112,13 @@ class TreeLayout(Movable):
     groups: tuple[Int[Tensor, "g n"], ...]
     home: Int[Tensor, "rw"]
     subtree_end: Int[Tensor, "u"]
-    flex: bool = False
-    """Whether attention should be FlexAttention, where the model's is plain, and nothing be expanded."""
+    branches: tuple[Branch, ...]
+    kernel: str = "own"
+    """What computes attention that is plain: FlexAttention (`flex`), torch's kernel on each branch
+    (`branches`), or the model itself, along each path (`own`)."""
 
     @classmethod
-    def of(cls, tree: PrefixTree, most: int | None = None, *, flex: bool = False) -> "TreeLayout":
+    def of(cls, tree: PrefixTree, most: int | None = None, *, kernel: str = "own") -> "TreeLayout":
         """Rows are no wider than `most`. Only paths to a leaf become sequences: others are parts of those."""
         u = len(tree.ids)
         rows = -(-u // min(u, most or u))
@@ -142,7 +145,11 @@ class TreeLayout(Movable):
             filled += table.numel()
             del paths[-size:]
         ids, position = laid(tree.ids), laid(tree.position)
-        return cls((rows, width), ids, position, tuple(groups), home, tree.subtree_end, flex and rows == 1)
+        branches = branches_of(tree.position)
+        if (kernel == "flex" and rows > 1) or (kernel == "branches" and not worthwhile(branches)):
+            kernel = "own"
+        shape = (rows, width)
+        return cls(shape, ids, position, tuple(groups), home, tree.subtree_end, branches, kernel)
 
     def block_mask(self, window: int | None) -> Any:
         """The tree's block mask for FlexAttention, made once for each width of a sliding window."""

@@ -13,11 +13,20 @@ from dpo_wrapper.log_probs import implementation, log_probs_from_logits, token_l
 from dpo_wrapper.look import difference, look_at, rounding, valid_logits
 from dpo_wrapper.models import language_model
 from dpo_wrapper.modes import one_arithmetic, quiet
-from dpo_wrapper.sequences import ScoredSequences
+from dpo_wrapper.sequences import ScoredSequences, TreePlan
 from dpo_wrapper.validation import check_ids, check_mask, check_vocabulary, kind
 
 _looking = threading.RLock()
 """A model is looked at by one thread at a time, while others wait for what it finds."""
+
+
+KERNELS = {
+    "flex": "FlexAttention where attention is plain, else along each path",
+    "branches": "torch's kernel on each branch where attention is plain, else along each path",
+    "own": "the model's own attention along each path",
+}
+FASTER = {"cuda": ("flex",), "cpu": ("branches",)}
+"""What is better than a model's own attention if it gives the same, by kind of device."""
 
 
 class Scorer:
@@ -46,7 +55,7 @@ class Scorer:
         self.apart_from = apart_from
         self.share = share
         self.why_padded: str | None = "share_prefix is False"
-        self.flex = False
+        self.kernel = "own"
         self.vocab_size: int | None = None
         self.looked_on: torch.device | None = None
         self.head_applies = False
@@ -65,7 +74,7 @@ class Scorer:
         if self.why_padded is not None or not len(sequences.target):
             where = (sequences.row, sequences.source)
             return self.scores_at(lambda hidden: self.padded(sequences, hidden)[where], sequences.target)
-        tree = sequences.over_tree(self.language_model.max_positions, self.flex)
+        tree = sequences.over_tree(TreePlan(self.language_model.max_positions, self.kernel))
 
         def states(hidden: bool) -> Tensor:
             return (
@@ -85,19 +94,14 @@ class Scorer:
             else "all logits are computed"
         )
         if self.why_padded is None:
-            how = (
-                "by FlexAttention where attention is plain"
-                if self.flex
-                else "by the model's own attention along each path"
-            )
-            return f"{name} model; shared prefixes are computed once, {how}; {head}"
+            return f"{name} model; shared prefixes are computed once, by {KERNELS[self.kernel]}; {head}"
         return f"{name} model; sequences are padded, for {self.why_padded}; {head}"
 
-    def laid_out(self, sequences: ScoredSequences) -> ScoredSequences:
-        """The sequences with their tree made ahead, while they are still on the CPU."""
-        if len(sequences.target) and (self.why_padded is None or (self.share and self.looked_on is None)):
-            sequences.over_tree(self.language_model.max_positions, self.flex)
-        return sequences
+    @property
+    def tree_plan(self) -> TreePlan | None:
+        """How batches may be laid out ahead for this model; None if it takes padded rows."""
+        shares = self.why_padded is None or (self.share and self.looked_on is None)
+        return TreePlan(self.language_model.max_positions, self.kernel) if shares else None
 
     def padded(self, sequences: ScoredSequences, hidden: bool) -> Float[Tensor, "s n _"]:
         if hidden:
@@ -107,7 +111,7 @@ class Scorer:
     def scores_at(self, states: Callable[[bool], Tensor], targets: Tensor) -> Float[Tensor, "t"]:
         """Log-probs of targets from the hidden states (or, if False is asked for, logits) at their places."""
         head = self.language_model.head()
-        with one_arithmetic():
+        with one_arithmetic(self.language_model.model):
             if head is None or not self.head_applies:
                 return log_probs_from_logits(states(False), targets)
             hidden = states(True)
@@ -145,10 +149,12 @@ class Scorer:
 
     def try_sharing(self, device: torch.device) -> None:
         """Share prefixes if the model's log-probs allow it; else say why not."""
-        for self.flex in (True, False) if device.type == "cuda" else (False,):
-            reason = self.why_not_shared(device)
-            if reason is None:
-                break
+        self.kernel = "own"
+        reason = self.why_not_shared(device)
+        if reason is None:
+            for self.kernel in (*FASTER.get(device.type, ()), "own"):
+                if self.kernel == "own" or self.why_not_shared(device) is None:
+                    break
         self.why_padded = reason
         name = self.language_model.name
         if reason is not None and self.share is True:

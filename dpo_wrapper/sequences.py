@@ -17,6 +17,14 @@ from dpo_wrapper.movable import Movable
 from dpo_wrapper.prefix_tree import PrefixTree, TreeLayout
 
 
+@dataclass(frozen=True)
+class TreePlan:
+    """How a model takes trees: in rows no wider than `max_positions`, and by which kernel."""
+
+    max_positions: int | None = None
+    kernel: str = "own"
+
+
 @jaxtyped(typechecker=beartype)
 @dataclass(frozen=True)
 class ScoredSequences(Movable):
@@ -66,12 +74,18 @@ class ScoredSequences(Movable):
             real=inputs.sum(dim=-1),
         )
 
-    def over_tree(self, most: int | None, flex: bool = False) -> "ScoredTree":
-        """The same as a prefix tree in rows no wider than `most`, made once."""
+    def over_tree(self, plan: TreePlan) -> "ScoredTree":
+        """The same as a prefix tree, made once for each plan."""
         made = vars(self).setdefault("_trees", {})
-        if (most, flex) not in made:
-            made[most, flex] = ScoredTree.of(self, most, flex)
-        return made[most, flex]
+        if plan not in made:
+            made[plan] = ScoredTree.of(self, plan)
+        return made[plan]
+
+    def laid_out(self, plan: TreePlan | None) -> "ScoredSequences":
+        """The same with its tree made ahead, where tokens are still on the CPU."""
+        if plan is not None and len(self.target):
+            self.over_tree(plan)
+        return self
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "ScoredSequences":
         moved, made = super().mapped(function), vars(self).get("_trees", {})
@@ -127,13 +141,13 @@ class ScoredTree(Movable):
     entry: Int[Tensor, "t"]
 
     @classmethod
-    def of(cls, sequences: ScoredSequences, most: int | None, flex: bool = False) -> "ScoredTree":
+    def of(cls, sequences: ScoredSequences, plan: TreePlan) -> "ScoredTree":
         device = sequences.ids.device
         tree = PrefixTree.from_sequences(sequences.inputs())
         row, place, target = (t.cpu() for t in (sequences.row, sequences.source, sequences.target))
         source = tree.path[tree.start[row] + place]
         scored, entry = torch.unique(torch.stack([source, target]), dim=1, return_inverse=True)
-        layout = TreeLayout.of(tree, most, flex=flex)
+        layout = TreeLayout.of(tree, plan.max_positions, kernel=plan.kernel)
         return cls(layout, len(tree.ids), scored[0], scored[1], entry).to(device)
 
 

@@ -5,6 +5,7 @@ add up to the same update however a step is split.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -14,11 +15,12 @@ from dpo_wrapper.data import PreferenceCollator, PreferenceItem, PreferenceItemW
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.evaluate import evaluate
 from dpo_wrapper.scoring import Scorer
-from dpo_wrapper.sequences import PreferenceBatch, ScoredSequences
+from dpo_wrapper.sequences import PreferenceBatch, ScoredSequences, TreePlan
 
 Reduce = Callable[[Tensor], Tensor]
 Totals = tuple[int, ...]
 Item = PreferenceItem | PreferenceItemWithColumns
+Prepare = Callable[[Sequence[Item]], Any]
 
 
 class Stage(Protocol):
@@ -28,7 +30,8 @@ class Stage(Protocol):
     title: str
     module: nn.Module
 
-    def batch(self, items: Sequence[Item]) -> Any: ...
+    def prepares(self) -> Prepare:
+        """What makes a batch of items. It can be sent to another process, for it holds no model."""
 
     def counts(self, batch: Any) -> Totals:
         """Pairs, scored tokens and perhaps more; summed over a step they are what `share` divides by."""
@@ -55,6 +58,26 @@ class LikelihoodLoss(nn.Module):
         return -self.score(sequences).sum() / max(1, tokens)
 
 
+def chosen_sequences(
+    collate: PreferenceCollator, plan: TreePlan | None, items: Sequence[Item]
+) -> ScoredSequences:
+    """Prompts and chosen completions, all of them scored."""
+    columns = collate(items)
+    real, _ = columns["seq_mask"]
+    return ScoredSequences.from_padded(columns["preferred_seq"], real, real).laid_out(plan)
+
+
+def preference_batch(
+    collate: PreferenceCollator, plan: TreePlan | None, items: Sequence[Item]
+) -> PreferenceBatch:
+    columns = collate(items)
+    seqs = (columns["preferred_seq"], columns["unpreferred_seq"])
+    more = (columns.get("pair_weights"), columns.get("margins"))
+    batch = PreferenceBatch.from_padded(seqs, columns["prompt_mask"], columns["seq_mask"], *more)
+    batch.sequences.laid_out(plan)
+    return batch
+
+
 class SFTStage:
     """Supervised warm-up: maximum likelihood of prompt and chosen, in nats per token."""
 
@@ -65,10 +88,8 @@ class SFTStage:
         self.score = self.module.score
         self.collate = collate
 
-    def batch(self, items: Sequence[Item]) -> ScoredSequences:
-        columns = self.collate(items)
-        real, _ = columns["seq_mask"]
-        return self.score.laid_out(ScoredSequences.from_padded(columns["preferred_seq"], real, real))
+    def prepares(self) -> Prepare:
+        return partial(chosen_sequences, self.collate, self.score.tree_plan)
 
     def counts(self, batch: ScoredSequences) -> Totals:
         return len(batch.length), int(batch.length.sum())
@@ -102,13 +123,8 @@ class DPOStage:
         self.score = dpo.score_policy
         self.collate = collate
 
-    def batch(self, items: Sequence[Item]) -> PreferenceBatch:
-        columns = self.collate(items)
-        seqs = (columns["preferred_seq"], columns["unpreferred_seq"])
-        more = (columns.get("pair_weights"), columns.get("margins"))
-        batch = PreferenceBatch.from_padded(seqs, columns["prompt_mask"], columns["seq_mask"], *more)
-        self.score.laid_out(batch.sequences)
-        return batch
+    def prepares(self) -> Prepare:
+        return partial(preference_batch, self.collate, self.score.tree_plan)
 
     def counts(self, batch: PreferenceBatch) -> Totals:
         return *batch.counts(), batch.whole_tokens()

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from torch import Generator
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from zoo import DEPTH, DIM, ROTARY, VOCAB, ZOO, x_transformer
 
-from dpo_wrapper import DPO, attention
+from dpo_wrapper import DPO, attention, branches
 from dpo_wrapper.prefix_tree import TreeLayout
 
 xt = functools.partial(functools.partial, x_transformer)  # xt(decoder = ...) makes models
@@ -124,6 +125,13 @@ def state_of(dpo):
     return [{k: list(v) if isinstance(v, dict) else id(v) for k, v in of.items()} for of in held]
 
 
+@pytest.fixture(params=["own", "branches"])
+def each_kernel(request, monkeypatch):
+    """Plain attention on the CPU by the model along each path, and by torch's kernel on each branch."""
+    monkeypatch.setattr(branches, "SHORTEST", 1 if request.param == "branches" else math.inf)
+
+
+@pytest.mark.usefixtures("each_kernel")
 @pytest.mark.parametrize("exact", [True, False], ids=["float64", "float32"])
 @pytest.mark.parametrize("name", SHAREABLE)
 def test_shared_prefixes_change_no_log_prob_loss_or_gradient(name, exact):
@@ -168,6 +176,7 @@ def test_pitfall_13_positions_that_are_not_reset_are_caught(name, monkeypatch):
 @pytest.mark.parametrize("name", ["xt-no-positions", "xt-alibi", "xt-rotary-flash", "hf-llama", "gemma2"])
 def test_pitfall_13_branches_that_see_one_another_are_caught(name, monkeypatch):
     monkeypatch.setattr(attention, "attend", lambda layout, q, k, v, core: core(q, k, v))
+    monkeypatch.setattr(attention, "attend_plainly", lambda *_: None)
     with pytest.raises(ValueError, match=DIFFER):
         made(SHAREABLE[name])(**arguments(CASES[1]))
 
@@ -182,6 +191,7 @@ def test_trees_larger_than_the_table_of_positions_are_folded(name):
     assert got["tokens/unique"] > 300 > zoo.CONTEXT and shares(shared)
 
 
+@pytest.mark.usefixtures("each_kernel")
 @pytest.mark.parametrize("name", ["xt-alibi", "xt-window", "hf-llama", "hf-gpt2", "gemma2"])
 def test_nothing_is_left_behind(name):
     dpo, fails = made(SHAREABLE[name]), []
@@ -196,6 +206,7 @@ def test_nothing_is_left_behind(name):
     assert_equal(numbers(dpo, CASES[1]), expected, 0)
 
 
+@pytest.mark.usefixtures("each_kernel")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", ["hf-llama", "hf-gpt2", "gemma2", "mistral"])
 def test_pitfall_24_gradient_checkpointing(name, reentrant):
@@ -231,6 +242,34 @@ def test_pitfall_24_layers_wrapped_for_checkpointing(name):
     assert ("run again" in dpo.explain()) == (name == "xt-rotary")
 
 
+def compiled(model, parts):
+    for module in model.modules():
+        if type(module).__name__ in parts:
+            module.compile(backend="eager")
+    return model
+
+
+@pytest.mark.usefixtures("each_kernel")
+@pytest.mark.parametrize(
+    "name, parts",
+    [
+        ("hf-llama", ["LlamaModel"]),
+        ("hf-llama", ["LlamaDecoderLayer"]),
+        ("hf-llama", ["LlamaMLP"]),
+        ("xt-rotary-flash", ["AttentionLayers", "Decoder"]),
+        ("xt-rotary-flash", ["FeedForward"]),
+    ],
+)
+def test_compiled_parts(name, parts):
+    expected = numbers(made(ZOO[name]), CASES[1])
+    torch._dynamo.reset()
+    dpo = made(lambda seed: compiled(ZOO[name](seed), parts))
+    assert any(m._compiled_call_impl is not None for m in dpo.policy_model.modules())
+    assert_equal(numbers(dpo, CASES[1]), expected, 3e-5)
+    assert shares(dpo)
+
+
+@pytest.mark.usefixtures("each_kernel")
 def test_lora():
     peft = pytest.importorskip("peft")
     config, dpos = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"]), []
@@ -247,6 +286,7 @@ def test_lora():
     assert shares(dpos[0])
 
 
+@pytest.mark.usefixtures("each_kernel")
 @pytest.mark.parametrize("name", ["xt-rotary-flash", "xt-t5", "hf-llama", "gemma2", "hf-opt"])
 def test_autocast(name):
     shared, padded = (made(SHAREABLE[name], share) for share in ("auto", False))
@@ -257,6 +297,7 @@ def test_autocast(name):
     assert abs(got["logps/chosen"] - expected["logps/chosen"]) < 0.01 * abs(expected["logps/chosen"])
 
 
+@pytest.mark.usefixtures("each_kernel")
 @pytest.mark.parametrize("warm", [True, False], ids=["after-a-call", "from-the-first-call"])
 @pytest.mark.parametrize("name", ["xt-rotary", "xt-alibi", "hf-llama"])
 def test_two_threads(name, warm, request):

@@ -795,4 +795,4 @@ def test_memory_of_chunked_is_gradients_and_blocks():
     t, d, v = 8192, 64, 16384  # eight blocks; all the logits would be 512 MiB
     extra = measured("chunked", t, d, v)
     gradients = (t * d + v * d) * 4
-    assert extra < gradients + 1.5 * chunked.BLOCK_BYTES
+    assert extra < gradients + 2.5 * chunked.BLOCK_BYTES

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Generator
 
 from dpo_wrapper.prefix_tree import PADDING, PrefixTree, TreeLayout
-from dpo_wrapper.sequences import PreferenceBatch, ScoredSequences, ScoredTree
+from dpo_wrapper.sequences import PreferenceBatch, ScoredSequences, ScoredTree, TreePlan
 
 A, B, C = [1, 2, 3, 4], [1, 2, 24, 25], [5, 6]  # the sequences drawn in the module's docstring
 
@@ -198,9 +198,9 @@ def test_moving_a_layout_or_scored_tree_keeps_everything():
     assert [group.shape for group in moved.groups] == [group.shape for group in layout.groups]
 
     sequences = scored_sequences(0)
-    tree = sequences.over_tree(5)
-    assert sequences.over_tree(5) is tree and sequences.over_tree(None) is not tree
-    for twin in (tree.to("meta"), sequences.to("meta").over_tree(5)):
+    tree = sequences.over_tree(TreePlan(5))
+    assert sequences.over_tree(TreePlan(5)) is tree and sequences.over_tree(TreePlan()) is not tree
+    for twin in (tree.to("meta"), sequences.to("meta").over_tree(TreePlan(5))):
         assert twin.unique == tree.unique
         for tensor in (twin.source, twin.target, twin.entry, twin.layout.ids):
             assert tensor.device.type == "meta"
@@ -224,7 +224,7 @@ def score_of(past, target):
 @pytest.mark.parametrize("most", [None, 4])
 def test_scores_come_back_to_the_sequences_they_belong_to(seed, most):
     sequences = scored_sequences(seed)
-    tree = ScoredTree.of(sequences, most)
+    tree = ScoredTree.of(sequences, TreePlan(most))
     real, rows = PrefixTree.from_sequences(sequences.inputs()), sequences.inputs()
     assert tree.unique == len(real.ids) == sequences.unique_tokens()
     nodes = nodes_of(real)
@@ -244,7 +244,7 @@ def test_scores_come_back_to_the_sequences_they_belong_to(seed, most):
 def test_equal_sequences_are_laid_and_scored_once():
     seq = torch.tensor([[3, 1, 2, 5]] * 4)
     all_of_it = torch.ones_like(seq, dtype=torch.bool)
-    tree = ScoredTree.of(ScoredSequences.from_padded(seq, all_of_it, all_of_it), None)
+    tree = ScoredTree.of(ScoredSequences.from_padded(seq, all_of_it, all_of_it), TreePlan())
     assert tree.unique == 3 and tree.target.tolist() == [1, 2, 5]
     assert tree.entry.tolist() == [0, 1, 2] * 4 and tree.layout.groups[0].shape == (1, 3)
 
@@ -252,7 +252,7 @@ def test_equal_sequences_are_laid_and_scored_once():
 def test_one_token_with_two_targets_and_two_tokens_with_one():
     seq = torch.tensor([[3, 1], [3, 2], [4, 1]])
     all_of_it = torch.ones_like(seq, dtype=torch.bool)
-    tree = ScoredTree.of(ScoredSequences.from_padded(seq, all_of_it, all_of_it), None)
+    tree = ScoredTree.of(ScoredSequences.from_padded(seq, all_of_it, all_of_it), TreePlan())
     assert tree.unique == 2
     pairs = list(zip(tree.source.tolist(), tree.target.tolist(), strict=True))
     assert [pairs[k] for k in tree.entry.tolist()] == [(0, 1), (0, 2), (1, 1)]

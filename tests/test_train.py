@@ -165,6 +165,11 @@ def test_pitfall_23_micro_batches_give_the_same_update(finished, rows, tmp_path,
             assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-4), name
 
 
+def test_batches_made_by_workers_are_the_same(finished, rows, tmp_path):
+    train(config(rows, tmp_path / "out", workers=2))
+    assert records(tmp_path / "out") == records(finished)
+
+
 def test_pitfall_22_two_processes_report_what_one_does(finished, rows, tmp_path):
     """Uneven: 21 training pairs in steps of 4 leave a step of one pair, for two processes."""
     script = tmp_path / "script.py"

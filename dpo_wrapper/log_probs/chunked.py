@@ -19,8 +19,9 @@ from jaxtyping import Float, Int, jaxtyped
 from torch import Tensor
 
 from dpo_wrapper.log_probs.eager import accumulation_dtype, compute_dtype
+from dpo_wrapper.products import product
 
-BLOCK_BYTES = 64 * 2**20
+BLOCK_BYTES = 16 * 2**20
 """Memory that one block of logits and its temporaries may take; at least one token is always done."""
 
 
@@ -49,7 +50,7 @@ class Head:
         return (slice(start, min(start + size, t)) for start in range(0, t, max(size, 1)))
 
     def logits(self, hidden: Float[Tensor, "c d"]) -> Float[Tensor, "c v"]:
-        block = (hidden.to(self.dtype) @ self.weight.T).to(self.wide)
+        block = product(hidden.to(self.dtype), self.weight.T).to(self.wide)
         if self.bias is not None:
             block += self.bias
         if self.logit_scale != 1.0:
@@ -118,7 +119,7 @@ class ChunkedLogProbs(torch.autograd.Function):
                     grad_bias += block.sum(dim=0)
                 narrow = block.to(head.dtype)
                 if grad_hidden is not None:
-                    grad_hidden[part] = narrow @ head.weight
+                    grad_hidden[part] = product(narrow, head.weight)
                 if grad_weight is not None and head.dtype == head.wide:
                     grad_weight.addmm_(narrow.T, hidden[part].to(head.dtype))
                 elif grad_weight is not None:
