@@ -45,7 +45,7 @@ def test_the_block_that_loads_a_run_runs(tmp_path, monkeypatch):
 
 
 def test_the_table_of_losses_is_what_the_classes_say():
-    assert f"\n\n{table()}\n\n" in README
+    assert f"\n\n{table()}\n\n" in README, "paste what dpo_wrapper.losses.describe.table() gives"
 
 
 def test_files_that_are_named_exist():
