@@ -29,6 +29,7 @@ setup(
         "x-transformers>=2.31",
         "beartype>=0.19",
         "jaxtyping>=0.2.36",
+        "typing-extensions>=4.12",
     ],
     extras_require={
         "train": train,
@@ -40,6 +41,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.8",
+            "trl>=1.16,<1.17",
         ],
     },
     entry_points={"console_scripts": ["dpo-wrapper = dpo_wrapper.cli:main"]},

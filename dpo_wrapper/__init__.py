@@ -1,5 +1,6 @@
 from dpo_wrapper.data import PreferenceCollator, PreferenceDataset
 from dpo_wrapper.dpo import DPO
+from dpo_wrapper.listed import RankedBatch, UnpairedBatch
 from dpo_wrapper.log_probs import token_log_probs
 from dpo_wrapper.losses import IPO, SFT, Loss, PairLogProbs, Sigmoid, SigmoidNorm, SimPO, dpo_loss
 from dpo_wrapper.scoring import sequence_log_probs
@@ -14,9 +15,11 @@ __all__ = [
     "PreferenceBatch",
     "PreferenceCollator",
     "PreferenceDataset",
+    "RankedBatch",
     "Sigmoid",
     "SigmoidNorm",
     "SimPO",
+    "UnpairedBatch",
     "dpo_loss",
     "sequence_log_probs",
     "token_log_probs",

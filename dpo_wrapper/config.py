@@ -4,7 +4,11 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from typing_extensions import Doc
+
+from dpo_wrapper.losses.describe import help_text
 
 PRESETS = {
     "tiny": {"dim": 128, "depth": 4, "heads": 2},
@@ -46,11 +50,12 @@ class TrainConfig:
     max_length: int = 512
     """Longest sequence in tokens: prompts are shortened from the front first, then completions are cut."""
 
-    loss: str = "sigmoid(beta=0.1) + 1.0*sft"
-    """Sum of losses, each a name with its options: sigmoid(beta, label_smoothing), sigmoidnorm(beta),
-    ipo(beta), simpo(beta, gamma), sft."""
+    loss: Annotated[str, Doc(help_text())] = "sigmoid(beta=0.1) + 1.0*sft"
     reference: Literal["auto", "copy", "none"] = "auto"
     """What the policy is held against: a frozen copy of where it starts, or nothing."""
+
+    ld_alpha: float = 1.0
+    """LD-DPO: below 1, what the longer side of a pair has more than the other counts only so much."""
 
     sft_epochs: int | None = None
     """Epochs of warm-up on prompt and chosen, before preferences; by default 10 for a new model, else 0."""
@@ -94,6 +99,7 @@ class TrainConfig:
             self._check(name, lambda value: value >= 1, "at least 1")
         for name in ("lr", "sft_lr", "max_grad_norm"):
             self._check(name, lambda value: value > 0 and math.isfinite(value), "a positive number")
+        self._check("ld_alpha", lambda value: 0 <= value <= 1, "from 0 to 1")
         self._check("weight_decay", lambda value: 0 <= value < 1, "in [0, 1)")
         self._check("max_length", lambda value: value >= 8, "at least 8")
         for name in ("eval_fraction", "warmup"):

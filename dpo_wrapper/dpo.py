@@ -1,6 +1,7 @@
 """Direct preference optimisation as a module around a language model."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,12 +9,25 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dpo_wrapper import validation
-from dpo_wrapper.losses import Loss, PairLogProbs, Sigmoid, combined, needs_reference, weighted
+from dpo_wrapper.listed import ListedBatch
+from dpo_wrapper.losses import (
+    Objective,
+    PairFunction,
+    PairLogProbs,
+    RunningGap,
+    Sigmoid,
+    check_columns,
+    combined,
+    needs_reference,
+    weighted,
+)
 from dpo_wrapper.metrics import pair_metrics
 from dpo_wrapper.modes import turn_off_dropout
 from dpo_wrapper.reference import Reference, copy_with_closures
+from dpo_wrapper.running import GapState, Reduce
 from dpo_wrapper.scoring import Scorer
-from dpo_wrapper.sequences import PreferenceBatch
+from dpo_wrapper.sequences import PreferenceBatch, ScoredSequences
+from dpo_wrapper.token_level import desensitized, prompted_log_probs
 
 
 class DPO(nn.Module):
@@ -27,7 +41,8 @@ class DPO(nn.Module):
             logits or to an output with `.logits`.
         beta: strength of the pull towards the reference, for the default loss.
         pad_id: where no mask is given, leading and trailing runs of this id are padding.
-        loss: one of `dpo_wrapper.losses`, or a list of `(loss, weight)`; by default `Sigmoid(beta)`.
+        loss: one of `dpo_wrapper.losses`, a function from `PairLogProbs` to one value per pair, or a list of
+            `(loss, weight)`; by default `Sigmoid(beta)`.
         reference: `'copy'`, a frozen copy made now; `'adapter'`, the policy with its fresh LoRA adapter off;
             a module; `'none'`; or `'auto'`: none if no loss needs one, else the adapter where that is
             possible, else a copy.
@@ -35,6 +50,8 @@ class DPO(nn.Module):
             does so if a trial on the model gives the log-probs of padded sequences, and else warns;
             True raises then; False pads.
         log_prob_impl: as `impl` in `token_log_probs`.
+        ld_alpha: below 1, what the longer side of a pair has more than the other counts only so much in the
+            sums of policy and reference (LD-DPO, Liu 2024, arXiv 2409.06411); 0 leaves it out.
         disable_dropout: keep the policy in eval mode, in which it differs from the reference by training
             alone.
 
@@ -48,10 +65,11 @@ class DPO(nn.Module):
         *,
         beta: float = 0.1,
         pad_id: int | None = None,
-        loss: Loss | Sequence[tuple[Loss, float]] | None = None,
+        loss: Objective | PairFunction | Sequence[tuple[Objective | PairFunction, float]] | None = None,
         reference: str | nn.Module = "auto",
         share_prefix: str | bool = "auto",
         log_prob_impl: str = "auto",
+        ld_alpha: float = 1.0,
         disable_dropout: bool = True,
     ) -> None:
         super().__init__()
@@ -60,11 +78,13 @@ class DPO(nn.Module):
         self.losses = weighted(Sigmoid(beta) if loss is None else loss)
         self.beta = validation.check_beta(beta, self.losses, given=loss is not None)
         self.pad_id = validation.check_pad_id(pad_id)
+        self.ld_alpha = validation.check_ld_alpha(ld_alpha)
         self.disable_dropout = validation.check_flag("disable_dropout", disable_dropout)
 
         self.reference = Reference(model, reference, needs_reference(self.losses))
         self.policy_model = model
         self.ref_model = self.reference.module
+        self.gap = GapState() if any(term.needs_gap for term, _ in self.losses) else None
         self.score_policy = policy_scorer
         reference_model = model if self.ref_model is None else self.ref_model
         self.score_reference = Scorer(reference_model, log_prob_impl, apart_from=policy_scorer, share=share)
@@ -78,7 +98,7 @@ class DPO(nn.Module):
 
     def forward(
         self,
-        preferred_seq: Tensor | PreferenceBatch,
+        preferred_seq: Tensor | PreferenceBatch | ListedBatch,
         unpreferred_seq: Tensor | None = None,
         prompt_mask: Tensor | tuple[Tensor, Tensor] | None = None,
         seq_mask: Tensor | tuple[Tensor, Tensor] | None = None,
@@ -86,6 +106,8 @@ class DPO(nn.Module):
         preferred_seq_mask: Tensor | None = None,
         unpreferred_seq_mask: Tensor | None = None,
         ref_log_probs: tuple[Tensor, Tensor] | None = None,
+        pair_weights: Tensor | None = None,
+        margins: Tensor | None = None,
         return_metrics: bool = False,
     ) -> Any:
         """The mean loss over the valid pairs: those both of whose sides have a scored token.
@@ -94,8 +116,8 @@ class DPO(nn.Module):
         and the first real token is never scored. A sequence's log-prob is the sum of its scores, in nats.
 
         Args:
-            preferred_seq, unpreferred_seq: Int[b n] and Int[b m] token ids; or a `PreferenceBatch` and
-                nothing more.
+            preferred_seq, unpreferred_seq: Int[b n] and Int[b m] token ids; or a `PreferenceBatch` (for
+                `PlackettLuce` a `RankedBatch`, for `KTO` an `UnpairedBatch`) and nothing more.
             prompt_mask: Bool[b max(n, m)], True on tokens that are not scored, in any pattern; or a tuple,
                 one mask for each side.
             seq_mask: the same shapes, True on real tokens; padding may stand left, right or in the middle.
@@ -103,6 +125,8 @@ class DPO(nn.Module):
                 `seq_mask`.
             ref_log_probs: (Float[b], Float[b]) reference log-probs of chosen and rejected, instead of the
                 reference.
+            pair_weights: Float[b], not negative; each multiplies the loss of its pair.
+            margins: Float[b], nats by which chosen should win: subtracted inside the sigmoid or hinge.
             return_metrics: return `(loss, metrics)`, detached tensors as `dpo_wrapper.metrics` names them.
 
         Returns:
@@ -111,28 +135,77 @@ class DPO(nn.Module):
         Raises:
             TypeError, ValueError: input that does not fit, before any forward pass.
         """
+        masks = (prompt_mask, seq_mask, preferred_seq_mask, unpreferred_seq_mask)
+        beside = (unpreferred_seq, *masks, pair_weights, margins)
+        validation.check_data(self.losses, preferred_seq)
+        if isinstance(preferred_seq, ListedBatch):
+            validation.check_alone((*beside, ref_log_probs))
+            return self.listed(preferred_seq, return_metrics)
         if isinstance(preferred_seq, PreferenceBatch):
-            beside = (unpreferred_seq, prompt_mask, seq_mask, preferred_seq_mask, unpreferred_seq_mask)
             batch = validation.check_batch(preferred_seq, beside)
         else:
             seqs = validation.check_sequences(preferred_seq, unpreferred_seq)
             prompts = validation.check_prompt_mask(prompt_mask, seqs)
             per_side = (preferred_seq_mask, unpreferred_seq_mask)
             reals = validation.check_seq_masks(seq_mask, per_side, seqs, self.pad_id)
-            batch = PreferenceBatch.from_padded(seqs, prompts, reals)
+            columns = validation.check_columns_of(pair_weights, margins, len(seqs[0]), seqs[0].device)
+            batch = PreferenceBatch.from_padded(seqs, prompts, reals, *columns)
 
+        check_columns(
+            self.losses, margins=batch.margins is not None, pair_weights=batch.pair_weights is not None
+        )
         self.settle()
         self.score_policy.check(batch.sequences)
-        reference = self.reference_log_probs(batch, ref_log_probs)
-        policy = self.score_policy.score(batch.sequences)
-        pairs = pair_log_probs(batch, policy, reference)
+        pairs = self.pairs(batch, ref_log_probs)
 
         per_pair = combined(self.losses, pairs)
         count = max(1, len(per_pair)) if batch.step_pairs is None else max(1, batch.step_pairs)
         loss = per_pair.sum() / count
+        if self.gap is not None and torch.is_grad_enabled():
+            self.gap.see(pairs.chosen_logratio - pairs.rejected_logratio)
+            if batch.step_pairs is None:
+                self.end_step()
         if not return_metrics:
             return loss
         return loss, pair_metrics(batch, pairs, per_pair, self.beta)
+
+    def listed(self, batch: ListedBatch, return_metrics: bool) -> Any:
+        """The same for ranked lists and for single rows: the mean over those that are valid."""
+        if self.ld_alpha != 1:
+            raise ValueError("ld_alpha compares the two sides of a pair: leave it out for other data.")
+        self.settle()
+        self.score_policy.check(batch.sequences)
+        data = batch.log_probs(self.score_policy, self.reference_sums)
+        values = combined(self.losses, data)
+        count = max(1, len(values) if batch.step_count is None else batch.step_count)
+        loss = values.sum() / count
+        return (loss, batch.metrics(data, values, self.beta)) if return_metrics else loss
+
+    def pairs(self, batch: PreferenceBatch, given: tuple[Tensor, Tensor] | None) -> PairLogProbs:
+        """What the losses look at, from one pass of the reference and one of the policy."""
+        if given is not None and self.ld_alpha < 1:
+            raise ValueError(
+                "ref_log_probs are sums of all tokens, but ld_alpha needs single ones: give one of the two."
+            )
+        prompted = any(loss.needs_prompt() for loss, _ in self.losses)
+        sequences, (count, tokens) = batch.sequences, (len(batch.sequences.length), len(batch.sequences.row))
+        if prompted:
+            sequences = sequences.beside_whole(batch.pairs[batch.valid, 0])
+
+        ref_scores = self.reference_token_scores(batch) if self.ld_alpha < 1 else None
+        if ref_scores is None:
+            reference = self.reference_log_probs(batch, given)
+        else:
+            reference = batch.sequences.sums(ref_scores)
+        scores = self.score_policy.token_scores(sequences)
+        policy = sequences.sums(scores)
+        gap = None if self.gap is None else self.gap.now(policy)
+        pairs = pair_log_probs(batch, policy[:count], reference, gap)
+        if prompted:
+            pairs = replace(pairs, prompted=prompted_log_probs(batch, policy[count:]))
+        if self.ld_alpha < 1:
+            pairs = desensitized(pairs, batch, self.ld_alpha, scores[:tokens], ref_scores)
+        return pairs
 
     def explain(self) -> str:
         """Which paths are in use, and why not the others, in plain words; known after the first call."""
@@ -143,6 +216,15 @@ class DPO(nn.Module):
         else:
             lines.append("reference: none")
         return "\n".join(lines)
+
+    def end_step(self, reduce: Reduce | None = None) -> None:
+        """Let what runs over steps (the mean gap of `BetaDPO`) move on.
+
+        A call with a whole step does so by itself. Where a step has several batches (`as_part_of`), call this
+        after the last; `reduce` sums a tensor over processes.
+        """
+        if self.gap is not None:
+            self.gap.end_step(reduce)
 
     def settle(self) -> None:
         """Bring policy and reference into the modes they are computed in."""
@@ -160,15 +242,32 @@ class DPO(nn.Module):
             of_pairs = torch.cat(validation.check_ref_log_probs(given, len(batch.pairs), batch.pairs.device))
             sums = of_pairs.new_zeros(batch.sequences.length.shape)
             return sums.index_put((batch.pairs.T.flatten(),), of_pairs)
+        return self.reference_sums(batch.sequences)
+
+    @torch.no_grad()
+    def reference_sums(self, sequences: ScoredSequences) -> Float[Tensor, "s"] | None:
         with self.reference.still():
-            return self.score_reference(batch.sequences) if self.reference.exists else None
+            return self.score_reference(sequences) if self.reference.exists else None
+
+    @torch.no_grad()
+    def reference_token_scores(self, batch: PreferenceBatch) -> Float[Tensor, "t"] | None:
+        """The reference's log-prob of each scored token; None where there is no reference."""
+        if not self.reference.exists:
+            return None
+        with self.reference.still():
+            self.score_reference.check(batch.sequences)
+            return self.score_reference.token_scores(batch.sequences)
 
 
 def pair_log_probs(
-    batch: PreferenceBatch, policy: Float[Tensor, "s"], reference: Float[Tensor, "s"] | None
+    batch: PreferenceBatch,
+    policy: Float[Tensor, "s"],
+    reference: Float[Tensor, "s"] | None,
+    gap: RunningGap | None = None,
 ) -> PairLogProbs:
-    """Sums per sequence as sums per valid pair."""
-    chosen, rejected = batch.pairs[batch.valid].unbind(dim=-1)
+    """Sums per sequence as sums per valid pair, with what the data says of these."""
+    valid = batch.valid
+    chosen, rejected = batch.pairs[valid].unbind(dim=-1)
     lengths = batch.sequences.length
     if batch.step_pairs is not None and batch.step_chosen_tokens is not None:
         mean_length = policy.new_tensor(batch.step_chosen_tokens / max(1, batch.step_pairs))
@@ -182,4 +281,7 @@ def pair_log_probs(
         chosen_length=lengths[chosen],
         rejected_length=lengths[rejected],
         mean_chosen_length=mean_length,
+        margins=None if batch.margins is None else batch.margins[valid].to(policy.dtype),
+        pair_weights=None if batch.pair_weights is None else batch.pair_weights[valid].to(policy.dtype),
+        gap=gap,
     )

@@ -24,10 +24,11 @@ def evaluate(
     batches, sums = list(batches), MetricSums()
     if not batches and reduce is None:
         raise ValueError("there is nothing to evaluate: expected at least one batch.")
-    totals = torch.tensor([batch.counts() for batch in batches], dtype=torch.long).reshape(-1, 2).sum(dim=0)
-    pairs, tokens = (totals if reduce is None else reduce(totals)).tolist()
+    counts = [(*batch.counts(), batch.whole_tokens()) for batch in batches]
+    totals = torch.tensor(counts, dtype=torch.long).reshape(-1, 3).sum(dim=0)
+    pairs, tokens, whole = (totals if reduce is None else reduce(totals)).tolist()
     for batch in batches:
-        _, metrics = dpo(batch.as_part_of(pairs, tokens), return_metrics=True)
+        _, metrics = dpo(batch.as_part_of(pairs, tokens, whole), return_metrics=True)
         sums.add(metrics)
     return sums.result(reduce)
 

@@ -174,14 +174,14 @@ class Loop:
         counts = torch.tensor([stage.counts(batch) for batch in batches], device=accelerator.device).sum(
             dim=0
         )
-        pairs, tokens = reduce_over(accelerator, counts * (weight > 0)).tolist()
+        totals = tuple(reduce_over(accelerator, counts * (weight > 0)).tolist())
 
         loss, sums = torch.zeros((), device=accelerator.device), MetricSums()
         for k, batch in enumerate(batches):
             last = k == len(batches) - 1
             context: AbstractContextManager[Any] = nullcontext() if last else accelerator.no_sync(module)
             with context:
-                share, metrics = stage.share(module, batch.to(accelerator.device), (pairs, tokens))
+                share, metrics = stage.share(module, batch.to(accelerator.device), totals)
                 accelerator.backward(share * weight)
             loss = loss + share.detach() * (weight > 0)
             sums.add(metrics if mine else {name: torch.zeros_like(value) for name, value in metrics.items()})
@@ -190,6 +190,7 @@ class Loop:
         optimizer.zero_grad(set_to_none=True)
 
         reduce = partial(reduce_over, accelerator)
+        stage.end_step(lambda sums: reduce(sums * (weight > 0)))
         values = {"loss": float(reduce(loss)), **sums.result(reduce), "grad_norm": float(norm)}
         return values | {"pairs/second": len(rows) / (time.perf_counter() - began)}
 

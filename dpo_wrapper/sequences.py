@@ -97,6 +97,23 @@ class ScoredSequences(Movable):
         table = scores.new_zeros(self.ids.shape)
         return table.index_put((self.row, self.source), scores).sum(dim=-1)
 
+    def beside_whole(self, rows: Int[Tensor, "q"]) -> "ScoredSequences":
+        """These, and after them those of `rows` once more with every token but the first scored.
+
+        Over a prefix tree the model computes nothing twice for that.
+        """
+        everything = F.pad(self.ids, (0, 1)).index_put((self.row, self.source + 1), self.target)[rows]
+        place = torch.arange(self.ids.shape[1], device=self.ids.device)
+        row, source = (place < self.real[rows, None]).nonzero(as_tuple=True)
+        return ScoredSequences(
+            ids=torch.cat([self.ids, self.ids[rows]]),
+            row=torch.cat([self.row, row + len(self.ids)]),
+            source=torch.cat([self.source, source]),
+            target=torch.cat([self.target, everything[row, source + 1]]),
+            length=torch.cat([self.length, self.real[rows]]),
+            real=torch.cat([self.real, self.real[rows]]),
+        )
+
     def inputs(self) -> list[Int[Tensor, "_"]]:
         """Each row without its padding, on the CPU."""
         return [ids[:n] for ids, n in zip(self.ids.cpu(), self.real.tolist(), strict=True)]
@@ -139,15 +156,20 @@ class ScoredTree(Movable):
 class PreferenceBatch(Movable):
     """Sequences and the pairs among them: row `k` of `pairs` holds the indices of chosen and rejected.
 
-    `step_pairs` and `step_chosen_tokens` count the valid pairs and their scored chosen tokens of a whole
-    optimizer step, where this batch is a part of it: losses are then divided by these, so that the parts'
-    losses add up to the loss of the whole.
+    `step_pairs`, `step_chosen_tokens` and `step_whole_tokens` count the valid pairs, their scored chosen
+    tokens, and all tokens of these but the first, for a whole optimizer step, where this batch is a part of
+    it: losses are then divided by these, so that the parts' losses add up to the loss of the whole.
+    `pair_weights` multiply the pairs' losses, and `margins` (in nats) are subtracted inside the sigmoid or
+    hinge of losses that have one.
     """
 
     sequences: ScoredSequences
     pairs: Int[Tensor, "p 2"]
     step_pairs: int | None = None
     step_chosen_tokens: int | None = None
+    step_whole_tokens: int | None = None
+    pair_weights: Float[Tensor, "p"] | None = None
+    margins: Float[Tensor, "p"] | None = None
 
     @classmethod
     def from_padded(
@@ -155,6 +177,8 @@ class PreferenceBatch(Movable):
         seqs: tuple[Int[Tensor, "b n"], Int[Tensor, "b m"]],
         prompts: tuple[Bool[Tensor, "b n"], Bool[Tensor, "b m"]],
         reals: tuple[Bool[Tensor, "b n"], Bool[Tensor, "b m"]],
+        pair_weights: Float[Tensor, "b"] | None = None,
+        margins: Float[Tensor, "b"] | None = None,
     ) -> "PreferenceBatch":
         """Chosen and rejected rows, each with its own prompt and padding mask, as one stack of sequences."""
         width = max(seqs[0].shape[1], seqs[1].shape[1])
@@ -165,7 +189,7 @@ class PreferenceBatch(Movable):
         sequences = ScoredSequences.from_padded(stacked(seqs), ~stacked(prompts), stacked(reals))
         b = len(seqs[0])
         pairs = rearrange(torch.arange(2 * b, device=seqs[0].device), "(side b) -> b side", side=2)
-        return cls(sequences, pairs)
+        return cls(sequences, pairs, pair_weights=pair_weights, margins=margins)
 
     @property
     def valid(self) -> Bool[Tensor, "p"]:
@@ -177,5 +201,16 @@ class PreferenceBatch(Movable):
         chosen = self.sequences.length[self.pairs[:, 0]]
         return int(self.valid.sum()), int(chosen[self.valid].sum())
 
-    def as_part_of(self, step_pairs: int, step_chosen_tokens: int) -> "PreferenceBatch":
-        return replace(self, step_pairs=step_pairs, step_chosen_tokens=step_chosen_tokens)
+    def whole_tokens(self) -> int:
+        """Tokens of the chosen sides of valid pairs, prompt included but for the first."""
+        return int(self.sequences.real[self.pairs[self.valid, 0]].sum())
+
+    def as_part_of(
+        self, step_pairs: int, step_chosen_tokens: int, step_whole_tokens: int | None = None
+    ) -> "PreferenceBatch":
+        return replace(
+            self,
+            step_pairs=step_pairs,
+            step_chosen_tokens=step_chosen_tokens,
+            step_whole_tokens=step_whole_tokens,
+        )

@@ -11,15 +11,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dpo_wrapper.data import PreferenceCollator, PreferenceItem
+from dpo_wrapper.data import PreferenceCollator, PreferenceItem, PreferenceItemWithColumns
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.evaluate import evaluate
 from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.sequences import PreferenceBatch, ScoredSequences, TreePlan
 
 Reduce = Callable[[Tensor], Tensor]
-Totals = tuple[int, int]
-Prepare = Callable[[Sequence[PreferenceItem]], Any]
+Totals = tuple[int, ...]
+Item = PreferenceItem | PreferenceItemWithColumns
+Prepare = Callable[[Sequence[Item]], Any]
 
 
 class Stage(Protocol):
@@ -33,10 +34,13 @@ class Stage(Protocol):
         """What makes a batch of items. It can be sent to another process, for it holds no model."""
 
     def counts(self, batch: Any) -> Totals:
-        """Pairs and scored tokens of a batch; summed over a step they are what `share` divides by."""
+        """Pairs, scored tokens and perhaps more; summed over a step they are what `share` divides by."""
 
     def share(self, module: nn.Module, batch: Any, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
         """This batch's part of the step's loss, and metrics. `module` is `self.module`, perhaps wrapped."""
+
+    def end_step(self, reduce: Reduce) -> None:
+        """Called after the last share of each step; `reduce` sums over processes."""
 
     def held_out(self, module: nn.Module, batches: Sequence[Any], reduce: Reduce) -> dict[str, float]:
         """Metrics over held-out batches, of which other processes have others."""
@@ -55,7 +59,7 @@ class LikelihoodLoss(nn.Module):
 
 
 def chosen_sequences(
-    collate: PreferenceCollator, plan: TreePlan | None, items: Sequence[PreferenceItem]
+    collate: PreferenceCollator, plan: TreePlan | None, items: Sequence[Item]
 ) -> ScoredSequences:
     """Prompts and chosen completions, all of them scored."""
     columns = collate(items)
@@ -64,11 +68,12 @@ def chosen_sequences(
 
 
 def preference_batch(
-    collate: PreferenceCollator, plan: TreePlan | None, items: Sequence[PreferenceItem]
+    collate: PreferenceCollator, plan: TreePlan | None, items: Sequence[Item]
 ) -> PreferenceBatch:
     columns = collate(items)
     seqs = (columns["preferred_seq"], columns["unpreferred_seq"])
-    batch = PreferenceBatch.from_padded(seqs, columns["prompt_mask"], columns["seq_mask"])
+    more = (columns.get("pair_weights"), columns.get("margins"))
+    batch = PreferenceBatch.from_padded(seqs, columns["prompt_mask"], columns["seq_mask"], *more)
     batch.sequences.laid_out(plan)
     return batch
 
@@ -95,6 +100,9 @@ class SFTStage:
         module.train()
         return module(batch, totals[1]), {}
 
+    def end_step(self, reduce: Reduce) -> None:
+        """Nothing runs over steps."""
+
     @torch.no_grad()
     def held_out(self, module: nn.Module, batches: Sequence[Any], reduce: Reduce) -> dict[str, float]:
         module.eval()
@@ -110,6 +118,7 @@ class DPOStage:
     name, title = "dpo", "DPO"
 
     def __init__(self, dpo: DPO, collate: PreferenceCollator) -> None:
+        self.dpo = dpo
         self.module: nn.Module = dpo
         self.score = dpo.score_policy
         self.collate = collate
@@ -118,12 +127,15 @@ class DPOStage:
         return partial(preference_batch, self.collate, self.score.tree_plan)
 
     def counts(self, batch: PreferenceBatch) -> Totals:
-        return batch.counts()
+        return *batch.counts(), batch.whole_tokens()
 
     def share(
         self, module: nn.Module, batch: PreferenceBatch, totals: Totals
     ) -> tuple[Tensor, dict[str, Tensor]]:
         return module(batch.as_part_of(*totals), return_metrics=True)
+
+    def end_step(self, reduce: Reduce) -> None:
+        self.dpo.end_step(reduce)
 
     def held_out(self, module: nn.Module, batches: Sequence[Any], reduce: Reduce) -> dict[str, float]:
         return evaluate(module, batches, reduce)

@@ -21,7 +21,7 @@ from dpo_wrapper.data import (
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.evaluate import complete
 from dpo_wrapper.loop import Loop
-from dpo_wrapper.losses import parse_losses
+from dpo_wrapper.losses import check_columns, parse_losses
 from dpo_wrapper.policies import Policy, load_policy, save_policy
 from dpo_wrapper.report import plot_curves, summary_table
 from dpo_wrapper.runs import RunFolder
@@ -53,7 +53,7 @@ def prepare(config: TrainConfig) -> Prepared:
     Raises:
         ValueError, TypeError, OSError, ImportError: one sentence about what does not fit.
     """
-    parse_losses(config.loss)
+    losses = parse_losses(config.loss)
     run = RunFolder(config)
     run.check(config.resume)
     fields = Fields(prompt=config.prompt_field, chosen=config.chosen_field, rejected=config.rejected_field)
@@ -68,7 +68,12 @@ def prepare(config: TrainConfig) -> Prepared:
     set_seed(config.seed)
     start = str(run.sft) if run.sft.is_dir() and run.progress.stage == "dpo" else config.model
     policy = load_policy(start, config.tokenizer, config.max_length)
-    notes: list[str] = []
+    notes = [
+        f"{type(loss).__name__} compares the pairs of one forward pass with one another: raise --max-tokens "
+        "if a step takes several"
+        for loss, _ in losses
+        if not loss.per_pair
+    ]
     pairs: list[list[TokenPair]] = []
     for name, part in zip(("training", "held-out"), parts, strict=True):
         encoded = encode_rows(
@@ -83,6 +88,12 @@ def prepare(config: TrainConfig) -> Prepared:
             notes.append(f"{name}: {encoded.summary()}")
     if errors:
         notes.append(f"{len(errors)} rows could not be read and are left out; the first: {errors[0]}")
+    both = [pair for part in pairs for pair in part]
+    check_columns(
+        losses,
+        margins=any(pair.margin is not None for pair in both),
+        pair_weights=any(pair.weight is not None for pair in both),
+    )
     if not pairs[0]:
         raise ValueError(f"{config.data} leaves no pair to train on.")
     return Prepared(config, run, policy, pairs[0], pairs[1], tuple(notes))
@@ -117,7 +128,7 @@ def run_prepared(prepared: Prepared) -> RunFolder:
             save_policy(policy, model, run.sft, run.settings)
             run.pass_to("dpo")
 
-    dpo = DPO(model, loss=parse_losses(config.loss), reference=config.reference)
+    dpo = DPO(model, loss=parse_losses(config.loss), reference=config.reference, ld_alpha=config.ld_alpha)
     loop.stage(DPOStage(dpo, collate), config.epochs, config.lr or (1e-4 if config.fresh else 1e-6))
     if accelerator.is_main_process:
         save_policy(policy, dpo.policy_model, run.path, run.settings)

@@ -1,12 +1,14 @@
 """What users get wrong in a call of `DPO`, said in one sentence before any forward pass."""
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from dpo_wrapper.losses import is_number
+from dpo_wrapper.listed import RankedBatch, UnpairedBatch
+from dpo_wrapper.losses import PairLogProbs, RankedLogProbs, UnpairedLogProbs, WeightedLosses, is_number
 from dpo_wrapper.sequences import PreferenceBatch
 
 Sides = tuple[Tensor, Tensor]
@@ -141,10 +143,57 @@ def check_ref_log_probs(ref_log_probs: object, pairs: int, device: torch.device)
     return cast(Sides, tuple(ref_log_probs))
 
 
+def check_column(name: str, values: object, pairs: int, device: torch.device, least: float) -> Tensor | None:
+    """What the data gives for each pair: weights, margins."""
+    if values is None:
+        return None
+    if not (isinstance(values, Tensor) and values.is_floating_point()):
+        got = values.dtype if isinstance(values, Tensor) else kind(values)
+        raise TypeError(f"{name} should be a tensor of floats, one per pair, but it is {got}: use .float().")
+    if values.shape != (pairs,):
+        raise ValueError(
+            f"{name} should have shape ({pairs},), one per pair, but its shape is {tuple(values.shape)}."
+        )
+    if values.device != device:
+        raise ValueError(f"{name} is on {values.device} but the batch is on {device}: move one of them.")
+    if not (values.isfinite() & (values >= least)).all():
+        wanted = "finite" if least == -math.inf else "finite and not negative"
+        raise ValueError(f"{name} should be {wanted}, but one is not: correct or leave out that pair.")
+    return values
+
+
+def check_columns_of(
+    pair_weights: object, margins: object, pairs: int, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    return (
+        check_column("pair_weights", pair_weights, pairs, device, least=0.0),
+        check_column("margins", margins, pairs, device, least=-math.inf),
+    )
+
+
+DATA = {PairLogProbs: "pairs", RankedLogProbs: "ranked lists", UnpairedLogProbs: "rows with a label"}
+BATCHES = {RankedBatch: RankedLogProbs, UnpairedBatch: UnpairedLogProbs}
+
+
+def check_data(losses: WeightedLosses, batch: object) -> None:
+    """Pairs for losses of pairs, lists for losses of lists."""
+    wanted, got = losses[0][0].data, BATCHES.get(type(batch), PairLogProbs)
+    if wanted is not got:
+        name = type(losses[0][0]).__name__
+        makes = {what: kind.__name__ for kind, what in BATCHES.items()}.get(wanted, "PreferenceBatch")
+        raise TypeError(
+            f"{name} learns from {DATA[wanted]}, but it was given {DATA[got]}: make a {makes} of them."
+        )
+
+
+def check_alone(beside: Sequence[object], name: str = "a ready-made batch") -> None:
+    if any(argument is not None for argument in beside):
+        raise TypeError(f"{name} holds ids and masks already: give it alone.")
+
+
 def check_batch(batch: PreferenceBatch, beside: Sequence[object]) -> PreferenceBatch:
     """A ready-made batch, with none of the arguments that it replaces."""
-    if any(argument is not None for argument in beside):
-        raise TypeError("a PreferenceBatch holds ids and masks already: give it alone.")
+    check_alone(beside, "a PreferenceBatch")
     if len(batch.pairs):
         most = len(batch.sequences.length)
         low, high = (int(bound) for bound in torch.aminmax(batch.pairs))
@@ -153,6 +202,7 @@ def check_batch(batch: PreferenceBatch, beside: Sequence[object]) -> PreferenceB
                 f"pairs should hold indices in [0, {most}), the batch's sequences, but they reach from {low} "
                 f"to {high}: index into this batch alone."
             )
+    check_columns_of(batch.pair_weights, batch.margins, len(batch.pairs), batch.pairs.device)
     return batch
 
 
@@ -178,6 +228,12 @@ def check_beta(beta: object, losses: Sequence[tuple[object, float]], given: bool
             f"beta = {beta} has no effect beside a loss with beta = {own}: give it to the loss alone."
         )
     return float(own)
+
+
+def check_ld_alpha(ld_alpha: object) -> float:
+    if not (is_number(ld_alpha) and 0 <= ld_alpha <= 1):
+        raise ValueError(f"ld_alpha should be a number from 0 to 1, but it is {ld_alpha!r}.")
+    return float(ld_alpha)
 
 
 def check_pad_id(pad_id: object) -> int | None:

@@ -389,9 +389,9 @@ bad_option(
     beta=0.3,
     loss=IPO(0.2),
 )
-LOSS = r"^loss should be one of dpo_wrapper.losses or a list of \(loss, weight\), but it is"
+LOSS = r"^loss should be one of dpo_wrapper.losses, a function or a list of \(loss, weight\), but it is"
 bad_option("a loss by name", TypeError, f"{LOSS} 'sigmoid'", loss="sigmoid")
-bad_option("a function as loss", TypeError, f"{LOSS} <built-in function max>", loss=max)
+bad_option("a module as loss that is none", TypeError, f"{LOSS} 3", loss=3)
 bad_option("a class of losses", TypeError, rf"{LOSS} <class .*Sigmoid'>: write Sigmoid\(\)", loss=Sigmoid)
 bad_option("no losses", TypeError, rf"{LOSS} \[\]", loss=[])
 HOLDS = r"^a combined loss should be a list of \(loss, weight\), but it holds"

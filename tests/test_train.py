@@ -129,6 +129,31 @@ def test_an_interrupted_run_resumes_to_the_same_result(finished, rows, tmp_path,
     assert (out / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
 
 
+def test_the_running_mean_of_a_loss_resumes(rows, tmp_path, monkeypatch):
+    """BetaDPO's, which a checkpoint carries, and which one process moves once a step."""
+    step, seen = Loop.step, []
+
+    def watched(self, accelerator, current, *args):
+        values = step(self, accelerator, current, *args)
+        seen.append((float(current.dpo.gap.mean), float(current.dpo.gap.spread)))
+        if len(seen) == breaks:
+            raise Interrupted
+        return values
+
+    monkeypatch.setattr(Loop, "step", watched)
+    more = {"loss": "betadpo(k=0.1, drop=0.2) + 0.5*sft", "sft_epochs": 0, "save_every": 2}
+    breaks = 0
+    train(config(rows, tmp_path / "whole", **more))
+    whole, breaks = seen.copy(), 3
+    assert len(whole) > 3 and len({mean for mean, _ in whole}) == len(whole)
+    seen.clear()
+    with pytest.raises(Interrupted):
+        train(config(rows, tmp_path / "out", **more))
+    breaks = 0
+    train(config(rows, tmp_path / "out", resume=True, **more))
+    assert seen[3:] == whole[2:]  # step 3 was done once more, from the checkpoint after step 2
+
+
 @pytest.mark.parametrize("size", [1, 250])
 def test_pitfall_23_micro_batches_give_the_same_update(finished, rows, tmp_path, size):
     train(config(rows, tmp_path / "out", max_tokens=size))

@@ -23,12 +23,26 @@ class PreferenceItem(NamedTuple):
     prompt_mask: Tensor
 
 
-class PreferenceDataset(Dataset[PreferenceItem]):
+class PreferenceItemWithColumns(NamedTuple):
+    """The same of a data set with weights (1 where a row has none) or margins (0 there), each a Float[].
+
+    None for a column that no row has.
+    """
+
+    preferred_seq: Tensor
+    unpreferred_seq: Tensor
+    prompt_mask: Tensor
+    pair_weight: Tensor | None
+    margin: Tensor | None
+
+
+class PreferenceDataset(Dataset[PreferenceItem | PreferenceItemWithColumns]):
     """Pairs as `PreferenceItem`s: int64 ids of one width, the longer side's, or `pad_to` where given.
 
     pad_id fills the right; -100 and other ids that are no token are welcome. A side that begins or ends
     with pad_id as a token of its own is refused, so that a trailing run of pad_id is the padding, all of
-    it. With `pad_to` every item has the same width and torch's default collate makes batches of them.
+    it. With `pad_to` every item has the same width and torch's default collate makes batches of them. If any
+    row has a weight or a margin, the items are `PreferenceItemWithColumns`.
 
     encoded: what `from_file` left out and shortened; None for a dataset made of pairs.
 
@@ -47,6 +61,8 @@ class PreferenceDataset(Dataset[PreferenceItem]):
                 f"expected pad_to to be at least the longest side, {longest}, got {pad_to}; {remedy}"
             )
         self.pairs = pairs
+        self.weighted = any(pair.weight is not None for pair in pairs)
+        self.with_margins = any(pair.margin is not None for pair in pairs)
         self.pad_id = pad_id
         self.pad_to = pad_to
         self.encoded: EncodedRows | None = None
@@ -94,14 +110,19 @@ class PreferenceDataset(Dataset[PreferenceItem]):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> PreferenceItem:
+    def __getitem__(self, index: int) -> PreferenceItem | PreferenceItemWithColumns:
         pair = self.pairs[index]
         width = _width(pair) if self.pad_to is None else self.pad_to
         sides = torch.full((2, width), self.pad_id, dtype=torch.long)
         for side, completion in zip(sides, (pair.chosen, pair.rejected), strict=True):
             ids = pair.prompt + completion
             side[: len(ids)] = torch.tensor(ids)
-        return PreferenceItem(sides[0], sides[1], torch.arange(width) < len(pair.prompt))
+        item = PreferenceItem(sides[0], sides[1], torch.arange(width) < len(pair.prompt))
+        if not (self.weighted or self.with_margins):
+            return item
+        weight = torch.tensor(1.0 if pair.weight is None else pair.weight) if self.weighted else None
+        margin = torch.tensor(pair.margin or 0.0) if self.with_margins else None
+        return PreferenceItemWithColumns(*item, weight, margin)
 
 
 def _width(pair: TokenPair) -> int:
@@ -126,6 +147,16 @@ def _kind(dtype: torch.dtype) -> str:
     return "bool" if dtype == torch.bool else "float" if dtype.is_floating_point else "int"
 
 
+def _columns(items: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
+    """Weights and margins of items that have them; the items of one dataset all have the same."""
+    rich = [item for item in items if isinstance(item, PreferenceItemWithColumns)]
+    if len(rich) < len(items):
+        return {}
+    columns = {"pair_weights": [x.pair_weight for x in rich], "margins": [x.margin for x in rich]}
+    full = {name: [x for x in column if x is not None] for name, column in columns.items()}
+    return {name: torch.stack(column) for name, column in full.items() if len(column) == len(items)}
+
+
 @dataclass(frozen=True)
 class PreferenceCollator:
     """Items to the keyword arguments of the model call.
@@ -133,6 +164,7 @@ class PreferenceCollator:
     The trailing padding of each side is stripped, and each side padded to its own longest:
         preferred_seq: Int[b n], unpreferred_seq: Int[b m],
         prompt_mask: (Bool[b n], Bool[b m]), seq_mask: (Bool[b n], Bool[b m]), True on real tokens.
+    and, of items that have them, pair_weights: Float[b], margins: Float[b].
     Padded places are False in both masks and hold pad_id, or 0 where that is no token (negative).
 
     ValueError for an empty list, for items that are not three tensors of one length, and for an item that
@@ -148,9 +180,11 @@ class PreferenceCollator:
                 f"expected padding_side 'right' or 'left', got {self.padding_side!r}; choose one of them"
             )
 
-    def __call__(self, items: Sequence[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Any]:
+    def __call__(self, items: Sequence[Sequence[Any]]) -> dict[str, Any]:
         if not items:
             raise ValueError("expected at least one item, got none; collate batches that are not empty")
+        columns = _columns(items)
+        items = [item[:3] if isinstance(item, PreferenceItemWithColumns) else item for item in items]
         for number, item in enumerate(items):
             self._check(item, number)
         preferred = self._side([(chosen, mask) for chosen, _, mask in items])
@@ -161,6 +195,7 @@ class PreferenceCollator:
             "unpreferred_seq": seqs[1],
             "prompt_mask": prompt_masks,
             "seq_mask": seq_masks,
+            **columns,
         }
 
     def _check(self, item: Sequence[Tensor], number: int) -> None:

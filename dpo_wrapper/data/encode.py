@@ -1,11 +1,12 @@
 """Rows to pairs of token sequences of bounded length."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from .files import OnError, check_on_error
 from .rows import Row, RowError
 from .tokenizers import Tokenizer
+from .turns import Message
 
 MIN_LENGTH = 8
 
@@ -15,12 +16,15 @@ class TokenPair:
     """The ids of one pair. Both sides continue the same prompt; a side's sequence is prompt + completion.
 
     prompt: Int[k], chosen: Int[i], rejected: Int[j]; the tokens of chosen and rejected are the scored ones.
+    weight, margin: what the row says of the pair's loss, or None.
     """
 
     prompt: tuple[int, ...]
     chosen: tuple[int, ...]
     rejected: tuple[int, ...]
     where: str = ""
+    weight: float | None = None
+    margin: float | None = None
 
 
 @dataclass(frozen=True)
@@ -75,13 +79,27 @@ def _encode(row: Row, tokenizer: Tokenizer, max_length: int) -> tuple[TokenPair,
     check_max_length(max_length)
     prompt = tokenizer.prompt_ids(row.prompt)
     sides = [tokenizer.completion_ids(row.prompt, text) for text in (row.chosen, row.rejected)]
+    kept, cut = _cut(prompt, sides, tokenizer, max_length)
+    pair = TokenPair(tuple(kept), tuple(cut[0]), tuple(cut[1]), row.where, row.weight, row.margin)
+    return pair, len(kept) < len(prompt), sum(a != b for a, b in zip(sides, cut, strict=True))
+
+
+def _cut(
+    prompt: list[int], sides: list[list[int]], tokenizer: Tokenizer, max_length: int
+) -> tuple[list[int], list[list[int]]]:
     room = max_length - max(len(side) for side in sides)
     # Never above the prompt's own length; and a long completion may not push the prompt out altogether.
     keep = min(len(prompt), max(room, max_length // 4))
-    cut = [side[: max_length - keep] for side in sides]
-    kept = _last_tokens(prompt, keep, tokenizer.bos_id)
-    pair = TokenPair(tuple(kept), tuple(cut[0]), tuple(cut[1]), row.where)
-    return pair, len(kept) < len(prompt), sum(a != b for a, b in zip(sides, cut, strict=True))
+    return _last_tokens(prompt, keep, tokenizer.bos_id), [side[: max_length - keep] for side in sides]
+
+
+def encode_completions(
+    prompt: str | tuple[Message, ...], completions: Sequence[str], tokenizer: Tokenizer, max_length: int
+) -> tuple[list[int], list[list[int]]]:
+    """One prompt and all of its completions, shortened as in `encode_row`."""
+    check_max_length(max_length)
+    sides = [tokenizer.completion_ids(prompt, text) for text in completions]
+    return _cut(tokenizer.prompt_ids(prompt), sides, tokenizer, max_length)
 
 
 def _last_tokens(prompt: list[int], keep: int, bos_id: int | None) -> list[int]:

@@ -4,9 +4,9 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from .formats import read_records
 from .rows import DEFAULT_FIELDS, Fields, Row, RowError, normalize
@@ -14,6 +14,7 @@ from .turns import Message, describe
 
 PathLike = str | os.PathLike[str]
 OnError = Literal["raise", "skip"]
+R = TypeVar("R")
 
 
 def read_rows(
@@ -29,9 +30,16 @@ def read_rows(
     their errors. What is wrong with a file as a whole (missing, truncated, unknown, empty) is always a
     ValueError.
     """
+    return read_with(lambda record, where: normalize(record, fields, where), path, fields, on_error)
+
+
+def read_with(
+    made: Callable[[Any, str], R], path: PathLike | Sequence[PathLike], fields: Fields, on_error: OnError
+) -> tuple[list[R], list[RowError]]:
+    """What `made` makes of the records of files and of their places, and the errors that were skipped."""
     check_on_error(on_error)
     paths = _paths(path)
-    rows: list[Row] = []
+    rows: list[R] = []
     errors: list[RowError] = []
     for item in paths:
         # The bare name reads best, unless another file of the same name is read as well.
@@ -43,7 +51,7 @@ def read_rows(
                 if isinstance(placed, RowError):
                     raise placed
                 where, record = placed
-                rows.append(normalize(record, fields, where))
+                rows.append(made(record, where))
             except RowError as error:
                 if on_error == "raise":
                     raise

@@ -1,5 +1,6 @@
 """Rows of preference data in their one normal form: a prompt and two completions."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,7 @@ class Row:
     prompt: plain text, or the turns of a dialogue, the last of which is not the assistant's.
     chosen, rejected: the two completions, text; in a dialogue the answers to its last turn. May be empty.
     split: 'train', 'test' (held out) or None where the data does not say.
+    weight, margin: factor of the pair's loss, and nats by which chosen should win; None where not said.
     where: the place the row came from, e.g. 'prefs.jsonl, line 12'; starts every error message about it.
     """
 
@@ -45,6 +47,8 @@ class Row:
     rejected: str
     split: str | None = None
     where: str = ""
+    weight: float | None = None
+    margin: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,12 @@ class Fields:
     chosen: str = "chosen"
     rejected: str = "rejected"
     split: str = "split"
+    weight: str = "weight"
+    margin: str = "margin"
 
     def __post_init__(self) -> None:
-        given = [name for name in (self.prompt, self.chosen, self.rejected, self.split) if name is not None]
+        names = (self.prompt, self.chosen, self.rejected, self.split, self.weight, self.margin)
+        given = [name for name in names if name is not None]
         if not all(isinstance(name, str) and name for name in given) or len(set(given)) < len(given):
             listed = ", ".join(describe(name) for name in given)
             raise ValueError(
@@ -96,7 +103,11 @@ def normalize(record: Any, fields: Fields = DEFAULT_FIELDS, where: str = "") -> 
     else:
         sides = ((fields.chosen, chosen), (fields.rejected, rejected))
         prompt, answers = _from_dialogues([parse_messages(side, where, name) for name, side in sides], source)
-    return Row(prompt, *answers, split=_split(record, fields, where), where=where)
+    split, weight = _split(record, fields, where), _number(record, fields.weight, where)
+    if weight is not None and weight < 0:
+        remedy = "write the better side as chosen, or leave the row out"
+        raise row_error(where, fields.weight, "a weight that is not negative", describe(weight), remedy)
+    return Row(prompt, *answers, split, where, weight, _number(record, fields.margin, where))
 
 
 @dataclass(frozen=True)
@@ -162,6 +173,16 @@ def _split(record: Mapping[Any, Any], fields: Fields, where: str) -> str | None:
         remedy = "rename it or leave the field out"
         raise row_error(where, fields.split, "'train' or 'test'", describe(value), remedy)
     return known
+
+
+def _number(record: Mapping[Any, Any], name: str, where: str) -> float | None:
+    """A column of numbers; None where the record has none."""
+    value = record.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < math.inf:
+        raise row_error(where, name, "a finite number", describe(value), "correct it or rename the column")
+    return float(value)
 
 
 def _from_texts(chosen: str, rejected: str, source: _Source) -> tuple[str | Turns, tuple[str, str]]:

@@ -1,0 +1,92 @@
+"""f-divergences: what a log-ratio is worth, where policy and reference are held together by other than KL.
+
+f-DPO, Wang 2023 (arXiv 2309.16240): `βΔ = β(s(a) - s(b))` with the score `s = f'(e^a)`.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from dpo_wrapper.losses.base import Configured, PairLogProbs, finite_exp, finite_expm1, option
+
+LN2 = 0.6931471805599453
+
+
+@dataclass(frozen=True)
+class Divergence(Configured, ABC):
+    """Called with log-ratios in nats it gives their scores, in the same shape."""
+
+    @abstractmethod
+    def __call__(self, logratio: Float[Tensor, "p"]) -> Float[Tensor, "p"]: ...
+
+
+@dataclass(frozen=True)
+class ReverseKL(Divergence):
+    """`s(a) = a`: what DPO has."""
+
+    def __call__(self, logratio: Float[Tensor, "p"]) -> Float[Tensor, "p"]:
+        return logratio
+
+
+@dataclass(frozen=True)
+class ForwardKL(Divergence):
+    """`s(a) = 1 - e^(-a)`, constant where the exponential would overflow."""
+
+    def __call__(self, logratio: Float[Tensor, "p"]) -> Float[Tensor, "p"]:
+        return 1 - finite_exp(-logratio)
+
+
+@dataclass(frozen=True)
+class JensenShannon(Divergence):
+    """`s(a) = log 2 + log σ(a)`."""
+
+    def __call__(self, logratio: Float[Tensor, "p"]) -> Float[Tensor, "p"]:
+        return LN2 + F.logsigmoid(logratio)
+
+
+@dataclass(frozen=True)
+class AlphaDivergence(Divergence):
+    """`s(a) = (e^((α - 1) a) - 1) / (α - 1)`, constant where the exponential would overflow.
+
+    α = 1 is its limit, reverse KL; α = 0 is forward KL.
+    """
+
+    alpha: float = option(0.5, "α of the divergence")
+
+    def __call__(self, logratio: Float[Tensor, "p"]) -> Float[Tensor, "p"]:
+        power = self.alpha - 1
+        return logratio if power == 0 else finite_expm1(power * logratio) / power
+
+
+def divergence() -> Any:
+    """The field of a loss that works on scores."""
+    return field(
+        default=ReverseKL(),
+        metadata={
+            "help": "f-divergence that holds policy and reference together",
+            "wanted": "be a divergence, such as ForwardKL()",
+            "fits": lambda value: isinstance(value, Divergence),
+            "kind": Divergence,
+        },
+    )
+
+
+def scores(pairs: PairLogProbs, of: Divergence) -> tuple[Float[Tensor, "p"], Float[Tensor, "p"]]:
+    """`s_w` and `s_l`."""
+    return of(pairs.chosen_logratio), of(pairs.rejected_logratio)
+
+
+def delta(pairs: PairLogProbs, of: Divergence) -> Float[Tensor, "p"]:
+    """`Δ = s_w - s_l`"""
+    chosen, rejected = scores(pairs, of)
+    return chosen - rejected
+
+
+def mean_delta(pairs: PairLogProbs, of: Divergence) -> Float[Tensor, "p"]:
+    """`s_w / n_w - s_l / n_l`"""
+    chosen, rejected = scores(pairs, of)
+    return chosen / pairs.chosen_length - rejected / pairs.rejected_length

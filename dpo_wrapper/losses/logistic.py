@@ -1,0 +1,192 @@
+"""Losses of `Δ = s_w - s_l`, the difference of the two sides' scores."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from dpo_wrapper.losses.base import (
+    Loss,
+    PairLogProbs,
+    finite_exp,
+    not_negative,
+    option,
+    positive,
+    pull,
+    smoothing,
+)
+from dpo_wrapper.losses.divergences import Divergence, delta, divergence, mean_delta
+
+
+def smoothed(logits: Float[Tensor, "p"], label_smoothing: float) -> Float[Tensor, "p"]:
+    """`-(1 - ε) log σ(z) - ε log σ(-z)`"""
+    agree = -(1 - label_smoothing) * F.logsigmoid(logits)
+    return agree - label_smoothing * F.logsigmoid(-logits) if label_smoothing else agree
+
+
+@dataclass(frozen=True)
+class Sigmoid(Loss):
+    """DPO: `-(1 - ε) log σ(βΔ) - ε log σ(-βΔ)`.
+
+    ε > 0 is conservative DPO, for labels that are wrong with probability ε.
+
+    Paper: Rafailov 2023 (arXiv 2305.18290), eq. 7; Mitchell 2023 for ε
+    For: the usual choice; ε > 0 where labels are noisy
+    """
+
+    takes_margin: ClassVar[bool] = True
+
+    beta: float = pull()
+    label_smoothing: float = smoothing()
+    divergence: Divergence = divergence()
+
+    def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
+        return smoothed(pairs.less_margin(self.beta * delta(pairs, self.divergence)), self.label_smoothing)
+
+
+@dataclass(frozen=True)
+class SigmoidNorm(Loss):
+    """DPO on scores per token: `-log σ(β(s_w / n_w - s_l / n_l))`.
+
+    What x-transformers' `DPO` means to compute.
+
+    Paper: x-transformers
+    For: completions of very different lengths
+    """
+
+    takes_margin: ClassVar[bool] = True
+
+    beta: float = pull()
+    divergence: Divergence = divergence()
+
+    def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
+        return -F.logsigmoid(pairs.less_margin(self.beta * mean_delta(pairs, self.divergence)))
+
+
+@dataclass(frozen=True)
+class Robust(Loss):
+    """`(-(1 - ε) log σ(βΔ) + ε log σ(-βΔ)) / (1 - 2ε)`.
+
+    Its mean over labels that are wrong with probability ε is the loss of the right labels. It has no lower
+    bound for ε > 0.
+
+    Paper: Chowdhury 2024 (arXiv 2403.00409)
+    For: labels that are wrong at a known rate ε
+    """
+
+    takes_margin: ClassVar[bool] = True
+
+    beta: float = pull()
+    label_smoothing: float = smoothing(0.1)
+    divergence: Divergence = divergence()
+
+    def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
+        logits = pairs.less_margin(self.beta * delta(pairs, self.divergence))
+        right, wrong = -F.logsigmoid(logits), -F.logsigmoid(-logits)
+        wrong_rate = self.label_smoothing
+        return ((1 - wrong_rate) * right - wrong_rate * wrong) / (1 - 2 * wrong_rate)
+
+
+@dataclass(frozen=True)
+class Hinge(Loss):
+    """SLiC: `max(0, 1 - βΔ)`.
+
+    Paper: Zhao 2023 (arXiv 2305.10425); Liu 2023 (arXiv 2309.06657)
+    For: leaving pairs alone once they are far enough apart
+    """
+
+    takes_margin: ClassVar[bool] = True
+
+    beta: float = pull()
+    divergence: Divergence = divergence()
+
+    def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
+        return F.relu(1 - pairs.less_margin(self.beta * delta(pairs, self.divergence)))
+
+
+@dataclass(frozen=True)
+class IPO(Loss):
+    """`(s_w / n_w - s_l / n_l - 1 / (2β))²`.
+
+    Of means per token, as its authors have it; the margin aimed at is 1 / (2β).
+
+    Paper: Azar 2023 (arXiv 2310.12036), eq. 17
+    For: margins that do not run away
+    """
+
+    beta: float = pull()
+    divergence: Divergence = divergence()
+
+    def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
+        return (mean_delta(pairs, self.divergence) - 1 / (2 * self.beta)).square()
+
+
+@dataclass(frozen=True)
+class EXO(Loss):
+    """`σ(βΔ)(log σ(βΔ) - log(1 - ε)) + σ(-βΔ)(log σ(-βΔ) - log ε)`.
+
+    The KL divergence, in the reverse direction, from the smoothed labels (1 - ε, ε).
+
+    Paper: Ji 2024 (arXiv 2402.00856), eq. 16
+    For: a policy that keeps to the best answers instead of covering all
+    """
+
+    beta: float = pull()
+    label_smoothing: float = option(
+        1e-3,
+        "probability ε that a label is the wrong way round, in (0, 0.5)",
+        "be in (0, 0.5)",
+        lambda value: 0 < value < 0.5,
+    )
+    divergence: Divergence = divergence()
+
+    def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
+        logits = self.beta * delta(pairs, self.divergence)
+        right = torch.sigmoid(logits) * (F.logsigmoid(logits) - math.log1p(-self.label_smoothing))
+        return right + torch.sigmoid(-logits) * (F.logsigmoid(-logits) - math.log(self.label_smoothing))
+
+
+@dataclass(frozen=True)
+class DiscoPOP(Loss):
+    """`-(1 - w) log σ(z) + w e^(-z)` with `z = βΔ, w = σ(z / τ)`.
+
+    `w e^(-z)` is computed as one exponential, constant where that would overflow (which takes τ > 1).
+
+    Paper: Lu 2024 (arXiv 2406.08414), eq. 5
+    For: trying a loss that a language model found
+    """
+
+    beta: float = pull()
+    tau: float = positive(0.05, "temperature τ of the blend of the two parts")
+    divergence: Divergence = divergence()
+
+    def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
+        logits = self.beta * delta(pairs, self.divergence)
+        blend = logits / self.tau
+        exponential = finite_exp(F.logsigmoid(blend) - logits)
+        return exponential - torch.sigmoid(-blend) * F.logsigmoid(logits)
+
+
+@dataclass(frozen=True)
+class DPOP(Loss):
+    """`-log σ(β(a - b - λ max(0, r_w - p_w)))`.
+
+    The penalty is inside the sigmoid, as the paper has it.
+
+    Paper: Pal 2024 (arXiv 2402.13228)
+    For: pairs that differ in few tokens, where DPO lets the chosen log-prob fall
+    """
+
+    takes_margin: ClassVar[bool] = True
+
+    beta: float = pull()
+    penalty: float = not_negative(50.0, "λ, on what the chosen log-prob loses against the reference")
+
+    def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
+        lost = F.relu(-pairs.chosen_logratio)
+        gap = pairs.chosen_logratio - pairs.rejected_logratio
+        return -F.logsigmoid(pairs.less_margin(self.beta * (gap - self.penalty * lost)))

@@ -1,0 +1,152 @@
+"""Losses that need no reference."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from dpo_wrapper.losses.base import (
+    Loss,
+    PairLogProbs,
+    finite_expm1,
+    flag,
+    log1mexp,
+    not_negative,
+    option,
+    positive,
+    smoothing,
+)
+from dpo_wrapper.losses.logistic import smoothed
+
+
+@dataclass(frozen=True)
+class SFT(Loss):
+    """`-p_w / mean(n_w)`.
+
+    The mean over pairs is minus the mean log-prob of all scored chosen tokens.
+
+    Paper: Pang 2024 (arXiv 2404.19733)
+    For: added to another, keeps the chosen log-prob from falling
+    """
+
+    needs_reference: ClassVar[bool] = False
+
+    def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
+        return pairs.chosen_nll
+
+
+@dataclass(frozen=True)
+class ReferenceFree(Loss):
+    """`-(1 - ε) log σ(β(p_w - p_l)) - ε log σ(-β(p_w - p_l))`.
+
+    The simplified form: DPO whose reference gives every answer the same probability.
+
+    Paper: Rafailov 2023 (arXiv 2305.18290), eq. 7 with r = 0
+    For: half the work, where nothing need hold the policy
+    """
+
+    needs_reference: ClassVar[bool] = False
+    takes_margin: ClassVar[bool] = True
+
+    beta: float = positive(0.1, "scale of the log-probs")
+    label_smoothing: float = smoothing()
+
+    def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
+        logits = pairs.less_margin(self.beta * (pairs.chosen - pairs.rejected))
+        return smoothed(logits, self.label_smoothing)
+
+
+@dataclass(frozen=True)
+class CPO(Loss):
+    """`-(1 - ε) log σ(β(p_w - p_l)) - ε log σ(-β(p_w - p_l)) - α p_w / mean(n_w)`.
+
+    Paper: Xu 2024 (arXiv 2401.08417)
+    For: no reference, held by the likelihood of chosen instead
+    """
+
+    needs_reference: ClassVar[bool] = False
+    takes_margin: ClassVar[bool] = True
+
+    beta: float = positive(0.1, "scale of the log-probs")
+    label_smoothing: float = smoothing()
+    alpha: float = not_negative(1.0, "weight α of the likelihood of chosen")
+
+    def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
+        logits = pairs.less_margin(self.beta * (pairs.chosen - pairs.rejected))
+        return smoothed(logits, self.label_smoothing) + self.alpha * pairs.chosen_nll
+
+
+@dataclass(frozen=True)
+class SimPO(Loss):
+    """`-log σ(β(p_w / n_w - p_l / n_l) - γ)`.
+
+    Paper: Meng 2024 (arXiv 2405.14734), eq. 6
+    For: half the work, and no reward for length
+    """
+
+    needs_reference: ClassVar[bool] = False
+    takes_margin: ClassVar[bool] = True
+
+    beta: float = positive(2.0, "scale of the mean log-probs")
+    gamma: float = not_negative(0.5, "margin that chosen should keep over rejected")
+
+    def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
+        logits = self.beta * (pairs.chosen_mean - pairs.rejected_mean) - self.gamma
+        return -F.logsigmoid(pairs.less_margin(logits))
+
+
+@dataclass(frozen=True)
+class AlphaPO(Loss):
+    """`-log σ(β(f(p_w / n_w) - f(p_l / n_l)) - γ)` with `f(x) = (1 - e^(-αx)) / α`.
+
+    α = 0 is SimPO. f is constant where the exponential would overflow.
+
+    Paper: Gupta 2025 (arXiv 2501.03884)
+    For: SimPO with a reward of another shape
+    """
+
+    needs_reference: ClassVar[bool] = False
+    takes_margin: ClassVar[bool] = True
+
+    beta: float = positive(2.0, "scale of the rewards")
+    gamma: float = not_negative(0.5, "margin that chosen should keep over rejected")
+    alpha: float = option(0.25, "α, the shape of the reward; 0 takes the mean log-prob itself")
+
+    def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
+        logits = self.beta * (self.reward(pairs.chosen_mean) - self.reward(pairs.rejected_mean)) - self.gamma
+        return -F.logsigmoid(pairs.less_margin(logits))
+
+    def reward(self, mean: Float[Tensor, "p"]) -> Float[Tensor, "p"]:
+        return mean if self.alpha == 0 else -finite_expm1(-self.alpha * mean) / self.alpha
+
+
+@dataclass(frozen=True)
+class ORPO(Loss):
+    """`-p_w / mean(n_w) - β log σ(o)` with `o = logit(e^(p_w / n_w)) - logit(e^(p_l / n_l))`.
+
+    `logit(e^x) = x - log(1 - e^x)`, the log-odds, is exact near e^x = 1. With `prompt` the first term is over
+    the tokens of prompt and completion, as TRL has it.
+
+    Paper: Hong 2024 (arXiv 2403.07691)
+    For: supervised training and preferences in one
+    """
+
+    needs_reference: ClassVar[bool] = False
+
+    beta: float = positive(0.1, "weight of the odds ratio")
+    prompt: bool = flag("take the likelihood of prompt and completion, not of the completion alone")
+
+    def needs_prompt(self) -> bool:
+        return self.prompt
+
+    def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
+        chosen, rejected = pairs.chosen_mean, pairs.rejected_mean
+        odds = (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
+        preference = -self.beta * F.logsigmoid(odds)
+        if not self.prompt:
+            return pairs.chosen_nll + preference
+        if pairs.prompted is None:
+            raise ValueError("ORPO: prompt is True, but there are no log-probs of prompts: fill `prompted`.")
+        return pairs.prompted.nll + preference

@@ -1,0 +1,105 @@
+"""Ranked lists and labelled rows from a file to the loss."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from zoo import ZOO
+
+from dpo_wrapper import DPO, RankedBatch, UnpairedBatch
+from dpo_wrapper.data import ByteTokenizer, encode_listed, normalize_listed, read_listed
+from dpo_wrapper.data.turns import Message
+from dpo_wrapper.losses import KTO, PlackettLuce
+
+BYTES = ByteTokenizer()
+BOS, EOS = BYTES.bos_id, BYTES.eos_id
+
+
+def test_rows():
+    row = normalize_listed({"prompt": "Q", "completions": ["A", "B", "C"]}, "here")
+    assert (row.prompt, row.completions, row.label, row.where) == ("Q", ("A", "B", "C"), None, "here")
+    row = normalize_listed({"prompt": "Q", "completion": "A", "label": False})
+    assert (row.prompt, row.completions, row.label) == ("Q", ("A",), False)
+    asked = [{"role": "user", "content": "Q"}]
+    answers = [[{"role": "assistant", "content": text}] for text in "AB"]
+    row = normalize_listed({"prompt": asked, "completions": answers})
+    assert row.prompt == (Message("user", "Q"),) and row.completions == ("A", "B")
+    whole = [f"\n\nHuman: Q\n\nAssistant: {text}" for text in "AB"]
+    row = normalize_listed({"completions": whole})
+    assert row.prompt == (Message("user", "Q"),) and row.completions == ("A", "B")
+
+
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        ([1], "^here: expected an object with a prompt and completions, got"),
+        (
+            {"prompt": "Q"},
+            "^here, field 'completion': expected this field, got a record with 'prompt'; add it",
+        ),
+        ({"prompt": "Q", "completion": "A"}, "^here, field 'label': expected true or false, got null"),
+        (
+            {"prompt": "Q", "completion": "A", "label": 1},
+            "field 'label': expected true or false, got the number",
+        ),
+        (
+            {"prompt": "Q", "completion": 3, "label": True},
+            "^here, field 'completion': expected text or a list",
+        ),
+        ({"completion": "A", "label": True}, "^here, field 'prompt': expected this field"),
+        ({"prompt": "Q", "completions": ["A"]}, "^here, field 'completions': expected a list of two"),
+        ({"prompt": "Q", "completions": "AB"}, "^here, field 'completions': expected a list of two"),
+        (
+            {"completions": ["\n\nHuman: Q\n\nAssistant: A", "\n\nHuman: R\n\nAssistant: B"]},
+            "^here, field 'completions': expected completions of one prompt, got another one before number 2",
+        ),
+    ],
+)
+def test_bad_rows(record, message: str):
+    with pytest.raises(ValueError, match=message):
+        normalize_listed(record, "here")
+
+
+def test_tokens():
+    rows = [normalize_listed({"prompt": "abcdef", "completions": ["xyz", "w", ""]})]
+    (tokens,) = encode_listed(rows, BYTES, 32)
+    assert tokens.prompt == (BOS, *b"abcdef")
+    assert tokens.completions == ((*b"xyz", EOS), (*b"w", EOS), (EOS,))
+    (short,) = encode_listed(rows, BYTES, 9)  # the prompt gives way, alike for all
+    assert short.prompt == (BOS, *b"cdef") and short.completions == tokens.completions
+
+
+def test_files_to_losses(tmp_path: Path):
+    ranked, labelled = tmp_path / "ranked.jsonl", tmp_path / "labelled.jsonl"
+    ranked.write_text(
+        "\n".join(json.dumps({"prompt": "Q", "completions": ["A", "B", "CD"][:n]}) for n in (3, 2))
+    )
+    labelled.write_text(
+        "\n".join(
+            json.dumps({"prompt": "Q", "completion": text, "label": text == "A"}) for text in ("A", "B", "CD")
+        )
+        + '\n{"prompt": 1}'
+    )
+    with pytest.raises(ValueError, match=r"labelled.jsonl, line 4, field 'completion'"):
+        read_listed(labelled)
+    rows, errors = read_listed(labelled, on_error="skip")
+    assert len(rows) == 3 and len(errors) == 1
+
+    def small(ids: tuple[int, ...]) -> list[int]:
+        return [x % 37 for x in ids]
+
+    policy, reference = (ZOO["xt-rotary"](seed) for seed in range(2))
+    lists = encode_listed(read_listed(ranked)[0], BYTES, 16)
+    batch = RankedBatch.from_lists(
+        [small(x.prompt) for x in lists], [[small(y) for y in x.completions] for x in lists]
+    )
+    assert DPO(policy, loss=PlackettLuce(), reference=reference)(batch).isfinite()
+    single = encode_listed(rows, BYTES, 16)
+    batch = UnpairedBatch.from_lists(
+        [small(x.prompt) for x in single],
+        [small(x.completions[0]) for x in single],
+        [x.label for x in single],
+    )
+    assert batch.label.equal(torch.tensor([True, False, False]))
+    assert DPO(policy, loss=KTO(), reference=reference)(batch).isfinite()
