@@ -17,7 +17,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dpo_wrapper.branches import branch_attend
+from dpo_wrapper.branches import branch_attend, mean_length
 from dpo_wrapper.prefix_tree import TreeLayout
 
 Core = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -57,7 +57,8 @@ def attend_plainly(
         from dpo_wrapper.flex import flex_attend  # loaded only where it is used
 
         return flex_attend(q, k, v, layout.block_mask(window), scale)
-    if layout.kernel == "branches" and window is None and q.shape[-1] == v.shape[-1]:
+    long = mean_length(layout.branches) * q.shape[1] * q.shape[-1] >= layout.least
+    if layout.kernel == "branches" and long and window is None and q.shape[-1] == v.shape[-1]:
         q, k, v = (rearrange(t, "r h w d -> 1 h (r w) d") for t in (q, k, v))
         out = branch_attend(q, k, v, layout.branches, scale)
         return rearrange(out, "1 h (r w) e -> r h w e", w=layout.shape[1])

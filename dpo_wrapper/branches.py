@@ -24,8 +24,9 @@ from torch.autograd.function import once_differentiable
 Branch = tuple[slice, tuple[slice, ...]]
 """Where a branch stands, and its past."""
 
-SHORTEST = 16
-"""Mean length of branches below which the calls cost more than what they save."""
+LEAST = 2**15
+"""Mean length of branches, times the width of all heads together, below which the many small calls cost more
+than they save."""
 
 
 def branches_of(position: Int[Tensor, "u"]) -> tuple[Branch, ...]:
@@ -46,8 +47,8 @@ def branches_of(position: Int[Tensor, "u"]) -> tuple[Branch, ...]:
     return tuple(branches)
 
 
-def worthwhile(branches: Sequence[Branch]) -> bool:
-    return bool(branches) and branches[-1][0].stop >= SHORTEST * len(branches)
+def mean_length(branches: Sequence[Branch]) -> float:
+    return branches[-1][0].stop / len(branches) if branches else 0.0
 
 
 class BranchAttention(torch.autograd.Function):

@@ -22,7 +22,7 @@ from beartype import beartype
 from jaxtyping import Bool, Int, jaxtyped
 from torch import Tensor
 
-from dpo_wrapper.branches import Branch, branches_of, worthwhile
+from dpo_wrapper.branches import LEAST, Branch, branches_of
 from dpo_wrapper.movable import Movable
 
 
@@ -116,9 +116,13 @@ class TreeLayout(Movable):
     kernel: str = "own"
     """What computes attention that is plain: FlexAttention (`flex`), torch's kernel on each branch
     (`branches`), or the model itself, along each path (`own`)."""
+    least: int = LEAST
+    """As in `branches`."""
 
     @classmethod
-    def of(cls, tree: PrefixTree, most: int | None = None, *, kernel: str = "own") -> "TreeLayout":
+    def of(
+        cls, tree: PrefixTree, most: int | None = None, *, kernel: str = "own", least: int | None = None
+    ) -> "TreeLayout":
         """Rows are no wider than `most`. Only paths to a leaf become sequences: others are parts of those."""
         u = len(tree.ids)
         rows = -(-u // min(u, most or u))
@@ -145,11 +149,10 @@ class TreeLayout(Movable):
             filled += table.numel()
             del paths[-size:]
         ids, position = laid(tree.ids), laid(tree.position)
-        branches = branches_of(tree.position)
-        if (kernel == "flex" and rows > 1) or (kernel == "branches" and not worthwhile(branches)):
+        if kernel == "flex" and rows > 1:
             kernel = "own"
-        shape = (rows, width)
-        return cls(shape, ids, position, tuple(groups), home, tree.subtree_end, branches, kernel)
+        rest = (tree.subtree_end, branches_of(tree.position), kernel, LEAST if least is None else least)
+        return cls((rows, width), ids, position, tuple(groups), home, *rest)
 
     def block_mask(self, window: int | None) -> Any:
         """The tree's block mask for FlexAttention, made once for each width of a sliding window."""

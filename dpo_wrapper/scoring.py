@@ -23,7 +23,7 @@ _looking = threading.RLock()
 
 KERNELS = {
     "flex": "FlexAttention where attention is plain, else along each path",
-    "branches": "torch's kernel on each branch where attention is plain, else along each path",
+    "branches": "torch's kernel on each long branch where attention is plain, else along each path",
     "own": "the model's own attention along each path",
 }
 FASTER = {"cuda": ("flex",), "cpu": ("branches",)}
@@ -57,6 +57,7 @@ class Scorer:
         self.share = share
         self.why_padded: str | None = "share_prefix is False"
         self.kernel = "own"
+        self.least: int | None = None
         self.vocab_size: int | None = None
         self.looked_on: torch.device | None = None
         self.head_applies = False
@@ -75,7 +76,7 @@ class Scorer:
         if self.why_padded is not None or not len(sequences.target):
             where = sequences.row * sequences.ids.shape[1] + sequences.source
             return self.scores_at(partial(self.padded, sequences), where, sequences.target)
-        plan = TreePlan(self.language_model.max_positions, self.kernel)
+        plan = TreePlan(self.language_model.max_positions, self.kernel, self.least)
         tree = sequences.over_tree(plan)
         states = partial(self.language_model.over_tree, tree.layout)
         return self.scores_at(states, tree.source, tree.target).index_select(0, tree.entry)
@@ -180,6 +181,7 @@ class Scorer:
         everything = torch.ones_like(ids, dtype=torch.bool)
         sequences = ScoredSequences.from_padded(ids, everything, everything).to(device)
         scores = []
+        self.least = 0  # so that the kernel is tried on short branches too
         try:
             with quiet(model.model):
                 for self.why_padded in ("it is being tried", None):
@@ -188,6 +190,8 @@ class Scorer:
             return str(error)
         except Exception as error:  # whatever a model's code may raise, there is the plain path
             return f"{type(error).__name__}: {error}"
+        finally:
+            self.least = None
         worst, differs = difference(scores[1], scores[0], rounding(device, model.model))
         return f"its log-probs would differ (by {worst:.1e}, relatively)" if differs else None
 

@@ -19,10 +19,11 @@ from dpo_wrapper.prefix_tree import PrefixTree, TreeLayout
 
 @dataclass(frozen=True)
 class TreePlan:
-    """How a model takes trees: in rows no wider than `max_positions`, and by which kernel."""
+    """How a model takes trees: in rows no wider than `max_positions`, by a kernel, which has a least size."""
 
     max_positions: int | None = None
     kernel: str = "own"
+    least: int | None = None
 
 
 @jaxtyped(typechecker=beartype)
@@ -147,7 +148,7 @@ class ScoredTree(Movable):
         row, place, target = (t.cpu() for t in (sequences.row, sequences.source, sequences.target))
         source = tree.path[tree.start[row] + place]
         scored, entry = torch.unique(torch.stack([source, target]), dim=1, return_inverse=True)
-        layout = TreeLayout.of(tree, plan.max_positions, kernel=plan.kernel)
+        layout = TreeLayout.of(tree, plan.max_positions, kernel=plan.kernel, least=plan.least)
         return cls(layout, len(tree.ids), scored[0], scored[1], entry).to(device)
 
 

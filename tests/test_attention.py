@@ -19,7 +19,7 @@ from torch import Generator
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from zoo import DEPTH, DIM, ROTARY, VOCAB, ZOO, x_transformer
 
-from dpo_wrapper import DPO, attention, branches
+from dpo_wrapper import DPO, attention, prefix_tree
 from dpo_wrapper.prefix_tree import TreeLayout
 
 xt = functools.partial(functools.partial, x_transformer)  # xt(decoder = ...) makes models
@@ -128,7 +128,7 @@ def state_of(dpo):
 @pytest.fixture(params=["own", "branches"])
 def each_kernel(request, monkeypatch):
     """Plain attention on the CPU by the model along each path, and by torch's kernel on each branch."""
-    monkeypatch.setattr(branches, "SHORTEST", 1 if request.param == "branches" else math.inf)
+    monkeypatch.setattr(prefix_tree, "LEAST", 0 if request.param == "branches" else math.inf)
 
 
 @pytest.mark.usefixtures("each_kernel")

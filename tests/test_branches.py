@@ -2,13 +2,17 @@
 
 import pytest
 import torch
+from cases import random_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_dpo import arguments
 from test_flex import random_tree
 from test_prefix_tree import branching, sequence_sets
 from torch import Generator
 from torch.nn.functional import scaled_dot_product_attention
+from zoo import ZOO
 
+from dpo_wrapper import DPO, attention, prefix_tree
 from dpo_wrapper.branches import branch_attend, branches_of
 from dpo_wrapper.prefix_tree import PrefixTree, TreeLayout
 
@@ -99,9 +103,27 @@ def test_derivatives_of_derivatives_are_refused():
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("longest, kernel", [(3, "own"), (300, "branches")])
-def test_short_branches_are_left_to_the_model(longest, kernel):
-    assert TreeLayout.of(random_tree(0, longest=longest), kernel="branches").kernel == kernel
+@pytest.mark.parametrize("longest, width, calls", [(3, 1024, 0), (300, 1024, 1), (300, 16, 0)])
+def test_short_branches_and_narrow_heads_are_left_to_the_model(longest, width, calls, monkeypatch):
+    layout = TreeLayout.of(random_tree(0, longest=longest), kernel="branches")
+    made = []
+    monkeypatch.setattr(attention, "branch_attend", lambda *args: made.append(1) or branch_attend(*args))
+    q, k, v = (t.float() for t in inputs(layout.ids.numel(), (4, 4, 4), width // 4))
+    attention.attend_plainly(layout, q, k, v, None, None)
+    assert len(made) == calls
+
+
+@pytest.mark.parametrize("name", ["hf-llama", "xt-rotary-flash"])
+def test_a_kernel_that_does_not_give_the_models_attention_is_not_used(name, monkeypatch):
+    monkeypatch.setattr(prefix_tree, "LEAST", 0)
+    case = arguments(random_batch(Generator().manual_seed(0), b=4))
+    right = DPO(ZOO[name](0))
+    expected = right(**case)
+    assert right.score_policy.kernel == right.score_reference.kernel == "branches"
+    monkeypatch.setattr(attention, "branch_attend", lambda q, *_: torch.zeros_like(q))
+    wrong = DPO(ZOO[name](0))
+    assert torch.allclose(wrong(**case), expected) and wrong.score_policy.kernel == "own"
+    assert "along each path" in wrong.explain()
 
 
 @given(st.integers(0, 1000))
