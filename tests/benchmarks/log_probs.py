@@ -32,6 +32,7 @@ The JSON has the largest error in nats, too.
 import argparse
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -122,11 +123,15 @@ def report(results: dict[str, dict[str, Any]]) -> None:
         pairs = f"pairs of {results['liger']['sequence']} tokens a side"
         print(f"\n* a whole DPO loss without reference, of {pairs}, with its gradients made in its forward;")
         print("  of log-probs it hands out sums")
-    product = next((result["product_rate"] for result in ran if "product_rate" in result), None)
-    if product is not None:
+    products = [result["product_rate"] for result in ran if "product_rate" in result]
+    if products:
         rates = sorted(m["gemm_rate"] for r in ran for m in r["modes"].values() if "seconds" in m)
-        mm = f"; torch.mm {rates[0] / 1e9:.1f} to {rates[-1] / 1e9:.1f} GFLOP/s" if rates else ""
-        print(f"\ndpo_wrapper.products.product multiplies at {product / 1e9:.1f} GFLOP/s{mm}")
+        mm = (
+            f"; torch.mm at {median(rates) / 1e9:.1f} ({rates[0] / 1e9:.1f} to {rates[-1] / 1e9:.1f})"
+            if rates
+            else ""
+        )
+        print(f"\ndpo_wrapper.products.product multiplies at {median(products) / 1e9:.1f} GFLOP/s{mm}")
 
 
 def failed(result: dict[str, Any]) -> bool:
