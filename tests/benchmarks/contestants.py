@@ -11,23 +11,20 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import torch
 from lengths import Lengths
+from measure import Missing, can_weigh, forget_peak, gemm_rate, status
 from torch import Tensor, nn
 
 from dpo_wrapper import DPO, losses
 from dpo_wrapper.prefix_tree import PrefixTree
+from dpo_wrapper.products import product
 from dpo_wrapper.sequences import PreferenceBatch
 
 Step = Callable[[], Tensor]
 BETA = 0.1
-
-
-class Missing(Exception):
-    """A contestant is not installed."""
 
 
 # models
@@ -218,35 +215,6 @@ CONTESTANTS: dict[str, Callable[[nn.Module, Batch, Namespace], Step]] = {
 # measuring
 
 
-def status(name: str) -> int:
-    """A line of /proc/self/status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
-
-
-def forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def can_weigh() -> bool:
-    try:
-        forget_peak()
-    except OSError:
-        return False
-    return True
-
-
-def gemm_rate(repeats: int = 5) -> float:
-    """FLOP/s of a float32 product of 4096x512 and 512x2048: the median of several."""
-    a, b, out = torch.randn(4096, 512), torch.randn(512, 2048), torch.empty(4096, 2048)
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        torch.mm(a, b, out=out)
-        times.append(time.perf_counter() - began)
-    return 2 * 4096 * 512 * 2048 / statistics.median(times)
-
-
 def measure(args: Namespace, lengths: Lengths) -> dict[str, Any]:
     """What the contestant `args.contestant` needs for its steps; the only thing that its process does."""
     torch.set_num_threads(args.threads)
@@ -256,14 +224,16 @@ def measure(args: Namespace, lengths: Lengths) -> dict[str, Any]:
         step = CONTESTANTS[args.contestant](model, batch, args)
     except Missing as missing:
         return {"missing": str(missing)}
-    gemm_rate()  # its own buffers, and the threads, are there now
+    gemm_rate(), gemm_rate(multiply=product)  # their own buffers, and the threads, are there now
 
     weighs = can_weigh()
     before = status("VmRSS") if weighs else 0
-    seconds, rates, peaks, loss = [], [], [], torch.zeros(())
+    seconds, peaks, loss = [], [], torch.zeros(())
+    rates: dict[str, list[float]] = {"gemm_rates": [], "product_rates": []}
     for run in range(args.runs + 1):
         model.zero_grad(set_to_none=True)
-        rates.append(gemm_rate())
+        rates["gemm_rates"].append(gemm_rate())
+        rates["product_rates"].append(gemm_rate(multiply=product))
         if weighs:
             forget_peak()
         began = time.perf_counter()
@@ -280,7 +250,7 @@ def measure(args: Namespace, lengths: Lengths) -> dict[str, Any]:
         "peak_mb": max(peaks) / 1e6 if weighs else None,
         "gradient_norm": float(torch.stack(gradients).norm()),
         "loss": float(loss.detach()),
-        "gemm_rates": rates,
+        **rates,
         "tokens": batch.counts(),
         "forward_flops": batch.flops(model, args.dim, args.depth),
         "torch": torch.__version__,

@@ -10,13 +10,12 @@ where batches are small, so it is also fitted over the larger half of them, and 
 """
 
 import argparse
-import json
 import math
 import sys
-from pathlib import Path
 from typing import Any
 
 from lengths import SHAPES, lengths
+from measure import why_not, write_json
 from step import NAMES, add_sizes, run_contestant
 
 
@@ -77,7 +76,7 @@ def main() -> int:
             result = run_contestant(name, args, of)
             if "seconds" not in result:
                 failed = failed or "failed" in result
-                print(f"{name:<6} {pairs:>6} {result.get('missing') or 'failed: ' + result['failed']}")
+                print(f"{name:<6} {pairs:>6} {why_not(result)}")
                 continue
             points[name].append({"pairs": pairs} | result)
             tokens, seconds = result["tokens"], result["seconds"]
@@ -99,12 +98,7 @@ def main() -> int:
             slope, intercept = of_name["kb_per_unique_token"], of_name["mb_at_none"]
             print(f"  peak memory ~ {intercept:.0f} MB + {slope:.1f} kB a unique token")
     if args.json:
-        settings = {
-            key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
-        }
-        args.json.write_text(
-            json.dumps({"settings": settings, "points": points, "fits": fitted}, indent=1) + "\n"
-        )
+        write_json(args, points=points, fits=fitted)
     return 1 if failed else 0
 
 

@@ -16,22 +16,20 @@ step; Linux only) less VmRSS from before the first step.
 Floor: the time of the step's matrix products alone, if every unique token is computed once (policy forward,
 twice that backward, reference forward; linear layers, the causal half of both attention products, and the
 head where something is scored), at the rate at which this machine multiplies float32 matrices (4096x512 by
-512x2048, same threads, measured before each run).
+512x2048, same threads, measured before each run): by torch.mm, which the shares in the table are of, and by
+`dpo_wrapper.products.product`, which is faster on some processors, so that a share may exceed 100%.
 """
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from lengths import SHAPES, VOCAB, Lengths, lengths
+from measure import add_running, run_process, why_not, write_json
 
-ROOT = Path(__file__).parents[2]
 SEED = 150
 """Of the seeds below 200, the one whose batches of the built-in lengths (8 pairs of hh, 4 of en) are nearest
 to the mean of all in padded, real and unique tokens."""
@@ -57,12 +55,10 @@ def add_sizes(parser: argparse.ArgumentParser, dim: int, depth: int, vocab: int,
     parser.add_argument("--dim", type=int, default=dim, help="a multiple of 64; default: %(default)s")
     parser.add_argument("--depth", type=int, default=depth, help="layers; default: %(default)s")
     parser.add_argument("--vocab", type=int, default=vocab, help="default: %(default)s")
-    parser.add_argument("--runs", type=int, default=runs, help="after one warm-up; default: %(default)s")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: %(default)s")
+    add_running(parser, runs)
     parser.add_argument(
         "--seed", type=int, default=SEED, help="picks pairs, ids and weights; default: %(default)s"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
 
 
 def parse() -> argparse.Namespace:
@@ -83,22 +79,11 @@ def parse() -> argparse.Namespace:
 
 def run_contestant(name: str, args: argparse.Namespace, of: Lengths) -> dict[str, Any]:
     """Its results, or `missing` or `failed` with the reason."""
-    command = [sys.executable, str(Path(__file__).with_name("step.py")), "--contestant", name]
-    command += ["--lengths", json.dumps([of.system, of.pairs])]
+    options = ["--contestant", name, "--lengths", json.dumps([of.system, of.pairs])]
     for option in ("model", "dim", "depth", "vocab", "runs", "threads", "seed"):
-        command += [f"--{option}", str(getattr(args, option))]
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = os.environ | {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "OMP_NUM_THREADS": str(args.threads),
-        "HF_HUB_OFFLINE": "1",
-    }
+        options += [f"--{option}", str(getattr(args, option))]
     print(f"{name} ...", file=sys.stderr)
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        return {"failed": lines[-1]}
-    result = json.loads(done.stdout.strip().splitlines()[-1])
+    result = run_process(Path(__file__).with_name("step.py"), options, args.threads, HF_HUB_OFFLINE="1")
     print("  " + ", ".join(f"{s:.3f} s" for s in result.get("runs", [])), file=sys.stderr)
     return result
 
@@ -113,13 +98,17 @@ def report(results: dict[str, dict[str, Any]]) -> dict[str, float]:
     ran = {name: result for name, result in results.items() if "seconds" in result}
     if not ran:
         for name, result in results.items():
-            print(f"{NAMES[name]}: {result.get('missing') or 'failed: ' + result['failed']}")
+            print(f"{NAMES[name]}: {why_not(result)}")
         return {}
     first = next(iter(ran.values()))
-    rate = statistics.median(r for result in ran.values() for r in result["gemm_rates"])
+    rate, fast = (
+        statistics.median(r for result in ran.values() for r in result[rates])
+        for rates in ("gemm_rates", "product_rates")
+    )
     forward = first["forward_flops"]
-    floor = {"gemm_rate": rate, **{k: v * 4 for k, v in forward.items()}}
-    floor["seconds"] = 4 * sum(forward.values()) / rate
+    total = 4 * sum(forward.values())
+    floor = {"gemm_rate": rate, "product_rate": fast, **{k: v * 4 for k, v in forward.items()}}
+    floor |= {"seconds": total / rate, "product_seconds": total / fast}
 
     tokens = first["tokens"]
     print(f"tokens: {tokens['padded']:,} padded, {tokens['real']:,} real, {tokens['unique']:,} unique\n")
@@ -128,8 +117,7 @@ def report(results: dict[str, dict[str, Any]]) -> dict[str, float]:
     tree = ran.get("tree", {})
     for name, result in results.items():
         if name not in ran:
-            why = result.get("missing") or f"failed: {result['failed']}"
-            print(f"{NAMES[name]:<46} {why}")
+            print(f"{NAMES[name]:<46} {why_not(result)}")
             continue
         seconds, peak = result["seconds"], result["peak_mb"]
         result["share_of_floor"] = passes(name) * sum(forward.values()) / rate / seconds
@@ -139,11 +127,15 @@ def report(results: dict[str, dict[str, Any]]) -> dict[str, float]:
         times = f"{seconds:>8.3f} {min(result['runs']):>8.3f} {slower:>6}"
         rest = f"{result['gradient_norm']:>13.6g} {result['share_of_floor']:>9.0%}"
         print(f"{NAMES[name]:<46} {times} {shown:>8} {heavier:>6} {rest}")
-    total = 4 * sum(forward.values())
     parts = ", ".join(f"{name} {4 * flops / total:.0%}" for name, flops in forward.items())
+    cached = passes("cached") / 4
     print(
         f"\nfloor: {total / 1e9:.0f} GFLOP ({parts}) at {rate / 1e9:.1f} GFLOP/s: {floor['seconds']:.3f} s; "
-        f"{floor['seconds'] * passes('cached') / 4:.3f} s with a cached reference"
+        f"{floor['seconds'] * cached:.3f} s with a cached reference"
+    )
+    print(
+        f"at the {fast / 1e9:.1f} GFLOP/s of dpo_wrapper.products.product: {floor['product_seconds']:.3f} s; "
+        f"{floor['product_seconds'] * cached:.3f} s with a cached reference"
     )
     return floor
 
@@ -166,16 +158,7 @@ def main() -> int:
     results = {name: run_contestant(name, args, of) for name in names}
     floor = report(results)
     if args.json:
-        settings = {
-            key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
-        }
-        machine = {
-            "platform": platform.platform(),
-            "cpus": os.cpu_count(),
-            "python": platform.python_version(),
-        }
-        content = {"settings": settings, "machine": machine, "lengths": [of.system, of.pairs], "floor": floor}
-        args.json.write_text(json.dumps(content | {"results": results}, indent=1) + "\n")
+        write_json(args, lengths=[of.system, of.pairs], floor=floor, results=results)
     return 1 if any("failed" in result for result in results.values()) else 0
 
 

@@ -1,0 +1,129 @@
+"""What the benchmarks share: processes of contestants, their memory, and the rate of matrix products."""
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[2]
+
+
+class Missing(Exception):
+    """A contestant is not installed, or cannot run on this machine."""
+
+
+# processes
+
+
+def run_process(script: Path, options: list[str], threads: int, **env: str) -> dict[str, Any]:
+    """The JSON that the script prints last, or `failed` with the reason."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads)} | env
+    done = subprocess.run([sys.executable, str(script), *options], env=env, capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        return {"failed": lines[-1] if done.returncode > 0 else f"ended by signal {-done.returncode}"}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def why_not(result: dict[str, Any]) -> str:
+    """In place of the figures of a contestant that has none."""
+    return result.get("missing") or f"failed: {result['failed']}"
+
+
+def add_running(parser: argparse.ArgumentParser, runs: int) -> None:
+    """Options that all benchmarks have."""
+    parser.add_argument("--runs", type=int, default=runs, help="after one warm-up; default: %(default)s")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: %(default)s")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+
+
+def write_json(args: argparse.Namespace, **content: Any) -> None:
+    """The results, with the settings and the machine that they are from."""
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    machine = {
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+    args.json.write_text(json.dumps({"settings": settings, "machine": machine} | content, indent=1) + "\n")
+
+
+# memory
+
+
+def status(name: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def can_weigh() -> bool:
+    try:
+        forget_peak()
+    except OSError:
+        return False
+    return True
+
+
+def tidy() -> None:
+    """Hand back to the system what is no longer used, so that it shows again where it is needed again."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+        if trim is not None:
+            trim(0)
+
+
+# time
+
+
+def timed(function: Callable[[], Any], device: str = "cpu") -> float:
+    """Seconds of one call."""
+    if device != "cuda":
+        began = time.perf_counter()
+        function()
+        return time.perf_counter() - began
+    torch.cuda.synchronize()
+    began_at, ended_at = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began_at.record()
+    function()
+    ended_at.record()
+    torch.cuda.synchronize()
+    return began_at.elapsed_time(ended_at) / 1e3
+
+
+def gemm_rate(
+    m: int = 4096,
+    k: int = 512,
+    n: int = 2048,
+    *,
+    multiply: Callable[[Tensor, Tensor], Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    repeats: int = 5,
+) -> float:
+    """FLOP/s of a product of [m, k] and [k, n], by `torch.mm` or another: the median of several."""
+    a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
+    out = torch.empty(m, n, dtype=dtype, device=device)
+    once = (lambda: torch.mm(a, b, out=out)) if multiply is None else (lambda: multiply(a, b))
+    return 2 * m * k * n / statistics.median(timed(once, device) for _ in range(repeats))

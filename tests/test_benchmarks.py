@@ -1,0 +1,43 @@
+"""The benchmarks run, at sizes at which they measure nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+BENCHMARKS = Path(__file__).parent / "benchmarks"
+
+
+def run(script: str, options: str, into: Path, status: int = 0) -> tuple[str, dict[str, Any]]:
+    """What it prints, and its JSON."""
+    command = [sys.executable, str(BENCHMARKS / script), *options.split(), "--runs", "1", "--threads", "1"]
+    done = subprocess.run([*command, "--json", str(into)], capture_output=True, text=True)
+    assert done.returncode == status and "Traceback" not in done.stderr, done.stdout + done.stderr
+    return done.stdout, json.loads(into.read_text())
+
+
+def test_log_probs(tmp_path):
+    options = "--device cpu --shape 24 16 300 --only chunked eager triton"
+    printed, written = run("log_probs.py", options, tmp_path / "log_probs.json", status=1)
+    (of_shape,) = written["shapes"]
+    assert of_shape["shape"] == [24, 16, 300]
+    for name in ("chunked", "eager"):
+        modes = of_shape["results"][name]["modes"]
+        assert list(modes) == ["forward", "frozen", "trained"]
+        for mode, figures in modes.items():
+            assert figures["seconds"] > 0 and figures["log_prob_error"] < 1e-3
+            assert figures["log_prob_error_nats"] < 1e-5
+            assert mode == "forward" or figures["grad_error"] < 1e-3
+        # one, two and three products of 2 * 24 * 16 * 300 FLOPs
+        flops = [round(m["floor_seconds"] * m["gemm_rate"]) for m in modes.values()]
+        assert flops == [230_400, 460_800, 691_200]
+    assert printed.count("failed: ") == 3  # on the CPU triton has no line with figures, but it has one
+
+
+def test_step(tmp_path):
+    options = "--model xt --dim 64 --depth 1 --vocab 64 --pairs 2 --only tree"
+    printed, written = run("step.py", options, tmp_path / "step.json")
+    assert written["results"]["tree"]["seconds"] > 0
+    assert written["floor"]["product_rate"] > 0
+    assert "dpo_wrapper.products.product" in printed
