@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dpo_wrapper.log_probs import chunked
 from dpo_wrapper.log_probs.eager import compute_dtype
-from dpo_wrapper.log_probs.tiled import Folded
+from dpo_wrapper.log_probs.statistics import Folded
 
 BLOCK = 4096
 """Words that one program holds at a time."""
