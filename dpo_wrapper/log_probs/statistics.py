@@ -73,8 +73,10 @@ class Statistics(NamedTuple):
         ]
         sums[3] = sums[3].where(part > 0, 0.0)
         part, own, slope, entropy, squares = summed(torch.stack(sums), group).unbind()
-        entropy = entropy / part + part.log()  # of a mixture, as in `mixed_entropy`
-        return Statistics(part.log() + safe, own, slope, entropy, squares / part.square(), both[1])
+        some = part > 0  # there may be no word but the target
+        entropy = (entropy / part + part.log()).where(some, 0.0)  # of a mixture, as in `mixed_entropy`
+        squares = (squares / part.square()).where(some, 0.0)
+        return Statistics(part.log() + safe, own, slope, entropy, squares, both[1])
 
     @property
     def total(self) -> Float[Tensor, "t"]:

@@ -128,9 +128,11 @@ class TiledLogProbs(torch.autograd.Function):
         if ready is not None:
             total = statistics.total
             ready.mul_((mine.lse - total).exp()[:, None])
-            own = (statistics.lse - total).exp() * mine.slope  # 0 where another process has the target
-            row = (targets - options.offset).clamp(0, len(weight) - 1)
-            ready = (weight[row].to(ready.dtype) * own[:, None]).sub_(ready)
+            local = tiles.local(slice(None), slice(0, len(weight)))
+            here = (local >= 0).nonzero()[:, 0]  # another process may have the target
+            at_target = (statistics.lse - total).exp() * statistics.slope
+            ready.neg_()
+            ready[here] += weight[local[here]].to(ready.dtype) * at_target[here, None]
 
         ctx.options = options
         saved = [hidden, weight, bias, targets, statistics.own, statistics.lse]

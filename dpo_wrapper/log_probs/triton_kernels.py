@@ -146,7 +146,7 @@ def fold(
     _fold_row[(rows,)](
         block,
         local,
-        block if bias is None else bias,
+        block if bias is None else bias.contiguous(),
         lse,
         own,
         slope,
