@@ -122,6 +122,7 @@ class TiledLogProbs(torch.autograd.Function):
                     ready[rows].mul_(before[:, None]).addcmul_(of_tile.to(ready.dtype), now[:, None])
                 if keeps:
                     kept += [folded.block.to(options.dtype), folded.lse]
+                del folded  # before the next is made
         mine = statistics
         if options.group is not None:
             statistics = statistics.over(options.group)
@@ -200,6 +201,7 @@ def gradients(
                 of_weight = of_rows if of_weight is None else of_weight.to(options.wide).add_(of_rows)
             if grad_bias is not None:
                 of_bias.sub_(grad[rows] @ block.to(options.wide))
+            del block, narrow  # before the next is made
         if grad_weight is not None:
             grad_weight[words] = 0.0 if of_weight is None else of_weight
         if grad_bias is not None:
