@@ -41,6 +41,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.8",
+            'triton>=3.2; platform_system == "Linux"',
             "trl>=1.16,<1.17",
         ],
     },

@@ -1,3 +1,5 @@
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -6,3 +8,20 @@ import torch
 def one_thread():
     """Tiny models: a second thread costs more than it does, the more so where tests run side by side."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(params=("eager", "kept", "again"))
+def impl(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Of the log-prob gather: the plain lines, or tiles whose softmaxes are kept or computed again."""
+    from log_prob_inputs import keeps
+
+    with keeps(request.param == "kept"):
+        yield "eager" if request.param == "eager" else "chunked"
+
+
+@pytest.fixture(params=("kept", "again"))
+def chunked_impl(request: pytest.FixtureRequest) -> Iterator[str]:
+    from log_prob_inputs import keeps
+
+    with keeps(request.param == "kept"):
+        yield "chunked"

@@ -1,6 +1,8 @@
 """Peak memory of `token_log_probs`, forward and backward, in a process of its own.
 
-    python memory_of_log_probs.py chunked|eager T D V
+    python memory_of_log_probs.py eager|kept|again|frozen T D V
+
+All but `eager` are `chunked`: softmaxes are kept or computed again, or the head does not train.
 
 Prints one line of JSON. `extra` is what the process needed beyond its inputs, in bytes: the peak of its
 resident memory, less what was resident when everything was loaded and the inputs were there and touched.
@@ -15,6 +17,7 @@ from pathlib import Path
 import torch
 
 from dpo_wrapper import token_log_probs
+from dpo_wrapper.log_probs import chunked
 
 THREADS = 2
 
@@ -41,24 +44,28 @@ def peak(method: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def forward_and_backward(impl: str, t: int, d: int, v: int) -> dict[str, str | int | float]:
+def forward_and_backward(way: str, t: int, d: int, v: int) -> dict[str, str | int | float]:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(t, d, generator=generator).requires_grad_()
-    weight = (torch.randn(v, d, generator=generator) / d**0.5).requires_grad_()
+    weight = (torch.randn(v, d, generator=generator) / d**0.5).requires_grad_(way != "frozen")
     targets = torch.randint(0, v, (t,), generator=generator)
+
+    trained = [x for x in (hidden, weight) if x.requires_grad]
+    impl = "eager" if way == "eager" else "chunked"
+    chunked.KEEP_BYTES = 2**40 if way == "kept" else 0
 
     method, before = start()
     began = time.perf_counter()
     scores = token_log_probs(hidden, weight, targets, impl=impl)
-    grads = torch.autograd.grad(scores.sum(), (hidden, weight))
+    grads = torch.autograd.grad(scores.sum(), trained)
     seconds, extra = time.perf_counter() - began, peak(method) - before
     assert all(grad.isfinite().all() for grad in grads)
-    return {"impl": impl, "extra": extra, "method": method, "seconds": round(seconds, 2)}
+    return {"way": way, "extra": extra, "method": method, "seconds": round(seconds, 2)}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(THREADS)
-    impl, *sizes = sys.argv[1:]
+    way, *sizes = sys.argv[1:]
     t, d, v = map(int, sizes)
-    forward_and_backward(impl, 64, 64, 64)  # loads what is loaded late
-    print(json.dumps(forward_and_backward(impl, t, d, v) | {"t": t, "d": d, "v": v}))
+    forward_and_backward(way, 64, 64, 64)  # loads what is loaded late
+    print(json.dumps(forward_and_backward(way, t, d, v) | {"t": t, "d": d, "v": v}))

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -11,7 +12,16 @@ import torch
 from torch import Generator, Tensor, nn
 from zoo import VOCAB, ZOO, PlainGRU, PlainTransformer, hf_llama
 
-from dpo_wrapper import DPO, IPO, SFT, Loss, PreferenceBatch, Sigmoid, sequence_log_probs
+from dpo_wrapper import (
+    DPO,
+    IPO,
+    SFT,
+    Loss,
+    PreferenceBatch,
+    Sigmoid,
+    sequence_log_probs,
+    token_log_probs,
+)
 
 B, N, M = 2, 9, 7
 CHOSEN, REJECTED = (torch.randint(0, VOCAB, (B, n), generator=Generator().manual_seed(n)) for n in (N, M))
@@ -433,6 +443,27 @@ for value in ("yes", 1, None, torch.ones(2)):
 IMPLS = "^impl should be one of auto, triton, chunked, eager, but it is"
 bad_option("an unknown implementation", ValueError, f"{IMPLS} 'cuda'", log_prob_impl="cuda")
 bad_option("an implementation that is None", ValueError, f"{IMPLS} None", log_prob_impl=None)
+
+
+def bad_gather(name: str, sentence: str, **options: Any) -> None:
+    """`token_log_probs(...)` with an option."""
+    hidden, targets = torch.zeros(3, 4), torch.zeros(3, dtype=torch.long)
+
+    def act(_: Bench) -> Any:
+        return token_log_probs(hidden, torch.zeros(5, 4), targets, **options)
+
+    CASES.append(Case(f"token_log_probs(): {name}", act, ValueError, sentence))
+
+
+OF_EXTRAS = "^extras should be among entropy, log_sum_p2, top1, greedy, as a list, but they are"
+bad_gather("unknown extras", rf"{OF_EXTRAS} \['top5'\]", extras=["top5"])
+bad_gather("extras as a string", f"{OF_EXTRAS} 'entropy'", extras="entropy")
+if find_spec("triton") is not None:
+    bad_gather(
+        "triton on the CPU",
+        "^impl = 'triton' needs tensors on CUDA, but they are on cpu: use 'auto'",
+        impl="triton",
+    )
 for value in (0.0, True, "<pad>", torch.tensor(0)):
     received = re.escape(repr(value))
     bad_option(

@@ -23,6 +23,7 @@ An eager log-softmax takes 1 and 2 products, and holds about four times [t, v] i
 
     eager      the plain lines; the truth that all others are held against
     tiled      the algorithm: tiles, their weighing, what is kept or computed again, gradients
+    statistics   what tiles are weighed by, and the extras
     chunked    a tile's softmax by torch's operations: any device
     triton     a tile's softmax in one kernel: CUDA
     sharded    heads in parts on several processes

@@ -8,7 +8,8 @@ from jaxtyping import Float, Int, jaxtyped
 from torch import Tensor
 
 from dpo_wrapper.log_probs.eager import accumulation_dtype, compute_dtype
-from dpo_wrapper.log_probs.tiled import Fold, Folded, Options, TiledLogProbs, against
+from dpo_wrapper.log_probs.statistics import Folded
+from dpo_wrapper.log_probs.tiled import Fold, Options, TiledLogProbs, against
 
 TILE_BYTES = {"cpu": 12 * 2**20, "other": 256 * 2**20}
 """Memory of a tile: on the CPU what stays in its cache, and under the size from which the C library hands

@@ -54,6 +54,7 @@ def token_log_probs(
         return (log_probs,)
     with torch.no_grad():
         every = logits.log_softmax(dim=-1)
-        p, (greedy, _) = every.exp(), every.max(dim=-1)
+        p, own = every.exp(), logits.gather(-1, targets[:, None])[:, 0]
         entropy = -(p * every.clamp(min=torch.finfo(every.dtype).min)).sum(dim=-1)
-        return log_probs, entropy, p.square().sum(dim=-1).log(), log_probs >= greedy, greedy
+        top1 = own >= logits.amax(dim=-1)
+        return log_probs, entropy, p.square().sum(dim=-1).log(), top1, every.amax(dim=-1)

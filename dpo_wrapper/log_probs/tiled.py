@@ -17,36 +17,21 @@ Bytes beside inputs and gradients: two tiles, `[t, d]` in float32, one number pe
 kept softmaxes. Each weight gradient is finished over all tokens before the next begins, in float32.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dpo_wrapper.log_probs.eager import accumulation_dtype
+from dpo_wrapper.log_probs.statistics import Folded, Statistics, summed
 from dpo_wrapper.products import product
 
 ROWS = 8192
 """Tokens in a tile."""
-
-
-class Folded(NamedTuple):
-    """What a fold makes of a tile. `block` is d lse / d (hidden @ weightᵀ), 0 at targets; with a total given
-    it is the softmax against that instead, less 1 at targets, times slopes."""
-
-    block: Float[Tensor, "r w"]
-    lse: Float[Tensor, "r"]
-    """Log-sum-exp over the words of the tile that are no target."""
-    own: Float[Tensor, "r"]
-    """Logit of the target where it is in the tile, else 0."""
-    slope: Float[Tensor, "r"]
-    """d logit / d (hidden @ weightᵀ) of the target where it is in the tile, else 0."""
-    moments: tuple[Tensor, Tensor, Tensor] | None
-    """Of the tile's own softmax, if asked for: its entropy, Σ p², and the highest logit."""
 
 
 Fold = Callable[..., Folded]
@@ -110,83 +95,8 @@ class Tiles:
         local = self.targets[rows] - (self.options.offset + words.start)
         return local.where((local >= 0) & (local < words.stop - words.start), -1)
 
-    def new(self, *shape: int, fill: float = 0.0) -> Tensor:
-        return self.hidden.new_full(shape, fill, dtype=self.options.wide)
-
-
-class Statistics(NamedTuple):
-    """Of all tiles so far, per token: log-sum-exp over words that are no target; the target's logit and its
-    slope; and the moments of the softmax over all words that are no target."""
-
-    lse: Float[Tensor, "t"]
-    own: Float[Tensor, "t"]
-    slope: Float[Tensor, "t"]
-    entropy: Float[Tensor, "t"]
-    squares: Float[Tensor, "t"]
-    highest: Float[Tensor, "t"]
-
-    @classmethod
-    def of_nothing(cls, tiles: Tiles) -> "Statistics":
-        t, low = len(tiles.targets), -torch.inf
-        return cls(*(tiles.new(t, fill=fill) for fill in (low, 0.0, 0.0, 0.0, 0.0, low)))
-
-    def add(self, rows: slice, folded: Folded) -> tuple[Tensor, Tensor]:
-        """Take a tile in; by what everything before and the tile itself are now to be weighed."""
-        lse, own, slope, entropy, squares, highest = (value[rows] for value in self)
-        total = torch.logaddexp(lse, folded.lse)
-        safe = total.clamp(min=torch.finfo(total.dtype).min)  # where there was nothing yet
-        before, now = (lse - safe).exp(), (folded.lse - safe).exp()
-        if folded.moments is not None:
-            of_tile = folded.moments
-            mixed = mixed_entropy(((before, entropy), (now, of_tile[0])))
-            entropy.copy_(mixed)
-            squares.mul_(before.square()).add_(now.square() * of_tile[1])
-            torch.maximum(highest, of_tile[2], out=highest)
-        lse.copy_(total)
-        own.add_(folded.own)
-        slope.add_(folded.slope)
-        return before, now
-
-    def over(self, group: ProcessGroup) -> "Statistics":
-        """The same over the vocabulary of all processes, each of which has seen its part."""
-        both = torch.stack([self.lse, self.highest])
-        torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX, group=group)
-        safe = both[0].clamp(min=torch.finfo(both.dtype).min)
-        part = (self.lse - safe).exp()
-        sums = [
-            part,
-            self.own,
-            self.slope,
-            part * (self.entropy + safe - self.lse),
-            part.square() * self.squares,
-        ]
-        sums[3] = sums[3].where(part > 0, 0.0)
-        part, own, slope, entropy, squares = summed(torch.stack(sums), group).unbind()
-        entropy = entropy / part + part.log()  # of a mixture, as in `mixed_entropy`
-        return Statistics(part.log() + safe, own, slope, entropy, squares / part.square(), both[1])
-
-    @property
-    def total(self) -> Float[Tensor, "t"]:
-        """Log-sum-exp over the whole vocabulary."""
-        return torch.logaddexp(self.lse, self.own)
-
-    @property
-    def log_probs(self) -> Float[Tensor, "t"]:
-        return F.logsigmoid(self.own - self.lse)
-
-    def extras(self) -> tuple[Tensor, ...]:
-        """As `EXTRAS` names them."""
-        total, log_probs, of_others = self.total, self.log_probs, F.logsigmoid(self.lse - self.own)
-        parts = ((of_others.exp(), self.entropy), (log_probs.exp(), torch.zeros_like(log_probs)))
-        entropy = mixed_entropy(parts)
-        squares = torch.logaddexp(2 * of_others + self.squares.log(), 2 * log_probs)
-        top1 = self.own >= self.highest
-        return entropy, squares, top1, log_probs.where(top1, self.highest - total)
-
-
-def mixed_entropy(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Entropy of distributions over different words that are mixed, from their weights and own entropies."""
-    return torch.stack([w * entropy - torch.xlogy(w, w) for w, entropy in parts]).sum(dim=0)
+    def new(self, *shape: int) -> Tensor:
+        return self.hidden.new_zeros(shape, dtype=self.options.wide)
 
 
 class TiledLogProbs(torch.autograd.Function):
@@ -201,7 +111,7 @@ class TiledLogProbs(torch.autograd.Function):
         ctx.ready = wants_hidden and not (wants_weight or wants_bias)
         keeps = (wants_weight or wants_bias) and tiles.bytes <= options.keep_bytes
 
-        statistics, kept = Statistics.of_nothing(tiles), []
+        statistics, kept = Statistics.of_nothing(tiles.new(len(targets))), []
         ready = tiles.new(*hidden.shape) if ctx.ready else None
         for words in tiles.words:
             for rows in tiles.rows:
@@ -212,15 +122,18 @@ class TiledLogProbs(torch.autograd.Function):
                     ready[rows].mul_(before[:, None]).addcmul_(of_tile.to(ready.dtype), now[:, None])
                 if keeps:
                     kept += [folded.block.to(options.dtype), folded.lse]
+                del folded  # before the next is made
         mine = statistics
         if options.group is not None:
             statistics = statistics.over(options.group)
         if ready is not None:
             total = statistics.total
             ready.mul_((mine.lse - total).exp()[:, None])
-            own = (statistics.lse - total).exp() * mine.slope  # 0 where another process has the target
-            row = (targets - options.offset).clamp(0, len(weight) - 1)
-            ready = (weight[row].to(ready.dtype) * own[:, None]).sub_(ready)
+            local = tiles.local(slice(None), slice(0, len(weight)))
+            here = (local >= 0).nonzero()[:, 0]  # another process may have the target
+            at_target = (statistics.lse - total).exp() * statistics.slope
+            ready.neg_()
+            ready[here] += weight[local[here]].to(ready.dtype) * at_target[here, None]
 
         ctx.options = options
         saved = [hidden, weight, bias, targets, statistics.own, statistics.lse]
@@ -288,6 +201,7 @@ def gradients(
                 of_weight = of_rows if of_weight is None else of_weight.to(options.wide).add_(of_rows)
             if grad_bias is not None:
                 of_bias.sub_(grad[rows] @ block.to(options.wide))
+            del block, narrow  # before the next is made
         if grad_weight is not None:
             grad_weight[words] = 0.0 if of_weight is None else of_weight
         if grad_bias is not None:
@@ -310,10 +224,3 @@ def against(
     rows = (local >= 0).nonzero()[:, 0]
     out[rows, local[rows]] = -at_target[rows].to(out.dtype)
     return out
-
-
-def summed(values: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Summed over the processes of a group, in place."""
-    if group is not None:
-        torch.distributed.all_reduce(values, group=group)
-    return values

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dpo_wrapper.log_probs import chunked
 from dpo_wrapper.log_probs.eager import compute_dtype
-from dpo_wrapper.log_probs.tiled import Folded
+from dpo_wrapper.log_probs.statistics import Folded
 
 BLOCK = 4096
 """Words that one program holds at a time."""
@@ -146,7 +146,7 @@ def fold(
     _fold_row[(rows,)](
         block,
         local,
-        block if bias is None else bias,
+        block if bias is None else bias.contiguous(),
         lse,
         own,
         slope,

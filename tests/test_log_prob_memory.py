@@ -1,0 +1,45 @@
+"""The most memory that `token_log_probs` takes, measured by the system in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dpo_wrapper.log_probs import chunked
+
+HERE = Path(__file__).parent
+MEBIBYTE = 2**20
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def measured(way: str, t: int, d: int, v: int) -> int:
+    """Bytes that forward and backward need beyond their inputs."""
+    command = [sys.executable, str(HERE / "memory_of_log_probs.py"), way, str(t), str(d), str(v)]
+    paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)["extra"]
+
+
+# all logits are 128, 128 and 256 MiB: far more than what is allowed where they are not kept
+@pytest.mark.parametrize("t, d, v", ((512, 64, 65536), (2048, 128, 16384), (8192, 32, 8192)))
+@pytest.mark.parametrize("way", ("kept", "again", "frozen"))
+def test_beside_inputs_and_gradients_there_are_a_few_tiles(way: str, t: int, d: int, v: int):
+    gradients = (t * d + (0 if way == "frozen" else v * d)) * 4
+    logits, of_hidden = t * v * 4, t * d * 4
+    # two at a time, and what the C library has not handed back of those before
+    allowed = gradients + 7 * chunked.TILE_BYTES["cpu"] + 2 * of_hidden + 8 * MEBIBYTE
+    extra = measured(way, t, d, v)
+    if way == "kept":
+        assert logits < extra < logits + allowed
+    else:
+        assert gradients < extra < allowed < logits
+
+
+def test_eager_holds_all_logits():  # the measure sees it
+    t, d, v = 2048, 128, 16384
+    assert measured("eager", t, d, v) > 2 * t * v * 4
