@@ -56,6 +56,8 @@ class TrainConfig:
 
     ld_alpha: float = 1.0
     """LD-DPO: below 1, what the longer side of a pair has more than the other counts only so much."""
+    wpo: bool = False
+    """WPO: each pair counts as much as its completions are like what the policy writes itself."""
 
     sft_epochs: int | None = None
     """Epochs of warm-up on prompt and chosen, before preferences; by default 10 for a new model, else 0."""

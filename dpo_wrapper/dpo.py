@@ -27,7 +27,7 @@ from dpo_wrapper.reference import Reference, copy_with_closures
 from dpo_wrapper.running import GapState, Reduce
 from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.sequences import PreferenceBatch, ScoredSequences
-from dpo_wrapper.token_level import desensitized, prompted_log_probs
+from dpo_wrapper.token_level import check_wpo, desensitized, prompted_log_probs, weighted_by_policy
 
 
 class DPO(nn.Module):
@@ -52,6 +52,8 @@ class DPO(nn.Module):
         log_prob_impl: as `impl` in `token_log_probs`.
         ld_alpha: below 1, what the longer side of a pair has more than the other counts only so much in the
             sums of policy and reference (LD-DPO, Liu 2024, arXiv 2409.06411); 0 leaves it out.
+        wpo: multiply the loss of each pair by how like the policy's own writing its two sides are (WPO, Zhou
+            2024, arXiv 2406.11827).
         disable_dropout: keep the policy in eval mode, in which it differs from the reference by training
             alone.
 
@@ -70,6 +72,7 @@ class DPO(nn.Module):
         share_prefix: str | bool = "auto",
         log_prob_impl: str = "auto",
         ld_alpha: float = 1.0,
+        wpo: bool = False,
         disable_dropout: bool = True,
     ) -> None:
         super().__init__()
@@ -79,6 +82,7 @@ class DPO(nn.Module):
         self.beta = validation.check_beta(beta, self.losses, given=loss is not None)
         self.pad_id = validation.check_pad_id(pad_id)
         self.ld_alpha = validation.check_ld_alpha(ld_alpha)
+        self.wpo = check_wpo(wpo, self.losses)
         self.disable_dropout = validation.check_flag("disable_dropout", disable_dropout)
 
         self.reference = Reference(model, reference, needs_reference(self.losses))
@@ -197,7 +201,8 @@ class DPO(nn.Module):
             reference = self.reference_log_probs(batch, given)
         else:
             reference = batch.sequences.sums(ref_scores)
-        scores = self.score_policy.token_scores(sequences)
+        extras = ("log_sum_p2",) if self.wpo else ()
+        scores, more = self.score_policy.token_scores_and(sequences, extras)
         policy = sequences.sums(scores)
         gap = None if self.gap is None else self.gap.now(policy)
         pairs = pair_log_probs(batch, policy[:count], reference, gap)
@@ -205,6 +210,8 @@ class DPO(nn.Module):
             pairs = replace(pairs, prompted=prompted_log_probs(batch, policy[count:]))
         if self.ld_alpha < 1:
             pairs = desensitized(pairs, batch, self.ld_alpha, scores[:tokens], ref_scores)
+        if self.wpo:
+            pairs = weighted_by_policy(pairs, batch, scores[:tokens], more["log_sum_p2"][:tokens])
         return pairs
 
     def explain(self) -> str:

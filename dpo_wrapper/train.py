@@ -26,6 +26,7 @@ from dpo_wrapper.policies import Policy, load_policy, save_policy
 from dpo_wrapper.report import plot_curves, summary_table
 from dpo_wrapper.runs import RunFolder
 from dpo_wrapper.stages import DPOStage, SFTStage
+from dpo_wrapper.token_level import check_wpo
 
 COMPLETION_TOKENS = 120
 
@@ -54,6 +55,7 @@ def prepare(config: TrainConfig) -> Prepared:
         ValueError, TypeError, OSError, ImportError: one sentence about what does not fit.
     """
     losses = parse_losses(config.loss)
+    check_wpo(config.wpo, losses)
     run = RunFolder(config)
     run.check(config.resume)
     fields = Fields(prompt=config.prompt_field, chosen=config.chosen_field, rejected=config.rejected_field)
@@ -128,7 +130,13 @@ def run_prepared(prepared: Prepared) -> RunFolder:
             save_policy(policy, model, run.sft, run.settings)
             run.pass_to("dpo")
 
-    dpo = DPO(model, loss=parse_losses(config.loss), reference=config.reference, ld_alpha=config.ld_alpha)
+    dpo = DPO(
+        model,
+        loss=parse_losses(config.loss),
+        reference=config.reference,
+        ld_alpha=config.ld_alpha,
+        wpo=config.wpo,
+    )
     loop.stage(DPOStage(dpo, collate), config.epochs, config.lr or (1e-4 if config.fresh else 1e-6))
     if accelerator.is_main_process:
         save_policy(policy, dpo.policy_model, run.path, run.settings)
