@@ -53,6 +53,9 @@ class TrainConfig:
     loss: Annotated[str, Doc(help_text())] = "sigmoid(beta=0.1) + 1.0*sft"
     reference: Literal["auto", "copy", "none"] = "auto"
     """What the policy is held against: a frozen copy of where it starts, or nothing."""
+    precompute_reference: bool = False
+    """Compute the reference's log-probs of all data before training, into the folder `reference` of --out,
+    and train without a reference in memory. Without this the first epoch computes them as it goes."""
 
     ld_alpha: float = 1.0
     """LD-DPO: below 1, what the longer side of a pair has more than the other counts only so much."""

@@ -14,7 +14,6 @@ from dpo_wrapper.losses import (
     Objective,
     PairFunction,
     PairLogProbs,
-    RunningGap,
     Sigmoid,
     check_columns,
     combined,
@@ -23,6 +22,8 @@ from dpo_wrapper.losses import (
 )
 from dpo_wrapper.metrics import pair_metrics
 from dpo_wrapper.modes import turn_off_dropout
+from dpo_wrapper.pairs import pair_log_probs
+from dpo_wrapper.recall import CachedReference
 from dpo_wrapper.reference import Reference, copy_with_closures
 from dpo_wrapper.running import GapState, Reduce
 from dpo_wrapper.scoring import Scorer
@@ -44,8 +45,9 @@ class DPO(nn.Module):
         loss: one of `dpo_wrapper.losses`, a function from `PairLogProbs` to one value per pair, or a list of
             `(loss, weight)`; by default `Sigmoid(beta)`.
         reference: `'copy'`, a frozen copy made now; `'adapter'`, the policy with its fresh LoRA adapter off;
-            a module; `'none'`; or `'auto'`: none if no loss needs one, else the adapter where that is
-            possible, else a copy.
+            a module; what `cache_reference` gives; `'none'`; or `'auto'`: none if no loss needs one, else the
+            adapter where that is possible, else a copy.
+        remember_reference: compute the reference once for each sequence, and recall it from then on.
         share_prefix: compute every prefix that sequences of a batch share once, and no padding. `'auto'`
             does so if a trial on the model gives the log-probs of padded sequences, and else warns;
             True raises then; False pads.
@@ -68,7 +70,8 @@ class DPO(nn.Module):
         beta: float = 0.1,
         pad_id: int | None = None,
         loss: Objective | PairFunction | Sequence[tuple[Objective | PairFunction, float]] | None = None,
-        reference: str | nn.Module = "auto",
+        reference: str | nn.Module | CachedReference = "auto",
+        remember_reference: bool = False,
         share_prefix: str | bool = "auto",
         log_prob_impl: str = "auto",
         ld_alpha: float = 1.0,
@@ -86,6 +89,8 @@ class DPO(nn.Module):
         self.disable_dropout = validation.check_flag("disable_dropout", disable_dropout)
 
         self.reference = Reference(model, reference, needs_reference(self.losses))
+        remembers = validation.check_flag("remember_reference", remember_reference)
+        self.reference.recalls(per_token=self.ld_alpha < 1, remembers=remembers)
         self.policy_model = model
         self.ref_model = self.reference.module
         self.gap = GapState() if any(term.needs_gap for term, _ in self.losses) else None
@@ -196,7 +201,9 @@ class DPO(nn.Module):
         if prompted:
             sequences = sequences.beside_whole(batch.pairs[batch.valid, 0])
 
-        ref_scores = self.reference_token_scores(batch) if self.ld_alpha < 1 else None
+        ref_scores = None
+        if self.ld_alpha < 1:
+            ref_scores = self.reference.token_scores(self.score_reference, sequences=batch.sequences)
         if ref_scores is None:
             reference = self.reference_log_probs(batch, given)
         else:
@@ -218,8 +225,7 @@ class DPO(nn.Module):
         """Which paths are in use, and why not the others, in plain words; known after the first call."""
         lines = [f"policy: {self.score_policy.explain()}"]
         if self.reference.exists:
-            which = "the policy with its adapter off" if self.ref_model is None else "a frozen model"
-            lines.append(f"reference: {which}; {self.score_reference.explain()}")
+            lines.append(f"reference: {self.reference.explain(self.score_reference)}")
         else:
             lines.append("reference: none")
         return "\n".join(lines)
@@ -240,7 +246,6 @@ class DPO(nn.Module):
         if self.ref_model is not None:
             self.ref_model.eval()
 
-    @torch.no_grad()
     def reference_log_probs(
         self, batch: PreferenceBatch, given: tuple[Tensor, Tensor] | None = None
     ) -> Float[Tensor, "s"] | None:
@@ -251,44 +256,5 @@ class DPO(nn.Module):
             return sums.index_put((batch.pairs.T.flatten(),), of_pairs)
         return self.reference_sums(batch.sequences)
 
-    @torch.no_grad()
     def reference_sums(self, sequences: ScoredSequences) -> Float[Tensor, "s"] | None:
-        with self.reference.still():
-            return self.score_reference(sequences) if self.reference.exists else None
-
-    @torch.no_grad()
-    def reference_token_scores(self, batch: PreferenceBatch) -> Float[Tensor, "t"] | None:
-        """The reference's log-prob of each scored token; None where there is no reference."""
-        if not self.reference.exists:
-            return None
-        with self.reference.still():
-            self.score_reference.check(batch.sequences)
-            return self.score_reference.token_scores(batch.sequences)
-
-
-def pair_log_probs(
-    batch: PreferenceBatch,
-    policy: Float[Tensor, "s"],
-    reference: Float[Tensor, "s"] | None,
-    gap: RunningGap | None = None,
-) -> PairLogProbs:
-    """Sums per sequence as sums per valid pair, with what the data says of these."""
-    valid = batch.valid
-    chosen, rejected = batch.pairs[valid].unbind(dim=-1)
-    lengths = batch.sequences.length
-    if batch.step_pairs is not None and batch.step_chosen_tokens is not None:
-        mean_length = policy.new_tensor(batch.step_chosen_tokens / max(1, batch.step_pairs))
-    else:
-        mean_length = lengths[chosen].to(policy.dtype).sum() / max(1, len(chosen))
-    return PairLogProbs(
-        chosen=policy[chosen],
-        rejected=policy[rejected],
-        ref_chosen=None if reference is None else reference[chosen].to(policy.dtype),
-        ref_rejected=None if reference is None else reference[rejected].to(policy.dtype),
-        chosen_length=lengths[chosen],
-        rejected_length=lengths[rejected],
-        mean_chosen_length=mean_length,
-        margins=None if batch.margins is None else batch.margins[valid].to(policy.dtype),
-        pair_weights=None if batch.pair_weights is None else batch.pair_weights[valid].to(policy.dtype),
-        gap=gap,
-    )
+        return self.reference.sums(self.score_reference, sequences)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dpo_wrapper.data import PreferenceCollator, PreferenceItem, PreferenceItemWithColumns
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.evaluate import evaluate
+from dpo_wrapper.recall import Recall
 from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.sequences import PreferenceBatch, ScoredSequences, TreePlan
 
@@ -29,6 +30,8 @@ class Stage(Protocol):
     name: str
     title: str
     module: nn.Module
+    memory: Recall | None
+    """What is computed in the first epoch alone."""
 
     def prepares(self) -> Prepare:
         """What makes a batch of items. It can be sent to another process, for it holds no model."""
@@ -74,7 +77,7 @@ def preference_batch(
     seqs = (columns["preferred_seq"], columns["unpreferred_seq"])
     more = (columns.get("pair_weights"), columns.get("margins"))
     batch = PreferenceBatch.from_padded(seqs, columns["prompt_mask"], columns["seq_mask"], *more)
-    batch.sequences.laid_out(plan)
+    batch.sequences.laid_out(plan).names()
     return batch
 
 
@@ -82,6 +85,7 @@ class SFTStage:
     """Supervised warm-up: maximum likelihood of prompt and chosen, in nats per token."""
 
     name, title = "sft", "SFT"
+    memory: Recall | None = None
 
     def __init__(self, model: nn.Module, collate: PreferenceCollator) -> None:
         self.module: nn.Module = LikelihoodLoss(model)
@@ -121,6 +125,7 @@ class DPOStage:
         self.dpo = dpo
         self.module: nn.Module = dpo
         self.score = dpo.score_policy
+        self.memory = dpo.reference.memory
         self.collate = collate
 
     def prepares(self) -> Prepare:
