@@ -28,6 +28,7 @@ from dpo_wrapper.reference import Reference, copy_with_closures
 from dpo_wrapper.running import GapState, Reduce
 from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.sequences import PreferenceBatch, ScoredSequences
+from dpo_wrapper.sync import check_alpha, sync
 from dpo_wrapper.token_level import check_wpo, desensitized, prompted_log_probs, weighted_by_policy
 
 
@@ -238,6 +239,14 @@ class DPO(nn.Module):
         """
         if self.gap is not None:
             self.gap.end_step(reduce)
+
+    def sync_reference(self, alpha: float = 0.6) -> None:
+        """Move the reference towards the policy: `ref <- alpha * policy + (1 - alpha) * ref` (TR-DPO).
+
+        Gorbatovski 2024 (arXiv 2404.09656); alpha = 1 takes the policy over. Weights that the two share stay,
+        so that of a policy with an adapter the adapters' weights are mixed (of LoRA each factor by itself).
+        """
+        sync(self.reference, self.policy_model, check_alpha(alpha))
 
     def settle(self) -> None:
         """Bring policy and reference into the modes they are computed in."""

@@ -115,6 +115,7 @@ class Loop:
                 values = self.step(accelerator, stage, module, optimizer, rows, batches)
                 values["lr"] = float(schedule.get_last_lr()[0])
                 schedule.step()
+                stage.after(step)
                 if stage.memory is not None and step * epochs == steps:  # each process has seen its share
                     stage.memory.exchange()
                 if accelerator.is_main_process:

@@ -45,6 +45,9 @@ class Stage(Protocol):
     def end_step(self, reduce: Reduce) -> None:
         """Called after the last share of each step; `reduce` sums over processes."""
 
+    def after(self, step: int) -> None:
+        """Called after so many steps, of this run and those that it goes on from."""
+
     def held_out(self, module: nn.Module, batches: Sequence[Any], reduce: Reduce) -> dict[str, float]:
         """Metrics over held-out batches, of which other processes have others."""
 
@@ -107,6 +110,9 @@ class SFTStage:
     def end_step(self, reduce: Reduce) -> None:
         """Nothing runs over steps."""
 
+    def after(self, step: int) -> None:
+        """Nothing changes between steps."""
+
     @torch.no_grad()
     def held_out(self, module: nn.Module, batches: Sequence[Any], reduce: Reduce) -> dict[str, float]:
         module.eval()
@@ -117,11 +123,14 @@ class SFTStage:
 
 
 class DPOStage:
-    """Preference training."""
+    """Preference training, with the reference moved by `sync_alpha` every so many steps (0 for never)."""
 
     name, title = "dpo", "DPO"
 
-    def __init__(self, dpo: DPO, collate: PreferenceCollator) -> None:
+    def __init__(
+        self, dpo: DPO, collate: PreferenceCollator, *, sync_every: int = 0, sync_alpha: float = 0.6
+    ) -> None:
+        self.sync_every, self.sync_alpha = sync_every, sync_alpha
         self.dpo = dpo
         self.module: nn.Module = dpo
         self.score = dpo.score_policy
@@ -141,6 +150,10 @@ class DPOStage:
 
     def end_step(self, reduce: Reduce) -> None:
         self.dpo.end_step(reduce)
+
+    def after(self, step: int) -> None:
+        if self.sync_every and step % self.sync_every == 0:
+            self.dpo.sync_reference(self.sync_alpha)
 
     def held_out(self, module: nn.Module, batches: Sequence[Any], reduce: Reduce) -> dict[str, float]:
         return evaluate(module, batches, reduce)

@@ -61,9 +61,11 @@ def prepare(config: TrainConfig) -> Prepared:
     """
     losses = parse_losses(config.loss)
     check_wpo(config.wpo, losses)
-    if config.precompute_reference and (config.reference == "none" or not needs_reference(losses)):
+    option = "--precompute-reference" if config.precompute_reference else "--sync-every"
+    asked = config.precompute_reference or config.sync_every
+    if asked and (config.reference == "none" or not needs_reference(losses)):
         why = "--reference is none" if config.reference == "none" else f"--loss {config.loss} needs none"
-        raise ValueError(f"--precompute-reference computes a reference, but {why}: leave it out.")
+        raise ValueError(f"{option} is about a reference, but {why}: leave it out.")
     run = RunFolder(config)
     run.check(config.resume)
     fields = Fields(prompt=config.prompt_field, chosen=config.chosen_field, rejected=config.rejected_field)
@@ -138,18 +140,19 @@ def run_prepared(prepared: Prepared) -> RunFolder:
             save_policy(policy, model, run.sft, run.settings)
             run.pass_to("dpo")
 
-    reference: str | CachedReference = config.reference
+    reference: str | CachedReference = "copy" if config.sync_every else config.reference
     if config.precompute_reference:
         reference = precomputed(config, run, model, {"training": training, "held-out": held_out}, accelerator)
     dpo = DPO(
         model,
         loss=parse_losses(config.loss),
         reference=reference,
-        remember_reference=True,
+        remember_reference=not config.sync_every,
         ld_alpha=config.ld_alpha,
         wpo=config.wpo,
     )
-    loop.stage(DPOStage(dpo, collate), config.epochs, config.lr or (1e-4 if config.fresh else 1e-6))
+    stage = DPOStage(dpo, collate, sync_every=config.sync_every, sync_alpha=config.sync_alpha)
+    loop.stage(stage, config.epochs, config.lr or (1e-4 if config.fresh else 1e-6))
     if accelerator.is_main_process:
         save_policy(policy, dpo.policy_model, run.path, run.settings)
         run.drop_checkpoint()

@@ -380,7 +380,7 @@ def test_two_processes_cache_what_one_does(rows, tmp_path, without_memory):
 
 def test_options_that_cannot_act_are_refused(rows, tmp_path):
     for options, why in (({"reference": "none"}, "--reference is none"), ({"loss": "simpo"}, "needs none")):
-        with pytest.raises(ValueError, match=f"--precompute-reference computes a reference, but .*{why}"):
+        with pytest.raises(ValueError, match=f"--precompute-reference is about a reference, but .*{why}"):
             train(config(rows, tmp_path / "out", precompute_reference=True, **options))
     assert not (tmp_path / "out").exists()
     with pytest.raises(TypeError, match="remember_reference should be True or False"):
