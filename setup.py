@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -13,9 +14,11 @@ train = [
     "tyro>=0.9",
 ]
 
+version = re.search('"(.+)"', Path(__file__).with_name("dpo_wrapper").joinpath("version.py").read_text())
+
 setup(
     name="dpo-wrapper",
-    version="0.1.0",
+    version=version[1],
     description="Train any autoregressive PyTorch transformer on human preferences",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -53,9 +53,18 @@ class TrainConfig:
     loss: Annotated[str, Doc(help_text())] = "sigmoid(beta=0.1) + 1.0*sft"
     reference: Literal["auto", "copy", "none"] = "auto"
     """What the policy is held against: a frozen copy of where it starts, or nothing."""
+    precompute_reference: bool = False
+    """Compute the reference's log-probs of all data before training, into the folder `reference` of --out,
+    and train without a reference in memory. Without this the first epoch computes them as it goes."""
+    sync_every: int = 0
+    """TR-DPO: steps between updates of the reference from the policy; 0 leaves it where it is."""
+    sync_alpha: float = 0.6
+    """TR-DPO: the policy's part in each such update; 1 takes the policy over."""
 
     ld_alpha: float = 1.0
     """LD-DPO: below 1, what the longer side of a pair has more than the other counts only so much."""
+    wpo: bool = False
+    """WPO: each pair counts as much as its completions are like what the policy writes itself."""
 
     sft_epochs: int | None = None
     """Epochs of warm-up on prompt and chosen, before preferences; by default 10 for a new model, else 0."""
@@ -93,13 +102,21 @@ class TrainConfig:
     """Continue an interrupted run in --out; everything else must be as it was."""
 
     def __post_init__(self) -> None:
-        for name in ("sft_epochs", "epochs", "save_every", "workers"):
+        for name in ("sft_epochs", "epochs", "save_every", "workers", "sync_every"):
             self._check(name, lambda value: value >= 0, "0 or more")
         for name in ("batch_size", "max_tokens", "eval_every"):
             self._check(name, lambda value: value >= 1, "at least 1")
         for name in ("lr", "sft_lr", "max_grad_norm"):
             self._check(name, lambda value: value > 0 and math.isfinite(value), "a positive number")
         self._check("ld_alpha", lambda value: 0 <= value <= 1, "from 0 to 1")
+        self._check("sync_alpha", lambda value: 0 < value <= 1, "above 0 and at most 1")
+        if self.sync_every and self.precompute_reference:
+            raise ValueError(
+                "--precompute-reference is for a reference that stays still, and --sync-every moves it: "
+                "leave one of them out."
+            )
+        if self.sync_alpha != 0.6 and not self.sync_every:
+            raise ValueError("--sync-alpha has no effect without --sync-every: give both, or neither.")
         self._check("weight_decay", lambda value: 0 <= value < 1, "in [0, 1)")
         self._check("max_length", lambda value: value >= 8, "at least 8")
         for name in ("eval_fraction", "warmup"):

@@ -14,7 +14,6 @@ from dpo_wrapper.losses import (
     Objective,
     PairFunction,
     PairLogProbs,
-    RunningGap,
     Sigmoid,
     check_columns,
     combined,
@@ -23,11 +22,14 @@ from dpo_wrapper.losses import (
 )
 from dpo_wrapper.metrics import pair_metrics
 from dpo_wrapper.modes import turn_off_dropout
+from dpo_wrapper.pairs import pair_log_probs
+from dpo_wrapper.recall import CachedReference
 from dpo_wrapper.reference import Reference, copy_with_closures
 from dpo_wrapper.running import GapState, Reduce
 from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.sequences import PreferenceBatch, ScoredSequences
-from dpo_wrapper.token_level import desensitized, prompted_log_probs
+from dpo_wrapper.sync import check_alpha, sync
+from dpo_wrapper.token_level import check_wpo, desensitized, prompted_log_probs, weighted_by_policy
 
 
 class DPO(nn.Module):
@@ -44,14 +46,17 @@ class DPO(nn.Module):
         loss: one of `dpo_wrapper.losses`, a function from `PairLogProbs` to one value per pair, or a list of
             `(loss, weight)`; by default `Sigmoid(beta)`.
         reference: `'copy'`, a frozen copy made now; `'adapter'`, the policy with its fresh LoRA adapter off;
-            a module; `'none'`; or `'auto'`: none if no loss needs one, else the adapter where that is
-            possible, else a copy.
+            a module; what `cache_reference` gives; `'none'`; or `'auto'`: none if no loss needs one, else the
+            adapter where that is possible, else a copy.
+        remember_reference: compute the reference once for each sequence, and recall it from then on.
         share_prefix: compute every prefix that sequences of a batch share once, and no padding. `'auto'`
             does so if a trial on the model gives the log-probs of padded sequences, and else warns;
             True raises then; False pads.
         log_prob_impl: as `impl` in `token_log_probs`.
         ld_alpha: below 1, what the longer side of a pair has more than the other counts only so much in the
             sums of policy and reference (LD-DPO, Liu 2024, arXiv 2409.06411); 0 leaves it out.
+        wpo: multiply the loss of each pair by how like the policy's own writing its two sides are (WPO, Zhou
+            2024, arXiv 2406.11827).
         disable_dropout: keep the policy in eval mode, in which it differs from the reference by training
             alone.
 
@@ -66,10 +71,12 @@ class DPO(nn.Module):
         beta: float = 0.1,
         pad_id: int | None = None,
         loss: Objective | PairFunction | Sequence[tuple[Objective | PairFunction, float]] | None = None,
-        reference: str | nn.Module = "auto",
+        reference: str | nn.Module | CachedReference = "auto",
+        remember_reference: bool = False,
         share_prefix: str | bool = "auto",
         log_prob_impl: str = "auto",
         ld_alpha: float = 1.0,
+        wpo: bool = False,
         disable_dropout: bool = True,
     ) -> None:
         super().__init__()
@@ -79,9 +86,12 @@ class DPO(nn.Module):
         self.beta = validation.check_beta(beta, self.losses, given=loss is not None)
         self.pad_id = validation.check_pad_id(pad_id)
         self.ld_alpha = validation.check_ld_alpha(ld_alpha)
+        self.wpo = check_wpo(wpo, self.losses)
         self.disable_dropout = validation.check_flag("disable_dropout", disable_dropout)
 
         self.reference = Reference(model, reference, needs_reference(self.losses))
+        remembers = validation.check_flag("remember_reference", remember_reference)
+        self.reference.recalls(per_token=self.ld_alpha < 1, remembers=remembers)
         self.policy_model = model
         self.ref_model = self.reference.module
         self.gap = GapState() if any(term.needs_gap for term, _ in self.losses) else None
@@ -192,12 +202,15 @@ class DPO(nn.Module):
         if prompted:
             sequences = sequences.beside_whole(batch.pairs[batch.valid, 0])
 
-        ref_scores = self.reference_token_scores(batch) if self.ld_alpha < 1 else None
+        ref_scores = None
+        if self.ld_alpha < 1:
+            ref_scores = self.reference.token_scores(self.score_reference, sequences=batch.sequences)
         if ref_scores is None:
             reference = self.reference_log_probs(batch, given)
         else:
             reference = batch.sequences.sums(ref_scores)
-        scores = self.score_policy.token_scores(sequences)
+        extras = ("log_sum_p2",) if self.wpo else ()
+        scores, more = self.score_policy.token_scores_and(sequences, extras)
         policy = sequences.sums(scores)
         gap = None if self.gap is None else self.gap.now(policy)
         pairs = pair_log_probs(batch, policy[:count], reference, gap)
@@ -205,14 +218,15 @@ class DPO(nn.Module):
             pairs = replace(pairs, prompted=prompted_log_probs(batch, policy[count:]))
         if self.ld_alpha < 1:
             pairs = desensitized(pairs, batch, self.ld_alpha, scores[:tokens], ref_scores)
+        if self.wpo:
+            pairs = weighted_by_policy(pairs, batch, scores[:tokens], more["log_sum_p2"][:tokens])
         return pairs
 
     def explain(self) -> str:
         """Which paths are in use, and why not the others, in plain words; known after the first call."""
         lines = [f"policy: {self.score_policy.explain()}"]
         if self.reference.exists:
-            which = "the policy with its adapter off" if self.ref_model is None else "a frozen model"
-            lines.append(f"reference: {which}; {self.score_reference.explain()}")
+            lines.append(f"reference: {self.reference.explain(self.score_reference)}")
         else:
             lines.append("reference: none")
         return "\n".join(lines)
@@ -226,6 +240,14 @@ class DPO(nn.Module):
         if self.gap is not None:
             self.gap.end_step(reduce)
 
+    def sync_reference(self, alpha: float = 0.6) -> None:
+        """Move the reference towards the policy: `ref <- alpha * policy + (1 - alpha) * ref` (TR-DPO).
+
+        Gorbatovski 2024 (arXiv 2404.09656); alpha = 1 takes the policy over. Weights that the two share stay,
+        so that of a policy with an adapter the adapters' weights are mixed (of LoRA each factor by itself).
+        """
+        sync(self.reference, self.policy_model, check_alpha(alpha))
+
     def settle(self) -> None:
         """Bring policy and reference into the modes they are computed in."""
         if self.disable_dropout:
@@ -233,7 +255,6 @@ class DPO(nn.Module):
         if self.ref_model is not None:
             self.ref_model.eval()
 
-    @torch.no_grad()
     def reference_log_probs(
         self, batch: PreferenceBatch, given: tuple[Tensor, Tensor] | None = None
     ) -> Float[Tensor, "s"] | None:
@@ -244,44 +265,5 @@ class DPO(nn.Module):
             return sums.index_put((batch.pairs.T.flatten(),), of_pairs)
         return self.reference_sums(batch.sequences)
 
-    @torch.no_grad()
     def reference_sums(self, sequences: ScoredSequences) -> Float[Tensor, "s"] | None:
-        with self.reference.still():
-            return self.score_reference(sequences) if self.reference.exists else None
-
-    @torch.no_grad()
-    def reference_token_scores(self, batch: PreferenceBatch) -> Float[Tensor, "t"] | None:
-        """The reference's log-prob of each scored token; None where there is no reference."""
-        if not self.reference.exists:
-            return None
-        with self.reference.still():
-            self.score_reference.check(batch.sequences)
-            return self.score_reference.token_scores(batch.sequences)
-
-
-def pair_log_probs(
-    batch: PreferenceBatch,
-    policy: Float[Tensor, "s"],
-    reference: Float[Tensor, "s"] | None,
-    gap: RunningGap | None = None,
-) -> PairLogProbs:
-    """Sums per sequence as sums per valid pair, with what the data says of these."""
-    valid = batch.valid
-    chosen, rejected = batch.pairs[valid].unbind(dim=-1)
-    lengths = batch.sequences.length
-    if batch.step_pairs is not None and batch.step_chosen_tokens is not None:
-        mean_length = policy.new_tensor(batch.step_chosen_tokens / max(1, batch.step_pairs))
-    else:
-        mean_length = lengths[chosen].to(policy.dtype).sum() / max(1, len(chosen))
-    return PairLogProbs(
-        chosen=policy[chosen],
-        rejected=policy[rejected],
-        ref_chosen=None if reference is None else reference[chosen].to(policy.dtype),
-        ref_rejected=None if reference is None else reference[rejected].to(policy.dtype),
-        chosen_length=lengths[chosen],
-        rejected_length=lengths[rejected],
-        mean_chosen_length=mean_length,
-        margins=None if batch.margins is None else batch.margins[valid].to(policy.dtype),
-        pair_weights=None if batch.pair_weights is None else batch.pair_weights[valid].to(policy.dtype),
-        gap=gap,
-    )
+        return self.reference.sums(self.score_reference, sequences)

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dpo_wrapper.config import TrainConfig
-from dpo_wrapper.data import PreferenceDataset, TokenPair
+from dpo_wrapper.data import PreferenceDataset
+from dpo_wrapper.data.groups import micro_batches
 from dpo_wrapper.metrics import MetricSums
 from dpo_wrapper.runs import RunFolder
 from dpo_wrapper.stages import Prepare, Stage
@@ -36,29 +37,6 @@ def step_indices(n: int, batch_size: int, epochs: int, seed: int) -> Iterator[li
 
 def steps_in(n: int, batch_size: int, epochs: int) -> int:
     return epochs * math.ceil(n / batch_size)
-
-
-def micro_batches(pairs: Sequence[TokenPair], most: int) -> list[list[int]]:
-    """Indices of pairs in groups of at most `most` unique tokens each, or of one pair.
-
-    Pairs with long common prefixes come together: in the order of their prompts.
-    """
-    groups: list[list[int]] = []
-    room = 0
-    before: tuple[int, ...] = ()
-    for k in sorted(range(len(pairs)), key=lambda k: (pairs[k].prompt, k)):
-        prompt = tuple(pairs[k].prompt)
-        tokens = len(prompt) + len(pairs[k].chosen) + len(pairs[k].rejected)
-        shared = next((n for n, (a, b) in enumerate(zip(prompt, before, strict=False)) if a != b), None)
-        shared = min(len(prompt), len(before)) if shared is None else shared
-        if groups and tokens - shared <= room:
-            groups[-1].append(k)
-            room -= tokens - shared
-        else:
-            groups.append([k])
-            room = most - tokens
-        before = prompt
-    return groups
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
@@ -114,6 +92,8 @@ class Loop:
         )
         module, optimizer = accelerator.prepare(stage.module, optimizer)
         accelerator.register_for_checkpointing(schedule)
+        if stage.memory is not None:
+            accelerator.register_for_checkpointing(stage.memory)
 
         done = 0
         if run.progress.stage == stage.name and run.progress.step:
@@ -135,6 +115,9 @@ class Loop:
                 values = self.step(accelerator, stage, module, optimizer, rows, batches)
                 values["lr"] = float(schedule.get_last_lr()[0])
                 schedule.step()
+                stage.after(step)
+                if stage.memory is not None and step * epochs == steps:  # each process has seen its share
+                    stage.memory.exchange()
                 if accelerator.is_main_process:
                     run.log(stage.name, "step", step, values)
                     bar.set_postfix_str(progress(values), refresh=False)

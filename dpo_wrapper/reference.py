@@ -9,9 +9,13 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from dpo_wrapper.modes import quiet
+from dpo_wrapper.recall import CachedReference, Recall
+from dpo_wrapper.scoring import Scorer
+from dpo_wrapper.sequences import ScoredSequences
 
 T = TypeVar("T")
 
@@ -129,16 +133,22 @@ class Reference:
     `module` is None where the policy itself serves (adapter off) or where there is no reference.
     """
 
-    def __init__(self, policy: nn.Module, kind: str | nn.Module, needed: bool) -> None:
-        if not isinstance(kind, (str, nn.Module)) or (isinstance(kind, str) and kind not in KINDS):
+    def __init__(self, policy: nn.Module, kind: str | nn.Module | CachedReference, needed: bool) -> None:
+        if not isinstance(kind, (str, nn.Module, CachedReference)) or (
+            isinstance(kind, str) and kind not in KINDS
+        ):
             raise ValueError(
-                f"reference should be a module or one of {', '.join(KINDS)}, but it is {kind!r}."
+                f"reference should be a module, what cache_reference gives, or one of "
+                f"{', '.join(KINDS)}, but it is {kind!r}."
             )
         if kind == "auto":
             kind = "none" if not needed else "adapter" if adapter_is_idle(policy) else "copy"
         self.adapter_of: Any = None
         self.module: nn.Module | None = None
         self.shared: list[tuple[str, nn.Parameter]] = []
+        self.cached = kind if isinstance(kind, CachedReference) else None
+        self.memory: Recall | None = None
+        self.remembered_of: Any = None
         if isinstance(kind, nn.Module):
             self.module = self.given(kind, policy)
         elif kind == "adapter":
@@ -156,7 +166,79 @@ class Reference:
 
     @property
     def exists(self) -> bool:
-        return self.module is not None or self.adapter_of is not None
+        return self.module is not None or self.adapter_of is not None or self.cached is not None
+
+    def recalls(self, *, per_token: bool, remembers: bool) -> None:
+        """Say whether single tokens will be asked for, and whether to remember what is computed."""
+        if self.cached is not None and per_token and not self.cached.per_token:
+            raise ValueError(
+                "ld_alpha needs the reference's log-prob of each token, but the cache holds sums: make it "
+                "with cache_reference(..., token_scores = True)."
+            )
+        if remembers and self.exists and self.cached is None:
+            self.memory = Recall(per_token)
+
+    def explain(self, score: Scorer) -> str:
+        if self.cached is not None:
+            return f"log-probs of {len(self.cached)} sequences, computed before"
+        which = "the policy with its adapter off" if self.module is None else "a frozen model"
+        return f"{which}; {score.explain()}"
+
+    def sums(self, score: Scorer, sequences: ScoredSequences) -> Float[Tensor, "s"] | None:
+        """The log-prob of each sequence; None where there is no reference."""
+        known = self.known(sequences)
+        if known is not None:
+            store = self.memory if self.cached is None else self.cached
+            return sequences.sums(known) if store is not None and store.per_token else known
+        scores = self.computed(score, sequences)
+        sums = None if scores is None else sequences.sums(scores)
+        self.remember(sequences, scores, sums)
+        return sums
+
+    def token_scores(self, score: Scorer, sequences: ScoredSequences) -> Float[Tensor, "t"] | None:
+        """The log-prob of each scored token; None where there is no reference."""
+        known = self.known(sequences)
+        if known is not None:
+            return known
+        scores = self.computed(score, sequences)
+        self.remember(sequences, scores, None)
+        return scores
+
+    @torch.no_grad()
+    def computed(self, score: Scorer, sequences: ScoredSequences) -> Float[Tensor, "t"] | None:
+        if not self.exists:
+            return None
+        with self.still():
+            score.check(sequences)
+            return score.token_scores(sequences)
+
+    def known(self, sequences: ScoredSequences) -> Float[Tensor, "_"] | None:
+        """What was computed before: of each scored token, or of each sequence."""
+        if self.cached is not None:
+            return self.cached.of(sequences)
+        if self.memory is None:
+            return None
+        now = self.state(sequences.ids.device)
+        if self.remembered_of not in (None, now):
+            self.memory.clear()
+        self.remembered_of = now
+        return self.memory.find(sequences)
+
+    def remember(self, sequences: ScoredSequences, scores: Tensor | None, sums: Tensor | None) -> None:
+        if self.memory is not None and (values := scores if self.memory.per_token else sums) is not None:
+            self.memory.keep(sequences, values)
+
+    def state(self, device: torch.device) -> Any:
+        """Changes with the reference's weights and with what it computes in."""
+        of = self.module if self.module is not None else self.adapter_of
+        weights = [p for p in of.parameters() if self.module is not None or not p.requires_grad]
+        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        return autocast, tuple((id(p), p._version, p.dtype, p.device) for p in weights)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is remembered is of the parameters of this one, and is left out of copies."""
+        memory = None if self.memory is None else Recall(self.memory.per_token)
+        return vars(self) | {"remembered_of": None, "memory": memory}
 
     @staticmethod
     def given(module: nn.Module, policy: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 config.json         how it was trained (and, once done, what model it is)
 metrics.jsonl       one line for each step and evaluation
 curves.png          the same, drawn
+reference/          the reference's log-probs, if they are computed ahead
 sft/                the model after the warm-up, where preference training starts
 checkpoint/         the latest state, while the run is under way
 model.safetensors   the trained policy, when the run is done
@@ -37,6 +38,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.curves = self.path / "curves.png"
         self.sft = self.path / "sft"
+        self.reference = self.path / "reference"
         self.checkpoint = self.path / "checkpoint"
         self.settings = config.as_json()
         self.progress = Progress()

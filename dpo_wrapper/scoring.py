@@ -2,7 +2,7 @@
 
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -16,6 +16,9 @@ from dpo_wrapper.models import language_model
 from dpo_wrapper.modes import one_arithmetic, quiet
 from dpo_wrapper.sequences import ScoredSequences, TreePlan
 from dpo_wrapper.validation import check_ids, check_mask, check_vocabulary, kind
+
+Scores = tuple[Tensor, dict[str, Tensor]]
+"""One log-prob for each scored token, and by name what else was asked for."""
 
 _looking = threading.RLock()
 """A model is looked at by one thread at a time, while others wait for what it finds."""
@@ -73,13 +76,20 @@ class Scorer:
 
     def token_scores(self, sequences: ScoredSequences) -> Float[Tensor, "t"]:
         """The log-prob of each scored token, over a tree or over padded rows."""
+        return self.token_scores_and(sequences, ())[0]
+
+    def token_scores_and(self, sequences: ScoredSequences, extras: Sequence[str]) -> Scores:
+        """The same, and by name what else `token_log_probs` says of each scored token, without gradients."""
         if self.why_padded is not None or not len(sequences.target):
             where = sequences.row * sequences.ids.shape[1] + sequences.source
-            return self.scores_at(partial(self.padded, sequences), where, sequences.target)
+            return self.scores_at(partial(self.padded, sequences), where, sequences.target, extras)
         plan = TreePlan(self.language_model.max_positions, self.kernel, self.least)
         tree = sequences.over_tree(plan)
         states = partial(self.language_model.over_tree, tree.layout)
-        return self.scores_at(states, tree.source, tree.target).index_select(0, tree.entry)
+        scores, more = self.scores_at(states, tree.source, tree.target, extras)
+        return scores.index_select(0, tree.entry), {
+            name: values.index_select(0, tree.entry) for name, values in more.items()
+        }
 
     def explain(self) -> str:
         """Which paths are in use, and why not the others."""
@@ -107,16 +117,23 @@ class Scorer:
         return valid_logits(self.language_model.logits(sequences.ids), sequences.ids)
 
     def scores_at(
-        self, states: Callable[[bool], Tensor], where: Int[Tensor, "t"], targets: Int[Tensor, "t"]
-    ) -> Float[Tensor, "t"]:
+        self,
+        states: Callable[[bool], Tensor],
+        where: Int[Tensor, "t"],
+        targets: Int[Tensor, "t"],
+        extras: Sequence[str],
+    ) -> Scores:
         """Log-probs of targets from the hidden states (or, if False is asked for, logits) at places of their
         rows, laid end to end."""
         head = self.language_model.head()
         with one_arithmetic(self.language_model.model):
             if head is None or not self.head_applies:
-                return log_probs_of_rows(states(False).flatten(0, 1), where, targets)
+                found = log_probs_of_rows(states(False).flatten(0, 1), where, targets, extras)
+                return found if extras else (found, {})
             hidden = states(True).flatten(0, 1).index_select(0, where)
-        return token_log_probs(hidden, head.weight, targets, impl=self.impl, **head.options)
+        options = {"impl": self.impl, "extras": extras, **head.options}
+        found = token_log_probs(hidden, head.weight, targets, **options)
+        return found if extras else (found, {})
 
     def check(self, sequences: ScoredSequences) -> None:
         """Everything that can be said before the model runs on these sequences."""

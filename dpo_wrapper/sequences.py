@@ -3,6 +3,7 @@
 The one place where ids and masks shift.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -91,7 +92,22 @@ class ScoredSequences(Movable):
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "ScoredSequences":
         moved, made = super().mapped(function), vars(self).get("_trees", {})
         vars(moved)["_trees"] = {key: tree.mapped(function) for key, tree in made.items()}
+        if "_names" in vars(self):
+            vars(moved)["_names"] = vars(self)["_names"]
         return moved
+
+    def names(self) -> tuple[bytes, ...]:
+        """What each sequence is known by in any batch: a hash of its ids and of which of them are scored."""
+        if "_names" not in vars(self):
+            lengths = self.length.tolist()
+            sources, targets = (t.cpu().split(lengths) for t in (self.source, self.target))
+            named = []
+            for ids, source, target in zip(self.inputs(), sources, targets, strict=True):
+                shape = torch.tensor([len(ids), len(source)])
+                parts = torch.cat([shape, ids, source, target]).numpy().tobytes()
+                named.append(hashlib.blake2b(parts, digest_size=16).digest())
+            vars(self)["_names"] = tuple(named)
+        return vars(self)["_names"]
 
     def sums(self, scores: Float[Tensor, "t"]) -> Float[Tensor, "s"]:
         """Sum per sequence of one score per scored token, in an order that does not depend on the device."""

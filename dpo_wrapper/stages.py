@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dpo_wrapper.data import PreferenceCollator, PreferenceItem, PreferenceItemWithColumns
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.evaluate import evaluate
+from dpo_wrapper.recall import Recall
 from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.sequences import PreferenceBatch, ScoredSequences, TreePlan
 
@@ -29,6 +30,8 @@ class Stage(Protocol):
     name: str
     title: str
     module: nn.Module
+    memory: Recall | None
+    """What is computed in the first epoch alone."""
 
     def prepares(self) -> Prepare:
         """What makes a batch of items. It can be sent to another process, for it holds no model."""
@@ -41,6 +44,9 @@ class Stage(Protocol):
 
     def end_step(self, reduce: Reduce) -> None:
         """Called after the last share of each step; `reduce` sums over processes."""
+
+    def after(self, step: int) -> None:
+        """Called after so many steps, of this run and those that it goes on from."""
 
     def held_out(self, module: nn.Module, batches: Sequence[Any], reduce: Reduce) -> dict[str, float]:
         """Metrics over held-out batches, of which other processes have others."""
@@ -74,7 +80,7 @@ def preference_batch(
     seqs = (columns["preferred_seq"], columns["unpreferred_seq"])
     more = (columns.get("pair_weights"), columns.get("margins"))
     batch = PreferenceBatch.from_padded(seqs, columns["prompt_mask"], columns["seq_mask"], *more)
-    batch.sequences.laid_out(plan)
+    batch.sequences.laid_out(plan).names()
     return batch
 
 
@@ -82,6 +88,7 @@ class SFTStage:
     """Supervised warm-up: maximum likelihood of prompt and chosen, in nats per token."""
 
     name, title = "sft", "SFT"
+    memory: Recall | None = None
 
     def __init__(self, model: nn.Module, collate: PreferenceCollator) -> None:
         self.module: nn.Module = LikelihoodLoss(model)
@@ -103,6 +110,9 @@ class SFTStage:
     def end_step(self, reduce: Reduce) -> None:
         """Nothing runs over steps."""
 
+    def after(self, step: int) -> None:
+        """Nothing changes between steps."""
+
     @torch.no_grad()
     def held_out(self, module: nn.Module, batches: Sequence[Any], reduce: Reduce) -> dict[str, float]:
         module.eval()
@@ -113,14 +123,18 @@ class SFTStage:
 
 
 class DPOStage:
-    """Preference training."""
+    """Preference training, with the reference moved by `sync_alpha` every so many steps (0 for never)."""
 
     name, title = "dpo", "DPO"
 
-    def __init__(self, dpo: DPO, collate: PreferenceCollator) -> None:
+    def __init__(
+        self, dpo: DPO, collate: PreferenceCollator, *, sync_every: int = 0, sync_alpha: float = 0.6
+    ) -> None:
+        self.sync_every, self.sync_alpha = sync_every, sync_alpha
         self.dpo = dpo
         self.module: nn.Module = dpo
         self.score = dpo.score_policy
+        self.memory = dpo.reference.memory
         self.collate = collate
 
     def prepares(self) -> Prepare:
@@ -136,6 +150,10 @@ class DPOStage:
 
     def end_step(self, reduce: Reduce) -> None:
         self.dpo.end_step(reduce)
+
+    def after(self, step: int) -> None:
+        if self.sync_every and step % self.sync_every == 0:
+            self.dpo.sync_reference(self.sync_alpha)
 
     def held_out(self, module: nn.Module, batches: Sequence[Any], reduce: Reduce) -> dict[str, float]:
         return evaluate(module, batches, reduce)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dpo_wrapper.losses import PairLogProbs, PromptedLogProbs
+from dpo_wrapper.losses import PairLogProbs, PromptedLogProbs, WeightedLosses, check_columns
 from dpo_wrapper.sequences import PreferenceBatch, ScoredSequences
 
 
@@ -79,3 +79,29 @@ def wpo_weights(
     sequences = batch.sequences
     means = sequences.sums(scores - log_square_sums) / sequences.length.clamp(min=1)
     return means[batch.pairs].sum(dim=-1).exp()
+
+
+def weighted_by_policy(
+    pairs: PairLogProbs,
+    batch: PreferenceBatch,
+    scores: Float[Tensor, "t"],
+    log_square_sums: Float[Tensor, "t"],
+) -> PairLogProbs:
+    """The pairs with WPO's weights, times those that the data gives."""
+    weights = wpo_weights(batch, scores, log_square_sums)[batch.valid]
+    return replace(
+        pairs, pair_weights=weights if pairs.pair_weights is None else pairs.pair_weights * weights
+    )
+
+
+def check_wpo(wpo: object, losses: WeightedLosses) -> bool:
+    """Whether each pair's loss is to be weighted, if it can be."""
+    if not isinstance(wpo, bool):
+        raise TypeError(f"wpo should be True or False, but it is {wpo!r}.")
+    if wpo and losses[0][0].data is not PairLogProbs:
+        raise ValueError(
+            f"wpo weights pairs, and {type(losses[0][0]).__name__} learns from other data: leave it out."
+        )
+    if wpo:
+        check_columns(losses, margins=False, pair_weights=True)
+    return wpo

@@ -1,11 +1,15 @@
 """From a file of preferences to a better model: `train(TrainConfig(data = ...))`."""
 
+import sys
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
+from tqdm import tqdm
 
+from dpo_wrapper.cached import cache_reference
 from dpo_wrapper.config import TrainConfig
 from dpo_wrapper.data import (
     Fields,
@@ -21,11 +25,13 @@ from dpo_wrapper.data import (
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.evaluate import complete
 from dpo_wrapper.loop import Loop
-from dpo_wrapper.losses import check_columns, parse_losses
+from dpo_wrapper.losses import check_columns, needs_reference, parse_losses
 from dpo_wrapper.policies import Policy, load_policy, save_policy
+from dpo_wrapper.recall import CachedReference
 from dpo_wrapper.report import plot_curves, summary_table
 from dpo_wrapper.runs import RunFolder
 from dpo_wrapper.stages import DPOStage, SFTStage
+from dpo_wrapper.token_level import check_wpo
 
 COMPLETION_TOKENS = 120
 
@@ -54,6 +60,12 @@ def prepare(config: TrainConfig) -> Prepared:
         ValueError, TypeError, OSError, ImportError: one sentence about what does not fit.
     """
     losses = parse_losses(config.loss)
+    check_wpo(config.wpo, losses)
+    option = "--precompute-reference" if config.precompute_reference else "--sync-every"
+    asked = config.precompute_reference or config.sync_every
+    if asked and (config.reference == "none" or not needs_reference(losses)):
+        why = "--reference is none" if config.reference == "none" else f"--loss {config.loss} needs none"
+        raise ValueError(f"{option} is about a reference, but {why}: leave it out.")
     run = RunFolder(config)
     run.check(config.resume)
     fields = Fields(prompt=config.prompt_field, chosen=config.chosen_field, rejected=config.rejected_field)
@@ -128,8 +140,19 @@ def run_prepared(prepared: Prepared) -> RunFolder:
             save_policy(policy, model, run.sft, run.settings)
             run.pass_to("dpo")
 
-    dpo = DPO(model, loss=parse_losses(config.loss), reference=config.reference, ld_alpha=config.ld_alpha)
-    loop.stage(DPOStage(dpo, collate), config.epochs, config.lr or (1e-4 if config.fresh else 1e-6))
+    reference: str | CachedReference = "copy" if config.sync_every else config.reference
+    if config.precompute_reference:
+        reference = precomputed(config, run, model, {"training": training, "held-out": held_out}, accelerator)
+    dpo = DPO(
+        model,
+        loss=parse_losses(config.loss),
+        reference=reference,
+        remember_reference=not config.sync_every,
+        ld_alpha=config.ld_alpha,
+        wpo=config.wpo,
+    )
+    stage = DPOStage(dpo, collate, sync_every=config.sync_every, sync_alpha=config.sync_alpha)
+    loop.stage(stage, config.epochs, config.lr or (1e-4 if config.fresh else 1e-6))
     if accelerator.is_main_process:
         save_policy(policy, dpo.policy_model, run.path, run.settings)
         run.drop_checkpoint()
@@ -139,6 +162,37 @@ def run_prepared(prepared: Prepared) -> RunFolder:
         say(f"\nThe policy, its metrics and curves.png are in {run.path}")
     accelerator.wait_for_everyone()
     return run
+
+
+def precomputed(
+    config: TrainConfig,
+    run: RunFolder,
+    model: nn.Module,
+    parts: dict[str, PreferenceDataset],
+    accelerator: Accelerator,
+) -> CachedReference:
+    """What the model as it is now says of all the data, from the run folder or else computed into it."""
+    model.to(accelerator.device)
+    of_tokens = config.ld_alpha < 1
+    cached = CachedReference(per_token=of_tokens)
+    for name, dataset in parts.items():
+        bar = tqdm(
+            total=len(dataset),
+            desc=f"reference, {name}",
+            unit="pair",
+            mininterval=0.2 if sys.stderr.isatty() else 10.0,
+            disable=not accelerator.is_main_process,
+        )
+        with bar, accelerator.autocast():
+            cached |= cache_reference(
+                dataset,
+                model,
+                run.reference / name,
+                token_scores=of_tokens,
+                max_tokens=config.max_tokens,
+                progress=bar.update,
+            )
+    return cached
 
 
 def describe_size(model: nn.Module) -> str:

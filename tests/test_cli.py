@@ -154,6 +154,11 @@ BAD = {
         ["--data", "d.jsonl", "--loss", "sigmoid(beta=-1)"],
         "beta should be .*positive.*-1",
     ),
+    "wpo of a sorted loss": (
+        {"d.jsonl": GOOD},
+        ["--data", "d.jsonl", "--loss", "aot", "--wpo"],
+        "weights of pairs have no meaning for AOT",
+    ),
     "folder without a model": (
         {"d.jsonl": GOOD, "m/x": ""},
         ["--data", "d.jsonl", "--model", "m"],

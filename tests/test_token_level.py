@@ -10,7 +10,7 @@ from torch import Generator
 from zoo import ZOO
 
 from dpo_wrapper import DPO, SFT, PreferenceBatch, Sigmoid, sequence_log_probs
-from dpo_wrapper.losses import CPO, ORPO, SimPO, parse_losses
+from dpo_wrapper.losses import AOT, CPO, KTO, ORPO, AOTUnpaired, BetaDPO, SimPO, parse_losses
 from dpo_wrapper.sequences import ScoredSequences
 from dpo_wrapper.token_level import shortened_sums, wpo_weights
 
@@ -91,6 +91,55 @@ def test_wpo_weights_by_hand():
     # where the policy is certain of what is written, the weight is 1
     assert wpo_weights(given, torch.zeros(3), torch.zeros(3)).tolist() == [1.0]
     assert wpo_weights(given, torch.full((3,), -1e4), torch.zeros(3)).tolist() == [exp(-2e4)]
+
+
+WPO_CASES = [
+    ("xt-rotary", True, "eager"),
+    ("xt-rotary", True, "chunked"),
+    ("xt-rotary", False, "auto"),
+    ("plain-tied", "auto", "auto"),  # whose logits are computed whole
+    ("xt-mixture", "auto", "auto"),
+]
+
+
+@pytest.mark.parametrize("name, share, impl", WPO_CASES)
+def test_wpo_in_dpo(name, share, impl):
+    """Against the formula, written out over each sequence's own log-softmax."""
+    policy, reference = ZOO[name](0).double(), ZOO[name](1).double()
+    options = {"reference": reference, "share_prefix": share, "log_prob_impl": impl}
+    dpo = DPO(policy, loss=Sigmoid(0.3), wpo=True, **options)
+    case = random_batch(Generator().manual_seed(4), b=5)
+    sides = ((case.preferred_seq, case.unpreferred_seq), case.prompt_masks, case.seq_masks)
+    given = PreferenceBatch.from_padded(*sides, pair_weights=torch.tensor([1.0, 0.5, 2.0, 1.0, 3.0]))
+    sequences = given.sequences
+    logits = policy.eval()(sequences.ids)
+    every = getattr(logits, "logits", logits).log_softmax(dim=-1)
+    weights = []
+    for k in range(len(sequences.ids)):
+        mine = sequences.row == k
+        p = every[k, sequences.source[mine]]
+        scores = p.gather(-1, sequences.target[mine, None])[:, 0]
+        weights.append((scores - p.exp().square().sum(dim=-1).log()).mean().exp().detach())
+    weights = torch.stack(weights)[given.pairs].prod(dim=-1).nan_to_num(nan=1.0)
+    plain = DPO(policy, loss=Sigmoid(0.3), **options)
+    expected = plain(replace(given, pair_weights=given.pair_weights * weights))
+    found, metrics = dpo(given, return_metrics=True)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(metrics["loss"], found.detach())
+    assert abs(found - plain(given)) > 1e-3
+    gradients = [torch.autograd.grad(loss, list(policy.parameters())) for loss in (found, expected)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_wpo_is_refused_where_it_cannot_act():
+    for loss in (AOT(), BetaDPO(), [(Sigmoid(), 1.0), (AOTUnpaired(), 1.0)]):
+        with pytest.raises(ValueError, match=r"weights of pairs have no meaning for (AOT|BetaDPO)"):
+            made(loss, wpo=True)
+    with pytest.raises(ValueError, match="wpo weights pairs, and KTO learns from other data"):
+        made(KTO(), wpo=True)
+    with pytest.raises(TypeError, match="wpo should be True or False, but it is 1"):
+        made(Sigmoid(), wpo=1)
 
 
 def test_whole_sequences_beside_others():

@@ -127,12 +127,11 @@ def padded(side: int, rows: list) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def ours(
-    policy: nn.Module, reference: nn.Module, loss, ld_alpha: float = 1.0, **columns
+    policy: nn.Module, reference: nn.Module, loss, ld_alpha: float = 1.0, wpo: bool = False, **columns
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss and its gradients, over the prefix tree and through the fused gather."""
-    dpo = DPO(
-        policy, loss=loss, reference=reference, share_prefix=True, log_prob_impl="chunked", ld_alpha=ld_alpha
-    )
+    options = {"share_prefix": True, "log_prob_impl": "chunked", "ld_alpha": ld_alpha, "wpo": wpo}
+    dpo = DPO(policy, loss=loss, reference=reference, **options)
     chosen, rejected = (padded(side, tokens()) for side in (1, 2))
     masks = [(chosen[k], rejected[k]) for k in (1, 2)]
     return differentiated(dpo(chosen[0], rejected[0], *masks, **columns), policy)
@@ -246,6 +245,14 @@ def test_wpo_weights(dpo_trainer):
     weights = wpo_weights(batch, scores, (2 * log_probs).logsumexp(dim=-1))
     assert not weights.requires_grad
     found = ours(dpo_trainer.policy, dpo_trainer.reference, Sigmoid(0.3), pair_weights=weights)
+    assert difference(found, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.3])
+@pytest.mark.parametrize("name, loss", [("sigmoid", Sigmoid(0.3)), ("ipo", IPO(0.3))])
+def test_wpo(dpo_trainer, name, loss, alpha):
+    expected = theirs(dpo_trainer, [name], use_weighting=True, ld_alpha=alpha)
+    found = ours(dpo_trainer.policy, dpo_trainer.reference, loss, alpha, wpo=True)
     assert difference(found, expected) <= TOLERANCE
 
 

@@ -1,5 +1,6 @@
 """Log-probs from logits that a model has already made: one pass over them, and no tensor of log-softmax."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,8 +54,27 @@ def blocks(logits: Tensor, count: int) -> Any:
     return spans(count, BLOCK_BYTES // max(1, row))
 
 
+@torch.no_grad()
+def log_square_sums(logits: Float[Tensor, "n v"], rows: Int[Tensor, "t"]) -> Float[Tensor, "t"]:
+    """`log Σ p²` over the vocabulary, of the distributions that these rows of the logits stand for."""
+    wide = accumulation_dtype(logits.dtype)
+    asked, entry = rows.unique(return_inverse=True)
+    sums = logits.new_empty(len(asked), dtype=wide)
+    for part in blocks(logits, len(asked)):
+        sums[part] = logits[asked[part]].to(wide).log_softmax(dim=-1).mul_(2).logsumexp(dim=-1)
+    return sums[entry]
+
+
 def log_probs_of_rows(
-    logits: Float[Tensor, "n v"], rows: Int[Tensor, "t"], targets: Int[Tensor, "t"]
-) -> Float[Tensor, "t"]:
-    """In nats, in float32 or wider."""
-    return RowLogProbs.apply(logits, rows, targets)
+    logits: Float[Tensor, "n v"],
+    rows: Int[Tensor, "t"],
+    targets: Int[Tensor, "t"],
+    extras: Sequence[str] = (),
+) -> Any:
+    """In nats, in float32 or wider; with extras (of which there is `'log_sum_p2'` here) a tuple of that and a
+    dict, as `token_log_probs` gives it."""
+    log_probs = RowLogProbs.apply(logits, rows, targets)
+    if not extras:
+        return log_probs
+    assert set(extras) == {"log_sum_p2"}, extras
+    return log_probs, {"log_sum_p2": log_square_sums(logits, rows)}

@@ -1,0 +1,204 @@
+"""A reference that follows the policy, by hand; each kind of reference survives what is done to it."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from cases import random_batch
+from test_cached import dataset
+from test_dpo import arguments
+from test_reference import lora
+from test_train import BUNDLED, Interrupted, config, records
+from torch import Generator
+from zoo import ZOO
+
+from dpo_wrapper import DPO, cache_reference
+from dpo_wrapper.config import PRESETS
+from dpo_wrapper.loop import Loop
+from dpo_wrapper.train import train
+
+LN2 = 0.6931471805599453
+CASE = random_batch(Generator().manual_seed(0), odd=0)
+
+
+def moved(dpo, scale=0.1):
+    with torch.no_grad():
+        for p in dpo.policy_model.parameters():
+            if p.requires_grad:
+                p += scale * torch.randn_like(p)
+    return dpo
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def metric(dpo, name="logps/ref_chosen"):
+    return dpo(**arguments(CASE), return_metrics=True)[1][name]
+
+
+@pytest.mark.parametrize("name", ["xt-tied", "hf-llama-tied", "plain-tied"])
+@pytest.mark.parametrize("alpha", [0.6, 0.25, 1.0])
+def test_values_by_hand(name, alpha):
+    dpo = moved(DPO(ZOO[name](0), remember_reference=True))
+    before, policy, remembered = weights(dpo.ref_model), weights(dpo.policy_model), metric(dpo)
+    dpo.sync_reference(alpha)
+    after = dpo.ref_model.state_dict()
+    for key, value in after.items():
+        expected = alpha * policy[key] + (1 - alpha) * before[key]
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-7)
+        assert torch.equal(value, policy[key]) or alpha < 1
+    assert all(torch.equal(value, policy[key]) for key, value in dpo.policy_model.state_dict().items())
+    assert metric(dpo) != remembered, "what was remembered is of the reference as it was"
+    if alpha == 1:
+        assert abs(dpo(**arguments(CASE)) - LN2) < 1e-6
+    assert not any(p.requires_grad for p in dpo.ref_model.parameters())
+
+
+def test_shared_weights_and_buffers():
+    model = ZOO["hf-llama"](0)
+    model.model.embed_tokens.weight.requires_grad_(False)
+    model.register_buffer("mean", torch.tensor([1.0, 2.0]))
+    model.register_buffer("count", torch.tensor(3))
+    dpo = moved(DPO(model))
+    shared = dpo.ref_model.model.embed_tokens.weight
+    version = shared._version
+    model.mean += 1
+    model.count += 1
+    dpo.sync_reference(0.5)
+    assert shared is model.model.embed_tokens.weight and shared._version == version
+    assert dpo.ref_model.mean.tolist() == [1.5, 2.5] and dpo.ref_model.count == 4
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"modules_to_save": ["lm_head"]}])
+def test_lora(kwargs):
+    policy = lora(ZOO["hf-llama"](0), **kwargs)
+    dpo = DPO(policy, reference="copy")
+    assert abs(dpo(**arguments(CASE)) - LN2) < 1e-6
+    base = {id(p) for p in policy.parameters() if not p.requires_grad}
+    own = {n: p for n, p in dpo.ref_model.named_parameters() if id(p) not in base}
+    assert own and all("lora_" in name or "modules_to_save" in name for name in own)
+    moved(dpo)
+    before, trained = {n: p.clone() for n, p in own.items()}, dict(policy.named_parameters())
+    dpo.sync_reference(0.6)
+    for name, p in own.items():
+        torch.testing.assert_close(p, 0.6 * trained[name] + 0.4 * before[name], rtol=1e-6, atol=1e-7)
+    dpo.sync_reference(1.0)
+    assert abs(dpo(**arguments(CASE)) - LN2) < 1e-6
+
+
+def test_what_cannot_be_updated_is_refused(tmp_path):
+    model = ZOO["xt-rotary"](0)
+    refused = {
+        "with its adapter off and has no weights": DPO(lora(ZOO["hf-llama"](0))),
+        "expected, but there is none": DPO(model, reference="none"),
+        "computed before cannot be updated": DPO(
+            model, reference=cache_reference(dataset(), model, tmp_path)
+        ),
+        "of another architecture than the policy": DPO(model, reference=ZOO["hf-llama"](0)),
+    }
+    for sentence, dpo in refused.items():
+        with pytest.raises(ValueError, match=f"{sentence}.*use reference = 'copy'"):
+            dpo.sync_reference()
+    for alpha in (0, -1, 1.5, "1", True, float("nan")):
+        with pytest.raises(ValueError, match="alpha should be above 0 and at most 1"):
+            DPO(model).sync_reference(alpha)
+
+
+# each kind of reference
+
+
+def trained_lora():
+    policy = lora(ZOO["hf-llama"](0), modules_to_save=["lm_head"])
+    with torch.no_grad():
+        for name, p in policy.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                p += 0.3 * torch.randn_like(p)
+    return policy
+
+
+KINDS = {
+    "copy": lambda: DPO(ZOO["hf-llama"](0), reference="copy"),
+    "copy with a closure": lambda: DPO(ZOO["xt-tied"](0), reference="copy"),  # which cannot be pickled
+    "adapter": lambda: DPO(lora(ZOO["hf-llama"](0)), reference="adapter"),
+    "loaded adapter": lambda: DPO(trained_lora()),
+    "module": lambda: DPO(ZOO["xt-rotary"](0), reference=ZOO["hf-llama"](1)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_survives_what_is_done_to_it(kind):
+    torch.manual_seed(0)
+    dpo = KINDS[kind]()
+    start, reference = dpo(**arguments(CASE)), metric(dpo)
+    assert (abs(start - LN2) < 1e-6) == (kind != "module")
+    moved(dpo)
+    assert metric(dpo) == reference and metric(dpo, "logps/chosen") != reference
+    loss = dpo(**arguments(CASE))
+
+    torch.manual_seed(0)
+    again = moved(KINDS[kind](), 0.3)
+    again.load_state_dict(dpo.state_dict())
+    assert torch.equal(again(**arguments(CASE)), loss)
+
+    twins = [copy.deepcopy(dpo)]
+    if kind != "copy with a closure":
+        twins.append(pickle.loads(pickle.dumps(dpo)))
+    for twin in twins:
+        assert torch.equal(twin(**arguments(CASE)), loss) and metric(twin) == reference
+        moved(twin)
+        assert metric(twin) == reference and torch.equal(dpo(**arguments(CASE)), loss)
+
+    before = metric(dpo.to(torch.float64))
+    assert abs(before - reference) < 1e-3 and before.dtype == torch.float64
+    assert metric(moved(dpo)) == before
+
+
+# the training command
+
+
+@pytest.fixture
+def rows(tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", {"dim": 32, "depth": 1, "heads": 1})
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(BUNDLED.read_text(encoding="utf-8").splitlines(keepends=True)[:26]))
+    return path
+
+
+def test_the_training_command_updates_and_resumes(rows, tmp_path, monkeypatch):
+    options = {"sft_epochs": 0, "sync_every": 3, "sync_alpha": 0.5, "save_every": 2}
+    train(config(rows, tmp_path / "whole", **options))
+    steps = [r["logps/ref_chosen"] for r in records(tmp_path / "whole") if r["part"] == "held-out"]
+    assert len(set(steps)) > 2, "the reference moves"
+    step = Loop.step
+
+    def breaks(self, *args):
+        breaks.left -= 1
+        if breaks.left == 0:
+            raise Interrupted
+        return step(self, *args)
+
+    breaks.left = 6  # after an update that is in the checkpoint of step 4
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Loop, "step", breaks)
+        train(config(rows, tmp_path / "out", **options))
+    train(config(rows, tmp_path / "out", resume=True, **options))
+    assert records(tmp_path / "out") == records(tmp_path / "whole")
+
+
+def test_options_that_cannot_act_are_refused(rows, tmp_path):
+    refused = [
+        ({"sync_every": 2, "precompute_reference": True}, "--precompute-reference is for .* stays still"),
+        ({"sync_alpha": 0.5}, "--sync-alpha has no effect without --sync-every"),
+        ({"sync_every": 2, "sync_alpha": 0.0}, "--sync-alpha should be above 0"),
+        (
+            {"sync_every": 2, "reference": "none"},
+            "--sync-every is about a reference, but --reference is none",
+        ),
+        ({"sync_every": 2, "loss": "simpo"}, "--sync-every is about a reference, but .* needs none"),
+    ]
+    for options, sentence in refused:
+        with pytest.raises(ValueError, match=sentence):
+            train(config(rows, tmp_path / "out", **options))
+    assert not (tmp_path / "out").exists()
