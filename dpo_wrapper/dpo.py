@@ -48,6 +48,8 @@ class DPO(nn.Module):
         reference: `'copy'`, a frozen copy made now; `'adapter'`, the policy with its fresh LoRA adapter off;
             a module; what `cache_reference` gives; `'none'`; or `'auto'`: none if no loss needs one, else the
             adapter where that is possible, else a copy.
+        reference_dtype: of a copy, instead of the policy's: half the memory in bfloat16, but a fresh DPO
+            starts near ln 2 then and not at it, and the copy shares no storage.
         remember_reference: compute the reference once for each sequence, and recall it from then on.
         share_prefix: compute every prefix that sequences of a batch share once, and no padding. `'auto'`
             does so if a trial on the model gives the log-probs of padded sequences, and else warns;
@@ -72,6 +74,7 @@ class DPO(nn.Module):
         pad_id: int | None = None,
         loss: Objective | PairFunction | Sequence[tuple[Objective | PairFunction, float]] | None = None,
         reference: str | nn.Module | CachedReference = "auto",
+        reference_dtype: torch.dtype | None = None,
         remember_reference: bool = False,
         share_prefix: str | bool = "auto",
         log_prob_impl: str = "auto",
@@ -89,7 +92,7 @@ class DPO(nn.Module):
         self.wpo = check_wpo(wpo, self.losses)
         self.disable_dropout = validation.check_flag("disable_dropout", disable_dropout)
 
-        self.reference = Reference(model, reference, needs_reference(self.losses))
+        self.reference = Reference(model, reference, needs_reference(self.losses), reference_dtype)
         remembers = validation.check_flag("remember_reference", remember_reference)
         self.reference.recalls(per_token=self.ld_alpha < 1, remembers=remembers)
         self.policy_model = model

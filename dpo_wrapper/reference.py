@@ -23,9 +23,13 @@ KINDS = ("auto", "copy", "adapter", "none")
 FACTOR = re.compile(r"lora_(embedding_)?[AB]\.")
 
 
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode, without gradients, that shares storage for parameters that do not train."""
-    memo: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
+def frozen_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy in eval mode, without gradients, that shares storage for parameters that do not train.
+
+    One in another dtype shares nothing.
+    """
+    shared = model.parameters() if dtype is None else ()
+    memo: dict[int, Any] = {id(p): p for p in shared if not p.requires_grad}
     copied = copy_with_closures(model, model, memo)
     if any(hasattr(module, "__deepcopy__") for module in model.modules()):
         pairs = zip(model.state_dict().values(), copied.state_dict().values(), strict=True)
@@ -34,7 +38,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
                 "the model's own __deepcopy__ gives no copy with the same weights: give a separately built "
                 "model as reference = module."
             )
-    return copied.requires_grad_(False).eval()
+    return copied.requires_grad_(False).eval().to(dtype)
 
 
 def copy_with_closures(value: T, model: nn.Module, memo: dict[int, Any]) -> T:
@@ -133,16 +137,29 @@ class Reference:
     `module` is None where the policy itself serves (adapter off) or where there is no reference.
     """
 
-    def __init__(self, policy: nn.Module, kind: str | nn.Module | CachedReference, needed: bool) -> None:
+    def __init__(
+        self,
+        policy: nn.Module,
+        kind: str | nn.Module | CachedReference,
+        needed: bool,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         if not isinstance(kind, (str, nn.Module, CachedReference)) or (
             isinstance(kind, str) and kind not in KINDS
         ):
             raise ValueError(
-                f"reference should be a module, what cache_reference gives, or one of "
-                f"{', '.join(KINDS)}, but it is {kind!r}."
+                f"reference should be a module or one of {', '.join(KINDS)}, but it is {kind!r}."
             )
         if kind == "auto":
             kind = "none" if not needed else "adapter" if adapter_is_idle(policy) else "copy"
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"reference_dtype should be a torch dtype of floats, but it is {dtype!r}.")
+        if dtype is not None and not (isinstance(kind, str) and kind == "copy"):
+            which = repr(kind) if isinstance(kind, str) else "given"
+            raise ValueError(
+                f"reference_dtype is for reference = 'copy', but it is {which}: leave it out, and convert a "
+                "module of your own by module.to(dtype)."
+            )
         self.adapter_of: Any = None
         self.module: nn.Module | None = None
         self.shared: list[tuple[str, nn.Parameter]] = []
@@ -159,7 +176,7 @@ class Reference:
                 )
             self.adapter_of = policy
         elif kind == "copy":
-            self.module = frozen_copy(policy)
+            self.module = frozen_copy(policy, dtype)
         if self.module is not None:
             own = {id(p) for p in self.module.parameters()}
             self.shared = [(name, p) for name, p in policy.named_parameters() if id(p) in own]

@@ -155,6 +155,29 @@ def test_every_kind_survives_what_is_done_to_it(kind):
     assert metric(moved(dpo)) == before
 
 
+@pytest.mark.parametrize("name", ["xt-tied", "hf-llama"])
+def test_a_copy_in_another_dtype(name):
+    model = ZOO[name](0)
+    next(model.parameters()).requires_grad_(False)
+    dpo = DPO(model, reference="copy", reference_dtype=torch.bfloat16)
+    assert {p.dtype for p in dpo.ref_model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    start, reference = dpo(**arguments(CASE)), metric(dpo)
+    assert 0 < abs(start - LN2) < 0.05 and start.dtype == torch.float32
+    moved(dpo)
+    assert metric(dpo) == reference
+    dpo.sync_reference(1.0)
+    assert abs(dpo(**arguments(CASE)) - LN2) < 0.05 and metric(dpo) != reference
+    assert DPO(model, reference_dtype=torch.bfloat16).ref_model is not None  # a copy, of itself
+    for kind in ("none", ZOO[name](1)):
+        with pytest.raises(ValueError, match="reference_dtype is for reference = 'copy', but it is"):
+            DPO(model, reference=kind, reference_dtype=torch.bfloat16)
+    with pytest.raises(
+        TypeError, match="reference_dtype should be a torch dtype of floats, but it is 'bf16'"
+    ):
+        DPO(model, reference="copy", reference_dtype="bf16")
+
+
 # the training command
 
 
