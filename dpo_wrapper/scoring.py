@@ -154,6 +154,7 @@ class Scorer:
 
     def look(self, device: torch.device) -> None:
         """Find out how the model behaves on a device."""
+        implementation(self.impl, device)  # raises if that cannot be there
         other = None if self.apart_from is None else self.apart_from.language_model.model
         size, self.head_applies = look_at(self.language_model, device, other)
         if self.apart_from is not None and self.apart_from.vocab_size not in (None, size):
