@@ -19,7 +19,7 @@ def run_checks(**environment: str) -> str:
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "checks_of_triton.py")],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / "checks_of_triton.py")],
         capture_output=True,
         text=True,
         cwd=HERE.parent,
