@@ -251,7 +251,9 @@ def rows(tmp_path_factory):
 def close(one, two):
     assert len(one) == len(two)
     for a, b in zip(one, two, strict=True):
-        for name in a.keys() - {"tokens/padded", "tokens/unique", "stage", "part"}:
+        other = {"tokens/padded", "tokens/unique", "stage", "part"}
+        # before the first step policy and reference are equal up to rounding, which then decides who wins
+        for name in a.keys() - other - ({"rewards/accuracies"} if a["step"] == 0 else set()):
             assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-4), (a["part"], a["step"], name)
 
 
