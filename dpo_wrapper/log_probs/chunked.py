@@ -15,7 +15,7 @@ TILE_BYTES = {"cpu": 12 * 2**20, "other": 256 * 2**20}
 """Memory of a tile: on the CPU what stays in its cache, and under the size from which the C library hands
 memory back to the system each time."""
 
-KEEP_BYTES = 256 * 2**20
+KEEP_BYTES = 64 * 2**20
 """Memory for softmaxes that are kept from forward to backward, so that nothing is computed twice."""
 
 
