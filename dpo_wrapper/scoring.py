@@ -83,8 +83,7 @@ class Scorer:
         if self.why_padded is not None or not len(sequences.target):
             where = sequences.row * sequences.ids.shape[1] + sequences.source
             return self.scores_at(partial(self.padded, sequences), where, sequences.target, extras)
-        plan = TreePlan(self.language_model.max_positions, self.kernel, self.least)
-        tree = sequences.over_tree(plan)
+        tree = sequences.over_tree(self.plan)
         states = partial(self.language_model.over_tree, tree.layout)
         scores, more = self.scores_at(states, tree.source, tree.target, extras)
         return scores.index_select(0, tree.entry), {
@@ -106,10 +105,15 @@ class Scorer:
         return f"{name} model; sequences are padded, for {self.why_padded}; {head}"
 
     @property
+    def plan(self) -> TreePlan:
+        """How this model takes trees."""
+        return TreePlan(self.language_model.max_positions, self.kernel, self.least)
+
+    @property
     def tree_plan(self) -> TreePlan | None:
         """How batches may be laid out ahead for this model; None if it takes padded rows."""
         shares = self.why_padded is None or (self.share and self.looked_on is None)
-        return TreePlan(self.language_model.max_positions, self.kernel) if shares else None
+        return self.plan if shares else None
 
     def padded(self, sequences: ScoredSequences, hidden: bool) -> Float[Tensor, "s n _"]:
         if hidden:

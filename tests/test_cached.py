@@ -2,17 +2,14 @@
 
 import copy
 import json
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_reference import lora
-from test_train import BUNDLED, ROOT, Interrupted, config, records
+from test_train import BUNDLED, Interrupted, config, records, run_twice
 from zoo import ZOO
 
 import dpo_wrapper.cached as cached_module
@@ -364,17 +361,7 @@ def test_two_processes_cache_what_one_does(rows, tmp_path, without_memory):
         "    if not ahead:\n"
         "        assert seen[len(seen) // 2 - 1] == seen[-1] > 0, seen\n"
     )
-    launch = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    launch += ["--main_process_port", str(21_000 + os.getpid() % 20_000), "--dynamo_backend", "no"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, script, rows, tmp_path]
-    done = subprocess.run(
-        list(map(str, command)),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_twice(script, rows, tmp_path)
     for name in ("first", "ahead"):
         close(records(without_memory), records(tmp_path / name))
     assert len(list((tmp_path / "ahead" / "reference" / "training").iterdir())) == 8

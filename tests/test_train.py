@@ -53,6 +53,21 @@ def records(folder, *drop):
     return [{k: v for k, v in json.loads(line).items() if k not in ("pairs/second", *drop)} for line in lines]
 
 
+def run_twice(script, *arguments):
+    """A script in two processes of one accelerate launch."""
+    launch = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    launch += ["--main_process_port", str(20_000 + os.getpid() % 20_000), "--dynamo_backend", "no"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, script, *arguments]
+    done = subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.fixture(scope="module")
 def finished(rows, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
@@ -185,17 +200,7 @@ def test_pitfall_22_two_processes_report_what_one_does(finished, rows, tmp_path)
         "      batch_size=4, max_length=128, cpu=True, save_every=0))\n"
     )
     out = tmp_path / "out"
-    launch = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    launch += ["--main_process_port", str(20_000 + os.getpid() % 20_000), "--dynamo_backend", "no"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, script, rows, out]
-    done = subprocess.run(
-        list(map(str, command)),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_twice(script, rows, out)
     one, two = records(finished), records(out)
     assert len(one) == len(two)
     for a, b in zip(one, two, strict=True):

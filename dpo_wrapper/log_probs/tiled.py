@@ -33,7 +33,6 @@ from dpo_wrapper.products import product
 ROWS = 8192
 """Tokens in a tile."""
 
-
 Fold = Callable[..., Folded]
 
 
@@ -187,10 +186,8 @@ def gradients(
         of_bias = tiles.new(words.stop - words.start)
         for rows in tiles.rows:
             if kept:
-                part = torch.empty_like(next_kept := next(parts))
-                block = against(
-                    next_kept, next(parts), total[rows], at_target[rows], tiles.local(rows, words), part
-                )
+                local = tiles.local(rows, words)
+                block = against(next(parts), next(parts), total[rows], at_target[rows], local)
             else:
                 block = tiles.fold(rows, words, total=total[rows], at_target=at_target[rows]).block
             narrow = block.to(dtype)
@@ -217,10 +214,10 @@ def against(
     total: Float[Tensor, "r"],
     at_target: Float[Tensor, "r"],
     local: Int[Tensor, "r"],
-    out: Float[Tensor, "r w"],
+    out: Float[Tensor, "r w"] | None = None,
 ) -> Float[Tensor, "r w"]:
     """The tile's own softmax as a part of the whole one, less the target: minus d log-prob / d logits."""
-    torch.mul(block, (lse - total).exp().to(block.dtype)[:, None], out=out)
+    out = torch.mul(block, (lse - total).exp().to(block.dtype)[:, None], out=out)
     rows = (local >= 0).nonzero()[:, 0]
     out[rows, local[rows]] = -at_target[rows].to(out.dtype)
     return out
