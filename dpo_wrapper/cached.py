@@ -2,7 +2,7 @@
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,25 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo_wrapper.data import PreferenceCollator, PreferenceDataset
+from dpo_wrapper.data import Entry, PreferenceDataset, TokenList, TokenPair
 from dpo_wrapper.data.groups import micro_batches
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.modes import quiet
 from dpo_wrapper.recall import CachedReference, Recall
 from dpo_wrapper.scoring import Scorer
-from dpo_wrapper.sequences import PreferenceBatch, ScoredSequences
+from dpo_wrapper.sequences import ScoredSequences
 from dpo_wrapper.validation import kind
 from dpo_wrapper.version import __version__
 
 PART = 256
-"""Pairs in one file: no more than these are computed again after an interruption."""
+"""Entries in one file: no more than these are computed again after an interruption."""
 
 Score = Callable[[ScoredSequences], Tensor]
+Ids = tuple[int, ...]
 
 
 @torch.no_grad()
 def cache_reference(
-    dataset: PreferenceDataset,
+    dataset: PreferenceDataset | Sequence[Entry],
     model: nn.Module,
     folder: str | Path,
     *,
@@ -43,7 +44,7 @@ def cache_reference(
     processes (`torch.distributed`) that share the folder, each computes a part.
 
     Args:
-        dataset: what will be trained or evaluated on.
+        dataset: what will be trained or evaluated on: pairs, or what `dpo_wrapper.data` encodes of any kind.
         model: the reference: a language model, as for `DPO`, or a `DPO`, whose reference it is then.
         folder: where `part-*.safetensors` are kept, one for every 256 pairs.
         token_scores: keep the log-prob of each scored token, for `ld_alpha`, and not only sums.
@@ -54,16 +55,18 @@ def cache_reference(
         ValueError: the folder was made with other weights, token ids, scored tokens, dtype, kind of values or
             version of this package; or it cannot be read.
     """
-    if not isinstance(dataset, PreferenceDataset):
+    entries = dataset.pairs if isinstance(dataset, PreferenceDataset) else dataset
+    if not isinstance(entries, Sequence) or not all(isinstance(x, (TokenPair, TokenList)) for x in entries):
         raise TypeError(
-            f"cache_reference takes a PreferenceDataset, not {kind(dataset)}: make one of the pairs."
+            f"cache_reference takes a PreferenceDataset or a list of what is in one, not {kind(dataset)}: "
+            "make one of the pairs."
         )
     weights, device = weights_of(model)
-    keys = {**keys_of(dataset), "weights": weights, "dtype": dtype_of(model, device)}
+    keys = {**keys_of(entries), "weights": weights, "dtype": dtype_of(model, device)}
     keys |= {"values": "of tokens" if token_scores else "sums", "package version": __version__}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    starts = range(0, len(dataset), PART)
+    starts = range(0, len(entries), PART)
     files = [folder / f"part-{k:05d}.safetensors" for k in range(len(starts))]
     for file in sorted(folder.glob("part-*.safetensors")):
         check_keys(file, keys)
@@ -71,11 +74,11 @@ def cache_reference(
     rank, processes = place_among_processes()
     with scoring(model) as score:
         for start, file in list(zip(starts, files, strict=True))[rank::processes]:
-            rows = range(start, min(start + PART, len(dataset)))
+            part = entries[start : start + PART]
             if not file.exists():
-                write(file, computed(dataset, rows, score, token_scores, max_tokens, device), keys)
+                write(file, computed(part, score, token_scores, max_tokens, device), keys)
             if progress is not None:
-                progress(len(rows))
+                progress(len(part))
     if processes > 1:
         torch.distributed.barrier()
     cached = CachedReference(per_token=token_scores)
@@ -85,22 +88,22 @@ def cache_reference(
 
 
 def computed(
-    dataset: PreferenceDataset,
-    rows: range,
-    score: Score,
-    token_scores: bool,
-    max_tokens: int,
-    device: torch.device,
+    entries: Sequence[Entry], score: Score, token_scores: bool, max_tokens: int, device: torch.device
 ) -> Recall:
-    """The values of some pairs of the data set."""
-    found, collate = Recall(per_token=token_scores), PreferenceCollator(dataset.pad_id)
-    for group in micro_batches([dataset.pairs[k] for k in rows], max_tokens):
-        columns = collate([dataset[rows[k]] for k in group])
-        seqs = (columns["preferred_seq"], columns["unpreferred_seq"])
-        batch = PreferenceBatch.from_padded(seqs, columns["prompt_mask"], columns["seq_mask"]).to(device)
-        scores = score(batch.sequences)
-        found.keep(batch.sequences, scores if token_scores else batch.sequences.sums(scores))
+    """The values of all sequences of some entries."""
+    found = Recall(per_token=token_scores)
+    for group in micro_batches(entries, max_tokens):
+        whole = [pair for k in group for pair in sequences_of(entries[k])]
+        sequences = ScoredSequences.from_lists(*zip(*whole, strict=True)).to(device)
+        scores = score(sequences)
+        found.keep(sequences, scores if token_scores else sequences.sums(scores))
     return found
+
+
+def sequences_of(entry: Entry) -> list[tuple[Ids, Ids]]:
+    """A prompt with each of its completions, and with the one of another prompt where there is one."""
+    mismatched = [entry.mismatched] if isinstance(entry, TokenList) and entry.mismatched else []
+    return [(entry.prompt, completion) for completion in (*entry.completions, *mismatched)]
 
 
 @contextmanager
@@ -153,13 +156,13 @@ def hash_of(state: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def keys_of(dataset: PreferenceDataset) -> dict[str, str]:
+def keys_of(entries: Sequence[Entry]) -> dict[str, str]:
     """Hashes of the ids of all sequences, and of which of them are scored."""
     ids, scored = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
-    for pair in dataset.pairs:
-        for completion in (pair.chosen, pair.rejected):
-            ids.update(array("q", [len(pair.prompt) + len(completion), *pair.prompt, *completion]).tobytes())
-        scored.update(array("q", [len(pair.prompt)]).tobytes())
+    for entry in entries:
+        for prompt, completion in sequences_of(entry):
+            ids.update(array("q", [len(prompt) + len(completion), *prompt, *completion]).tobytes())
+            scored.update(array("q", [len(prompt)]).tobytes())
     return {"token ids": ids.hexdigest(), "scored tokens": scored.hexdigest()}
 
 

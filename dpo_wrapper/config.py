@@ -23,7 +23,8 @@ class TrainConfig:
     """Train a language model on preference pairs: from a file of them to a folder with the better model."""
 
     data: Path
-    """File of preferences: .jsonl, .json (either may be gzipped) or .parquet."""
+    """File of preferences: .jsonl, .json (either may be gzipped) or .parquet. Rows are pairs, ranked lists of
+    completions or, for KTO, completions with a label."""
     out: Path = Path("runs/dpo")
     """Run folder; it must be new or empty, unless --resume is given."""
     eval_data: Path | None = None
@@ -37,6 +38,8 @@ class TrainConfig:
     """Field with the preferred completion."""
     rejected_field: str = "rejected"
     """Field with the other completion."""
+    ranking: Literal["all", "best"] | None = None
+    """Which pairs a ranked list gives to a loss of pairs: all (the default), or the best with each other."""
     as_chat: bool = False
     """Take a prompt that is plain text for one user turn of a dialogue."""
     skip_bad_rows: bool = False
@@ -53,6 +56,10 @@ class TrainConfig:
     loss: Annotated[str, Doc(help_text())] = "sigmoid(beta=0.1) + 1.0*sft"
     reference: Literal["auto", "copy", "none"] = "auto"
     """What the policy is held against: a frozen copy of where it starts, or nothing."""
+    reference_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """What the copy is kept in, if not in the policy's dtype; half the memory in bfloat16."""
+    reference_device: str | None = None
+    """Where the copy is kept, if not beside the policy: cpu spares an accelerator's memory."""
     precompute_reference: bool = False
     """Compute the reference's log-probs of all data before training, into the folder `reference` of --out,
     and train without a reference in memory. Without this the first epoch computes them as it goes."""
@@ -75,7 +82,7 @@ class TrainConfig:
     lr: float | None = None
     """Highest learning rate of preference training; by default 1e-4 for a new model and 1e-6 for others."""
     batch_size: int = 16
-    """Pairs per optimizer step, over all processes."""
+    """Pairs (lists, rows) per optimizer step, over all processes."""
     max_tokens: int = 16384
     """Unique tokens per forward pass (tokens that pairs share count once): what fits in memory. A step takes
     as many passes as it needs, with the same result."""
@@ -115,6 +122,11 @@ class TrainConfig:
                 "--precompute-reference is for a reference that stays still, and --sync-every moves it: "
                 "leave one of them out."
             )
+        if self.precompute_reference and (self.reference_dtype or self.reference_device):
+            raise ValueError(
+                "--reference-dtype and --reference-device are about a copy that stays in memory, and "
+                "--precompute-reference keeps none: leave one of them out."
+            )
         if self.sync_alpha != 0.6 and not self.sync_every:
             raise ValueError("--sync-alpha has no effect without --sync-every: give both, or neither.")
         self._check("weight_decay", lambda value: 0 <= value < 1, "in [0, 1)")
@@ -135,6 +147,10 @@ class TrainConfig:
     def fresh(self) -> bool:
         """Whether the model is made anew."""
         return self.model in PRESETS
+
+    @property
+    def warm_up_epochs(self) -> int:
+        return self.sft_epochs if self.sft_epochs is not None else 10 if self.fresh else 0
 
     def as_json(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)

@@ -1,6 +1,6 @@
 """Direct preference optimisation as a module around a language model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dpo_wrapper import validation
-from dpo_wrapper.listed import ListedBatch
+from dpo_wrapper.copies import copy_with_closures
+from dpo_wrapper.listed import ListedBatch, Mismatched
 from dpo_wrapper.losses import (
     Objective,
     PairFunction,
@@ -24,7 +25,7 @@ from dpo_wrapper.metrics import pair_metrics
 from dpo_wrapper.modes import turn_off_dropout
 from dpo_wrapper.pairs import pair_log_probs
 from dpo_wrapper.recall import CachedReference
-from dpo_wrapper.reference import Reference, copy_with_closures
+from dpo_wrapper.reference import Reference
 from dpo_wrapper.running import GapState, Reduce
 from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.sequences import PreferenceBatch, ScoredSequences
@@ -50,6 +51,8 @@ class DPO(nn.Module):
             adapter where that is possible, else a copy.
         reference_dtype: of a copy, instead of the policy's: half the memory in bfloat16, but a fresh DPO
             starts near ln 2 then and not at it, and the copy shares no storage.
+        reference_device: where a copy stays, whatever device the policy moves to: `'cpu'` leaves an
+            accelerator's memory to the policy, for the time that it takes there. It shares no storage.
         remember_reference: compute the reference once for each sequence, and recall it from then on.
         share_prefix: compute every prefix that sequences of a batch share once, and no padding. `'auto'`
             does so if a trial on the model gives the log-probs of padded sequences, and else warns;
@@ -75,6 +78,7 @@ class DPO(nn.Module):
         loss: Objective | PairFunction | Sequence[tuple[Objective | PairFunction, float]] | None = None,
         reference: str | nn.Module | CachedReference = "auto",
         reference_dtype: torch.dtype | None = None,
+        reference_device: torch.device | str | None = None,
         remember_reference: bool = False,
         share_prefix: str | bool = "auto",
         log_prob_impl: str = "auto",
@@ -88,19 +92,34 @@ class DPO(nn.Module):
         self.losses = weighted(Sigmoid(beta) if loss is None else loss)
         self.beta = validation.check_beta(beta, self.losses, given=loss is not None)
         self.pad_id = validation.check_pad_id(pad_id)
-        self.ld_alpha = validation.check_ld_alpha(ld_alpha)
+        self.ld_alpha = validation.check_ld_alpha(ld_alpha, self.losses)
         self.wpo = check_wpo(wpo, self.losses)
         self.disable_dropout = validation.check_flag("disable_dropout", disable_dropout)
 
-        self.reference = Reference(model, reference, needs_reference(self.losses), reference_dtype)
+        self.reference = Reference(
+            model, reference, needs_reference(self.losses), reference_dtype, reference_device
+        )
         remembers = validation.check_flag("remember_reference", remember_reference)
         self.reference.recalls(per_token=self.ld_alpha < 1, remembers=remembers)
         self.policy_model = model
         self.ref_model = self.reference.module
+        self._ddp_params_and_buffers_to_ignore = self.reference.apart("ref_model")
         self.gap = GapState() if any(term.needs_gap for term, _ in self.losses) else None
         self.score_policy = policy_scorer
         reference_model = model if self.ref_model is None else self.ref_model
         self.score_reference = Scorer(reference_model, log_prob_impl, apart_from=policy_scorer, share=share)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DPO":
+        """What `.to()` and its relatives do, but that a reference with a device of its own stays there."""
+        if self.reference.device is None:
+            return super()._apply(fn, recurse)
+        away, self.ref_model = self.ref_model, None
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self.ref_model = away
+        self.reference.applied(fn)
+        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DPO":
         """A copy whose policy reads no weights but its own, with a tied head in x-transformers too."""
@@ -111,7 +130,7 @@ class DPO(nn.Module):
 
     def forward(
         self,
-        preferred_seq: Tensor | PreferenceBatch | ListedBatch,
+        preferred_seq: Tensor | PreferenceBatch | ListedBatch | Mismatched,
         unpreferred_seq: Tensor | None = None,
         prompt_mask: Tensor | tuple[Tensor, Tensor] | None = None,
         seq_mask: Tensor | tuple[Tensor, Tensor] | None = None,
@@ -130,7 +149,8 @@ class DPO(nn.Module):
 
         Args:
             preferred_seq, unpreferred_seq: Int[b n] and Int[b m] token ids; or a `PreferenceBatch` (for
-                `PlackettLuce` a `RankedBatch`, for `KTO` an `UnpairedBatch`) and nothing more.
+                `PlackettLuce` a `RankedBatch`, for `KTO` an `UnpairedBatch` or its part `mismatched`, see
+                there) and nothing more.
             prompt_mask: Bool[b max(n, m)], True on tokens that are not scored, in any pattern; or a tuple,
                 one mask for each side.
             seq_mask: the same shapes, True on real tokens; padding may stand left, right or in the middle.
@@ -151,7 +171,7 @@ class DPO(nn.Module):
         masks = (prompt_mask, seq_mask, preferred_seq_mask, unpreferred_seq_mask)
         beside = (unpreferred_seq, *masks, pair_weights, margins)
         validation.check_data(self.losses, preferred_seq)
-        if isinstance(preferred_seq, ListedBatch):
+        if isinstance(preferred_seq, (ListedBatch, Mismatched)):
             validation.check_alone((*beside, ref_log_probs))
             return self.listed(preferred_seq, return_metrics)
         if isinstance(preferred_seq, PreferenceBatch):
@@ -182,16 +202,15 @@ class DPO(nn.Module):
             return loss
         return loss, pair_metrics(batch, pairs, per_pair, self.beta)
 
-    def listed(self, batch: ListedBatch, return_metrics: bool) -> Any:
+    def listed(self, batch: ListedBatch | Mismatched, return_metrics: bool) -> Any:
         """The same for ranked lists and for single rows: the mean over those that are valid."""
-        if self.ld_alpha != 1:
-            raise ValueError("ld_alpha compares the two sides of a pair: leave it out for other data.")
         self.settle()
         self.score_policy.check(batch.sequences)
+        if isinstance(batch, Mismatched):
+            return batch.log_ratios(self.score_policy, self.reference_sums)
         data = batch.log_probs(self.score_policy, self.reference_sums)
         values = combined(self.losses, data)
-        count = max(1, len(values) if batch.step_count is None else batch.step_count)
-        loss = values.sum() / count
+        loss = values.sum() / max(1, len(values) if batch.step_count is None else batch.step_count)
         return (loss, batch.metrics(data, values, self.beta)) if return_metrics else loss
 
     def pairs(self, batch: PreferenceBatch, given: tuple[Tensor, Tensor] | None) -> PairLogProbs:

@@ -1,34 +1,51 @@
-"""How good a policy is on pairs it was not trained on."""
+"""How good a policy is on pairs (lists, rows) it was not trained on."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dpo_wrapper.listed import RankedBatch, UnpairedBatch
 from dpo_wrapper.metrics import MetricSums
 from dpo_wrapper.sequences import PreferenceBatch
 
+Reduce = Callable[[Tensor], Tensor]
+Batch = PreferenceBatch | RankedBatch | UnpairedBatch
+
 
 @torch.no_grad()
-def evaluate(
-    dpo: nn.Module, batches: Iterable[PreferenceBatch], reduce: Callable[[Tensor], Tensor] | None = None
-) -> dict[str, float]:
-    """The metrics of `dpo_wrapper.metrics` over all pairs of the batches.
+def as_one_step(
+    dpo: nn.Module, batches: Sequence[Any], device: torch.device, reduce: Reduce | None = None
+) -> list[Any]:
+    """The batches, all of one kind, as parts of a whole by whose counts (and KL) their losses are reckoned.
+
+    `reduce` sums a tensor over the processes, each of which must have at least one batch.
+    """
+    reduce = reduce or (lambda sums: sums)
+    totals = reduce(torch.tensor([batch.counts() for batch in batches], device=device).sum(dim=0)).tolist()
+    if not isinstance(batches[0], UnpairedBatch):
+        return [batch.as_part_of(*totals) for batch in batches]
+    ratios = torch.stack([dpo(batch.mismatched.to(device)) for batch in batches]).sum(dim=0)
+    total, count = reduce(ratios)
+    return [batch.as_part_of(*totals, total / count.clamp(min=1)) for batch in batches]
+
+
+@torch.no_grad()
+def evaluate(dpo: nn.Module, batches: Iterable[Batch], reduce: Reduce | None = None) -> dict[str, float]:
+    """The metrics of `dpo_wrapper.metrics` over all pairs (lists, rows) of the batches.
 
     Args:
         dpo: a `DPO`, or a wrapper around one that passes its arguments on.
-        batches: each pair in exactly one of them; with several processes, each process has its own share.
+        batches: all of one kind, and each pair in exactly one of them; with several processes, each process
+            has its own share.
         reduce: sums a tensor over the processes, each of which must have at least one batch.
     """
     batches, sums = list(batches), MetricSums()
-    if not batches and reduce is None:
+    if not batches:
         raise ValueError("there is nothing to evaluate: expected at least one batch.")
-    counts = [(*batch.counts(), batch.whole_tokens()) for batch in batches]
-    totals = torch.tensor(counts, dtype=torch.long).reshape(-1, 3).sum(dim=0)
-    pairs, tokens, whole = (totals if reduce is None else reduce(totals)).tolist()
-    for batch in batches:
-        _, metrics = dpo(batch.as_part_of(pairs, tokens, whole), return_metrics=True)
+    for part in as_one_step(dpo, batches, batches[0].sequences.ids.device, reduce):
+        _, metrics = dpo(part, return_metrics=True)
         sums.add(metrics)
     return sums.result(reduce)
 

@@ -1,34 +1,24 @@
 """Batches of other data than pairs, for `dpo(batch)`: ranked lists, and single rows with a label."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from beartype import beartype
 from einops import rearrange
-from jaxtyping import Bool, Int, jaxtyped
+from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dpo_wrapper.losses import RankedLogProbs, UnpairedLogProbs
+from dpo_wrapper.metrics import list_metrics, row_metrics
+from dpo_wrapper.mismatch import partners
 from dpo_wrapper.movable import Movable
-from dpo_wrapper.sequences import PreferenceBatch, ScoredSequences
+from dpo_wrapper.sequences import Ids, PreferenceBatch, ScoredSequences
 
-Ids = Sequence[int]
 Score = Callable[[ScoredSequences], Tensor]
 ScoreOrNone = Callable[[ScoredSequences], Tensor | None]
-
-
-def scored(prompts: Sequence[Ids], completions: Sequence[Ids]) -> ScoredSequences:
-    """Each prompt followed by its completion, whose tokens are scored."""
-    rows = [torch.tensor([*x, *y], dtype=torch.long) for x, y in zip(prompts, completions, strict=True)]
-    if not rows:
-        raise ValueError("expected at least one completion, got none: leave such a batch out.")
-    seqs = pad_sequence(rows, batch_first=True)
-    real = torch.arange(seqs.shape[1]) < torch.tensor([[len(row)] for row in rows])
-    prompt = torch.arange(seqs.shape[1]) < torch.tensor([[len(x)] for x in prompts])
-    return ScoredSequences.from_padded(seqs, ~prompt, real)
 
 
 @jaxtyped(typechecker=beartype)
@@ -39,47 +29,70 @@ class RankedBatch(Movable):
         ranks   0  1  2     sequences 0 to 2 answer one prompt, 0 the best of them
                 3  4 -1     3 and 4 another
 
-    `step_lists` counts the lists of a whole optimizer step, where this batch is a part of it.
+    `weights` multiply the lists' losses. `step_lists` counts the valid lists of a whole optimizer step, where
+    this batch is a part of it.
     """
 
     sequences: ScoredSequences
     ranks: Int[Tensor, "l k"]
+    weights: Float[Tensor, "l"] | None = None
     step_lists: int | None = None
 
     @classmethod
-    def from_lists(cls, prompts: Sequence[Ids], completions: Sequence[Sequence[Ids]]) -> "RankedBatch":
+    def from_lists(
+        cls,
+        prompts: Sequence[Ids],
+        completions: Sequence[Sequence[Ids]],
+        weights: Float[Tensor, "l"] | None = None,
+    ) -> "RankedBatch":
         """A list of completions, the best first, for each prompt, all as token ids."""
         if len(prompts) != len(completions):
             counts = f"{len(prompts)} and {len(completions)}"
             raise ValueError(f"each prompt needs a list of completions, but there are {counts}.")
         owners = [x for x, ranked in zip(prompts, completions, strict=True) for _ in ranked]
-        sequences = scored(owners, [y for ranked in completions for y in ranked])
+        sequences = ScoredSequences.from_lists(owners, [y for ranked in completions for y in ranked])
         ends = torch.tensor([len(ranked) for ranked in completions]).cumsum(dim=0).tolist()
         rows = [torch.arange(end - len(ranked), end) for ranked, end in zip(completions, ends, strict=True)]
-        return cls(sequences, pad_sequence(rows, batch_first=True, padding_value=-1))
+        return cls(sequences, pad_sequence(rows, batch_first=True, padding_value=-1), weights)
 
     @property
     def real(self) -> Bool[Tensor, "l k"]:
         """Where there is a completion with a scored token."""
         return (self.ranks >= 0) & (self.sequences.length[self.ranks.clamp(min=0)] > 0)
 
+    @property
+    def valid(self) -> Bool[Tensor, "l"]:
+        """Lists that rank at least two completions."""
+        return self.real.sum(dim=-1) > 1
+
     def log_probs(self, policy: Score, reference: ScoreOrNone) -> RankedLogProbs:
-        """Of the lists that rank at least two completions."""
-        real = self.real
-        valid = real.sum(dim=-1) > 1
+        """Of the valid lists."""
+        valid = self.valid
         ranks, before = self.ranks.clamp(min=0)[valid], reference(self.sequences)
         sums = policy(self.sequences)
-        table = None if before is None else before[ranks].to(sums.dtype)
-        return RankedLogProbs(sums[ranks], table, real[valid])
+        return RankedLogProbs(
+            policy=sums[ranks],
+            reference=None if before is None else before[ranks].to(sums.dtype),
+            real=self.real[valid],
+            length=self.sequences.length[ranks],
+            weights=None if self.weights is None else self.weights[valid].to(sums.dtype),
+        )
 
     @property
     def step_count(self) -> int | None:
         return self.step_lists
 
+    def counts(self) -> tuple[int]:
+        """What `as_part_of` takes of a whole step: the number of valid lists."""
+        return (int(self.valid.sum()),)
+
+    def as_part_of(self, step_lists: int) -> "RankedBatch":
+        return replace(self, step_lists=step_lists)
+
     def pairs(self, which: str = "all") -> PreferenceBatch:
         """The same as pairs, for the losses of pairs: 'all', or 'best' against each of the rest.
 
-        Each sequence is scored once, however many pairs it stands in.
+        Each sequence is scored once, however many pairs it stands in, and each pair has its list's weight.
         """
         if which not in ("all", "best"):
             raise ValueError(f"which should be 'all' or 'best', but it is {which!r}.")
@@ -90,82 +103,115 @@ class RankedBatch(Movable):
         pairs = rearrange(
             torch.stack([self.ranks[:, better], self.ranks[:, worse]]), "side l q -> (l q) side"
         )
-        return PreferenceBatch(self.sequences, pairs[(pairs >= 0).all(dim=-1)])
+        real = (pairs >= 0).all(dim=-1)
+        weights = None if self.weights is None else self.weights.repeat_interleave(len(better))[real]
+        return PreferenceBatch(self.sequences, pairs[real], pair_weights=weights)
 
     def metrics(self, data: Any, values: Tensor, beta: float) -> dict[str, Tensor]:
-        """`rewards/accuracies` is how often the best has the highest reward; means are over `lists/valid`."""
-        rewards = beta * data.logratio.detach().masked_fill(~data.real, -torch.inf)
-        best = rewards.gather(-1, data.real.int().argmax(dim=-1, keepdim=True))  # the first with a score
-        return {
-            "loss": _mean(values),
-            "rewards/chosen": _mean(best.squeeze(-1)),
-            "rewards/accuracies": _mean((best >= rewards).all(dim=-1).to(values.dtype)),
-            "lists/valid": values.new_tensor(float(len(values))),
-        }
+        return list_metrics(self.sequences, data, values, beta)
+
+
+@dataclass(frozen=True)
+class Mismatched(Movable):
+    """Prompts with completions of other prompts, which tell how far the policy is from the reference."""
+
+    sequences: ScoredSequences
+
+    @torch.no_grad()
+    def log_ratios(self, policy: Score, reference: ScoreOrNone) -> Float[Tensor, "2"]:
+        """The sum of their log-ratios in nats, and how many they are."""
+        ratios, before = policy(self.sequences), reference(self.sequences)
+        ratios = ratios if before is None else ratios - before
+        real = self.sequences.length > 0
+        return torch.stack([ratios[real].sum(), real.sum().to(ratios.dtype)])
 
 
 @jaxtyped(typechecker=beartype)
 @dataclass(frozen=True)
 class UnpairedBatch(Movable):
-    """Sequences with a label each, True where wanted; `mismatched` has prompts with others' completions.
+    """Sequences with a label each, True where wanted, and `mismatched`, by which `KTO` estimates its KL.
 
-    The KL of `KTO` is estimated over the rows of one forward pass: where a step has several batches, each has
-    its own estimate. `step_rows` counts the rows of a whole optimizer step.
+    `weights` multiply the rows' losses. Where this batch is a part of an optimizer step, `step_rows` counts
+    the valid rows of the whole step, and `step_shift` is the whole step's estimate: the sum of what
+    `dpo(part.mismatched)` gives for its parts, the first number divided by the second. Without it each batch
+    makes its own.
     """
 
     sequences: ScoredSequences
-    mismatched: ScoredSequences
+    mismatched: Mismatched
     label: Bool[Tensor, "s"]
+    weights: Float[Tensor, "s"] | None = None
     step_rows: int | None = None
+    step_shift: Float[Tensor, ""] | None = None
 
     @classmethod
     def from_lists(
-        cls, prompts: Sequence[Ids], completions: Sequence[Ids], labels: Sequence[bool]
+        cls,
+        prompts: Sequence[Ids],
+        completions: Sequence[Ids],
+        labels: Sequence[bool],
+        mismatched: Sequence[Ids] | None = None,
+        weights: Float[Tensor, "s"] | None = None,
     ) -> "UnpairedBatch":
-        """One completion and one label for each prompt, whose mismatch is the completion before its own."""
+        """One completion and one label for each prompt, and for its mismatch one of another prompt.
+
+        Without `mismatched` these are taken from the rows themselves. Empty ones do not count.
+        """
         if not len(prompts) == len(completions) == len(labels):
             lengths = f"{len(prompts)}, {len(completions)} and {len(labels)}"
             raise ValueError(f"prompts, completions and labels should be as many, but there are {lengths}.")
-        if len(prompts) < 2:
-            raise ValueError(
-                "expected two rows or more, of which each gets another's completion, got one: "
-                "make batches larger."
-            )
         if not all(isinstance(label, bool) for label in labels):
             raise TypeError("labels should be True or False, one for each completion.")
-        others = [completions[-1], *completions[:-1]]
-        return cls(scored(prompts, completions), scored(prompts, others), torch.tensor(list(labels)))
+        if mismatched is None:
+            others = partners([tuple(prompt) for prompt in prompts])
+            if not any(other is not None for other in others):
+                raise ValueError(
+                    "expected rows of two prompts or more, of which each gets a completion of another, got "
+                    "one: make batches larger, or give mismatched completions."
+                )
+            mismatched = [() if other is None else completions[other] for other in others]
+        elif len(mismatched) != len(prompts):
+            counts = f"{len(mismatched)} for {len(prompts)}"
+            raise ValueError(f"each prompt needs a mismatched completion, but there are {counts}.")
+        apart = Mismatched(ScoredSequences.from_lists(prompts, mismatched))
+        labelled = torch.tensor(list(labels))
+        return cls(ScoredSequences.from_lists(prompts, completions), apart, labelled, weights)
+
+    @property
+    def valid(self) -> Bool[Tensor, "s"]:
+        """Rows with a scored token."""
+        return self.sequences.length > 0
 
     def log_probs(self, policy: Score, reference: ScoreOrNone) -> UnpairedLogProbs:
-        """Of the rows with a scored token."""
-        valid, matched = self.sequences.length > 0, self.mismatched.length > 0
-        with torch.no_grad():
-            apart, before = policy(self.mismatched), reference(self.mismatched)
-            apart = apart if before is None else apart - before
-            shift = apart[matched].sum() / max(1, int(matched.sum()))
+        """Of the valid rows."""
+        valid, shift = self.valid, self.step_shift
+        if shift is None:
+            total, count = self.mismatched.log_ratios(policy, reference)
+            shift = total / count.clamp(min=1)
         before = reference(self.sequences)
         sums = policy(self.sequences)
-        fixed = None if before is None else before[valid].to(sums.dtype)
-        return UnpairedLogProbs(sums[valid], fixed, self.label[valid], shift.to(sums.dtype))
+        return UnpairedLogProbs(
+            policy=sums[valid],
+            reference=None if before is None else before[valid].to(sums.dtype),
+            label=self.label[valid],
+            shift=shift.to(sums.dtype),
+            length=self.sequences.length[valid],
+            weights=None if self.weights is None else self.weights[valid].to(sums.dtype),
+        )
 
     @property
     def step_count(self) -> int | None:
         return self.step_rows
 
+    def counts(self) -> tuple[int]:
+        """What `as_part_of` takes of a whole step: the number of valid rows."""
+        return (int(self.valid.sum()),)
+
+    def as_part_of(self, step_rows: int, step_shift: Float[Tensor, ""] | None = None) -> "UnpairedBatch":
+        return replace(self, step_rows=step_rows, step_shift=step_shift)
+
     def metrics(self, data: Any, values: Tensor, beta: float) -> dict[str, Tensor]:
-        """Rewards are means over the rows of their kind; `kl` is the estimate, before it is clamped."""
-        rewards = beta * data.logratio.detach()
-        return {
-            "loss": _mean(values),
-            "rewards/chosen": _mean(rewards[data.label]),
-            "rewards/rejected": _mean(rewards[~data.label]),
-            "kl": data.shift.detach(),
-            "rows/valid": values.new_tensor(float(len(values))),
-        }
-
-
-def _mean(values: Tensor) -> Tensor:
-    return values.detach().sum() / max(1, len(values))
+        return row_metrics(self.sequences, data, values, beta)
 
 
 ListedBatch = RankedBatch | UnpairedBatch

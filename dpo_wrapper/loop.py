@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dpo_wrapper.config import TrainConfig
-from dpo_wrapper.data import PreferenceDataset
+from dpo_wrapper.data import Entry
 from dpo_wrapper.data.groups import micro_batches
 from dpo_wrapper.metrics import MetricSums
 from dpo_wrapper.runs import RunFolder
@@ -25,7 +26,7 @@ from dpo_wrapper.stages import Prepare, Stage
 T = TypeVar("T")
 
 TRAINING_SAMPLE = 512
-"""How many training pairs are evaluated before and after a stage, to see what became of their log-probs."""
+"""How many training entries are evaluated before and after a stage, to see what became of their log-probs."""
 
 
 def step_indices(n: int, batch_size: int, epochs: int, seed: int) -> Iterator[list[int]]:
@@ -47,44 +48,45 @@ def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What is trained on and what is held out; `unit` says what they are: pairs, lists or rows."""
+
+    training: Sequence[Entry]
+    held_out: Sequence[Entry]
+    unit: str
+
+
 class MicroBatches(Dataset[list[Any]]):
-    """Of each list of rows, its pairs in micro-batches, ready for a stage."""
+    """Of each list of rows, its entries in micro-batches, ready for a stage."""
 
     def __init__(
-        self, dataset: PreferenceDataset, rows: Sequence[list[int]], prepare: Prepare, most: int
+        self, entries: Sequence[Entry], rows: Sequence[list[int]], prepare: Prepare, most: int
     ) -> None:
-        self.dataset, self.rows, self.prepare, self.most = dataset, rows, prepare, most
+        self.entries, self.rows, self.prepare, self.most = entries, rows, prepare, most
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> list[Any]:
-        rows = self.rows[index]
-        groups = micro_batches([self.dataset.pairs[k] for k in rows], self.most)
-        return [self.prepare([self.dataset[rows[k]] for k in group]) for group in groups]
+        entries = [self.entries[k] for k in self.rows[index]]
+        return [self.prepare([entries[k] for k in group]) for group in micro_batches(entries, self.most)]
 
 
 class Loop:
-    """Runs stages over the same data and writes what happens to the run folder."""
+    """Runs stages and writes what happens to the run folder."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        run: RunFolder,
-        training: PreferenceDataset,
-        held_out: PreferenceDataset,
-    ) -> None:
+    def __init__(self, config: TrainConfig, run: RunFolder) -> None:
         self.config, self.run = config, run
-        self.training, self.held_out = training, held_out
 
     def accelerator(self) -> Accelerator:
         return Accelerator(mixed_precision=self.config.precision, cpu=self.config.cpu)
 
-    def stage(self, stage: Stage, epochs: int, lr: float) -> None:
+    def stage(self, stage: Stage, data: Parts, epochs: int, lr: float) -> None:
         """Train `stage.module` in place; held-out metrics are logged before, during and after."""
         config, run = self.config, self.run
         accelerator = self.accelerator()
-        steps = steps_in(len(self.training), config.batch_size, epochs)
+        steps = steps_in(len(data.training), config.batch_size, epochs)
         trained = [p for p in stage.module.parameters() if p.requires_grad]
         optimizer: Any = torch.optim.AdamW(trained, lr=lr, weight_decay=config.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -100,19 +102,21 @@ class Loop:
             accelerator.load_state(str(run.checkpoint))
             done = run.progress.step
         else:
-            self.evaluate(accelerator, stage, module, 0, ends=True)
+            self.evaluate(accelerator, stage, module, data, 0, ends=True)
 
         every = config.eval_every or max(1, math.ceil(steps / 8))
-        order = step_indices(len(self.training), config.batch_size, epochs, config.seed)
+        order = step_indices(len(data.training), config.batch_size, epochs, config.seed)
         quiet = not accelerator.is_main_process
         often = 0.2 if sys.stderr.isatty() else 10.0  # a bar in a log file is a line each time
         with tqdm(
             total=steps, initial=done, desc=stage.title, unit="step", mininterval=often, disable=quiet
         ) as bar:
             left = list(order)[done:]
-            prepared = self.prepared(accelerator, stage, left)
+            prepared = self.prepared(accelerator, stage, data.training, left)
             for step, (rows, batches) in enumerate(zip(left, prepared, strict=True), start=done + 1):
+                began = time.perf_counter()
                 values = self.step(accelerator, stage, module, optimizer, rows, batches)
+                values[f"{data.unit}/second"] = len(rows) / (time.perf_counter() - began)
                 values["lr"] = float(schedule.get_last_lr()[0])
                 schedule.step()
                 stage.after(step)
@@ -120,20 +124,22 @@ class Loop:
                     stage.memory.exchange()
                 if accelerator.is_main_process:
                     run.log(stage.name, "step", step, values)
-                    bar.set_postfix_str(progress(values), refresh=False)
+                    bar.set_postfix_str(progress(values, data.unit), refresh=False)
                     bar.update()
                 if step % every == 0 or step == steps:
-                    self.evaluate(accelerator, stage, module, step, ends=step == steps)
+                    self.evaluate(accelerator, stage, module, data, step, ends=step == steps)
                 if config.save_every and step % config.save_every == 0 and step < steps:
                     self.save(accelerator, stage, step)
         accelerator.free_memory()
 
-    def prepared(self, accelerator: Accelerator, stage: Stage, steps: Sequence[list[int]]) -> DataLoader[Any]:
+    def prepared(
+        self, accelerator: Accelerator, stage: Stage, entries: Sequence[Entry], steps: Sequence[list[int]]
+    ) -> DataLoader[Any]:
         """This process's micro-batches of each step, made by other processes if there are workers."""
         # with fewer items than processes, a process still takes part in reducing gradients, with weight 0
         mine = [rows[accelerator.process_index :: accelerator.num_processes] or rows[:1] for rows in steps]
         return DataLoader(
-            MicroBatches(self.training, mine, stage.prepares(), self.config.max_tokens),
+            MicroBatches(entries, mine, stage.prepares(), self.config.max_tokens),
             batch_size=None,
             collate_fn=identity,
             num_workers=self.config.workers,
@@ -150,41 +156,44 @@ class Loop:
         rows: list[int],
         batches: list[Any],
     ) -> dict[str, float]:
-        """One optimizer step over the pairs `rows`, of which this process has its share in `batches`."""
-        began = time.perf_counter()
+        """One optimizer step over the entries `rows`, of which this process has its share in `batches`."""
         mine = accelerator.process_index < len(rows)
         weight = accelerator.num_processes if mine else 0
-        counts = torch.tensor([stage.counts(batch) for batch in batches], device=accelerator.device).sum(
-            dim=0
-        )
-        totals = tuple(reduce_over(accelerator, counts * (weight > 0)).tolist())
+
+        def reduce(sums: Tensor) -> Tensor:
+            return reduce_over(accelerator, sums * (weight > 0))
 
         loss, sums = torch.zeros((), device=accelerator.device), MetricSums()
-        for k, batch in enumerate(batches):
-            last = k == len(batches) - 1
+        parts = stage.as_one_step(module, batches, accelerator.device, reduce)
+        for k, part in enumerate(parts):
+            last = k == len(parts) - 1
             context: AbstractContextManager[Any] = nullcontext() if last else accelerator.no_sync(module)
             with context:
-                share, metrics = stage.share(module, batch.to(accelerator.device), totals)
+                share, metrics = stage.share(module, part.to(accelerator.device))
                 accelerator.backward(share * weight)
-            loss = loss + share.detach() * (weight > 0)
-            sums.add(metrics if mine else {name: torch.zeros_like(value) for name, value in metrics.items()})
+            loss += share.detach()
+            sums.add(metrics)
         norm = accelerator.clip_grad_norm_(module.parameters(), self.config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        reduce = partial(reduce_over, accelerator)
-        stage.end_step(lambda sums: reduce(sums * (weight > 0)))
-        values = {"loss": float(reduce(loss)), **sums.result(reduce), "grad_norm": float(norm)}
-        return values | {"pairs/second": len(rows) / (time.perf_counter() - began)}
+        stage.end_step(reduce)
+        return {"loss": float(reduce(loss)), **sums.result(reduce), "grad_norm": float(norm)}
 
     def evaluate(
-        self, accelerator: Accelerator, stage: Stage, module: Any, step: int, *, ends: bool = False
+        self,
+        accelerator: Accelerator,
+        stage: Stage,
+        module: Any,
+        data: Parts,
+        step: int,
+        *,
+        ends: bool = False,
     ) -> None:
         """Log metrics of the held-out part and, at the ends of a stage, of (some of) the training part."""
-        config = self.config
-        parts = {"held-out": self.held_out, **({"training": self.training} if ends else {})}
-        for name, dataset in parts.items():
-            count = len(dataset) if name == "held-out" else min(len(dataset), TRAINING_SAMPLE)
+        parts = {"held-out": data.held_out, **({"training": data.training} if ends else {})}
+        for name, entries in parts.items():
+            count = len(entries) if name == "held-out" else min(len(entries), TRAINING_SAMPLE)
             if not count:
                 continue
             rows = list(range(count))
@@ -193,7 +202,7 @@ class Loop:
                 reduce = identity
             else:
                 rows = rows[accelerator.process_index :: accelerator.num_processes]
-            batches = MicroBatches(dataset, [rows], stage.prepares(), config.max_tokens)[0]
+            batches = MicroBatches(entries, [rows], stage.prepares(), self.config.max_tokens)[0]
             values = stage.held_out(module, [batch.to(accelerator.device) for batch in batches], reduce)
             if accelerator.is_main_process:
                 self.run.log(stage.name, name, step, values)
@@ -219,8 +228,8 @@ def reduce_over(accelerator: Accelerator, values: Tensor) -> Tensor:
     return accelerator.reduce(values.to(accelerator.device), reduction="sum")
 
 
-def progress(values: dict[str, float]) -> str:
+def progress(values: dict[str, float], unit: str) -> str:
     """What the bar shows."""
     shown = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
     parts = [f"{label} {values[name]:.3f}" for name, label in shown.items() if name in values]
-    return ", ".join([*parts, f"{values['pairs/second']:.1f} pairs/s"])
+    return ", ".join([*parts, f"{values[f'{unit}/second']:.1f} {unit}/s"])

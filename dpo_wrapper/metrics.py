@@ -1,6 +1,6 @@
-"""What a batch of pairs says about training, under the names that logs, reports and other tools use.
+"""What a batch says about training, under the names that logs, reports and other tools use.
 
-Log-probs and rewards are in nats and are means over the valid pairs:
+Log-probs and rewards are in nats and are means over the valid pairs (lists, rows):
 
     loss                    mean loss
     rewards/chosen          β·a, with a = p_w - r_w the chosen log-ratio (p_w without a reference)
@@ -10,22 +10,49 @@ Log-probs and rewards are in nats and are means over the valid pairs:
     logps/chosen ...        log-probs of each side, under the policy and (ref_) the reference
     kl/chosen               a: how far the policy has moved, measured on the chosen completions
     length/chosen ...       scored tokens
-    pairs/valid             number of valid pairs
+    pairs/valid             number of valid pairs (lists/valid, rows/valid)
     tokens/unique           real tokens, shared prefixes counted once
     tokens/padded           tokens that went through the model, padding included
+
+In a ranked list the best completion is chosen, and what stands under rejected is the mean of all others;
+`rewards/accuracies` is the share of its pairs that the rewards put in the right order. Of rows with a label,
+means of a side are over the rows of that label (rows/chosen, rows/rejected), the margin is the difference of
+two such means, a row is accurate whose reward is on the right side of the KL's, and `kl` is that estimate.
 """
 
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dpo_wrapper.losses import PairLogProbs
-from dpo_wrapper.sequences import PreferenceBatch
+from dpo_wrapper.losses import PairLogProbs, RankedLogProbs, UnpairedLogProbs
+from dpo_wrapper.sequences import PreferenceBatch, ScoredSequences
 
-COUNTS = ("pairs/valid", "tokens/unique", "tokens/padded")
-"""Metrics that add up over batches; all others are means over `pairs/valid` pairs."""
+VALID = ("pairs/valid", "lists/valid", "rows/valid")
+SIDES = ("rows/chosen", "rows/rejected")
+TOKENS = ("tokens/unique", "tokens/padded")
+COUNTS = (*VALID, *SIDES, *TOKENS)
+"""Metrics that add up over batches; all others are means over what one of these counts."""
+
+
+def in_order(gap: Tensor) -> Tensor:
+    """1 where the better one is ahead, a half for a tie."""
+    return (gap > 0).to(gap.dtype) + 0.5 * (gap == 0).to(gap.dtype)
+
+
+def mean(values: Float[Tensor, "_"]) -> Float[Tensor, ""]:
+    return values.detach().sum() / max(1, len(values))
+
+
+def counts(sequences: ScoredSequences, like: Tensor, **valid: int) -> dict[str, Tensor]:
+    """The counts of a batch, as numbers of the dtype of its metrics."""
+    tokens = (sequences.unique_tokens(), sequences.ids.numel())
+    named = {name.replace("_", "/"): count for name, count in valid.items()}
+    return {
+        name: like.new_tensor(float(n))
+        for name, n in (named | dict(zip(TOKENS, tokens, strict=True))).items()
+    }
 
 
 @torch.no_grad()
@@ -39,7 +66,7 @@ def pair_metrics(
         "rewards/chosen": beta * pairs.chosen_logratio,
         "rewards/rejected": beta * pairs.rejected_logratio,
         "rewards/margins": beta * margins,
-        "rewards/accuracies": (margins > 0).to(margins.dtype) + 0.5 * (margins == 0).to(margins.dtype),
+        "rewards/accuracies": in_order(margins),
         "logps/chosen": pairs.chosen,
         "logps/rejected": pairs.rejected,
         "length/chosen": pairs.chosen_length.to(margins.dtype),
@@ -49,9 +76,73 @@ def pair_metrics(
         values["logps/ref_chosen"] = pairs.ref_chosen
         values["logps/ref_rejected"] = pairs.ref_rejected
         values["kl/chosen"] = pairs.chosen_logratio
-    means = {name: value.detach().sum() / max(1, len(margins)) for name, value in values.items()}
-    counts = (len(margins), batch.sequences.unique_tokens(), batch.sequences.ids.numel())
-    return means | {name: margins.new_tensor(float(n)) for name, n in zip(COUNTS, counts, strict=True)}
+    means = {name: mean(value) for name, value in values.items()}
+    return means | counts(batch.sequences, margins, pairs_valid=len(margins))
+
+
+@torch.no_grad()
+def list_metrics(
+    sequences: ScoredSequences, lists: RankedLogProbs, per_list: Float[Tensor, "l"], beta: float
+) -> dict[str, Tensor]:
+    """The same of ranked lists."""
+    real, rewards = lists.real, beta * lists.logratio
+    place = torch.arange(real.shape[1], device=real.device)
+    best = place == real.int().argmax(dim=-1, keepdim=True)  # the first with a score
+    sides = {"chosen": best, "rejected": real & ~best}
+    values = {"loss": per_list}
+
+    def of_sides(name: str, table: Tensor) -> None:
+        for side, which in sides.items():
+            values[name.format(side)] = table.where(which, 0.0).sum(dim=-1) / which.sum(dim=-1)
+
+    of_sides("rewards/{}", rewards)
+    values["rewards/margins"] = values["rewards/chosen"] - values["rewards/rejected"]
+    better = real[:, :, None] & real[:, None, :] & (place[:, None] < place)
+    right = in_order(rewards[:, :, None] - rewards[:, None, :]).where(better, 0.0)
+    values["rewards/accuracies"] = right.sum(dim=(1, 2)) / better.sum(dim=(1, 2))
+    of_sides("logps/{}", lists.policy)
+    if lists.length is not None:
+        of_sides("length/{}", lists.length.to(rewards.dtype))
+    if lists.reference is not None:
+        of_sides("logps/ref_{}", lists.reference)
+        values["kl/chosen"] = values["rewards/chosen"] / beta
+    means = {name: mean(value) for name, value in values.items()}
+    return means | counts(sequences, rewards, lists_valid=len(rewards))
+
+
+@torch.no_grad()
+def row_metrics(
+    sequences: ScoredSequences, rows: UnpairedLogProbs, per_row: Float[Tensor, "r"], beta: float
+) -> dict[str, Tensor]:
+    """The same of rows with a label; means of a side are 0 where it has no row."""
+    rewards, label = beta * rows.logratio, rows.label
+    above = rewards - beta * rows.shift.clamp(min=0)
+    means = {
+        "loss": mean(per_row),
+        "kl": rows.shift.detach(),
+        "rewards/accuracies": mean(in_order(above.where(label, -above))),
+    }
+
+    def of_sides(name: str, values: Tensor) -> None:
+        for side, which in zip(("chosen", "rejected"), sides(label), strict=True):
+            means[name.format(side)] = mean(values[which])
+
+    of_sides("rewards/{}", rewards)
+    means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+    of_sides("logps/{}", rows.policy)
+    if rows.length is not None:
+        of_sides("length/{}", rows.length.to(rewards.dtype))
+    if rows.reference is not None:
+        of_sides("logps/ref_{}", rows.reference)
+        means["kl/chosen"] = means["rewards/chosen"] / beta
+    wanted, others = (int(which.sum()) for which in sides(label))
+    return means | counts(
+        sequences, rewards, rows_valid=len(rewards), rows_chosen=wanted, rows_rejected=others
+    )
+
+
+def sides(label: Bool[Tensor, "r"]) -> tuple[Bool[Tensor, "r"], Bool[Tensor, "r"]]:
+    return label, ~label
 
 
 class MetricSums:
@@ -62,7 +153,7 @@ class MetricSums:
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         for name, value in metrics.items():
-            term = (value if name in COUNTS else value * metrics["pairs/valid"]).detach().cpu().double()
+            term = (value if name in COUNTS else value * metrics[over(name, metrics)]).detach().cpu().double()
             self.sums[name] = self.sums[name] + term if name in self.sums else term
 
     def result(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
@@ -72,5 +163,16 @@ class MetricSums:
         names = list(self.sums)
         table = torch.stack([self.sums[name] for name in names])
         values = dict(zip(names, (table if reduce is None else reduce(table)).tolist(), strict=True))
-        pairs = max(1.0, values["pairs/valid"])
-        return {name: value if name in COUNTS else value / pairs for name, value in values.items()}
+        found = {
+            name: value if name in COUNTS else value / max(1.0, values[over(name, values)])
+            for name, value in values.items()
+        }
+        if all(side in found for side in SIDES):
+            found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+        return found
+
+
+def over(name: str, there: dict[str, Tensor] | dict[str, float]) -> str:
+    """The count that a mean is over: of the rows of its own side, where these are counted."""
+    side = f"rows/{name.rsplit('/')[-1].removeprefix('ref_')}"
+    return side if side in there else next(count for count in VALID if count in there)

@@ -1,11 +1,13 @@
 """float32 matrix products on the CPU by oneDNN, where that is much faster than what torch takes by itself.
 
-torch carries two libraries with such products and takes MKL, which on AMD's processors leaves half of the
-width of their AVX-512 units unused: there oneDNN is about twice as fast, and the numbers differ by rounding
-alone. `torch.backends.mkldnn.flags(enabled=False)` turns it off.
+torch carries two libraries with such products and takes MKL, which on AMD's processors uses AVX2. Those from
+family 26 on (Zen 5) have AVX-512 units of twice that width: there oneDNN is about twice as fast, and the
+numbers differ by rounding alone. (On family 25, Zen 4, which does AVX-512 in two halves, both are alike.)
+`torch.backends.mkldnn.flags(enabled=False)` turns it off.
 """
 
 import platform
+import re
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +23,9 @@ SMALLEST = 2**25
 """Products of fewer multiplications stay with torch: oneDNN makes a kernel for each new shape, and that takes
 about a millisecond."""
 
+WHOLE_AVX512 = 26
+"""The first family of AMD's processors with AVX-512 units of 512 bits."""
+
 
 @lru_cache
 def processor() -> str:
@@ -34,7 +39,10 @@ def onednn_is_faster() -> bool:
     """By the kind of machine, not by the clock: the same machine should give the same numbers each time."""
     if not torch.backends.mkl.is_available() or not torch.backends.mkldnn.is_available():
         return False
-    if "AuthenticAMD" not in processor() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+    family = re.search(r"^cpu family\s*: (\d+)$", processor(), flags=re.MULTILINE)
+    if "AuthenticAMD" not in processor() or family is None or int(family[1]) < WHOLE_AVX512:
+        return False
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     a, b = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0)).unbind()
     try:
@@ -58,9 +66,14 @@ def suits(a: Tensor, b: Tensor, m: int) -> bool:
     )
 
 
-def product(a: Float[Tensor, "m k"], b: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:
-    """`a @ b` for tensors that need no gradient; either may be a transpose."""
-    return _onednn(a, b) if suits(a, b, len(a)) else a @ b
+def product(
+    a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], room: Float[Tensor, "m n"] | None = None
+) -> Float[Tensor, "m n"]:
+    """`a @ b` for tensors that need no gradient; either may be a transpose.
+
+    `room` is memory that the result may be put into, which spares asking for other; oneDNN takes its own.
+    """
+    return _onednn(a, b) if suits(a, b, len(a)) else torch.mm(a, b, out=room)
 
 
 class Linear(torch.autograd.Function):

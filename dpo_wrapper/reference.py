@@ -1,124 +1,22 @@
 """Where reference log-probs come from: a frozen copy, a given module, the policy without adapter, nowhere."""
 
-import copy
 import re
-import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dpo_wrapper.copies import frozen_copy
 from dpo_wrapper.modes import quiet
 from dpo_wrapper.recall import CachedReference, Recall
 from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.sequences import ScoredSequences
 
-T = TypeVar("T")
-
 KINDS = ("auto", "copy", "adapter", "none")
 FACTOR = re.compile(r"lora_(embedding_)?[AB]\.")
-
-
-def frozen_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """A copy in eval mode, without gradients, that shares storage for parameters that do not train.
-
-    One in another dtype shares nothing.
-    """
-    shared = model.parameters() if dtype is None else ()
-    memo: dict[int, Any] = {id(p): p for p in shared if not p.requires_grad}
-    copied = copy_with_closures(model, model, memo)
-    if any(hasattr(module, "__deepcopy__") for module in model.modules()):
-        pairs = zip(model.state_dict().values(), copied.state_dict().values(), strict=True)
-        if copied is model or not all(torch.equal(old, new) for old, new in pairs):
-            raise ValueError(
-                "the model's own __deepcopy__ gives no copy with the same weights: give a separately built "
-                "model as reference = module."
-            )
-    return copied.requires_grad_(False).eval().to(dtype)
-
-
-def copy_with_closures(value: T, model: nn.Module, memo: dict[int, Any]) -> T:
-    """`deepcopy` of the model or of what it holds, that leaves nothing reading the original.
-
-    `deepcopy` leaves functions as they are. One that a module holds (a lambda as output head, say) and that
-    closes over a part of the model would go on reading the original, so such functions are made anew around
-    the copy. And it refuses tensors that were computed, like those that hooks compute from parameters
-    (`weight_norm`, pruning); they are copied as the numbers they are.
-    """
-    held = [thing for module in model.modules() for thing in vars(module).values()]
-    memo |= {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}
-    parts = {id(part) for part in (*model.modules(), *model.parameters(), *model.buffers())}
-    remade = []
-    for function in list(closures_over(parts, held)):
-        cells = tuple(types.CellType() for _ in function.__closure__ or ())
-        new = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, cells)
-        memo[id(function)] = new
-        remade.append((function, new))
-    copied = copy.deepcopy(value, memo)
-    for function, new in remade:
-        new.__defaults__ = copy.deepcopy(function.__defaults__, memo)
-        new.__kwdefaults__ = copy.deepcopy(function.__kwdefaults__, memo)
-        new.__dict__.update(copy.deepcopy(function.__dict__, memo))
-        for old_cell, new_cell in zip(function.__closure__ or (), new.__closure__ or (), strict=True):
-            for content in contents(old_cell):
-                new_cell.cell_contents = copy.deepcopy(content, memo) if reaches(content, parts) else content
-    return copied
-
-
-def contents(cell: types.CellType) -> tuple[Any, ...]:
-    """What a closure's cell holds: one value, or none if it has not been filled yet."""
-    try:
-        return (cell.cell_contents,)
-    except ValueError:
-        return ()
-
-
-def held_by(value: object) -> tuple[Any, ...]:
-    """What a function, method, partial or container holds."""
-    if isinstance(value, types.FunctionType):
-        cells = (content for cell in value.__closure__ or () for content in contents(cell))
-        return (*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
-    if isinstance(value, types.MethodType):
-        return (value.__self__, value.__func__)
-    if isinstance(value, partial):
-        return (value.func, *value.args, *value.keywords.values())
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return tuple(value)
-    if isinstance(value, dict):
-        return tuple(value.values())
-    return ()
-
-
-def reaches(value: object, parts: set[int]) -> bool:
-    """Whether a part of the model is held by `value`, however deep."""
-    seen: set[int] = set()
-    waiting = [value]
-    while waiting:
-        value = waiting.pop()
-        if id(value) in parts:
-            return True
-        if id(value) not in seen:
-            seen.add(id(value))
-            waiting.extend(held_by(value))
-    return False
-
-
-def closures_over(parts: set[int], held: list[Any]) -> Iterator[types.FunctionType]:
-    """Functions among what is held, however deep, that reach a part of the model."""
-    seen: set[int] = set()
-    waiting = list(held)
-    while waiting:
-        value = waiting.pop()
-        if id(value) in seen or isinstance(value, (nn.Module, Tensor)):
-            continue
-        seen.add(id(value))
-        waiting.extend(held_by(value))
-        if isinstance(value, types.FunctionType) and reaches(value, parts):
-            yield value
 
 
 def adapter_is_idle(policy: nn.Module) -> bool:
@@ -129,6 +27,17 @@ def adapter_is_idle(policy: nn.Module) -> bool:
     zeros = [p for name, p in policy.named_parameters() if "lora_B." in name or "lora_embedding_A." in name]
     alone = all(FACTOR.search(name) for name, p in policy.named_parameters() if p.requires_grad)
     return bool(zeros) and alone and not any(p.detach().any() for p in zeros)
+
+
+def place(device: object) -> torch.device:
+    """A device by its name; with an index, as tensors there have it."""
+    try:
+        return torch.empty(0, device=torch.device(device)).device  # type: ignore[call-overload]
+    except (RuntimeError, AssertionError, TypeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"reference_device should be a device of this machine, like 'cpu', but it is {device!r}: {first}"
+        ) from error
 
 
 class Reference:
@@ -143,6 +52,7 @@ class Reference:
         kind: str | nn.Module | CachedReference,
         needed: bool,
         dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         if not isinstance(kind, (str, nn.Module, CachedReference)) or (
             isinstance(kind, str) and kind not in KINDS
@@ -154,12 +64,14 @@ class Reference:
             kind = "none" if not needed else "adapter" if adapter_is_idle(policy) else "copy"
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"reference_dtype should be a torch dtype of floats, but it is {dtype!r}.")
-        if dtype is not None and not (isinstance(kind, str) and kind == "copy"):
-            which = repr(kind) if isinstance(kind, str) else "given"
-            raise ValueError(
-                f"reference_dtype is for reference = 'copy', but it is {which}: leave it out, and convert a "
-                "module of your own by module.to(dtype)."
-            )
+        for option, given in (("reference_dtype", dtype), ("reference_device", device)):
+            if given is not None and not (isinstance(kind, str) and kind == "copy"):
+                which = repr(kind) if isinstance(kind, str) else "given"
+                raise ValueError(
+                    f"{option} is for reference = 'copy', but it is {which}: leave it out, and convert or "
+                    "move a module of your own by module.to(...)."
+                )
+        self.device = None if device is None else place(device)
         self.adapter_of: Any = None
         self.module: nn.Module | None = None
         self.shared: list[tuple[str, nn.Parameter]] = []
@@ -176,7 +88,7 @@ class Reference:
                 )
             self.adapter_of = policy
         elif kind == "copy":
-            self.module = frozen_copy(policy, dtype)
+            self.module = frozen_copy(policy, dtype, self.device)
         if self.module is not None:
             own = {id(p) for p in self.module.parameters()}
             self.shared = [(name, p) for name, p in policy.named_parameters() if id(p) in own]
@@ -225,9 +137,28 @@ class Reference:
     def computed(self, score: Scorer, sequences: ScoredSequences) -> Float[Tensor, "t"] | None:
         if not self.exists:
             return None
+        here = sequences.ids.device
+        sequences = sequences if self.device is None else sequences.to(self.device)
         with self.still():
             score.check(sequences)
-            return score.token_scores(sequences)
+            return score.token_scores(sequences).to(here)
+
+    def apart(self, prefix: str) -> list[str]:
+        """Names of what has a device of its own: DDP takes no module on two kinds of devices."""
+        if self.device is None or self.module is None:
+            return []
+        own = [*self.module.named_parameters(), *self.module.named_buffers()]
+        return [f"{prefix}.{name}" for name, _ in own]
+
+    def applied(self, function: Callable[[Tensor], Tensor]) -> None:
+        """What a move or cast of `DPO` does to a reference with a device of its own: the cast alone."""
+        assert self.module is not None
+
+        def cast(tensor: Tensor) -> Tensor:
+            result = function(tensor)
+            return result if result.device == tensor.device else tensor.to(result.dtype)
+
+        self.module._apply(cast)
 
     def known(self, sequences: ScoredSequences) -> Float[Tensor, "_"] | None:
         """What was computed before: of each scored token, or of each sequence."""

@@ -57,6 +57,8 @@ TABLE = (
     ("log-prob of chosen", "logps/chosen", "{:.2f}"),
     ("log-prob of rejected", "logps/rejected", "{:.2f}"),
     ("pairs", "pairs/valid", "{:.0f}"),
+    ("lists", "lists/valid", "{:.0f}"),
+    ("rows", "rows/valid", "{:.0f}"),
 )
 
 
@@ -64,6 +66,8 @@ def summary_table(columns: Sequence[tuple[str, Record]]) -> str:
     """A plain-text table with one column for each (heading, metrics)."""
     rows = [["", *(heading for heading, _ in columns)]]
     for label, name, form in TABLE:
+        if not any(name in r for _, r in columns):
+            continue
         rows.append([label, *(form.format(r[name]) if name in r else "-" for _, r in columns)])
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     lines = []

@@ -4,7 +4,7 @@ The one place where ids and masks shift.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,9 +13,12 @@ from beartype import beartype
 from einops import rearrange
 from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dpo_wrapper.movable import Movable
 from dpo_wrapper.prefix_tree import PrefixTree, TreeLayout
+
+Ids = Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,17 @@ class ScoredSequences(Movable):
             length=scored.sum(dim=-1),
             real=inputs.sum(dim=-1),
         )
+
+    @classmethod
+    def from_lists(cls, prompts: Sequence[Ids], completions: Sequence[Ids]) -> "ScoredSequences":
+        """Each prompt followed by its completion, whose tokens are scored, all as token ids."""
+        rows = [torch.tensor([*x, *y], dtype=torch.long) for x, y in zip(prompts, completions, strict=True)]
+        if not rows:
+            raise ValueError("expected at least one completion, got none: leave such a batch out.")
+        seqs = pad_sequence(rows, batch_first=True)
+        place = torch.arange(seqs.shape[1])
+        real = place < torch.tensor([[len(row)] for row in rows])
+        return cls.from_padded(seqs, place >= torch.tensor([[len(x)] for x in prompts]), real)
 
     def over_tree(self, plan: TreePlan) -> "ScoredTree":
         """The same as a prefix tree, made once for each plan."""
@@ -208,22 +222,33 @@ class PreferenceBatch(Movable):
         pairs = rearrange(torch.arange(2 * b, device=seqs[0].device), "(side b) -> b side", side=2)
         return cls(sequences, pairs, pair_weights=pair_weights, margins=margins)
 
+    @classmethod
+    def from_lists(
+        cls,
+        prompts: Sequence[Ids],
+        chosen: Sequence[Ids],
+        rejected: Sequence[Ids],
+        pair_weights: Float[Tensor, "b"] | None = None,
+        margins: Float[Tensor, "b"] | None = None,
+    ) -> "PreferenceBatch":
+        """Two completions for each prompt, all as token ids."""
+        sequences = ScoredSequences.from_lists([*prompts, *prompts], [*chosen, *rejected])
+        pairs = rearrange(torch.arange(2 * len(prompts)), "(side b) -> b side", side=2)
+        return cls(sequences, pairs, pair_weights=pair_weights, margins=margins)
+
     @property
     def valid(self) -> Bool[Tensor, "p"]:
         """Pairs both of whose sides have a scored token."""
         return (self.sequences.length[self.pairs] > 0).all(dim=-1)
 
-    def counts(self) -> tuple[int, int]:
-        """Valid pairs, and the scored tokens on their chosen sides."""
-        chosen = self.sequences.length[self.pairs[:, 0]]
-        return int(self.valid.sum()), int(chosen[self.valid].sum())
-
-    def whole_tokens(self) -> int:
-        """Tokens of the chosen sides of valid pairs, prompt included but for the first."""
-        return int(self.sequences.real[self.pairs[self.valid, 0]].sum())
+    def counts(self) -> tuple[int, int, int]:
+        """What `as_part_of` takes of a whole step: of the valid pairs here the number, the scored tokens on
+        their chosen sides, and all tokens of these sides but the first."""
+        chosen = self.pairs[self.valid, 0]
+        return len(chosen), int(self.sequences.length[chosen].sum()), int(self.sequences.real[chosen].sum())
 
     def as_part_of(
-        self, step_pairs: int, step_chosen_tokens: int, step_whole_tokens: int | None = None
+        self, step_pairs: int, step_chosen_tokens: int, step_whole_tokens: int
     ) -> "PreferenceBatch":
         return replace(
             self,

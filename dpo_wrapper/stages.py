@@ -5,27 +5,28 @@ add up to the same update however a step is split.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from dpo_wrapper.data import PreferenceCollator, PreferenceItem, PreferenceItemWithColumns
+from dpo_wrapper.data import Entry, TokenList, TokenPair
 from dpo_wrapper.dpo import DPO
-from dpo_wrapper.evaluate import evaluate
+from dpo_wrapper.evaluate import Reduce, as_one_step, evaluate
+from dpo_wrapper.listed import RankedBatch, UnpairedBatch
+from dpo_wrapper.losses import unit_of
+from dpo_wrapper.movable import Movable
 from dpo_wrapper.recall import Recall
 from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.sequences import PreferenceBatch, ScoredSequences, TreePlan
 
-Reduce = Callable[[Tensor], Tensor]
-Totals = tuple[int, ...]
-Item = PreferenceItem | PreferenceItemWithColumns
-Prepare = Callable[[Sequence[Item]], Any]
+Prepare = Callable[[Sequence[Entry]], Any]
 
 
 class Stage(Protocol):
-    """A stage: the module that is trained, and what it makes of a list of items."""
+    """A stage: the module that is trained, and what it makes of a list of entries."""
 
     name: str
     title: str
@@ -34,13 +35,18 @@ class Stage(Protocol):
     """What is computed in the first epoch alone."""
 
     def prepares(self) -> Prepare:
-        """What makes a batch of items. It can be sent to another process, for it holds no model."""
+        """What makes a batch of entries. It can be sent to another process, for it holds no model."""
 
-    def counts(self, batch: Any) -> Totals:
-        """Pairs, scored tokens and perhaps more; summed over a step they are what `share` divides by."""
+    def as_one_step(
+        self, module: nn.Module, batches: Sequence[Any], device: torch.device, reduce: Reduce
+    ) -> list[Any]:
+        """The batches as parts of one step, over all processes, whose sums `reduce` gives.
 
-    def share(self, module: nn.Module, batch: Any, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
-        """This batch's part of the step's loss, and metrics. `module` is `self.module`, perhaps wrapped."""
+        `module` is `self.module`, perhaps wrapped.
+        """
+
+    def share(self, module: nn.Module, part: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """This part's share of the step's loss, and metrics."""
 
     def end_step(self, reduce: Reduce) -> None:
         """Called after the last share of each step; `reduce` sums over processes."""
@@ -64,24 +70,69 @@ class LikelihoodLoss(nn.Module):
         return -self.score(sequences).sum() / max(1, tokens)
 
 
-def chosen_sequences(
-    collate: PreferenceCollator, plan: TreePlan | None, items: Sequence[Item]
-) -> ScoredSequences:
-    """Prompts and chosen completions, all of them scored."""
-    columns = collate(items)
-    real, _ = columns["seq_mask"]
-    return ScoredSequences.from_padded(columns["preferred_seq"], real, real).laid_out(plan)
+@dataclass(frozen=True)
+class WrittenBatch(Movable):
+    """Whole sequences, and how many tokens the step scores of which they are a part."""
+
+    sequences: ScoredSequences
+    step_tokens: int = 1
 
 
-def preference_batch(
-    collate: PreferenceCollator, plan: TreePlan | None, items: Sequence[Item]
-) -> PreferenceBatch:
-    columns = collate(items)
-    seqs = (columns["preferred_seq"], columns["unpreferred_seq"])
-    more = (columns.get("pair_weights"), columns.get("margins"))
-    batch = PreferenceBatch.from_padded(seqs, columns["prompt_mask"], columns["seq_mask"], *more)
-    batch.sequences.laid_out(plan).names()
+def written_batch(plan: TreePlan | None, entries: Sequence[Entry]) -> WrittenBatch:
+    """Prompts and the completions that are wanted, all of them scored."""
+    whole = [entry.prompt + (entry.wanted or ()) for entry in entries]
+    return WrittenBatch(ScoredSequences.from_lists([()] * len(whole), whole).laid_out(plan))
+
+
+def ready(sequences: ScoredSequences, plan: TreePlan | None) -> None:
+    """Work out ahead what is needed of sequences while they are on the CPU."""
+    sequences.laid_out(plan).names()
+
+
+def weights_of(entries: Sequence[Entry]) -> Tensor | None:
+    """What the rows say of their losses' weights; 1 where only others say something."""
+    given = [entry.weight for entry in entries]
+    return None if set(given) <= {None} else torch.tensor([1.0 if w is None else w for w in given])
+
+
+def preference_batch(plan: TreePlan | None, entries: Sequence[TokenPair]) -> PreferenceBatch:
+    margins = [entry.margin for entry in entries]
+    batch = PreferenceBatch.from_lists(
+        [entry.prompt for entry in entries],
+        [entry.chosen for entry in entries],
+        [entry.rejected for entry in entries],
+        pair_weights=weights_of(entries),
+        margins=None if set(margins) <= {None} else torch.tensor([margin or 0.0 for margin in margins]),
+    )
+    ready(batch.sequences, plan)
     return batch
+
+
+def ranked_batch(plan: TreePlan | None, entries: Sequence[TokenList]) -> RankedBatch:
+    prompts, completions = [entry.prompt for entry in entries], [entry.completions for entry in entries]
+    batch = RankedBatch.from_lists(prompts, completions, weights_of(entries))
+    ready(batch.sequences, plan)
+    return batch
+
+
+def unpaired_batch(plan: TreePlan | None, entries: Sequence[TokenList]) -> UnpairedBatch:
+    batch = UnpairedBatch.from_lists(
+        [entry.prompt for entry in entries],
+        [entry.completions[0] for entry in entries],
+        [bool(entry.label) for entry in entries],
+        [entry.mismatched for entry in entries],
+        weights_of(entries),
+    )
+    ready(batch.sequences, plan)
+    ready(batch.mismatched.sequences, plan)
+    return batch
+
+
+BATCHES: dict[str, Callable[..., Any]] = {
+    "pairs": preference_batch,
+    "lists": ranked_batch,
+    "rows": unpaired_batch,
+}
 
 
 class SFTStage:
@@ -90,22 +141,23 @@ class SFTStage:
     name, title = "sft", "SFT"
     memory: Recall | None = None
 
-    def __init__(self, model: nn.Module, collate: PreferenceCollator) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.module: nn.Module = LikelihoodLoss(model)
         self.score = self.module.score
-        self.collate = collate
 
     def prepares(self) -> Prepare:
-        return partial(chosen_sequences, self.collate, self.score.tree_plan)
+        return partial(written_batch, self.score.tree_plan)
 
-    def counts(self, batch: ScoredSequences) -> Totals:
-        return len(batch.length), int(batch.length.sum())
+    def as_one_step(
+        self, module: nn.Module, batches: Sequence[WrittenBatch], device: torch.device, reduce: Reduce
+    ) -> list[WrittenBatch]:
+        tokens = sum(int(batch.sequences.length.sum()) for batch in batches)
+        total = int(reduce(torch.tensor(tokens, device=device)))
+        return [replace(batch, step_tokens=total) for batch in batches]
 
-    def share(
-        self, module: nn.Module, batch: ScoredSequences, totals: Totals
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def share(self, module: nn.Module, part: WrittenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         module.train()
-        return module(batch, totals[1]), {}
+        return module(part.sequences, part.step_tokens), {}
 
     def end_step(self, reduce: Reduce) -> None:
         """Nothing runs over steps."""
@@ -116,10 +168,10 @@ class SFTStage:
     @torch.no_grad()
     def held_out(self, module: nn.Module, batches: Sequence[Any], reduce: Reduce) -> dict[str, float]:
         module.eval()
-        tokens = sum(self.counts(batch)[1] for batch in batches)
-        losses = [float(module(batch, 1)) for batch in batches]
-        total, count = reduce(torch.tensor([sum(losses), tokens], dtype=torch.float64)).tolist()
-        return {"loss": total / max(1.0, count)}
+        device = batches[0].sequences.ids.device
+        parts = self.as_one_step(module, batches, device, reduce)
+        loss = sum(float(module(part.sequences, part.step_tokens)) for part in parts)
+        return {"loss": float(reduce(torch.tensor(loss, dtype=torch.float64)))}
 
 
 class DPOStage:
@@ -127,26 +179,23 @@ class DPOStage:
 
     name, title = "dpo", "DPO"
 
-    def __init__(
-        self, dpo: DPO, collate: PreferenceCollator, *, sync_every: int = 0, sync_alpha: float = 0.6
-    ) -> None:
+    def __init__(self, dpo: DPO, *, sync_every: int = 0, sync_alpha: float = 0.6) -> None:
         self.sync_every, self.sync_alpha = sync_every, sync_alpha
         self.dpo = dpo
         self.module: nn.Module = dpo
         self.score = dpo.score_policy
         self.memory = dpo.reference.memory
-        self.collate = collate
 
     def prepares(self) -> Prepare:
-        return partial(preference_batch, self.collate, self.score.tree_plan)
+        return partial(BATCHES[unit_of(self.dpo.losses)], self.score.tree_plan)
 
-    def counts(self, batch: PreferenceBatch) -> Totals:
-        return *batch.counts(), batch.whole_tokens()
+    def as_one_step(
+        self, module: nn.Module, batches: Sequence[Any], device: torch.device, reduce: Reduce
+    ) -> list[Any]:
+        return as_one_step(module, batches, device, reduce)
 
-    def share(
-        self, module: nn.Module, batch: PreferenceBatch, totals: Totals
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        return module(batch.as_part_of(*totals), return_metrics=True)
+    def share(self, module: nn.Module, part: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        return module(part, return_metrics=True)
 
     def end_step(self, reduce: Reduce) -> None:
         self.dpo.end_step(reduce)

@@ -54,12 +54,8 @@ def prompted_log_probs(batch: PreferenceBatch, whole: Float[Tensor, "p"]) -> Pro
     """Log-probs of prompt and chosen together, with the mean number of tokens over the whole step."""
     tokens, pairs = batch.step_whole_tokens, batch.step_pairs
     if pairs is None:
-        tokens, pairs = batch.whole_tokens(), len(whole)
-    if tokens is None:
-        raise ValueError(
-            "a batch that is part of a step should say how many tokens prompts and chosen have: "
-            "as_part_of(pairs, tokens, whole_tokens)."
-        )
+        pairs, _, tokens = batch.counts()
+    assert tokens is not None  # as_part_of gives both
     return PromptedLogProbs(whole, whole.new_tensor(tokens / max(1, pairs)))
 
 

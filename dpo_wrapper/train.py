@@ -2,8 +2,9 @@
 
 import sys
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, cast
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
@@ -11,27 +12,19 @@ from tqdm import tqdm
 
 from dpo_wrapper.cached import cache_reference
 from dpo_wrapper.config import TrainConfig
-from dpo_wrapper.data import (
-    Fields,
-    Message,
-    PreferenceCollator,
-    PreferenceDataset,
-    Row,
-    TokenPair,
-    encode_rows,
-    read_rows,
-    split_rows,
-)
+from dpo_wrapper.data import Entry, Fields, Message, Unit, encode_as, read_as, split_rows
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.evaluate import complete
-from dpo_wrapper.loop import Loop
-from dpo_wrapper.losses import check_columns, needs_reference, parse_losses
+from dpo_wrapper.loop import Loop, Parts
+from dpo_wrapper.losses import WeightedLosses, check_columns, needs_reference, parse_losses, unit_of
 from dpo_wrapper.policies import Policy, load_policy, save_policy
 from dpo_wrapper.recall import CachedReference
+from dpo_wrapper.reference import place
 from dpo_wrapper.report import plot_curves, summary_table
 from dpo_wrapper.runs import RunFolder
 from dpo_wrapper.stages import DPOStage, SFTStage
 from dpo_wrapper.token_level import check_wpo
+from dpo_wrapper.validation import check_ld_alpha
 
 COMPLETION_TOKENS = 120
 
@@ -43,13 +36,23 @@ class Prepared:
     config: TrainConfig
     run: RunFolder
     policy: Policy
-    training: list[TokenPair]
-    held_out: list[TokenPair]
+    data: Parts
     notes: tuple[str, ...]
 
 
-def as_chat(row: Row) -> Row:
-    """A plain prompt as one user turn."""
+def check_reference(config: TrainConfig, losses: WeightedLosses) -> None:
+    """Refuse what is said of a reference where there is none."""
+    options = ("precompute_reference", "sync_every", "reference_dtype", "reference_device")
+    asked = [f"--{name.replace('_', '-')}" for name in options if getattr(config, name)]
+    if asked and (config.reference == "none" or not needs_reference(losses)):
+        why = "--reference is none" if config.reference == "none" else f"--loss {config.loss} needs none"
+        raise ValueError(f"{asked[0]} is about a reference, but {why}: leave it out.")
+    if config.reference_device is not None:
+        place(config.reference_device)
+
+
+def as_chat(row: Any) -> Any:
+    """A row whose plain prompt is one user turn."""
     return replace(row, prompt=(Message("user", row.prompt),)) if isinstance(row.prompt, str) else row
 
 
@@ -61,20 +64,18 @@ def prepare(config: TrainConfig) -> Prepared:
     """
     losses = parse_losses(config.loss)
     check_wpo(config.wpo, losses)
-    option = "--precompute-reference" if config.precompute_reference else "--sync-every"
-    asked = config.precompute_reference or config.sync_every
-    if asked and (config.reference == "none" or not needs_reference(losses)):
-        why = "--reference is none" if config.reference == "none" else f"--loss {config.loss} needs none"
-        raise ValueError(f"{option} is about a reference, but {why}: leave it out.")
+    check_ld_alpha(config.ld_alpha, losses)
+    unit = cast(Unit, unit_of(losses))
+    check_reference(config, losses)
     run = RunFolder(config)
     run.check(config.resume)
     fields = Fields(prompt=config.prompt_field, chosen=config.chosen_field, rejected=config.rejected_field)
     on_error: Literal["raise", "skip"] = "skip" if config.skip_bad_rows else "raise"
-    rows, errors = read_rows(config.data, fields, on_error=on_error)
+    rows, errors = read_as(unit, config.data, fields, on_error=on_error, ranking=config.ranking)
     if config.eval_data is None:
         parts = split_rows(rows, config.eval_fraction, config.seed)
     else:
-        held_out, more = read_rows(config.eval_data, fields, on_error=on_error)
+        held_out, more = read_as(unit, config.eval_data, fields, on_error=on_error, ranking=config.ranking)
         parts, errors = (rows, held_out), [*errors, *more]
 
     set_seed(config.seed)
@@ -86,29 +87,40 @@ def prepare(config: TrainConfig) -> Prepared:
         for loss, _ in losses
         if not loss.per_pair
     ]
-    pairs: list[list[TokenPair]] = []
+    entries: list[list[Any]] = []
     for name, part in zip(("training", "held-out"), parts, strict=True):
-        encoded = encode_rows(
+        encoded = encode_as(
+            unit,
             [as_chat(row) if config.as_chat else row for row in part],
             policy.tokenizer,
             config.max_length,
             on_error=on_error,
+            seed=config.seed,
         )
         errors = [*errors, *encoded.errors]
-        pairs.append(list(encoded.pairs))
+        entries.append(encoded.entries)
         if encoded.summary():
             notes.append(f"{name}: {encoded.summary()}")
     if errors:
         notes.append(f"{len(errors)} rows could not be read and are left out; the first: {errors[0]}")
-    both = [pair for part in pairs for pair in part]
+    both = [entry for part in entries for entry in part]
     check_columns(
         losses,
-        margins=any(pair.margin is not None for pair in both),
-        pair_weights=any(pair.weight is not None for pair in both),
+        margins=any(getattr(entry, "margin", None) is not None for entry in both),
+        pair_weights=any(entry.weight is not None for entry in both),
     )
-    if not pairs[0]:
-        raise ValueError(f"{config.data} leaves no pair to train on.")
-    return Prepared(config, run, policy, pairs[0], pairs[1], tuple(notes))
+    if not entries[0]:
+        raise ValueError(f"{config.data} leaves no {unit} to train on.")
+    if config.warm_up_epochs and not any(entry.wanted for entry in entries[0]):
+        raise ValueError(
+            "no row to train on is wanted, so there is nothing to warm up on: give --sft-epochs 0."
+        )
+    if unit == "rows" and not all(any(entry.mismatched for entry in part) for part in entries if part):
+        raise ValueError(
+            f"{type(losses[0][0]).__name__} estimates a KL from completions of other prompts, but all "
+            "rows of a part have the same one: add rows, or hold none out (--eval-fraction 0)."
+        )
+    return Prepared(config, run, policy, Parts(entries[0], entries[1], unit), tuple(notes))
 
 
 def train(config: TrainConfig) -> RunFolder:
@@ -118,74 +130,83 @@ def train(config: TrainConfig) -> RunFolder:
 
 def run_prepared(prepared: Prepared) -> RunFolder:
     config, run, policy = prepared.config, prepared.run, prepared.policy
-    pad_id = policy.tokenizer.pad_id
-    training, held_out = (
-        PreferenceDataset(pairs, pad_id) for pairs in (prepared.training, prepared.held_out)
-    )
-    collate = PreferenceCollator(pad_id)
-    loop = Loop(config, run, training, held_out)
+    data, loop = prepared.data, Loop(config, run)
     accelerator = loop.accelerator()
     say = accelerator.print
     if accelerator.is_main_process:
         run.open()
 
     model = policy.model
-    say(f"{describe_size(model)}, {len(training)} training and {len(held_out)} held-out pairs")
+    sizes = f"{len(data.training)} training and {len(data.held_out)} held-out {data.unit}"
+    say(f"{describe_size(model)}, {sizes}")
     for note in prepared.notes:
         say(note)
-    sft_epochs = config.sft_epochs if config.sft_epochs is not None else 10 if config.fresh else 0
-    if sft_epochs and run.progress.stage == "sft":
-        loop.stage(SFTStage(model, collate), sft_epochs, config.sft_lr or (2e-3 if config.fresh else 1e-5))
+    if config.warm_up_epochs and run.progress.stage == "sft":
+        loop.stage(
+            SFTStage(model),
+            written(data),
+            config.warm_up_epochs,
+            config.sft_lr or (2e-3 if config.fresh else 1e-5),
+        )
         if accelerator.is_main_process:
             save_policy(policy, model, run.sft, run.settings)
             run.pass_to("dpo")
 
-    reference: str | CachedReference = "copy" if config.sync_every else config.reference
+    asked = config.sync_every or config.reference_dtype or config.reference_device
+    reference: str | CachedReference = "copy" if asked else config.reference
     if config.precompute_reference:
-        reference = precomputed(config, run, model, {"training": training, "held-out": held_out}, accelerator)
+        reference = precomputed(config, run, model, data, accelerator)
     dpo = DPO(
         model,
         loss=parse_losses(config.loss),
         reference=reference,
+        reference_dtype=getattr(torch, config.reference_dtype) if config.reference_dtype else None,
+        reference_device=config.reference_device,
         remember_reference=not config.sync_every,
         ld_alpha=config.ld_alpha,
         wpo=config.wpo,
     )
-    stage = DPOStage(dpo, collate, sync_every=config.sync_every, sync_alpha=config.sync_alpha)
-    loop.stage(stage, config.epochs, config.lr or (1e-4 if config.fresh else 1e-6))
+    stage = DPOStage(dpo, sync_every=config.sync_every, sync_alpha=config.sync_alpha)
+    loop.stage(stage, data, config.epochs, config.lr or (1e-4 if config.fresh else 1e-6))
     if accelerator.is_main_process:
         save_policy(policy, dpo.policy_model, run.path, run.settings)
         run.drop_checkpoint()
         plot_curves(run.records(), run.curves)
         say("\n" + before_and_after(run))
-        say("\n" + side_by_side(policy, dpo, (prepared.held_out or prepared.training)[0]))
+        shown_one = next((entry for entry in (*data.held_out, *data.training) if entry.wanted), None)
+        if shown_one is not None:
+            say("\n" + side_by_side(policy, dpo, shown_one))
         say(f"\nThe policy, its metrics and curves.png are in {run.path}")
     accelerator.wait_for_everyone()
     return run
 
 
+def written(data: Parts) -> Parts:
+    """What the warm-up learns to write: of rows with a label those that are wanted."""
+    training, held_out = (
+        [entry for entry in part if entry.wanted] for part in (data.training, data.held_out)
+    )
+    return Parts(training, held_out, data.unit)
+
+
 def precomputed(
-    config: TrainConfig,
-    run: RunFolder,
-    model: nn.Module,
-    parts: dict[str, PreferenceDataset],
-    accelerator: Accelerator,
+    config: TrainConfig, run: RunFolder, model: nn.Module, data: Parts, accelerator: Accelerator
 ) -> CachedReference:
     """What the model as it is now says of all the data, from the run folder or else computed into it."""
     model.to(accelerator.device)
     of_tokens = config.ld_alpha < 1
     cached = CachedReference(per_token=of_tokens)
-    for name, dataset in parts.items():
+    for name, entries in (("training", data.training), ("held-out", data.held_out)):
         bar = tqdm(
-            total=len(dataset),
+            total=len(entries),
             desc=f"reference, {name}",
-            unit="pair",
+            unit=data.unit.removesuffix("s"),
             mininterval=0.2 if sys.stderr.isatty() else 10.0,
             disable=not accelerator.is_main_process,
         )
         with bar, accelerator.autocast():
             cached |= cache_reference(
-                dataset,
+                entries,
                 model,
                 run.reference / name,
                 token_scores=of_tokens,
@@ -210,15 +231,15 @@ def before_and_after(run: RunFolder) -> str:
     return summary_table(columns)
 
 
-def side_by_side(policy: Policy, dpo: DPO, pair: TokenPair) -> str:
+def side_by_side(policy: Policy, dpo: DPO, entry: Entry) -> str:
     """One prompt with what the reference and the policy make of it, each at its most likely."""
     tokenizer = policy.tokenizer
-    lines = [f"prompt     {shown(tokenizer.decode(list(pair.prompt)), end=True)}"]
+    lines = [f"prompt     {shown(tokenizer.decode(list(entry.prompt)), end=True)}"]
     for name, model in (("reference", dpo.ref_model), ("policy", dpo.policy_model)):
         if model is not None:
-            ids = complete(model, list(pair.prompt), COMPLETION_TOKENS, tokenizer.eos_id)
+            ids = complete(model, list(entry.prompt), COMPLETION_TOKENS, tokenizer.eos_id)
             lines.append(f"{name.ljust(9)}  {shown(tokenizer.decode(ids))}")
-    lines.append(f"chosen     {shown(tokenizer.decode(list(pair.chosen)))}")
+    lines.append(f"chosen     {shown(tokenizer.decode(list(entry.wanted or ())))}")
     return "\n".join(lines)
 
 

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from dpo_wrapper.listed import RankedBatch, UnpairedBatch
+from dpo_wrapper.listed import Mismatched, RankedBatch, UnpairedBatch
 from dpo_wrapper.losses import PairLogProbs, RankedLogProbs, UnpairedLogProbs, WeightedLosses, is_number
 from dpo_wrapper.sequences import PreferenceBatch
 
@@ -172,7 +172,7 @@ def check_columns_of(
 
 
 DATA = {PairLogProbs: "pairs", RankedLogProbs: "ranked lists", UnpairedLogProbs: "rows with a label"}
-BATCHES = {RankedBatch: RankedLogProbs, UnpairedBatch: UnpairedLogProbs}
+BATCHES = {RankedBatch: RankedLogProbs, UnpairedBatch: UnpairedLogProbs, Mismatched: UnpairedLogProbs}
 
 
 def check_data(losses: WeightedLosses, batch: object) -> None:
@@ -180,7 +180,7 @@ def check_data(losses: WeightedLosses, batch: object) -> None:
     wanted, got = losses[0][0].data, BATCHES.get(type(batch), PairLogProbs)
     if wanted is not got:
         name = type(losses[0][0]).__name__
-        makes = {what: kind.__name__ for kind, what in BATCHES.items()}.get(wanted, "PreferenceBatch")
+        makes = next((kind.__name__ for kind, what in BATCHES.items() if what is wanted), "PreferenceBatch")
         raise TypeError(
             f"{name} learns from {DATA[wanted]}, but it was given {DATA[got]}: make a {makes} of them."
         )
@@ -230,9 +230,14 @@ def check_beta(beta: object, losses: Sequence[tuple[object, float]], given: bool
     return float(own)
 
 
-def check_ld_alpha(ld_alpha: object) -> float:
+def check_ld_alpha(ld_alpha: object, losses: WeightedLosses) -> float:
     if not (is_number(ld_alpha) and 0 <= ld_alpha <= 1):
         raise ValueError(f"ld_alpha should be a number from 0 to 1, but it is {ld_alpha!r}.")
+    if ld_alpha < 1 and losses[0][0].data is not PairLogProbs:
+        name = type(losses[0][0]).__name__
+        raise ValueError(
+            f"ld_alpha compares the two sides of a pair, and {name} learns from other data: leave it out."
+        )
     return float(ld_alpha)
 
 

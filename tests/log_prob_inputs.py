@@ -143,4 +143,9 @@ def tiles(rows: int, words: int, per_value: int = 8) -> Iterator[None]:
 
 def keeps(softmaxes: bool) -> Any:
     """Inside, softmaxes are kept for backward, or computed again."""
-    return patch.object(chunked, "KEEP_BYTES", 2**40 if softmaxes else 0)
+    return keeps_bytes(2**40 if softmaxes else 0)
+
+
+def keeps_bytes(room: int) -> Any:
+    """Inside, softmaxes of so many bytes are kept for backward."""
+    return patch.object(chunked, "keep_bytes", lambda weight: room)

@@ -1,8 +1,9 @@
 """Peak memory of `token_log_probs`, forward and backward, in a process of its own.
 
-    python memory_of_log_probs.py eager|kept|again|frozen T D V
+    python memory_of_log_probs.py eager|kept|again|frozen|default T D V
 
-All but `eager` are `chunked`: softmaxes are kept or computed again, or the head does not train.
+All but `eager` are `chunked`: softmaxes are kept or computed again, the head does not train, or softmaxes are
+kept as far as there is room for them.
 
 Prints one line of JSON. `extra` is what the process needed beyond its inputs, in bytes: the peak of its
 resident memory, less what was resident when everything was loaded and the inputs were there and touched.
@@ -52,7 +53,8 @@ def forward_and_backward(way: str, t: int, d: int, v: int) -> dict[str, str | in
 
     trained = [x for x in (hidden, weight) if x.requires_grad]
     impl = "eager" if way == "eager" else "chunked"
-    chunked.KEEP_BYTES = 2**40 if way == "kept" else 0
+    if way != "default":
+        chunked.keep_bytes = lambda weight: 2**40 if way == "kept" else 0
 
     method, before = start()
     began = time.perf_counter()

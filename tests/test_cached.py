@@ -15,10 +15,10 @@ from zoo import ZOO
 import dpo_wrapper.cached as cached_module
 from dpo_wrapper import DPO, PreferenceBatch, PreferenceCollator, PreferenceDataset, Sigmoid, cache_reference
 from dpo_wrapper.config import PRESETS
-from dpo_wrapper.data import TokenPair
-from dpo_wrapper.listed import UnpairedBatch
+from dpo_wrapper.data import TokenList, TokenPair
+from dpo_wrapper.listed import RankedBatch, UnpairedBatch
 from dpo_wrapper.loop import Loop
-from dpo_wrapper.losses import KTO
+from dpo_wrapper.losses import KTO, PlackettLuce
 from dpo_wrapper.recall import Recall
 from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.train import train
@@ -102,8 +102,30 @@ def test_every_kind_of_reference_can_be_cached(tmp_path):
         cache_reference(data, dpo, tmp_path / name)  # the reference is the same, so its cache is not stale
     with pytest.raises(ValueError, match="this DPO has no reference model"):
         cache_reference(data, DPO(ZOO["xt-tied"](0), reference="none"), tmp_path / "none")
-    with pytest.raises(TypeError, match="takes a PreferenceDataset, not a list of 7"):
-        cache_reference(pairs(), ZOO["xt-tied"](0), tmp_path / "list")
+    with pytest.raises(
+        TypeError, match="takes a PreferenceDataset or a list of what is in one, not a list of"
+    ):
+        cache_reference([*pairs(), "a"], ZOO["xt-tied"](0), tmp_path / "list")
+
+
+def test_entries_of_any_kind_can_be_cached(tmp_path):
+    policy, reference = ZOO["xt-rotary"](0), ZOO["xt-rotary"](1)
+    rows = [
+        TokenList((1, 2), ((3, 4), (5,), (6, 7)), weight=2.0),
+        TokenList((8,), ((9,),), label=True, mismatched=(3, 4)),
+    ]
+    cached = cache_reference(rows, reference, tmp_path)
+    assert len(cached) == 5 and len(cache_reference(pairs(), reference, tmp_path / "pairs")) == 14
+    batches = (
+        (PlackettLuce(), RankedBatch.from_lists([(1, 2)], [((3, 4), (5,), (6, 7))])),
+        (KTO(), UnpairedBatch.from_lists([(8,)], [(9,)], [True], [(3, 4)])),
+    )
+    for loss, batch in batches:
+        expected = DPO(policy, loss=loss, reference=reference)(batch)
+        torch.testing.assert_close(DPO(policy, loss=loss, reference=cached)(batch), expected)
+    moved = [*rows[:1], TokenList((8,), ((9,),), label=True, mismatched=(3, 5))]
+    with pytest.raises(ValueError, match="was made with other token ids"):
+        cache_reference(moved, reference, tmp_path)
 
 
 def test_a_cache_without_tokens_is_refused_where_tokens_are_needed(tmp_path):

@@ -91,7 +91,7 @@ BAD = {
     "nothing preferred": (
         {"d.jsonl": line(prompt="p", chosen="a", rejected="a")},
         ["--data", "d.jsonl", "--eval-fraction", "0"],
-        r"leaves no pair to train on",
+        r"leaves no pairs to train on",
     ),
     "gzip cut off": ({"d.jsonl.gz": b"\x1f\x8b\x08\x00"}, ["--data", "d.jsonl.gz"], r"d\.jsonl\.gz"),
     "not parquet": ({"d.parquet": "hello"}, ["--data", "d.parquet"], r"d\.parquet"),

@@ -22,7 +22,7 @@ ROWS = [
 
 
 def dataset(rows: list[dict]) -> PreferenceDataset:
-    pairs = encode_rows([normalize(row, where="here") for row in rows], ByteTokenizer(), 32).pairs
+    pairs = encode_rows([normalize(row, where="here") for row in rows], ByteTokenizer(), 32).entries
     return PreferenceDataset(pairs, ByteTokenizer().pad_id)
 
 

@@ -13,7 +13,10 @@ from torch import Generator, Tensor
 from zoo import VOCAB, ZOO
 
 from dpo_wrapper import DPO, SFT, RankedBatch, Sigmoid, UnpairedBatch, sequence_log_probs
+from dpo_wrapper.evaluate import as_one_step, evaluate
 from dpo_wrapper.losses import KTO, PlackettLuce, RankedLogProbs, UnpairedLogProbs, weighted
+from dpo_wrapper.metrics import MetricSums, list_metrics, row_metrics
+from dpo_wrapper.mismatch import partners
 
 LN2, LN3 = log(2), log(3)
 
@@ -193,7 +196,9 @@ def test_kto_end_to_end(share: bool):
     def ratio(x: list[int], y: list[int]) -> float:
         return float(sum_of(policy, x, y) - sum_of(reference, x, y))
 
-    shift = sum(ratio(x, completions[k - 1]) for k, x in enumerate(prompts)) / 5
+    apart = [completions[other] for other in partners([tuple(prompt) for prompt in prompts])]
+    assert all(y != other for y, other in zip(completions, apart, strict=True))
+    shift = sum(ratio(x, y) for x, y in zip(prompts, apart, strict=True)) / 5
     z, expected = max(shift, 0.0), 0.0
     for x, y, label in zip(prompts, completions, labels, strict=True):
         a = ratio(x, y)
@@ -204,25 +209,181 @@ def test_kto_end_to_end(share: bool):
     assert any(p.grad is not None and p.grad.any() for p in policy.parameters())
 
 
-def test_a_step_in_parts_adds_up():
-    policy, reference = models()
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.integers(0, 3))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_partners_have_other_prompts(prompts: list[int], seed: int):
+    found = partners(prompts, seed)
+    taken = [other for other in found if other is not None]
+    assert len(set(taken)) == len(taken) and partners(prompts, seed) == found
+    assert all(other is None or prompts[other] != prompts[k] for k, other in enumerate(found))
+    # of a prompt with more than half of the rows only so many find one as there are others
+    others = len(prompts) - max(map(prompts.count, prompts))
+    assert len(taken) == min(len(prompts), 2 * others)
+
+
+def test_partners_by_hand():
+    assert partners("aabc", seed=1) in ([2, 3, 0, 1], [2, 3, 1, 0], [3, 2, 0, 1], [3, 2, 1, 0])
+    assert partners("aa") == [None, None] and partners("") == []
+    assert partners("aab").count(None) == 1
+    assert len({tuple(partners("abcdefgh", seed)) for seed in range(9)}) > 3
+
+
+def gradients(loss: Tensor, policy) -> list[Tensor]:
+    return [
+        g for g in torch.autograd.grad(loss, list(policy.parameters()), allow_unused=True) if g is not None
+    ]
+
+
+def lists_in_parts() -> tuple:
     prompts, completions = lists_of_ids()
-    dpo = DPO(policy, loss=PlackettLuce(), reference=reference)
-    whole = dpo(RankedBatch.from_lists(prompts, completions))
-    parts = [RankedBatch.from_lists(prompts[k : k + 1], completions[k : k + 1]) for k in range(3)]
-    sums = [dpo(RankedBatch(part.sequences, part.ranks, step_lists=3)) for part in parts]
-    torch.testing.assert_close(sum(sums), whole)
+    weights = doubles([1.0, 0.5, 2.0])
+    parts = [
+        RankedBatch.from_lists(prompts[k : k + 1], completions[k : k + 1], weights[k : k + 1])
+        for k in range(3)
+    ]
+    return PlackettLuce(0.2), RankedBatch.from_lists(prompts, completions, weights), parts
+
+
+def rows_in_parts() -> tuple:
+    prompts, completions, labels = rows_of_ids()
+    others = [completions[k - 2] for k in range(5)]
+    others[3] = []  # no estimate from this one
+    weights = doubles([1.0, 0.5, 2.0, 0.0, 3.0])
+
+    def part(rows: slice) -> UnpairedBatch:
+        return UnpairedBatch.from_lists(
+            prompts[rows], completions[rows], labels[rows], others[rows], weights[rows]
+        )
+
+    return KTO(0.5, 1.5, 0.5), part(slice(None)), [part(slice(0, 1)), part(slice(1, 4)), part(slice(4, 5))]
+
+
+@pytest.mark.parametrize("data", [lists_in_parts, rows_in_parts])
+def test_a_step_in_parts_adds_up(data):
+    policy, reference = models()
+    loss, whole, parts = data()
+    dpo = DPO(policy, loss=loss, reference=reference)
+    expected, wanted = dpo(whole, return_metrics=True)
+    in_parts = as_one_step(dpo, parts, torch.device("cpu"))
+    assert len(in_parts) == len(parts)
+    shares = [dpo(part) for part in in_parts]
+    torch.testing.assert_close(sum(shares), expected)
+    for pair in zip(gradients(sum(shares), policy), gradients(expected, policy), strict=True):
+        torch.testing.assert_close(*pair)
+    metrics = evaluate(dpo, parts)
+    together = ("tokens/unique", "tokens/padded")
+    assert metrics.keys() == wanted.keys() and len(wanted) > 12
+    for name in wanted.keys() - set(together):
+        assert metrics[name] == pytest.approx(wanted[name].item(), rel=1e-6, abs=1e-9), name
+
+    halves = [parts[:1], parts[1:]]  # of two processes
+    sums = sum(torch.tensor([part.counts() for part in half]).sum(dim=0) for half in halves)
+    assert tuple(sums.tolist()) == whole.counts()
+
+
+def test_rows_without_a_common_estimate_have_their_own():
+    policy, reference = models()
+    _, whole, parts = rows_in_parts()
+    dpo = DPO(policy, loss=KTO(0.5), reference=reference)
+    total, count = dpo(whole.mismatched)
+    assert count == 4 and not total.requires_grad
+    alone = [dpo(part.mismatched) for part in parts]
+    torch.testing.assert_close(sum(alone), torch.stack([total, count]))
+    _, metrics = dpo(parts[0], return_metrics=True)
+    torch.testing.assert_close(metrics["kl"], alone[0][0])
+
+
+def test_metrics_of_lists_by_hand():
+    # rewards 0.5 times (3, 1, 1, 2) and (-1, 2): of 6 pairs 3 are in order and 1 is tied; of 1 none is
+    lists = ranked([[-1.0, -2.0, -3.0, -2.0], [-4.0, -1.0, 9.0, 9.0]], [[-4.0, -3.0, -4.0, -4.0], [-3.0] * 4])
+    real = torch.tensor([[True] * 4, [True, True, False, False]])
+    length = torch.tensor([[2, 1, 1, 4], [3, 5, 7, 7]])
+    lists = RankedLogProbs(lists.policy, lists.reference, real, length)
+    sequences = RankedBatch.from_lists([[1]], [[[2], [3]]]).sequences
+    found = list_metrics(sequences, lists, doubles([1.0, 2.0]), 0.5)
+    expected = {
+        "loss": 1.5,
+        "rewards/chosen": 0.5 * (3 - 1) / 2,
+        "rewards/rejected": 0.5 * (4 / 3 + 2) / 2,
+        "rewards/margins": 0.5 * (3 - 4 / 3 - 3) / 2,
+        "rewards/accuracies": (3.5 / 6 + 0) / 2,
+        "logps/chosen": -2.5,
+        "logps/rejected": (-7 / 3 - 1) / 2,
+        "logps/ref_chosen": -3.5,
+        "logps/ref_rejected": (-11 / 3 - 3) / 2,
+        "kl/chosen": 1.0,
+        "length/chosen": 2.5,
+        "length/rejected": (2 + 5) / 2,
+        "lists/valid": 2.0,
+        "tokens/unique": 1.0,
+        "tokens/padded": 2.0,
+    }
+    assert {name: value.item() for name, value in found.items()} == pytest.approx(expected)
+
+
+def test_metrics_of_rows_by_hand():
+    # log-ratios 3, 1 and -1 with an estimate of 1: the first is above, the second is tied, the third below
+    policy, reference = doubles([-1.0, -2.0, -5.0]), doubles([-4.0, -3.0, -4.0])
+    label = torch.tensor([True, False, False])
+    rows = UnpairedLogProbs(policy, reference, label, doubles(1.0), torch.tensor([2, 3, 5]))
+    sequences = RankedBatch.from_lists([[1]], [[[2], [3]]]).sequences
+    expected = {
+        "loss": 2.0,
+        "kl": 1.0,
+        "rewards/accuracies": (1 + 0.5 + 1) / 3,
+        "rewards/chosen": 0.5 * 3,
+        "rewards/rejected": 0.0,
+        "rewards/margins": 1.5,
+        "logps/chosen": -1.0,
+        "logps/rejected": -3.5,
+        "logps/ref_chosen": -4.0,
+        "logps/ref_rejected": -3.5,
+        "kl/chosen": 3.0,
+        "length/chosen": 2.0,
+        "length/rejected": 4.0,
+        "rows/valid": 3.0,
+        "rows/chosen": 1.0,
+        "rows/rejected": 2.0,
+        "tokens/unique": 1.0,
+        "tokens/padded": 2.0,
+    }
+    found = row_metrics(sequences, rows, doubles([1.0, 2.0, 3.0]), 0.5)
+    assert {name: value.item() for name, value in found.items()} == pytest.approx(expected)
+    wanted_alone = UnpairedLogProbs(policy[:1], reference[:1], label[:1], doubles(-2.0))
+    alone = row_metrics(sequences, wanted_alone, doubles([1.0]), 0.5)
+    assert alone["rewards/rejected"] == 0 and alone["rewards/accuracies"] == 1  # a negative KL is none
+    sums = MetricSums()
+    sums.add(found)
+    sums.add(alone)
+    both = sums.result()
+    assert both["rows/chosen"] == 2 and both["rewards/rejected"] == pytest.approx(0.0)
+    assert both["logps/rejected"] == pytest.approx(-3.5) and both["loss"] == pytest.approx(7 / 4)
+    assert both["rewards/margins"] == pytest.approx(1.5)
 
 
 @pytest.mark.parametrize(
     "call, kind, message",
     [
-        (lambda: UnpairedBatch.from_lists([[1]], [[2]], [True]), ValueError, "expected two rows or more"),
+        (
+            lambda: UnpairedBatch.from_lists([[1]], [[2]], [True]),
+            ValueError,
+            "expected rows of two prompts or more",
+        ),
         (lambda: UnpairedBatch.from_lists([[1]], [[2], [3]], [True]), ValueError, "there are 1, 2 and 1"),
         (
             lambda: UnpairedBatch.from_lists([[1]] * 2, [[2]] * 2, [1, 0]),
             TypeError,
             "labels should be True or",
+        ),
+        (
+            lambda: UnpairedBatch.from_lists([[1], [1]], [[2], [3]], [True, False]),
+            ValueError,
+            "expected rows of two prompts or more",
+        ),
+        (
+            lambda: UnpairedBatch.from_lists([[1]], [[2]], [True], []),
+            ValueError,
+            "each prompt needs a mismatched completion, but there are 0 for 1",
         ),
         (lambda: RankedBatch.from_lists([[1]], []), ValueError, "needs a list of completions, .* 1 and 0"),
         (lambda: RankedBatch.from_lists([], []), ValueError, "expected at least one completion"),
@@ -258,8 +419,9 @@ def test_data_of_another_kind_is_refused():
         DPO(policy, loss=KTO(), reference=reference)(x, x, x == 0)
     with pytest.raises(TypeError, match="give it alone"):
         DPO(policy, loss=KTO(), reference=reference)(rows, margins=torch.ones(5))
-    with pytest.raises(ValueError, match="ld_alpha compares the two sides"):
-        DPO(policy, loss=KTO(), reference=reference, ld_alpha=0.5)(rows)
+    for loss in (KTO(), PlackettLuce()):
+        with pytest.raises(ValueError, match="ld_alpha compares the two sides of a pair, and"):
+            DPO(policy, loss=loss, reference=reference, ld_alpha=0.5)
 
 
 def test_kto_equals_trl(tmp_path):
@@ -308,5 +470,5 @@ def test_kto_equals_trl(tmp_path):
     )
     expected = differentiated(made.compute_loss(made.model, inputs), policy)
     dpo = DPO(policy, loss=KTO(0.3, 1.5, 0.5), reference=reference, share_prefix=True)
-    batch = UnpairedBatch.from_lists(prompts, completions, labels)
+    batch = UnpairedBatch.from_lists(prompts, completions, labels, [completions[-1], *completions[:-1]])
     assert difference(differentiated(dpo(batch), policy), expected) <= 1e-5

@@ -9,6 +9,7 @@ from log_prob_inputs import (
     cotangent,
     inputs,
     keeps,
+    keeps_bytes,
     slow_scores,
     tiles,
     truth,
@@ -130,15 +131,23 @@ def test_nothing_larger_than_a_tile_or_a_gradient_is_made(options: dict, wanted:
     assert largest.most == t * v * 4 and (t, v) in largest.shapes
 
 
-def test_softmaxes_are_kept_up_to_their_limit():
-    t, v, d = 20, 30, 4
+@pytest.mark.parametrize("kept", range(5))
+def test_softmaxes_are_kept_as_far_as_there_is_room(kept: int):
+    t, v, d, size = 20, 32, 4, 20 * 8 * 4
     given = inputs(t, v, d, torch.float32, bias=False)
-    for room, products in ((t * v * 4, 1), (t * v * 4 - 1, 2)):
-        counter = FlopCounterMode(display=False)
-        with pytest.MonkeyPatch.context() as patch, counter:
-            patch.setattr(chunked, "KEEP_BYTES", room)
-            given.scores(impl="chunked").sum().backward()
-        assert counter.get_total_flops() == (products + 2) * 2 * t * v * d
+    counter = FlopCounterMode(display=False)
+    with tiles(t, 8, per_value=4), keeps_bytes(kept * size), counter:
+        found = with_grads(given.scores(impl="chunked"), given)
+    assert counter.get_total_flops() == (3 + (4 - min(kept, 4)) / 4) * 2 * t * v * d
+    with tiles(t, 8, per_value=4), keeps(True):
+        for pair in zip(found, with_grads(given.scores(impl="chunked"), given), strict=True):
+            torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-6)
+
+
+def test_the_room_for_softmaxes_grows_with_the_head():
+    small, large = torch.empty(10, 4), torch.empty(2**16, 2**10, dtype=torch.bfloat16)
+    assert chunked.keep_bytes(small) == chunked.keep_bytes(small.to("meta")) == 64 * 2**20
+    assert chunked.keep_bytes(large) == 4 * 2**27 and chunked.keep_bytes(large.to("meta")) == 64 * 2**20
 
 
 def test_nothing_given_is_written_to(impl: str):

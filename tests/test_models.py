@@ -17,6 +17,9 @@ from torch.nn.utils import parametrizations, prune
 from zoo import CONTEXT, DIM, VOCAB, ZOO, PlainGRU, hf_llama, randomise_, seeded
 
 from dpo_wrapper import DPO, PreferenceBatch
+from dpo_wrapper.modes import one_arithmetic, turn_off_dropout
+from dpo_wrapper.scoring import Scorer
+from dpo_wrapper.sequences import ScoredSequences
 
 CASE = random_batch(Generator().manual_seed(0), b=3, odd=0)
 ARGUMENTS = arguments(CASE)
@@ -405,6 +408,39 @@ def test_adapters_start_at_their_reference(name):
     trained = [p for p in dpo.policy_model.parameters() if p.requires_grad]
     dpo(**ARGUMENTS).backward()
     assert trained and all(p.grad is not None for p in trained)
+
+
+@pytest.mark.filterwarnings("ignore:.*all logits|.*tie_word_embeddings|.*tied|.*prefixes are not shared")
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_get_the_gradients_of_the_models_own_logits(name):
+    pytest.importorskip("peft")
+    policy = ADAPTERS[name][0]().double()
+    turn_off_dropout(policy)
+    seq = torch.randint(VOCAB, (4, 9), generator=torch.Generator().manual_seed(3))
+    seq[1, :5], seq[3, :5] = seq[0, :5], seq[2, :5]
+    answers = torch.arange(9).expand(4, -1) >= 5
+    own = policy
+    if name.startswith("x-transformers"):  # without the wrapper, which gives a loss
+        own = getattr(policy.get_base_model(), "net", policy.get_base_model())
+    with one_arithmetic(policy):  # without torch's fast path in eval mode, which leaves adapters out
+        logits = own(seq)
+    logits = getattr(logits, "logits", logits)[:, -9:-1].log_softmax(dim=-1)
+    plain = logits.gather(-1, seq[:, 1:, None])[..., 0].masked_fill(~answers[:, 1:], 0.0).sum(dim=-1)
+
+    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    weights = torch.tensor([1.0, -0.5, 2.0, 0.3], dtype=torch.float64)
+    scorer = Scorer(policy, share="auto")
+    ours = scorer(ScoredSequences.from_padded(seq, answers, torch.ones_like(answers)))
+    torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-8)
+    found, wanted = (
+        torch.autograd.grad(sums @ weights, list(trained.values()), allow_unused=True)
+        for sums in (ours, plain)
+    )
+    for key, got, truth in zip(trained, found, wanted, strict=True):
+        assert (got is None) == (truth is None), key
+        if truth is not None:
+            torch.testing.assert_close(got, truth, rtol=1e-4, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+    assert any(truth is not None and truth.any() for truth in wanted)
 
 
 def test_the_reference_of_an_adapter_has_no_dropout_though_the_policy_has():

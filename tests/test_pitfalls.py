@@ -221,7 +221,7 @@ def test_pitfall_23_the_parts_of_a_step_add_up_to_the_step(loss, sizes):
         )
 
     totals = part(0, 4).counts()
-    assert totals == (3, 11 + 3 + 7)
+    assert totals[:2] == (3, 11 + 3 + 7)
     dpo.zero_grad()
     loss_of_parts, start = 0.0, 0
     for size in sizes:

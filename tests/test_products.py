@@ -117,11 +117,20 @@ def test_a_fresh_dpo_starts_at_ln_2_and_trains(calls):
 
 
 @pytest.mark.parametrize(
-    "vendor, capability, faster",
-    [("AuthenticAMD", "AVX512", True), ("AuthenticAMD", "AVX2", False), ("GenuineIntel", "AVX512", False)],
+    "vendor, family, capability, faster",
+    [
+        ("AuthenticAMD", 26, "AVX512", True),
+        ("AuthenticAMD", 27, "AVX512", True),
+        ("AuthenticAMD", 25, "AVX512", False),
+        ("AuthenticAMD", 26, "AVX2", False),
+        ("GenuineIntel", 26, "AVX512", False),
+        ("AuthenticAMD", None, "AVX512", False),
+    ],
 )
-def test_the_kind_of_machine_decides(monkeypatch, vendor, capability, faster):
-    monkeypatch.setattr(products, "processor", lambda: vendor)
+def test_the_kind_of_machine_decides(monkeypatch, vendor, family, capability, faster):
+    described = f"processor\t: 0\nvendor_id\t: {vendor}\n"
+    described += "" if family is None else f"cpu family\t: {family}\nmodel\t\t: 17\n"
+    monkeypatch.setattr(products, "processor", lambda: described)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     assert products.onednn_is_faster.__wrapped__() == faster

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dpo_wrapper import PreferenceBatch, Sigmoid
 from dpo_wrapper.dpo import pair_log_probs
-from dpo_wrapper.metrics import COUNTS, MetricSums, pair_metrics
+from dpo_wrapper.metrics import COUNTS, TOKENS, MetricSums, pair_metrics
 from dpo_wrapper.sequences import ScoredSequences
 
 SLOW = settings(max_examples=300, deadline=None, derandomize=True)
@@ -264,7 +264,8 @@ def test_batch_of_two_sides(given):
 
     valid = [counts[k] > 0 and counts[b + k] > 0 for k in range(b)]
     assert batch.valid.tolist() == valid and batch.valid.dtype == torch.bool
-    assert batch.counts() == (sum(valid), sum(n for n, ok in zip(counts[:b], valid, strict=True) if ok))
+    tokens = sum(n for n, ok in zip(counts[:b], valid, strict=True) if ok)
+    assert batch.counts()[:2] == (sum(valid), tokens) and batch.counts()[2] >= tokens
 
 
 def one_batch() -> PreferenceBatch:
@@ -279,28 +280,28 @@ def one_batch() -> PreferenceBatch:
 def test_counts_by_hand():
     # pair 0 scores 2 and 1, pair 1 nothing and 1, pair 2 scores 1 (its third is padding) and 1
     assert one_batch().valid.tolist() == [True, False, True]
-    assert one_batch().counts() == (2, 3)
+    assert one_batch().counts()[:2] == (2, 3)
 
 
 def test_pairs_may_share_sequences():
     # K completions of one prompt: each sequence once, pairs are an index into them
     sequences = made([row_of([1, 2]), row_of([1, 3]), row_of([1, 0], "x.")])
     batch = PreferenceBatch(sequences, torch.tensor([[0, 1], [1, 0], [0, 2], [0, 1]]))
-    assert batch.valid.tolist() == [True, True, False, True] and batch.counts() == (3, 3)
-    assert PreferenceBatch(sequences, torch.zeros(0, 2, dtype=torch.long)).counts() == (0, 0)
+    assert batch.valid.tolist() == [True, True, False, True] and batch.counts()[:2] == (3, 3)
+    assert PreferenceBatch(sequences, torch.zeros(0, 2, dtype=torch.long)).counts() == (0, 0, 0)
 
 
 def test_as_part_of():
     batch = one_batch()
-    part = batch.as_part_of(10, 70)
+    part = batch.as_part_of(10, 70, 90)
     assert (part.step_pairs, part.step_chosen_tokens) == (10, 70)
     assert part.sequences is batch.sequences and part.pairs is batch.pairs
     assert (batch.step_pairs, batch.step_chosen_tokens) == (None, None)
-    assert part.as_part_of(3, 4).step_pairs == 3
+    assert part.as_part_of(3, 4, 5).step_pairs == 3
 
 
 def test_to_moves_everything():
-    batch = one_batch().as_part_of(10, 70)
+    batch = one_batch().as_part_of(10, 70, 90)
     moved = batch.to("meta")
     assert type(moved) is PreferenceBatch and type(moved.sequences) is ScoredSequences
     assert moved.pairs.device.type == "meta" and (moved.step_pairs, moved.step_chosen_tokens) == (10, 70)
@@ -454,5 +455,5 @@ def test_sums_keep_no_graph():
 
 def test_a_count_is_no_mean():
     metrics = scored_by_hand(one_batch())
-    assert set(COUNTS) < set(metrics)
+    assert {"pairs/valid", *TOKENS} == set(COUNTS) & set(metrics)
     assert added(metrics) == pytest.approx({name: value.item() for name, value in metrics.items()})

@@ -178,6 +178,82 @@ def test_a_copy_in_another_dtype(name):
         DPO(model, reference="copy", reference_dtype="bf16")
 
 
+@pytest.mark.parametrize("name", ["xt-tied", "hf-llama", "xt-rotary-flash"])
+def test_a_copy_with_a_device_of_its_own(name):
+    model = ZOO[name](0)
+    next(model.parameters()).requires_grad_(False)
+    plain = DPO(copy.deepcopy(model), reference="copy")
+    dpo = DPO(model, reference="copy", reference_device="cpu")
+    assert dpo(**arguments(CASE)) == plain(**arguments(CASE)) and metric(dpo) == metric(plain)
+    own = {t.data_ptr() for t in model.state_dict().values()}
+    assert not own & {t.data_ptr() for t in dpo.ref_model.state_dict().values()}, "nothing is shared"
+    before = {key: t.clone() for key, t in dpo.ref_model.state_dict().items()}
+
+    assert dpo.to(torch.float64) is dpo  # a cast is for both
+    assert {p.dtype for p in dpo.parameters()} == {torch.float64}
+    dpo.float().to("meta")  # a move is for the policy alone
+    assert {p.device.type for p in dpo.policy_model.parameters()} == {"meta"}
+    after = dpo.ref_model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert set(dict(dpo.named_children())) == set(dict(plain.named_children()))
+    plain.to("meta")
+    assert {p.device.type for p in plain.parameters()} == {"meta"}
+
+
+def test_a_reference_apart_survives_what_modules_go_through():
+    dpo = DPO(ZOO["xt-tied"](0), reference="copy", reference_device="cpu", reference_dtype=torch.bfloat16)
+    reference = metric(moved(dpo))
+    other = DPO(ZOO["xt-tied"](1), reference="copy", reference_device="cpu", reference_dtype=torch.bfloat16)
+    other.load_state_dict(dpo.state_dict())
+    for twin in (copy.deepcopy(dpo), other):
+        assert metric(twin) == reference
+        twin.sync_reference(1.0)
+        assert metric(twin) != reference
+    names = {name for name, _ in dpo.named_parameters()} | {name for name, _ in dpo.named_buffers()}
+    away = {name for name in names if name.startswith("ref_model.")}
+    assert set(dpo._ddp_params_and_buffers_to_ignore) == away and away < names
+    assert DPO(ZOO["xt-tied"](0))._ddp_params_and_buffers_to_ignore == []
+
+
+@pytest.mark.parametrize(
+    "options, kind, message",
+    [
+        (
+            {"reference_device": "moon"},
+            ValueError,
+            "should be a device of this machine, like 'cpu', but it is 'moon'",
+        ),
+        (
+            {"reference_device": 3.5},
+            ValueError,
+            "should be a device of this machine, like 'cpu', but it is 3.5",
+        ),
+        (
+            {"reference_device": "cpu", "reference": "none"},
+            ValueError,
+            "reference_device is for reference = 'copy'",
+        ),
+    ],
+)
+def test_devices_that_are_none(options, kind, message):
+    with pytest.raises(kind, match=message):
+        DPO(ZOO["xt-tied"](0), **options)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_reference_on_the_cpu_beside_a_policy_on_cuda():
+    dpo = DPO(ZOO["hf-llama"](0), reference_device="cpu").cuda()
+    assert {p.device.type for p in dpo.ref_model.parameters()} == {"cpu"}
+    columns = {
+        k: tuple(t.cuda() for t in v) if isinstance(v, tuple) else v.cuda()
+        for k, v in arguments(CASE).items()
+    }
+    loss = dpo(**columns)
+    assert abs(loss.item() - LN2) < 1e-4 and loss.is_cuda
+    loss.backward()
+    dpo.sync_reference(0.5)
+
+
 # the training command
 
 
@@ -225,3 +301,25 @@ def test_options_that_cannot_act_are_refused(rows, tmp_path):
         with pytest.raises(ValueError, match=sentence):
             train(config(rows, tmp_path / "out", **options))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_reference_apart_from_the_command_line(rows, tmp_path):
+    options = {"sft_epochs": 0, "epochs": 1}
+    train(config(rows, tmp_path / "plain", **options))
+    train(config(rows, tmp_path / "apart", reference_device="cpu", **options))
+    assert records(tmp_path / "plain") == records(tmp_path / "apart")
+    train(config(rows, tmp_path / "narrow", reference_dtype="bfloat16", **options))
+    plain, narrow = (records(tmp_path / name)[0]["logps/ref_chosen"] for name in ("plain", "narrow"))
+    assert plain != narrow and plain == pytest.approx(narrow, rel=0.02)
+    for more, message in (
+        ({"reference": "none", "reference_device": "cpu"}, "--reference-device is about a reference, but"),
+        (
+            {"loss": "simpo", "reference_dtype": "bfloat16"},
+            "--reference-dtype is about a reference, but --loss",
+        ),
+        ({"reference_device": "moon"}, "should be a device of this machine"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(config(rows, tmp_path / "none", **(options | more)))
+    with pytest.raises(ValueError, match="about a copy that stays in memory"):
+        config(rows, tmp_path / "none", precompute_reference=True, reference_device="cpu")

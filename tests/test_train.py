@@ -50,7 +50,10 @@ def config(rows, out, **kwargs):
 def records(folder, *drop):
     """The log without times."""
     lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in ("pairs/second", *drop)} for line in lines]
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.endswith("/second") and k not in drop}
+        for line in lines
+    ]
 
 
 def run_twice(script, *arguments):

@@ -65,7 +65,7 @@ class PreferenceDataset(Dataset[PreferenceItem | PreferenceItemWithColumns]):
         self.with_margins = any(pair.margin is not None for pair in pairs)
         self.pad_id = pad_id
         self.pad_to = pad_to
-        self.encoded: EncodedRows | None = None
+        self.encoded: EncodedRows[TokenPair] | None = None
 
     @classmethod
     def from_file(
@@ -96,14 +96,14 @@ class PreferenceDataset(Dataset[PreferenceItem | PreferenceItemWithColumns]):
         encoded = encode_rows(rows, tokenizer, max_length, on_error=on_error)
         errors += encoded.errors
         if on_error == "skip":
-            problems = [(pair, _pad_problem(pair, pad_id)) for pair in encoded.pairs]
+            problems = [(pair, _pad_problem(pair, pad_id)) for pair in encoded.entries]
             errors += [RowError(f"{pair.where}: {problem}") for pair, problem in problems if problem]
-            encoded = replace(encoded, pairs=[pair for pair, problem in problems if not problem])
+            encoded = replace(encoded, entries=[pair for pair, problem in problems if not problem])
         encoded = replace(encoded, errors=errors)
-        if not encoded.pairs:
+        if not encoded.entries:
             remedy = f"the first error is: {errors[0]}" if errors else "add rows whose two sides differ"
             raise ValueError(f"expected pairs to train on, got none ({encoded.summary()[:-1]}); {remedy}")
-        dataset = cls(encoded.pairs, pad_id, pad_to=pad_to)
+        dataset = cls(encoded.entries, pad_id, pad_to=pad_to)
         dataset.encoded = encoded
         return dataset
 

@@ -1,7 +1,8 @@
 """Rows to pairs of token sequences of bounded length."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from .files import OnError, check_on_error
 from .rows import Row, RowError
@@ -26,19 +27,51 @@ class TokenPair:
     weight: float | None = None
     margin: float | None = None
 
+    @property
+    def completions(self) -> tuple[tuple[int, ...], ...]:
+        return (self.chosen, self.rejected)
+
+    @property
+    def wanted(self) -> tuple[int, ...]:
+        return self.chosen
+
 
 @dataclass(frozen=True)
-class EncodedRows:
-    """Pairs, and what became of the rows that are not among them.
+class TokenList:
+    """The ids of a ranked list, the best first, or, with a label, of one completion.
 
-    identical: pairs left out because both sides are the same tokens: nothing is preferred.
-    empty: pairs left out because a side has no scored token.
-    prompts_shortened: kept pairs whose prompt lost its beginning.
-    completions_cut: completions of kept pairs that lost their end.
+    All continue the same prompt. mismatched: the completion of another prompt, for rows with a label.
+    """
+
+    prompt: tuple[int, ...]
+    completions: tuple[tuple[int, ...], ...]
+    label: bool | None = None
+    where: str = ""
+    weight: float | None = None
+    mismatched: tuple[int, ...] = ()
+
+    @property
+    def wanted(self) -> tuple[int, ...] | None:
+        """The best completion, or the one; None where it is not wanted."""
+        return None if self.label is False else self.completions[0]
+
+
+Entry = TokenPair | TokenList
+E = TypeVar("E", TokenPair, TokenList)
+
+
+@dataclass(frozen=True)
+class EncodedRows(Generic[E]):
+    """Pairs (lists, rows with a label), and what became of the rows that are not among them.
+
+    identical: entries left out because all sides are the same tokens: nothing is preferred.
+    empty: entries left out because a side has no scored token; a list needs two that have.
+    prompts_shortened: kept entries whose prompt lost its beginning.
+    completions_cut: completions of kept entries that lost their end.
     errors: of the rows that were skipped.
     """
 
-    pairs: list[TokenPair]
+    entries: list[E]
     identical: int = 0
     empty: int = 0
     prompts_shortened: int = 0
@@ -47,7 +80,7 @@ class EncodedRows:
 
     def summary(self) -> str:
         """One sentence on what was left out or shortened; empty if nothing was."""
-        rows = len(self.pairs) + self.identical + self.empty + len(self.errors)
+        rows = len(self.entries) + self.identical + self.empty + len(self.errors)
         left_out = [
             (len(self.errors), "with an error"),
             (self.identical, "with the same tokens on both sides"),
@@ -71,35 +104,36 @@ def encode_row(row: Row, tokenizer: Tokenizer, max_length: int) -> TokenPair:
 
     ValueError for `max_length` below 8 and for text that the tokenizer refuses.
     """
-    return _encode(row, tokenizer, max_length)[0]
+    return _encode(row, tokenizer, max_length).entry
 
 
-def _encode(row: Row, tokenizer: Tokenizer, max_length: int) -> tuple[TokenPair, bool, int]:
-    """The pair, whether its prompt was shortened, and how many of its completions were cut."""
-    check_max_length(max_length)
-    prompt = tokenizer.prompt_ids(row.prompt)
-    sides = [tokenizer.completion_ids(row.prompt, text) for text in (row.chosen, row.rejected)]
-    kept, cut = _cut(prompt, sides, tokenizer, max_length)
-    pair = TokenPair(tuple(kept), tuple(cut[0]), tuple(cut[1]), row.where, row.weight, row.margin)
-    return pair, len(kept) < len(prompt), sum(a != b for a, b in zip(sides, cut, strict=True))
+class Encoded(NamedTuple):
+    """An entry, whether its prompt was shortened, and how many of its completions were cut."""
+
+    entry: Any
+    shortened: bool
+    cut: int
 
 
-def _cut(
-    prompt: list[int], sides: list[list[int]], tokenizer: Tokenizer, max_length: int
-) -> tuple[list[int], list[list[int]]]:
-    room = max_length - max(len(side) for side in sides)
-    # Never above the prompt's own length; and a long completion may not push the prompt out altogether.
-    keep = min(len(prompt), max(room, max_length // 4))
-    return _last_tokens(prompt, keep, tokenizer.bos_id), [side[: max_length - keep] for side in sides]
+def _encode(row: Row, tokenizer: Tokenizer, max_length: int) -> Encoded:
+    found = encode_completions(row.prompt, (row.chosen, row.rejected), tokenizer, max_length)
+    prompt, (chosen, rejected) = found.entry
+    return found._replace(entry=TokenPair(prompt, chosen, rejected, row.where, row.weight, row.margin))
 
 
 def encode_completions(
     prompt: str | tuple[Message, ...], completions: Sequence[str], tokenizer: Tokenizer, max_length: int
-) -> tuple[list[int], list[list[int]]]:
+) -> Encoded:
     """One prompt and all of its completions, shortened as in `encode_row`."""
     check_max_length(max_length)
+    whole = tokenizer.prompt_ids(prompt)
     sides = [tokenizer.completion_ids(prompt, text) for text in completions]
-    return _cut(tokenizer.prompt_ids(prompt), sides, tokenizer, max_length)
+    room = max_length - max(len(side) for side in sides)
+    # Never above the prompt's own length; and a long completion may not push the prompt out altogether.
+    keep = min(len(whole), max(room, max_length // 4))
+    cut = tuple(tuple(side[: max_length - keep]) for side in sides)
+    shorter = sum(len(a) < len(b) for a, b in zip(cut, sides, strict=True))
+    return Encoded((tuple(_last_tokens(whole, keep, tokenizer.bos_id)), cut), keep < len(whole), shorter)
 
 
 def _last_tokens(prompt: list[int], keep: int, bos_id: int | None) -> list[int]:
@@ -121,37 +155,38 @@ def check_max_length(max_length: int) -> None:
 
 def encode_rows(
     rows: Iterable[Row], tokenizer: Tokenizer, max_length: int, *, on_error: OnError = "raise"
-) -> EncodedRows:
+) -> EncodedRows[TokenPair]:
     """The pairs of all rows, without those that teach nothing, and counts of what happened to them.
 
     on_error: 'raise' raises the tokenizer's first error as a RowError that starts with the row's place;
     'skip' collects them in `errors`.
     """
-    check_on_error(on_error)
     check_max_length(max_length)
-    pairs: list[TokenPair] = []
+    return collect(rows, lambda row: _encode(row, tokenizer, max_length), on_error)
+
+
+def collect(rows: Iterable[Any], encode: Callable[[Any], Encoded], on_error: OnError) -> EncodedRows[Any]:
+    """What `encode` makes of all rows, as `encode_rows` says."""
+    check_on_error(on_error)
+    kept: list[Encoded] = []
     errors: list[RowError] = []
-    identical = empty = shortened = completions_cut = 0
+    identical = empty = 0
     for row in rows:
         try:
-            pair, was_shortened, cut = _encode(row, tokenizer, max_length)
+            found = encode(row)
         except ValueError as error:
             placed = RowError(f"{row.where}: {error}" if row.where else str(error))
             if on_error == "raise":
                 raise placed from error
             errors.append(placed)
             continue
-        if pair.chosen == pair.rejected:
+        completions = found.entry.completions
+        scored = sum(len(completion) > (0 if found.entry.prompt else 1) for completion in completions)
+        if len(completions) > 1 and len(set(completions)) == 1:
             identical += 1
-        elif not _scored(pair):
+        elif scored < min(2, len(completions)):  # the first token of a sequence never is scored
             empty += 1
         else:
-            pairs.append(pair)
-            shortened += was_shortened
-            completions_cut += cut
-    return EncodedRows(pairs, identical, empty, shortened, completions_cut, errors)
-
-
-def _scored(pair: TokenPair) -> bool:
-    """Whether both sides have a scored token; the first token of a sequence never is one."""
-    return min(len(pair.chosen), len(pair.rejected)) > (0 if pair.prompt else 1)
+            kept.append(found)
+    shortened, cut = sum(found.shortened for found in kept), sum(found.cut for found in kept)
+    return EncodedRows([found.entry for found in kept], identical, empty, shortened, cut, errors)

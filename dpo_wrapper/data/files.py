@@ -6,7 +6,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from .formats import read_records
 from .rows import DEFAULT_FIELDS, Fields, Row, RowError, normalize
@@ -77,7 +77,19 @@ def _paths(path: PathLike | Sequence[PathLike]) -> list[Path]:
     return [Path(item) for item in path]
 
 
-def split_rows(rows: Sequence[Row], fraction: float, seed: int = 0) -> tuple[list[Row], list[Row]]:
+class Splittable(Protocol):
+    """A `Row` or a `ListedRow`."""
+
+    @property
+    def prompt(self) -> str | tuple[Message, ...]: ...
+    @property
+    def split(self) -> str | None: ...
+
+
+S = TypeVar("S", bound=Splittable)
+
+
+def split_rows(rows: Sequence[S], fraction: float, seed: int = 0) -> tuple[list[S], list[S]]:
     """The training rows and the held-out rows, each in the order of `rows`.
 
     Where any row says its split, the rows decide, whatever the fraction: 'test' is held out, everything else
@@ -107,7 +119,7 @@ def split_rows(rows: Sequence[Row], fraction: float, seed: int = 0) -> tuple[lis
         return list(rows), []
     keys = [_prompt_key(row.prompt) for row in rows]
     held = _held_out(keys, fraction, seed)
-    parts: tuple[list[Row], list[Row]] = ([], [])
+    parts: tuple[list[S], list[S]] = ([], [])
     for row, key in zip(rows, keys, strict=True):
         parts[key in held].append(row)
     return parts

@@ -1,21 +1,21 @@
-"""Pairs in groups that fit one forward pass."""
+"""Entries in groups that fit one forward pass."""
 
 from collections.abc import Sequence
 
-from .encode import TokenPair
+from .encode import Entry
 
 
-def micro_batches(pairs: Sequence[TokenPair], most: int) -> list[list[int]]:
-    """Indices of pairs in groups of at most `most` unique tokens each, or of one pair.
+def micro_batches(entries: Sequence[Entry], most: int) -> list[list[int]]:
+    """Indices of entries in groups of at most `most` unique tokens each, or of one entry.
 
-    Pairs with long common prefixes come together: in the order of their prompts.
+    Those with long common prefixes come together: in the order of their prompts.
     """
     groups: list[list[int]] = []
     room = 0
     before: tuple[int, ...] = ()
-    for k in sorted(range(len(pairs)), key=lambda k: (pairs[k].prompt, k)):
-        prompt = tuple(pairs[k].prompt)
-        tokens = len(prompt) + len(pairs[k].chosen) + len(pairs[k].rejected)
+    for k in sorted(range(len(entries)), key=lambda k: (entries[k].prompt, k)):
+        prompt = tuple(entries[k].prompt)
+        tokens = len(prompt) + sum(map(len, entries[k].completions))
         shared = next((n for n, (a, b) in enumerate(zip(prompt, before, strict=False)) if a != b), None)
         shared = min(len(prompt), len(before)) if shared is None else shared
         if groups and tokens - shared <= room:

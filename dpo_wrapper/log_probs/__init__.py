@@ -9,20 +9,25 @@ the head of v words, y the targets, f the head's scale and softcap:
 In which pass, at what cost (products of 2·t·d·v FLOPs; t·v numbers written and read between products):
 
                                    products    tile traffic           beside inputs and gradients
-    reference, evaluation          1           write, read            two tiles
-    frozen head (LoRA)   forward   2           write, read, write,    two tiles, [t, d] in float32
+    reference, evaluation          1           write, read            a tile (two with extras)
+    frozen head (LoRA)   forward   2           write, read, write,    a tile, [t, d] in float32
                                                read
                          backward  0
-    trained head, kept   forward   1           write, read, write     two tiles, [t, v]
-                         backward  2           read, read             two tiles, [t, d] in float32
-    trained head, else   forward   1           write, read            two tiles
-                         backward  3           write, read, write,    two tiles, [t, d] in float32
+    trained head, kept   forward   1           write, read, write     a tile, softmaxes [t, v]
+                         backward  2           read, read             a tile, [t, d] in float32
+    trained head, else   forward   1           write, read            a tile
+                         backward  3           write, read, write,    a tile, [t, d] in float32
                                                read, read
+
+Softmaxes are kept tile by tile as far as there is room for them (`chunked.keep_bytes`: on the CPU as much as
+training the head takes anyway, so all of them for up to 4·d tokens), and the other tiles are computed again.
+Backward gives their memory back as it uses them, so that the head's gradient takes its place.
 
 An eager log-softmax takes 1 and 2 products, and holds about four times [t, v] in float32.
 
     eager      the plain lines; the truth that all others are held against
     tiled      the algorithm: tiles, their weighing, what is kept or computed again, gradients
+    kept       softmaxes on their way from forward to backward
     statistics   what tiles are weighed by, and the extras
     chunked    a tile's softmax by torch's operations: any device
     triton     a tile's softmax in one kernel: CUDA

@@ -1,5 +1,6 @@
 """A tile of logits by torch's own operations, on any device."""
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,7 +17,24 @@ TILE_BYTES = {"cpu": 12 * 2**20, "other": 256 * 2**20}
 memory back to the system each time."""
 
 KEEP_BYTES = 64 * 2**20
-"""Memory for softmaxes that are kept from forward to backward, so that nothing is computed twice."""
+KEEP_HEADS = 4
+"""On the CPU: what training the head takes anyway, for its weight, gradient and AdamW's two moments."""
+
+
+def keep_bytes(weight: Float[Tensor, "v d"]) -> int:
+    """Memory for softmaxes that are kept from forward to backward, so that they are not computed twice."""
+    if weight.device.type != "cpu":
+        return KEEP_BYTES
+    return max(KEEP_BYTES, KEEP_HEADS * weight.numel() * weight.element_size())
+
+
+@lru_cache
+def in_place(device: str, dtype: torch.dtype) -> bool:
+    """Whether a softmax may replace what it is of. torch does not promise it, so it is tried."""
+    if device != "cpu":
+        return False
+    x = torch.linspace(-9, 9, 3 * 4099, dtype=dtype).sin().view(3, -1)
+    return torch.equal(torch.softmax(x, dim=1), torch.softmax(x, dim=1, out=x))
 
 
 def fold(
@@ -30,8 +48,12 @@ def fold(
     moments: bool = False,
     total: Float[Tensor, "r"] | None = None,
     at_target: Float[Tensor, "r"] | None = None,
+    out: Float[Tensor, "r w"] | None = None,
 ) -> Folded:
-    """Fold a tile of raw products, as `Folded` says; `local` is the target's column, or -1."""
+    """Fold a tile of raw products, as `Folded` says; `local` is the target's column, or -1.
+
+    The softmax is written into `out`, if that is given.
+    """
     x = block.to(accumulation_dtype(block.dtype))
     if bias is not None:
         x += bias
@@ -54,7 +76,9 @@ def fold(
 
     highest = x.amax(dim=1)
     empty = highest == -torch.inf
-    p = torch.softmax(x, dim=1)
+    if out is None and not moments and in_place(x.device.type, x.dtype):
+        out = x  # one tile at a time, and the C library need not look for room among smaller things
+    p = torch.softmax(x, dim=1, out=out)
     lse = highest - p.amax(dim=1).log()  # the highest is 1 part in the sum
     if x.shape[1] == 1 or empty.any():
         p, lse = p.masked_fill_(empty[:, None], 0.0), lse.masked_fill(empty, -torch.inf)
@@ -92,7 +116,7 @@ def token_log_probs(
         dtype=compute_dtype(hidden, weight),
         fold=fold,
         tile_bytes=TILE_BYTES.get(device, TILE_BYTES["other"]),
-        keep_bytes=KEEP_BYTES,
+        keep_bytes=keep_bytes(weight),
         differentiates=torch.is_grad_enabled(),
         **kwargs,
     )

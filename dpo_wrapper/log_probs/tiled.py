@@ -10,11 +10,12 @@ FLOPs, in products of [t, d] and [d, v] (2·t·d·v each):
     no gradient wanted            forward 1
     hidden alone (frozen head)    forward 2, backward 0: the gradient of each log-prob for its hidden state is
                                   ready in forward, and backward scales it
-    weight, tiles fit KEEP        forward 1, backward 2: the softmaxes of all tiles are kept
-    weight, they do not           forward 1, backward 3: tiles are computed again
+    weight (trained head)         forward 1, backward 2 + f: softmaxes of the first tiles are kept, as many as
+                                  there is room for, and a part f of all tiles is computed again
 
-Bytes beside inputs and gradients: two tiles, `[t, d]` in float32, one number per token and row of tiles; the
-kept softmaxes. Each weight gradient is finished over all tokens before the next begins, in float32.
+Bytes beside inputs and gradients: a tile (two with extras), `[t, d]` in float32, one number per token and row
+of tiles; the kept softmaxes. Each weight gradient is finished over all tokens before the next begins, in
+float32.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dpo_wrapper.log_probs.eager import accumulation_dtype
+from dpo_wrapper.log_probs.kept import Kept
 from dpo_wrapper.log_probs.statistics import Folded, Statistics, summed
 from dpo_wrapper.products import product
 
@@ -80,14 +82,26 @@ class Tiles:
         self.rows = list(spans(t, ROWS))
         words = options.tile_bytes // (per_value * max(1, min(t, ROWS)))
         self.words = list(spans(v, words, 64 if words >= 64 else 1))
-        self.bytes = t * v * options.dtype.itemsize
+        self.scratch: Tensor | None = None
 
-    def fold(self, rows: slice, words: slice, **kwargs: Any) -> Folded:
+    def fold(
+        self, rows: slice, words: slice, *, out: Tensor | None = None, stays: bool = False, **kwargs: Any
+    ) -> Folded:
+        """A tile, in `out` or, unless it `stays`, where the next one will be."""
         options = self.options
-        block = product(self.hidden[rows].to(options.dtype), self.weight[words].to(options.dtype).T)
+        if out is not None and out.dtype != options.wide:
+            out = None  # computed wide, and narrowed when it is kept
+        a, b = self.hidden[rows].to(options.dtype), self.weight[words].to(options.dtype).T
+        block = product(a, b, None if stays else self.room(len(a), b.shape[1]))
         local = self.local(rows, words)
         bias = None if self.bias is None else self.bias[words]
-        return options.fold(block, local, bias, options.logit_scale, options.softcap, **kwargs)
+        return options.fold(block, local, bias, options.logit_scale, options.softcap, out=out, **kwargs)
+
+    def room(self, rows: int, words: int) -> Float[Tensor, "r w"]:
+        """The same memory each time."""
+        if self.scratch is None or len(self.scratch) < rows * words:
+            self.scratch = self.hidden.new_empty(rows * words, dtype=self.options.dtype)
+        return self.scratch[: rows * words].view(rows, words)
 
     def local(self, rows: slice, words: slice) -> Int[Tensor, "r"]:
         """Each target's column in a tile, or -1."""
@@ -108,20 +122,31 @@ class TiledLogProbs(torch.autograd.Function):
             wanted and options.differentiates for wanted in ctx.needs_input_grad[:3]
         )
         ctx.ready = wants_hidden and not (wants_weight or wants_bias)
-        keeps = (wants_weight or wants_bias) and tiles.bytes <= options.keep_bytes
+        room = options.keep_bytes if wants_weight or wants_bias else 0
+        kept = Kept(room, len(targets) * len(weight), hidden.device, options.dtype)
 
-        statistics, kept = Statistics.of_nothing(tiles.new(len(targets))), []
+        statistics = Statistics.of_nothing(tiles.new(len(targets)))
         ready = tiles.new(*hidden.shape) if ctx.ready else None
         for words in tiles.words:
             for rows in tiles.rows:
-                folded = tiles.fold(rows, words, write=ctx.ready or keeps, moments=options.extras)
+                size = (rows.stop - rows.start, words.stop - words.start)
+                keeps = kept.takes(size[0] * size[1])
+                slot = kept.slot(*size) if keeps else None
+                folded = tiles.fold(
+                    rows,
+                    words,
+                    out=slot,
+                    stays=keeps and slot is None,
+                    write=ctx.ready or keeps,
+                    moments=options.extras,
+                )
                 before, now = statistics.add(rows, folded)
                 if ready is not None:
                     of_tile = product(folded.block.to(options.dtype), weight[words].to(options.dtype))
                     ready[rows].mul_(before[:, None]).addcmul_(of_tile.to(ready.dtype), now[:, None])
                 if keeps:
-                    kept += [folded.block.to(options.dtype), folded.lse]
-                del folded  # before the next is made
+                    kept.add(folded.block, folded.lse, slot)
+                del folded, slot  # before the next is made
         mine = statistics
         if options.group is not None:
             statistics = statistics.over(options.group)
@@ -134,9 +159,9 @@ class TiledLogProbs(torch.autograd.Function):
             ready.neg_()
             ready[here] += weight[local[here]].to(ready.dtype) * at_target[here, None]
 
-        ctx.options = options
-        saved = [hidden, weight, bias, targets, statistics.own, statistics.lse]
-        ctx.save_for_backward(*([ready] if ctx.ready else [*saved, statistics.slope, *kept]))
+        ctx.options, ctx.kept = options, kept
+        saved = [hidden, weight, bias, targets, statistics.own, statistics.lse, statistics.slope]
+        ctx.save_for_backward(*([ready] if ctx.ready else saved))
         ctx.hidden_dtype = hidden.dtype
         log_probs = statistics.log_probs
         extras = statistics.extras() if options.extras else ()
@@ -153,13 +178,13 @@ class TiledLogProbs(torch.autograd.Function):
             (ready,) = ctx.saved_tensors
             grad_hidden = summed(ready * grad[:, None], ctx.options.group)
             return grad_hidden.to(ctx.hidden_dtype), None, None, None, None
-        hidden, weight, bias, targets, own, lse, slope, *kept = ctx.saved_tensors
+        hidden, weight, bias, targets, own, lse, slope = ctx.saved_tensors
         with torch.autocast(hidden.device.type, enabled=False):
             tiles = Tiles(hidden, weight, bias, targets, ctx.options)
             total = torch.logaddexp(lse, own)
             others = (lse - total).exp()
             wants = ctx.needs_input_grad[:3]
-            return *gradients(tiles, wants, grad, total, others * slope, kept), None, None
+            return *gradients(tiles, wants, grad, total, others * slope, ctx.kept), None, None
 
 
 def gradients(
@@ -168,7 +193,7 @@ def gradients(
     grad: Float[Tensor, "t"],
     total: Float[Tensor, "t"],
     at_target: Float[Tensor, "t"],
-    kept: list[Tensor],
+    kept: Kept,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Of hidden, weight and bias, for log-probs whose gradients are `grad`.
 
@@ -180,27 +205,31 @@ def gradients(
     grad_weight = torch.empty_like(weight) if wants_weight else None
     grad_bias = torch.empty_like(tiles.bias) if wants_bias and tiles.bias is not None else None
     by_grad = (hidden.to(options.wide) * -grad[:, None]).to(dtype) if wants_weight else None
-    parts = iter(kept)
     for words in tiles.words:
         of_weight: Tensor | None = None
+        straight = weight.dtype == dtype and len(tiles.rows) == 1
+        room = grad_weight[words] if straight and grad_weight is not None else None
         of_bias = tiles.new(words.stop - words.start)
         for rows in tiles.rows:
-            if kept:
+            known = kept.next()
+            if known is not None:
                 local = tiles.local(rows, words)
-                block = against(next(parts), next(parts), total[rows], at_target[rows], local)
+                block = against(*known, total[rows], at_target[rows], local, out=known[0])
             else:
                 block = tiles.fold(rows, words, total=total[rows], at_target=at_target[rows]).block
             narrow = block.to(dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] += product(narrow, weight[words].to(dtype))
             if by_grad is not None:
-                of_rows = product(narrow.T, by_grad[rows])
+                of_rows = product(narrow.T, by_grad[rows], room)
                 of_weight = of_rows if of_weight is None else of_weight.to(options.wide).add_(of_rows)
             if grad_bias is not None:
                 of_bias.sub_(grad[rows] @ block.to(options.wide))
-            del block, narrow  # before the next is made
-        if grad_weight is not None:
-            grad_weight[words] = 0.0 if of_weight is None else of_weight
+            del known, block, narrow  # before the next is made
+        if grad_weight is not None and of_weight is None:
+            grad_weight[words] = 0.0
+        elif grad_weight is not None and of_weight is not None and of_weight is not room:
+            grad_weight[words] = of_weight
         if grad_bias is not None:
             grad_bias[words] = of_bias.to(grad_bias.dtype)
     if grad_hidden is not None:

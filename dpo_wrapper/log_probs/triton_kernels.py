@@ -139,8 +139,9 @@ def fold(
     moments: bool = False,
     total: Float[Tensor, "r"] | None = None,
     at_target: Float[Tensor, "r"] | None = None,
+    out: Float[Tensor, "r w"] | None = None,
 ) -> Folded:
-    """As `chunked.fold`, in float32; what is written is written over the tile itself."""
+    """As `chunked.fold`, in float32; what is written is written over the tile itself, never into `out`."""
     rows, width = block.shape
     lse, own, slope, entropy, squares, highest = torch.empty(6, rows, device=block.device).unbind()
     _fold_row[(rows,)](

@@ -23,6 +23,7 @@ from dpo_wrapper.losses.combine import WeightedLosses as WeightedLosses
 from dpo_wrapper.losses.combine import check_columns as check_columns
 from dpo_wrapper.losses.combine import combined as combined
 from dpo_wrapper.losses.combine import needs_reference as needs_reference
+from dpo_wrapper.losses.combine import unit_of as unit_of
 from dpo_wrapper.losses.combine import weighted as weighted
 from dpo_wrapper.losses.divergences import AlphaDivergence as AlphaDivergence
 from dpo_wrapper.losses.divergences import Divergence as Divergence

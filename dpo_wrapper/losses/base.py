@@ -46,6 +46,9 @@ class PairLogProbs:
     `prompted` is there for a loss with `needs_prompt()`.
     """
 
+    unit: ClassVar[str] = "pairs"
+    """What there is one loss for, in words."""
+
     chosen: Float[Tensor, "p"]
     rejected: Float[Tensor, "p"]
     ref_chosen: Float[Tensor, "p"] | None
@@ -63,6 +66,10 @@ class PairLogProbs:
         for name, value in vars(self).items():
             if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
                 object.__setattr__(self, name, value.float())
+
+    @property
+    def weights(self) -> Float[Tensor, "p"] | None:
+        return self.pair_weights
 
     @property
     def chosen_logratio(self) -> Float[Tensor, "p"]:
@@ -163,7 +170,7 @@ class Objective(Configured, ABC):
     the README's table find it by itself.
     """
 
-    data: ClassVar[type] = PairLogProbs
+    data: ClassVar[Any] = PairLogProbs
     """What it is called with."""
     needs_reference: ClassVar[bool] = True
     """Whether it looks at the reference's log-probs."""

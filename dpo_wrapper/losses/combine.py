@@ -82,6 +82,11 @@ def needs_reference(terms: WeightedLosses) -> bool:
     return any(loss.needs_reference for loss, _ in terms)
 
 
+def unit_of(terms: WeightedLosses) -> str:
+    """What they learn from: 'pairs', 'lists' (ranked) or 'rows' (with a label)."""
+    return terms[0][0].data.unit
+
+
 def names(losses: Sequence[Objective]) -> str:
     return " and ".join(type(loss).__name__ for loss in losses)
 
@@ -102,9 +107,8 @@ def check_columns(terms: WeightedLosses, *, margins: bool, pair_weights: bool) -
 
 
 def combined(terms: WeightedLosses, data: Any) -> Float[Tensor, "_"]:
-    """The weighted sum of the terms, per pair (or list, or row), times the pairs' own weights."""
-    weights = data.pair_weights if isinstance(data, PairLogProbs) else None
+    """The weighted sum of the terms, per pair (or list, or row), times the data's own weights."""
     if isinstance(data, PairLogProbs):
-        check_columns(terms, margins=data.margins is not None, pair_weights=weights is not None)
+        check_columns(terms, margins=data.margins is not None, pair_weights=data.weights is not None)
     total = torch.stack([weight * loss(data) for loss, weight in terms]).sum(dim=0)
-    return total if weights is None else total * weights
+    return total if data.weights is None else total * data.weights

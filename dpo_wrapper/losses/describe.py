@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, fields
 
 from dpo_wrapper.losses.base import Configured, Loss, Objective
-from dpo_wrapper.losses.parse import divergences_by_name, losses_by_name, objectives_by_name
+from dpo_wrapper.losses.parse import divergences_by_name, losses_by_name
 
 
 @dataclass(frozen=True)
@@ -32,21 +32,16 @@ def describe(kind: type[Configured]) -> Description:
     return Description(repr(kind()), shown, paragraph("Paper"), paragraph("For"))
 
 
-def ours() -> list[type[Loss]]:
-    """The package's own losses; there may be a user's as well."""
-    return [kind for kind in losses_by_name().values() if kind.__module__.startswith("dpo_wrapper.")]
-
-
-def others() -> list[type[Objective]]:
-    """The package's losses of other data than pairs."""
-    known = objectives_by_name().values()
-    return [x for x in known if not issubclass(x, Loss) and x.__module__.startswith("dpo_wrapper.")]
+def ours() -> list[type[Objective]]:
+    """The package's own losses, those of pairs first; there may be a user's as well."""
+    known = [kind for kind in losses_by_name().values() if kind.__module__.startswith("dpo_wrapper.")]
+    return sorted(known, key=lambda kind: not issubclass(kind, Loss))
 
 
 def table() -> str:
     """The README's table of losses, in Markdown."""
     lines = ["| loss | formula | reference | paper | for |", "| --- | --- | --- | --- | --- |"]
-    for kind in [*ours(), *others()]:
+    for kind in ours():
         of = describe(kind)
         reference = "yes" if kind.needs_reference else "no"
         lines.append(f"| `{of.shown}` | `{of.formula}` | {reference} | {of.paper} | {of.purpose} |")
@@ -60,9 +55,13 @@ def help_text() -> str:
         options = ", ".join(each.name for each in fields(kind))
         return f"{kind.__name__.lower()}({options})" if options else kind.__name__.lower()
 
-    losses = ", ".join(map(signature, ours()))
+    pairs = ", ".join(signature(kind) for kind in ours() if kind.data.unit == "pairs")
+    others = ", ".join(
+        f"{signature(kind)} ({kind.data.unit})" for kind in ours() if kind.data.unit != "pairs"
+    )
     divergences = ", ".join(map(signature, divergences_by_name().values()))
     return (
         "Sum of losses, each a name with its options, like 'sigmoid(beta=0.1) + 0.5*sft'. "
-        f"Losses: {losses}. Divergences, as in sigmoid(divergence=forwardkl): {divergences}."
+        f"Losses of pairs: {pairs}; of ranked lists or of single rows with a label: {others}. "
+        f"Divergences, as in sigmoid(divergence=forwardkl): {divergences}."
     )

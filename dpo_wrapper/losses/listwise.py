@@ -1,11 +1,11 @@
 """Losses of ranked lists, and of rows with a label in place of a rival."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from beartype import beartype
-from jaxtyping import Bool, Float, jaxtyped
+from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor
 
 from dpo_wrapper.losses.base import Objective, not_negative, pull
@@ -16,12 +16,17 @@ from dpo_wrapper.losses.base import Objective, not_negative, pull
 class RankedLogProbs:
     """Sums in nats of the completions of each list, the best first; `real` is False where a list has ended.
 
-    `l` lists of up to `k` completions. `reference` is None where there is none.
+    `l` lists of up to `k` completions. `reference` is None where there is none. `length` counts scored
+    tokens, and `weights`, if the data has any, multiply the lists' losses.
     """
+
+    unit: ClassVar[str] = "lists"
 
     policy: Float[Tensor, "l k"]
     reference: Float[Tensor, "l k"] | None
     real: Bool[Tensor, "l k"]
+    length: Int[Tensor, "l k"] | None = None
+    weights: Float[Tensor, "l"] | None = None
 
     @property
     def logratio(self) -> Float[Tensor, "l k"]:
@@ -38,7 +43,7 @@ class PlackettLuce(Objective):
     For: ranked lists instead of pairs (`RankedBatch`)
     """
 
-    data: ClassVar[type] = RankedLogProbs
+    data: ClassVar[Any] = RankedLogProbs
 
     beta: float = pull()
 
@@ -55,13 +60,18 @@ class UnpairedLogProbs:
     """Sums in nats of single completions, and `label`, True on those that are wanted.
 
     `shift` is an estimate of how far the policy is from the reference in nats: the mean log-ratio of prompts
-    with completions of other prompts.
+    with completions of other prompts. `length` counts scored tokens, and `weights`, if the data has any,
+    multiply the rows' losses.
     """
+
+    unit: ClassVar[str] = "rows"
 
     policy: Float[Tensor, "r"]
     reference: Float[Tensor, "r"] | None
     label: Bool[Tensor, "r"]
     shift: Float[Tensor, ""]
+    length: Int[Tensor, "r"] | None = None
+    weights: Float[Tensor, "r"] | None = None
 
     @property
     def logratio(self) -> Float[Tensor, "r"]:
@@ -80,7 +90,7 @@ class KTO(Objective):
     For: rows with a label, wanted or not, instead of pairs (`UnpairedBatch`)
     """
 
-    data: ClassVar[type] = UnpairedLogProbs
+    data: ClassVar[Any] = UnpairedLogProbs
 
     beta: float = pull()
     desirable: float = not_negative(1.0, "weight of rows that are wanted")

@@ -6,7 +6,7 @@ from dataclasses import MISSING, fields
 from inspect import isabstract
 from typing import Any
 
-from dpo_wrapper.losses.base import Configured, Loss, Objective
+from dpo_wrapper.losses.base import Configured, Objective
 from dpo_wrapper.losses.combine import WeightedLosses, weighted
 from dpo_wrapper.losses.divergences import Divergence
 
@@ -23,13 +23,8 @@ def by_name(kind: type[Configured]) -> dict[str, type[Any]]:
     return {cls.__name__.lower(): cls for cls in below(kind)}
 
 
-def losses_by_name() -> dict[str, type[Loss]]:
-    """Every loss under its lower-case name, for the command line."""
-    return by_name(Loss)
-
-
-def objectives_by_name() -> dict[str, type[Objective]]:
-    """The same with losses of other data than pairs."""
+def losses_by_name() -> dict[str, type[Objective]]:
+    """Every loss under its lower-case name, for the command line; those of other data than pairs as well."""
     return by_name(Objective)
 
 
@@ -53,7 +48,7 @@ def parse_losses(text: str) -> WeightedLosses:
     return weighted(list(_terms(tree.body, text)))
 
 
-def _terms(node: ast.expr, text: str) -> Iterator[tuple[Loss, float]]:
+def _terms(node: ast.expr, text: str) -> Iterator[tuple[Objective, float]]:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         yield from _terms(node.left, text)
         yield from _terms(node.right, text)
@@ -61,7 +56,7 @@ def _terms(node: ast.expr, text: str) -> Iterator[tuple[Loss, float]]:
     weight = 1.0
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
         weight, node = _number(node.left, text), node.right
-    yield _made(node, Loss, text), weight
+    yield _made(node, Objective, text), weight
 
 
 def _made(node: ast.expr, kind: type[Configured], text: str) -> Any:
@@ -70,9 +65,8 @@ def _made(node: ast.expr, kind: type[Configured], text: str) -> Any:
     name = call.func.id.lower() if isinstance(call.func, ast.Name) else ast.unparse(call.func)
     known = by_name(kind)
     if name not in known:
-        raise ValueError(
-            f"unknown {kind.__name__.lower()} {name!r} in {text!r}: there are {', '.join(known)}."
-        )
+        what = "loss" if kind is Objective else kind.__name__.lower()
+        raise ValueError(f"unknown {what} {name!r} in {text!r}: there are {', '.join(known)}.")
     options: dict[str, Any] = {f.name: f.metadata.get("kind") for f in fields(known[name])}
     given = {str(keyword.arg): keyword.value for keyword in call.keywords}
     if call.args or len(given) < len(call.keywords) or not set(given) <= set(options):

@@ -92,18 +92,19 @@ def test_pitfall_07_pairs_that_teach_nothing_are_counted_and_left_out() -> None:
         Row("", "", "B"),  # without BOS the EOS is the first token of its sequence, and nothing predicts it
     ]
     encoded = encode_rows(rows, NoBos(), 8)
-    assert encoded.pairs == [TokenPair((81,), (65, EOS), (66, EOS))]
+    assert encoded.entries == [TokenPair((81,), (65, EOS), (66, EOS))]
     assert (encoded.identical, encoded.empty, encoded.errors) == (2, 1, [])
     assert encoded.summary() == (
         "Left out of 4 rows: 2 with the same tokens on both sides, 1 with nothing to score."
     )
-    assert len(encode_rows(rows[3:], BYTES, 8).pairs) == 1
+    assert len(encode_rows(rows[3:], BYTES, 8).entries) == 1
 
 
 def test_pitfall_08_an_invalid_pair_among_them_changes_nothing() -> None:
     rows = [Row("Q", "A", "B"), Row("R", "C", "D")]
     assert (
-        encode_rows([rows[0], Row("Q", "", ""), rows[1]], BYTES, 8).pairs == encode_rows(rows, BYTES, 8).pairs
+        encode_rows([rows[0], Row("Q", "", ""), rows[1]], BYTES, 8).entries
+        == encode_rows(rows, BYTES, 8).entries
     )
 
 
@@ -113,7 +114,7 @@ def test_counts_and_summary() -> None:
     assert (encoded.prompts_shortened, encoded.completions_cut) == (2, 2)
     assert encoded.summary() == "Cut to fit: 2 prompts at the front, 2 completions at the end."
     assert encode_rows(rows[:1], BYTES, 16).summary() == ""
-    assert EncodedRows(encoded.pairs, 1000, 0, 1, 0, [RowError("x")]).summary() == (
+    assert EncodedRows(encoded.entries, 1000, 0, 1, 0, [RowError("x")]).summary() == (
         "Left out of 1,004 rows: 1 with an error, 1,000 with the same tokens on both sides; "
         "cut to fit: 1 prompt at the front."
     )
@@ -136,7 +137,7 @@ def test_pitfall_10_tokenizer_errors_name_the_row(tmp_path: Path) -> None:
         encode_row(rows[2], tokenizer, 64)
     assert not isinstance(caught.value, RowError)
     encoded = encode_rows(rows, tokenizer, 64, on_error="skip")
-    assert [pair.where for pair in encoded.pairs] == ["a.jsonl, line 1"]
+    assert [pair.where for pair in encoded.entries] == ["a.jsonl, line 1"]
     assert [str(error)[:17] for error in encoded.errors] == ["a.jsonl, line 2: ", "a.jsonl, line 3: "]
     assert encoded.summary() == "Left out of 3 rows: 2 with an error."
 

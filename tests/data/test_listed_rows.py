@@ -8,7 +8,7 @@ import torch
 from zoo import ZOO
 
 from dpo_wrapper import DPO, RankedBatch, UnpairedBatch
-from dpo_wrapper.data import ByteTokenizer, encode_listed, normalize_listed, read_listed
+from dpo_wrapper.data import ByteTokenizer, encode_listed, normalize_listed, read_as
 from dpo_wrapper.data.turns import Message
 from dpo_wrapper.losses import KTO, PlackettLuce
 
@@ -17,7 +17,7 @@ BOS, EOS = BYTES.bos_id, BYTES.eos_id
 
 
 def test_rows():
-    row = normalize_listed({"prompt": "Q", "completions": ["A", "B", "C"]}, "here")
+    row = normalize_listed({"prompt": "Q", "completions": ["A", "B", "C"]}, where="here")
     assert (row.prompt, row.completions, row.label, row.where) == ("Q", ("A", "B", "C"), None, "here")
     row = normalize_listed({"prompt": "Q", "completion": "A", "label": False})
     assert (row.prompt, row.completions, row.label) == ("Q", ("A",), False)
@@ -58,15 +58,15 @@ def test_rows():
 )
 def test_bad_rows(record, message: str):
     with pytest.raises(ValueError, match=message):
-        normalize_listed(record, "here")
+        normalize_listed(record, where="here")
 
 
 def test_tokens():
     rows = [normalize_listed({"prompt": "abcdef", "completions": ["xyz", "w", ""]})]
-    (tokens,) = encode_listed(rows, BYTES, 32)
+    (tokens,) = encode_listed(rows, BYTES, 32).entries
     assert tokens.prompt == (BOS, *b"abcdef")
     assert tokens.completions == ((*b"xyz", EOS), (*b"w", EOS), (EOS,))
-    (short,) = encode_listed(rows, BYTES, 9)  # the prompt gives way, alike for all
+    (short,) = encode_listed(rows, BYTES, 9).entries  # the prompt gives way, alike for all
     assert short.prompt == (BOS, *b"cdef") and short.completions == tokens.completions
 
 
@@ -77,25 +77,26 @@ def test_files_to_losses(tmp_path: Path):
     )
     labelled.write_text(
         "\n".join(
-            json.dumps({"prompt": "Q", "completion": text, "label": text == "A"}) for text in ("A", "B", "CD")
+            json.dumps({"prompt": text, "completion": text, "label": text == "A"})
+            for text in ("A", "B", "CD")
         )
-        + '\n{"prompt": 1}'
+        + '\n{"prompt": 1, "completion": 2, "label": true}'
     )
     with pytest.raises(ValueError, match=r"labelled.jsonl, line 4, field 'completion'"):
-        read_listed(labelled)
-    rows, errors = read_listed(labelled, on_error="skip")
+        read_as("rows", labelled)
+    rows, errors = read_as("rows", labelled, on_error="skip")
     assert len(rows) == 3 and len(errors) == 1
 
     def small(ids: tuple[int, ...]) -> list[int]:
         return [x % 37 for x in ids]
 
     policy, reference = (ZOO["xt-rotary"](seed) for seed in range(2))
-    lists = encode_listed(read_listed(ranked)[0], BYTES, 16)
+    lists = encode_listed(read_as("lists", ranked)[0], BYTES, 16).entries
     batch = RankedBatch.from_lists(
         [small(x.prompt) for x in lists], [[small(y) for y in x.completions] for x in lists]
     )
     assert DPO(policy, loss=PlackettLuce(), reference=reference)(batch).isfinite()
-    single = encode_listed(rows, BYTES, 16)
+    single = encode_listed(rows, BYTES, 16).entries
     batch = UnpairedBatch.from_lists(
         [small(x.prompt) for x in single],
         [small(x.completions[0]) for x in single],
