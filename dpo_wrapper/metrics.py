@@ -23,7 +23,7 @@ two such means, a row is accurate whose reward is on the right side of the KL's,
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from dpo_wrapper.losses import PairLogProbs, RankedLogProbs, UnpairedLogProbs
@@ -88,24 +88,14 @@ def list_metrics(
     real, rewards = lists.real, beta * lists.logratio
     place = torch.arange(real.shape[1], device=real.device)
     best = place == real.int().argmax(dim=-1, keepdim=True)  # the first with a score
-    sides = {"chosen": best, "rejected": real & ~best}
-    values = {"loss": per_list}
-
-    def of_sides(name: str, table: Tensor) -> None:
-        for side, which in sides.items():
-            values[name.format(side)] = table.where(which, 0.0).sum(dim=-1) / which.sum(dim=-1)
-
-    of_sides("rewards/{}", rewards)
-    values["rewards/margins"] = values["rewards/chosen"] - values["rewards/rejected"]
     better = real[:, :, None] & real[:, None, :] & (place[:, None] < place)
     right = in_order(rewards[:, :, None] - rewards[:, None, :]).where(better, 0.0)
+
+    def split(table: Tensor) -> list[Tensor]:
+        return [table.where(side, 0.0).sum(dim=-1) / side.sum(dim=-1) for side in (best, real & ~best)]
+
+    values = {"loss": per_list, **by_side(split, lists, beta)}
     values["rewards/accuracies"] = right.sum(dim=(1, 2)) / better.sum(dim=(1, 2))
-    of_sides("logps/{}", lists.policy)
-    if lists.length is not None:
-        of_sides("length/{}", lists.length.to(rewards.dtype))
-    if lists.reference is not None:
-        of_sides("logps/ref_{}", lists.reference)
-        values["kl/chosen"] = values["rewards/chosen"] / beta
     means = {name: mean(value) for name, value in values.items()}
     return means | counts(sequences, rewards, lists_valid=len(rewards))
 
@@ -115,34 +105,36 @@ def row_metrics(
     sequences: ScoredSequences, rows: UnpairedLogProbs, per_row: Float[Tensor, "r"], beta: float
 ) -> dict[str, Tensor]:
     """The same of rows with a label; means of a side are 0 where it has no row."""
-    rewards, label = beta * rows.logratio, rows.label
-    above = rewards - beta * rows.shift.clamp(min=0)
+    sides = (rows.label, ~rows.label)
+    above = beta * (rows.logratio - rows.shift.clamp(min=0))
     means = {
         "loss": mean(per_row),
         "kl": rows.shift.detach(),
-        "rewards/accuracies": mean(in_order(above.where(label, -above))),
+        "rewards/accuracies": mean(in_order(above.where(rows.label, -above))),
+        **by_side(lambda values: [mean(values[side]) for side in sides], rows, beta),
     }
-
-    def of_sides(name: str, values: Tensor) -> None:
-        for side, which in zip(("chosen", "rejected"), sides(label), strict=True):
-            means[name.format(side)] = mean(values[which])
-
-    of_sides("rewards/{}", rewards)
-    means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
-    of_sides("logps/{}", rows.policy)
-    if rows.length is not None:
-        of_sides("length/{}", rows.length.to(rewards.dtype))
-    if rows.reference is not None:
-        of_sides("logps/ref_{}", rows.reference)
-        means["kl/chosen"] = means["rewards/chosen"] / beta
-    wanted, others = (int(which.sum()) for which in sides(label))
-    return means | counts(
-        sequences, rewards, rows_valid=len(rewards), rows_chosen=wanted, rows_rejected=others
-    )
+    wanted, others = (int(side.sum()) for side in sides)
+    return means | counts(sequences, above, rows_valid=len(above), rows_chosen=wanted, rows_rejected=others)
 
 
-def sides(label: Bool[Tensor, "r"]) -> tuple[Bool[Tensor, "r"], Bool[Tensor, "r"]]:
-    return label, ~label
+def by_side(
+    split: Callable[[Tensor], list[Tensor]], data: RankedLogProbs | UnpairedLogProbs, beta: float
+) -> dict[str, Tensor]:
+    """Rewards, log-probs and lengths of the two sides that `split` makes of all values."""
+    tables = {"rewards/": beta * data.logratio, "logps/": data.policy}
+    if data.length is not None:
+        tables["length/"] = data.length.to(data.policy.dtype)
+    if data.reference is not None:
+        tables["logps/ref_"] = data.reference
+    found = {
+        name + side: values
+        for name, table in tables.items()
+        for side, values in zip(("chosen", "rejected"), split(table), strict=True)
+    }
+    found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+    if data.reference is not None:
+        found["kl/chosen"] = found["rewards/chosen"] / beta
+    return found
 
 
 class MetricSums:

@@ -71,6 +71,23 @@ def run_twice(script, *arguments):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def train_twice(script, rows, out, loss=None):
+    """A run of two processes with the settings of `config`."""
+    more = "" if loss is None else f", loss={loss!r}"
+    script.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "import torch\n"
+        "from dpo_wrapper.config import PRESETS, TrainConfig\n"
+        "from dpo_wrapper.train import train\n"
+        "torch.set_num_threads(1)\n"
+        "PRESETS['tiny'] = {'dim': 32, 'depth': 1, 'heads': 1}\n"
+        "train(TrainConfig(data=Path(sys.argv[1]), out=Path(sys.argv[2]), sft_epochs=1, epochs=2,\n"
+        f"      batch_size=4, max_length=128, cpu=True, save_every=0{more}))\n"
+    )
+    run_twice(script, rows, out)
+
+
 @pytest.fixture(scope="module")
 def finished(rows, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
@@ -190,20 +207,8 @@ def test_batches_made_by_workers_are_the_same(finished, rows, tmp_path):
 
 def test_pitfall_22_two_processes_report_what_one_does(finished, rows, tmp_path):
     """Uneven: 21 training pairs in steps of 4 leave a step of one pair, for two processes."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys\n"
-        "from pathlib import Path\n"
-        "import torch\n"
-        "from dpo_wrapper.config import PRESETS, TrainConfig\n"
-        "from dpo_wrapper.train import train\n"
-        "torch.set_num_threads(1)\n"
-        "PRESETS['tiny'] = {'dim': 32, 'depth': 1, 'heads': 1}\n"
-        "train(TrainConfig(data=Path(sys.argv[1]), out=Path(sys.argv[2]), sft_epochs=1, epochs=2,\n"
-        "      batch_size=4, max_length=128, cpu=True, save_every=0))\n"
-    )
     out = tmp_path / "out"
-    run_twice(script, rows, out)
+    train_twice(tmp_path / "script.py", rows, out)
     one, two = records(finished), records(out)
     assert len(one) == len(two)
     for a, b in zip(one, two, strict=True):

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import BUNDLED, Interrupted, config, records, run_twice
+from test_train import BUNDLED, Interrupted, config, records, train_twice
 
 from dpo_wrapper.cli import main
 from dpo_wrapper.config import PRESETS
@@ -126,19 +126,7 @@ def test_an_interrupted_run_resumes_to_the_same_result(finished, tmp_path, monke
 
 def test_two_processes_report_what_one_does(finished, tmp_path):
     loss, path, out = finished
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys\n"
-        "from pathlib import Path\n"
-        "import torch\n"
-        "from dpo_wrapper.config import PRESETS, TrainConfig\n"
-        "from dpo_wrapper.train import train\n"
-        "torch.set_num_threads(1)\n"
-        f"PRESETS['tiny'] = {TINY}\n"
-        "train(TrainConfig(data=Path(sys.argv[1]), out=Path(sys.argv[2]), sft_epochs=1, epochs=2,\n"
-        f"      batch_size=4, max_length=128, cpu=True, save_every=0, loss={loss!r}))\n"
-    )
-    run_twice(script, path, tmp_path / "out")
+    train_twice(tmp_path / "script.py", path, tmp_path / "out", loss)
     close(records(out), records(tmp_path / "out"))
 
 

@@ -84,7 +84,7 @@ def _json_document(handle: IO[bytes], name: str, fields: Fields) -> Iterator[Pla
         # Several values one after the other: JSON lines under another name.
         yield from _json_lines(io.BytesIO(data), name)
         return
-    if isinstance(document, dict) and fields.chosen in document:
+    if isinstance(document, dict) and {fields.chosen, "completions", "completion"} & document.keys():
         yield f"{name}, line 1", document
         return
     if isinstance(document, dict):

@@ -82,7 +82,7 @@ class Tiles:
         self.rows = list(spans(t, ROWS))
         words = options.tile_bytes // (per_value * max(1, min(t, ROWS)))
         self.words = list(spans(v, words, 64 if words >= 64 else 1))
-        self.scratch: Tensor | None = None
+        self.rooms: dict[str, Tensor] = {}
 
     def fold(
         self, rows: slice, words: slice, *, out: Tensor | None = None, stays: bool = False, **kwargs: Any
@@ -92,16 +92,22 @@ class Tiles:
         if out is not None and out.dtype != options.wide:
             out = None  # computed wide, and narrowed when it is kept
         a, b = self.hidden[rows].to(options.dtype), self.weight[words].to(options.dtype).T
-        block = product(a, b, None if stays else self.room(len(a), b.shape[1]))
+        block = product(a, b, None if stays else self.room("tile", len(a), b.shape[1]))
         local = self.local(rows, words)
         bias = None if self.bias is None else self.bias[words]
         return options.fold(block, local, bias, options.logit_scale, options.softcap, out=out, **kwargs)
 
-    def room(self, rows: int, words: int) -> Float[Tensor, "r w"]:
+    def of_hidden(self, words: slice, block: Float[Tensor, "r w"]) -> Float[Tensor, "r d"]:
+        """What a tile of gradients is for hidden states, where the next one will be."""
+        room = self.room("hidden", len(block), self.hidden.shape[1])
+        return product(block, self.weight[words].to(self.options.dtype), room).to(self.options.wide)
+
+    def room(self, name: str, rows: int, columns: int) -> Float[Tensor, "r c"]:
         """The same memory each time."""
-        if self.scratch is None or len(self.scratch) < rows * words:
-            self.scratch = self.hidden.new_empty(rows * words, dtype=self.options.dtype)
-        return self.scratch[: rows * words].view(rows, words)
+        size = rows * columns
+        if name not in self.rooms or len(self.rooms[name]) < size:
+            self.rooms[name] = self.hidden.new_empty(size, dtype=self.options.dtype)
+        return self.rooms[name][:size].view(rows, columns)
 
     def local(self, rows: slice, words: slice) -> Int[Tensor, "r"]:
         """Each target's column in a tile, or -1."""
@@ -142,8 +148,8 @@ class TiledLogProbs(torch.autograd.Function):
                 )
                 before, now = statistics.add(rows, folded)
                 if ready is not None:
-                    of_tile = product(folded.block.to(options.dtype), weight[words].to(options.dtype))
-                    ready[rows].mul_(before[:, None]).addcmul_(of_tile.to(ready.dtype), now[:, None])
+                    of_tile = tiles.of_hidden(words, folded.block.to(options.dtype))
+                    ready[rows].mul_(before[:, None]).addcmul_(of_tile, now[:, None])
                 if keeps:
                     kept.add(folded.block, folded.lse, slot)
                 del folded, slot  # before the next is made
@@ -219,7 +225,7 @@ def gradients(
                 block = tiles.fold(rows, words, total=total[rows], at_target=at_target[rows]).block
             narrow = block.to(dtype)
             if grad_hidden is not None:
-                grad_hidden[rows] += product(narrow, weight[words].to(dtype))
+                grad_hidden[rows] += tiles.of_hidden(words, narrow)
             if by_grad is not None:
                 of_rows = product(narrow.T, by_grad[rows], room)
                 of_weight = of_rows if of_weight is None else of_weight.to(options.wide).add_(of_rows)

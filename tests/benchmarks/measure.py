@@ -56,12 +56,22 @@ def write_json(args: argparse.Namespace, **content: Any) -> None:
     machine = {
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
+        "processor": processor_name(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
     args.json.write_text(json.dumps({"settings": settings, "machine": machine} | content, indent=1) + "\n")
+
+
+def processor_name() -> dict[str, str]:
+    """What Linux says of the kind of processor; the instructions that torch uses there."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    said = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
+    told = {key.strip(): value.strip() for key, value in said.items()}
+    kind = {key: told[key] for key in ("model name", "cpu family", "model") if key in told}
+    return kind | {"instructions": torch.backends.cpu.get_cpu_capability()}
 
 
 # memory

@@ -8,7 +8,7 @@ import torch
 from zoo import ZOO
 
 from dpo_wrapper import DPO, RankedBatch, UnpairedBatch
-from dpo_wrapper.data import ByteTokenizer, encode_listed, normalize_listed, read_as
+from dpo_wrapper.data import ByteTokenizer, Fields, ListedRow, encode_listed, normalize_listed, read_as
 from dpo_wrapper.data.turns import Message
 from dpo_wrapper.losses import KTO, PlackettLuce
 
@@ -104,3 +104,79 @@ def test_files_to_losses(tmp_path: Path):
     )
     assert batch.label.equal(torch.tensor([True, False, False]))
     assert DPO(policy, loss=KTO(), reference=reference)(batch).isfinite()
+
+
+def test_rows_of_every_kind_in_one_file(tmp_path: Path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table(
+        {
+            "prompt": ["P", "Q", "R"],
+            "chosen": ["A", None, None],
+            "rejected": ["B", None, None],
+            "completions": [None, ["A", "B", "C"], None],
+            "completion": [None, None, "A"],
+            "label": [None, None, True],
+            "weight": [None, 2.0, None],
+            "split": ["test", None, "train"],
+        }
+    )
+    pq.write_table(table, tmp_path / "rows.parquet")
+    pairs, errors = read_as("pairs", tmp_path / "rows.parquet", on_error="skip")
+    assert [(r.prompt, r.chosen, r.rejected, r.weight, r.split) for r in pairs] == [
+        ("P", "A", "B", None, "test"),
+        ("Q", "A", "B", 2.0, None),
+        ("Q", "A", "C", 2.0, None),
+        ("Q", "B", "C", 2.0, None),
+    ]
+    assert len(errors) == 1 and "rows.parquet, row 3: expected two completions to compare" in str(errors[0])
+    best, _ = read_as("pairs", tmp_path / "rows.parquet", on_error="skip", ranking="best")
+    assert [r.rejected for r in best] == ["B", "B", "C"]
+    lists, _ = read_as("lists", tmp_path / "rows.parquet", on_error="skip")
+    assert [(r.completions, r.weight, r.split) for r in lists] == [
+        (("A", "B"), None, "test"),
+        (("A", "B", "C"), 2.0, None),
+    ]
+    rows, _ = read_as("rows", tmp_path / "rows.parquet", on_error="skip")
+    assert [(r.prompt, r.completions, r.label) for r in rows] == [
+        ("P", ("A",), True),
+        ("P", ("B",), False),
+        ("R", ("A",), True),
+    ]
+    encoded = encode_listed(rows, BYTES, 8)
+    assert [entry.mismatched for entry in encoded.entries if entry.prompt == (BOS, *b"P")].count(()) <= 1
+
+
+def test_a_file_of_one_record(tmp_path: Path):
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps({"prompt": "Q", "completions": ["A", "B"]}))
+    (row,), _ = read_as("lists", path)
+    assert row.completions == ("A", "B")
+
+
+def test_other_names_of_the_prompt(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"question": "Q", "completion": "A", "label": True}))
+    (row,), _ = read_as("rows", path, Fields(prompt="question"))
+    assert row.prompt == "Q"
+
+
+def test_mismatched_completions_are_of_other_prompts_and_fit():
+    rows = [
+        ListedRow(prompt, (text,), True)
+        for prompt, text in zip("ABCD", ("x", "yy", "z" * 9, ""), strict=True)
+    ]
+    for seed in range(4):
+        entries = encode_listed(rows, BYTES, 8, seed=seed).entries
+        assert len(entries) == 4
+        taken = sorted(entry.mismatched for entry in entries)
+        whole = sorted(entry.completions[0] for entry in entries)
+        assert taken == whole  # each once, none longer than its place
+        for entry in entries:
+            assert entry.mismatched != entry.completions[0]
+            assert len(entry.prompt) + len(entry.mismatched) <= 8
+    assert (
+        len({tuple(e.mismatched for e in encode_listed(rows, BYTES, 8, seed=s).entries) for s in range(9)})
+        > 1
+    )
