@@ -8,7 +8,7 @@ Record = dict[str, Any]
 
 PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("loss", "loss (nats)", ("loss",)),
-    ("reward accuracy", "share of pairs", ("rewards/accuracies",)),
+    ("reward accuracy", "share", ("rewards/accuracies",)),
     ("reward margin", "β·((p_w − r_w) − (p_l − r_l))", ("rewards/margins",)),
     ("rewards", "β·(policy − reference)", ("rewards/chosen", "rewards/rejected")),
     ("log-prob of chosen", "nats per completion", ("logps/chosen", "logps/ref_chosen")),
