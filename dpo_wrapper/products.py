@@ -76,6 +76,14 @@ def product(
     return _onednn(a, b) if suits(a, b, len(a)) else torch.mm(a, b, out=room)
 
 
+def add_product(total: Float[Tensor, "m n"], a: Float[Tensor, "m k"], b: Float[Tensor, "k n"]) -> None:
+    """`total += a @ b`, in one go where the library can."""
+    if total.dtype == a.dtype and not suits(a, b, len(a)):
+        torch.addmm(total, a, b, out=total)
+    else:
+        total += product(a, b)
+
+
 class Linear(torch.autograd.Function):
     """`x @ weight.T + bias`, in any order of derivatives."""
 

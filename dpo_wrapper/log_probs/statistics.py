@@ -41,14 +41,14 @@ class Statistics(NamedTuple):
         low = -torch.inf
         return cls(*(torch.full_like(zeros, fill) for fill in (low, 0.0, 0.0, 0.0, 0.0, low)))
 
-    def add(self, rows: slice, folded: Folded) -> tuple[Tensor, Tensor]:
-        """Take a tile in; by what everything before and the tile itself are now to be weighed."""
+    def add(self, rows: slice, folded: Folded) -> None:
+        """Take a tile in."""
         lse, own, slope, entropy, squares, highest = (value[rows] for value in self)
         total = torch.logaddexp(lse, folded.lse)
-        safe = total.clamp(min=torch.finfo(total.dtype).min)  # where there was nothing yet
-        before, now = (lse - safe).exp(), (folded.lse - safe).exp()
         if folded.moments is not None:
             of_tile = folded.moments
+            safe = total.clamp(min=torch.finfo(total.dtype).min)  # where there was nothing yet
+            before, now = (lse - safe).exp(), (folded.lse - safe).exp()
             mixed = mixed_entropy(((before, entropy), (now, of_tile[0])))
             entropy.copy_(mixed)
             squares.mul_(before.square()).add_(now.square() * of_tile[1])
@@ -56,7 +56,6 @@ class Statistics(NamedTuple):
         lse.copy_(total)
         own.add_(folded.own)
         slope.add_(folded.slope)
-        return before, now
 
     def over(self, group: ProcessGroup) -> "Statistics":
         """The same over the vocabulary of all processes, each of which has seen its part."""

@@ -30,7 +30,7 @@ from torch.distributed import ProcessGroup
 from dpo_wrapper.log_probs.eager import accumulation_dtype
 from dpo_wrapper.log_probs.kept import Kept
 from dpo_wrapper.log_probs.statistics import Folded, Statistics, summed
-from dpo_wrapper.products import product
+from dpo_wrapper.products import add_product, product
 
 ROWS = 8192
 """Tokens in a tile."""
@@ -82,7 +82,7 @@ class Tiles:
         self.rows = list(spans(t, ROWS))
         words = options.tile_bytes // (per_value * max(1, min(t, ROWS)))
         self.words = list(spans(v, words, 64 if words >= 64 else 1))
-        self.rooms: dict[str, Tensor] = {}
+        self.scratch: Tensor | None = None
 
     def fold(
         self, rows: slice, words: slice, *, out: Tensor | None = None, stays: bool = False, **kwargs: Any
@@ -92,22 +92,16 @@ class Tiles:
         if out is not None and out.dtype != options.wide:
             out = None  # computed wide, and narrowed when it is kept
         a, b = self.hidden[rows].to(options.dtype), self.weight[words].to(options.dtype).T
-        block = product(a, b, None if stays else self.room("tile", len(a), b.shape[1]))
+        block = product(a, b, None if stays else self.room(len(a), b.shape[1]))
         local = self.local(rows, words)
         bias = None if self.bias is None else self.bias[words]
         return options.fold(block, local, bias, options.logit_scale, options.softcap, out=out, **kwargs)
 
-    def of_hidden(self, words: slice, block: Float[Tensor, "r w"]) -> Float[Tensor, "r d"]:
-        """What a tile of gradients is for hidden states, where the next one will be."""
-        room = self.room("hidden", len(block), self.hidden.shape[1])
-        return product(block, self.weight[words].to(self.options.dtype), room).to(self.options.wide)
-
-    def room(self, name: str, rows: int, columns: int) -> Float[Tensor, "r c"]:
+    def room(self, rows: int, words: int) -> Float[Tensor, "r w"]:
         """The same memory each time."""
-        size = rows * columns
-        if name not in self.rooms or len(self.rooms[name]) < size:
-            self.rooms[name] = self.hidden.new_empty(size, dtype=self.options.dtype)
-        return self.rooms[name][:size].view(rows, columns)
+        if self.scratch is None or len(self.scratch) < rows * words:
+            self.scratch = self.hidden.new_empty(rows * words, dtype=self.options.dtype)
+        return self.scratch[: rows * words].view(rows, words)
 
     def local(self, rows: slice, words: slice) -> Int[Tensor, "r"]:
         """Each target's column in a tile, or -1."""
@@ -116,6 +110,43 @@ class Tiles:
 
     def new(self, *shape: int) -> Tensor:
         return self.hidden.new_zeros(shape, dtype=self.options.wide)
+
+
+REACH = 5.0
+"""A tile's weight may be e^5 times that of the anchor, which float16 can still hold."""
+
+
+class Weighed:
+    """The gradient of log-sum-exps for hidden states, summed over tiles by their weights against an anchor.
+
+    The anchor is a log-sum-exp of each token; it moves, and what has been summed is weighed anew, only where
+    a tile is far above it, which is seldom after the first.
+    """
+
+    def __init__(self, tiles: Tiles) -> None:
+        self.tiles = tiles
+        self.sum = tiles.new(*tiles.hidden.shape)
+        self.anchor = tiles.new(len(tiles.hidden)).fill_(-torch.inf)
+
+    def add(self, rows: slice, words: slice, folded: Folded) -> None:
+        """Takes the tile in, and uses it up."""
+        anchor, dtype = self.anchor[rows], self.tiles.options.dtype
+        above = folded.lse > anchor + REACH
+        if anchor.device.type != "cpu" or above.any():  # on an accelerator asking takes longer than doing
+            moved = folded.lse.where(above, anchor)
+            self.sum[rows].mul_(ratio(anchor, moved)[:, None])
+            anchor.copy_(moved)
+        block = folded.block.mul_(ratio(folded.lse, anchor).to(folded.block.dtype)[:, None])
+        add_product(self.sum[rows], block.to(dtype), self.tiles.weight[words].to(dtype))
+
+    def against(self, total: Float[Tensor, "t"]) -> Float[Tensor, "t d"]:
+        """The sum, weighed against the whole."""
+        return self.sum.mul_(ratio(self.anchor, total)[:, None])
+
+
+def ratio(lse: Tensor, other: Tensor) -> Tensor:
+    """`e^(lse - other)`, 0 for nothing over nothing."""
+    return (lse - other).exp().masked_fill(lse == -torch.inf, 0.0)
 
 
 class TiledLogProbs(torch.autograd.Function):
@@ -132,7 +163,7 @@ class TiledLogProbs(torch.autograd.Function):
         kept = Kept(room, len(targets) * len(weight), hidden.device, options.dtype)
 
         statistics = Statistics.of_nothing(tiles.new(len(targets)))
-        ready = tiles.new(*hidden.shape) if ctx.ready else None
+        ready = Weighed(tiles) if ctx.ready else None
         for words in tiles.words:
             for rows in tiles.rows:
                 size = (rows.stop - rows.start, words.stop - words.start)
@@ -146,28 +177,26 @@ class TiledLogProbs(torch.autograd.Function):
                     write=ctx.ready or keeps,
                     moments=options.extras,
                 )
-                before, now = statistics.add(rows, folded)
+                statistics.add(rows, folded)
                 if ready is not None:
-                    of_tile = tiles.of_hidden(words, folded.block.to(options.dtype))
-                    ready[rows].mul_(before[:, None]).addcmul_(of_tile, now[:, None])
+                    ready.add(rows, words, folded)
                 if keeps:
                     kept.add(folded.block, folded.lse, slot)
                 del folded, slot  # before the next is made
-        mine = statistics
         if options.group is not None:
             statistics = statistics.over(options.group)
+        of_hidden = None
         if ready is not None:
             total = statistics.total
-            ready.mul_((mine.lse - total).exp()[:, None])
+            of_hidden = ready.against(total).neg_()
             local = tiles.local(slice(None), slice(0, len(weight)))
             here = (local >= 0).nonzero()[:, 0]  # another process may have the target
             at_target = (statistics.lse - total).exp() * statistics.slope
-            ready.neg_()
-            ready[here] += weight[local[here]].to(ready.dtype) * at_target[here, None]
+            of_hidden[here] += weight[local[here]].to(of_hidden.dtype) * at_target[here, None]
 
         ctx.options, ctx.kept = options, kept
         saved = [hidden, weight, bias, targets, statistics.own, statistics.lse, statistics.slope]
-        ctx.save_for_backward(*([ready] if ctx.ready else saved))
+        ctx.save_for_backward(*([of_hidden] if ctx.ready else saved))
         ctx.hidden_dtype = hidden.dtype
         log_probs = statistics.log_probs
         extras = statistics.extras() if options.extras else ()
@@ -225,7 +254,7 @@ def gradients(
                 block = tiles.fold(rows, words, total=total[rows], at_target=at_target[rows]).block
             narrow = block.to(dtype)
             if grad_hidden is not None:
-                grad_hidden[rows] += tiles.of_hidden(words, narrow)
+                add_product(grad_hidden[rows], narrow, weight[words].to(dtype))
             if by_grad is not None:
                 of_rows = product(narrow.T, by_grad[rows], room)
                 of_weight = of_rows if of_weight is None else of_weight.to(options.wide).add_(of_rows)
