@@ -21,7 +21,7 @@ BAD: list[tuple[str, bytes, str, str]] = [  # name, content, message after the n
     ("a.jsonl", b"\n  \n", ": expected rows, got an empty file", "add rows"),
     ("a.json", b" \n", ": expected rows, got an empty file", "add rows"),
     ("a.json", b"[]", ": expected rows, got an empty file", "add rows"),
-    ("a.jsonl.gz", gzip.compress(b""), ": expected rows, got an empty file", "add rows"),
+    ("a.jsonl.gz", gzip.compress(b"", mtime=0), ": expected rows, got an empty file", "add rows"),
     (
         "a.jsonl",
         LINE.encode() + b'\n{"prompt": "Q" "chosen": 1}',
@@ -72,13 +72,13 @@ BAD: list[tuple[str, bytes, str, str]] = [  # name, content, message after the n
     ),
     (
         "a.jsonl.gz",
-        gzip.compress(f"{LINE}\n".encode() * 50)[:-12],
+        gzip.compress(f"{LINE}\n".encode() * 50, mtime=0)[:-12],
         ": expected whole gzip data, got a truncated file",
         "fetch or write the file again",
     ),
     (
         "a.json",
-        gzip.compress(f"[{LINE}]".encode())[:30],
+        gzip.compress(f"[{LINE}]".encode(), mtime=0)[:30],
         ": expected whole gzip data, got a truncated file",
         "fetch or write the file again",
     ),
@@ -105,7 +105,7 @@ def test_bad_file(tmp_path: Path, name: str, content: bytes, start: str, remedy:
     assert "\n" not in message and len(message) < 400
 
 
-@pytest.mark.parametrize("content", [gzip.compress(LINE.encode() * 9)[:-9], b""])
+@pytest.mark.parametrize("content", [gzip.compress(LINE.encode() * 9, mtime=0)[:-9], b""])
 def test_a_broken_file_is_no_row_to_skip(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=r"truncated file|empty file"):
