@@ -16,7 +16,7 @@ from dpo_wrapper.dpo import DPO
 from dpo_wrapper.modes import quiet
 from dpo_wrapper.recall import CachedReference, Recall
 from dpo_wrapper.scoring import Scorer
-from dpo_wrapper.sequences import ScoredSequences
+from dpo_wrapper.sequences import Ids, ScoredSequences
 from dpo_wrapper.validation import kind
 from dpo_wrapper.version import __version__
 
@@ -24,7 +24,6 @@ PART = 256
 """Entries in one file: no more than these are computed again after an interruption."""
 
 Score = Callable[[ScoredSequences], Tensor]
-Ids = tuple[int, ...]
 
 
 @torch.no_grad()

@@ -1,16 +1,16 @@
 """How good a policy is on pairs (lists, rows) it was not trained on."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dpo_wrapper.listed import RankedBatch, UnpairedBatch
 from dpo_wrapper.metrics import MetricSums
+from dpo_wrapper.running import Reduce
 from dpo_wrapper.sequences import PreferenceBatch
 
-Reduce = Callable[[Tensor], Tensor]
 Batch = PreferenceBatch | RankedBatch | UnpairedBatch
 
 

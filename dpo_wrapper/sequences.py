@@ -182,6 +182,12 @@ class ScoredTree(Movable):
         return cls(layout, len(tree.ids), scored[0], scored[1], entry).to(device)
 
 
+def sides_of(sequences: ScoredSequences) -> Int[Tensor, "p 2"]:
+    """The pairs of a stack of all chosen sequences and then all rejected ones."""
+    places = torch.arange(len(sequences.ids), device=sequences.ids.device)
+    return rearrange(places, "(side p) -> p side", side=2)
+
+
 @jaxtyped(typechecker=beartype)
 @dataclass(frozen=True)
 class PreferenceBatch(Movable):
@@ -218,9 +224,7 @@ class PreferenceBatch(Movable):
             return torch.cat([F.pad(side, (0, width - side.shape[1])) for side in sides])
 
         sequences = ScoredSequences.from_padded(stacked(seqs), ~stacked(prompts), stacked(reals))
-        b = len(seqs[0])
-        pairs = rearrange(torch.arange(2 * b, device=seqs[0].device), "(side b) -> b side", side=2)
-        return cls(sequences, pairs, pair_weights=pair_weights, margins=margins)
+        return cls(sequences, sides_of(sequences), pair_weights=pair_weights, margins=margins)
 
     @classmethod
     def from_lists(
@@ -233,8 +237,7 @@ class PreferenceBatch(Movable):
     ) -> "PreferenceBatch":
         """Two completions for each prompt, all as token ids."""
         sequences = ScoredSequences.from_lists([*prompts, *prompts], [*chosen, *rejected])
-        pairs = rearrange(torch.arange(2 * len(prompts)), "(side b) -> b side", side=2)
-        return cls(sequences, pairs, pair_weights=pair_weights, margins=margins)
+        return cls(sequences, sides_of(sequences), pair_weights=pair_weights, margins=margins)
 
     @property
     def valid(self) -> Bool[Tensor, "p"]:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from dpo_wrapper.data import Entry, TokenList, TokenPair
 from dpo_wrapper.dpo import DPO
-from dpo_wrapper.evaluate import Reduce, as_one_step, evaluate
+from dpo_wrapper.evaluate import as_one_step, evaluate
 from dpo_wrapper.listed import RankedBatch, UnpairedBatch
 from dpo_wrapper.losses import unit_of
 from dpo_wrapper.movable import Movable
 from dpo_wrapper.recall import Recall
+from dpo_wrapper.running import Reduce
 from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.sequences import PreferenceBatch, ScoredSequences, TreePlan
 

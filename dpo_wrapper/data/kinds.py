@@ -26,13 +26,18 @@ def normalize_any(record: Any, fields: Fields = DEFAULT_FIELDS, where: str = "")
     return normalize_listed(record, fields, where) if listed else normalize(record, fields, where)
 
 
+def check_several(row: ListedRow, wanted: str) -> None:
+    """RowError for a single completion with a label."""
+    if row.label is not None:
+        remedy = "write pairs or ranked lists, or take a loss of single rows (KTO)"
+        raise row_error(row.where, None, wanted, "one with a label", remedy)
+
+
 def as_pairs(row: AnyRow, ranking: Ranking) -> list[Row]:
     """Of a ranked list all pairs, or the best with each of the others."""
     if isinstance(row, Row):
         return [row]
-    if row.label is not None:
-        remedy = "write pairs or ranked lists, or take a loss of single rows (KTO)"
-        raise row_error(row.where, None, "two completions to compare", "one with a label", remedy)
+    check_several(row, "two completions to compare")
     best, *rest = row.completions
     pairs = combinations(row.completions, 2) if ranking == "all" else ((best, other) for other in rest)
     return [Row(row.prompt, *pair, row.split, row.where, row.weight) for pair in pairs]
@@ -42,9 +47,7 @@ def as_lists(row: AnyRow) -> list[ListedRow]:
     """Of a pair a list of two."""
     if isinstance(row, Row):
         return [ListedRow(row.prompt, (row.chosen, row.rejected), None, row.where, row.split, row.weight)]
-    if row.label is not None:
-        remedy = "write pairs or ranked lists, or take a loss of single rows (KTO)"
-        raise row_error(row.where, None, "completions to rank", "one with a label", remedy)
+    check_several(row, "completions to rank")
     return [row]
 
 
