@@ -1,7 +1,6 @@
 """Direct preference optimisation as a module around a language model."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from dpo_wrapper import validation
 from dpo_wrapper.copies import copy_with_closures
+from dpo_wrapper.foretold import Foretold
 from dpo_wrapper.listed import ListedBatch, Mismatched
 from dpo_wrapper.losses import (
     Objective,
@@ -23,14 +23,14 @@ from dpo_wrapper.losses import (
 )
 from dpo_wrapper.metrics import pair_metrics
 from dpo_wrapper.modes import turn_off_dropout
-from dpo_wrapper.pairs import pair_log_probs
+from dpo_wrapper.pairs import Reading
 from dpo_wrapper.recall import CachedReference
 from dpo_wrapper.reference import Reference
 from dpo_wrapper.running import GapState, Reduce
 from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.sequences import PreferenceBatch, ScoredSequences
 from dpo_wrapper.sync import check_alpha, sync
-from dpo_wrapper.token_level import check_wpo, desensitized, prompted_log_probs, weighted_by_policy
+from dpo_wrapper.token_level import check_wpo
 
 
 class DPO(nn.Module):
@@ -191,9 +191,7 @@ class DPO(nn.Module):
         self.score_policy.check(batch.sequences)
         pairs = self.pairs(batch, ref_log_probs)
 
-        per_pair = combined(self.losses, pairs)
-        count = max(1, len(per_pair)) if batch.step_pairs is None else max(1, batch.step_pairs)
-        loss = per_pair.sum() / count
+        per_pair, loss = self.share(pairs, batch.step_pairs)
         if self.gap is not None and torch.is_grad_enabled():
             self.gap.see(pairs.chosen_logratio - pairs.rejected_logratio)
             if batch.step_pairs is None:
@@ -208,10 +206,30 @@ class DPO(nn.Module):
         self.score_policy.check(batch.sequences)
         if isinstance(batch, Mismatched):
             return batch.log_ratios(self.score_policy, self.reference_sums)
-        data = batch.log_probs(self.score_policy, self.reference_sums)
-        values = combined(self.losses, data)
-        loss = values.sum() / max(1, len(values) if batch.step_count is None else batch.step_count)
+        batch = batch.prepared(self.score_policy, self.reference_sums)
+        reference = self.reference_sums(batch.sequences)
+
+        def learned(scores: Tensor) -> Any:
+            return batch.log_probs(batch.sequences.sums(scores), reference)
+
+        foretold = self.foretold(learned, batch.step_count, batch.links)
+        data = learned(self.score_policy.token_scores(batch.sequences, foretold))
+        values, loss = self.share(data, batch.step_count)
         return (loss, batch.metrics(data, values, self.beta)) if return_metrics else loss
+
+    def share(self, data: Any, step_count: int | None) -> tuple[Tensor, Float[Tensor, ""]]:
+        """The loss of each pair, list or row, and their share of the step's mean."""
+        values = combined(self.losses, data)
+        return values, values.sum() / max(1, len(values) if step_count is None else step_count)
+
+    def foretold(
+        self, learned: Callable[[Tensor], Any], step_count: int | None, links: Tensor
+    ) -> Foretold | None:
+        """That the policy's scores will be made into the loss of what `learned` makes of them."""
+        if not self.training:
+            return None
+        apart = all(loss.per_pair for loss, _ in self.losses)
+        return Foretold(lambda scores: self.share(learned(scores), step_count)[1], links if apart else None)
 
     def pairs(self, batch: PreferenceBatch, given: tuple[Tensor, Tensor] | None) -> PairLogProbs:
         """What the losses look at, from one pass of the reference and one of the policy."""
@@ -219,11 +237,6 @@ class DPO(nn.Module):
             raise ValueError(
                 "ref_log_probs are sums of all tokens, but ld_alpha needs single ones: give one of the two."
             )
-        prompted = any(loss.needs_prompt() for loss, _ in self.losses)
-        sequences, (count, tokens) = batch.sequences, (len(batch.sequences.length), len(batch.sequences.row))
-        if prompted:
-            sequences = sequences.beside_whole(batch.pairs[batch.valid, 0])
-
         ref_scores = None
         if self.ld_alpha < 1:
             ref_scores = self.reference.token_scores(self.score_reference, sequences=batch.sequences)
@@ -231,18 +244,13 @@ class DPO(nn.Module):
             reference = self.reference_log_probs(batch, given)
         else:
             reference = batch.sequences.sums(ref_scores)
-        extras = ("log_sum_p2",) if self.wpo else ()
-        scores, more = self.score_policy.token_scores_and(sequences, extras)
-        policy = sequences.sums(scores)
-        gap = None if self.gap is None else self.gap.now(policy)
-        pairs = pair_log_probs(batch, policy[:count], reference, gap)
-        if prompted:
-            pairs = replace(pairs, prompted=prompted_log_probs(batch, policy[count:]))
-        if self.ld_alpha < 1:
-            pairs = desensitized(pairs, batch, self.ld_alpha, scores[:tokens], ref_scores)
-        if self.wpo:
-            pairs = weighted_by_policy(pairs, batch, scores[:tokens], more["log_sum_p2"][:tokens])
-        return pairs
+        prompted = any(loss.needs_prompt() for loss, _ in self.losses)
+        reading = Reading(batch, reference, ref_scores, self.gap, prompted, self.ld_alpha)
+        if self.wpo:  # its weights are made of more than scores
+            scores, more = self.score_policy.token_scores_and(reading.sequences, ("log_sum_p2",))
+            return reading.pairs(scores, **more)
+        foretold = self.foretold(reading.pairs, batch.step_pairs, reading.links)
+        return reading.pairs(self.score_policy.token_scores(reading.sequences, foretold))
 
     def explain(self) -> str:
         """Which paths are in use, and why not the others, in plain words; known after the first call."""

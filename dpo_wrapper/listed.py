@@ -65,17 +65,26 @@ class RankedBatch(Movable):
         """Lists that rank at least two completions."""
         return self.real.sum(dim=-1) > 1
 
-    def log_probs(self, policy: Score, reference: ScoreOrNone) -> RankedLogProbs:
-        """Of the valid lists."""
+    def prepared(self, policy: Score, reference: ScoreOrNone) -> "RankedBatch":
+        """With whatever else has to be scored before its sequences; nothing."""
+        return self
+
+    @property
+    def links(self) -> Int[Tensor, "q 2"]:
+        """Sequences that meet in a loss."""
+        best = self.ranks[:, :1].expand_as(self.ranks)
+        return torch.stack([best, self.ranks], dim=-1)[self.ranks >= 0]
+
+    def log_probs(self, policy: Float[Tensor, "s"], reference: Float[Tensor, "s"] | None) -> RankedLogProbs:
+        """Of the valid lists, from sums per sequence."""
         valid = self.valid
-        ranks, before = self.ranks.clamp(min=0)[valid], reference(self.sequences)
-        sums = policy(self.sequences)
+        ranks = self.ranks.clamp(min=0)[valid]
         return RankedLogProbs(
-            policy=sums[ranks],
-            reference=None if before is None else before[ranks].to(sums.dtype),
+            policy=policy[ranks],
+            reference=None if reference is None else reference[ranks].to(policy.dtype),
             real=self.real[valid],
             length=self.sequences.length[ranks],
-            weights=None if self.weights is None else self.weights[valid].to(sums.dtype),
+            weights=None if self.weights is None else self.weights[valid].to(policy.dtype),
         )
 
     @property
@@ -182,21 +191,29 @@ class UnpairedBatch(Movable):
         """Rows with a scored token."""
         return self.sequences.length > 0
 
-    def log_probs(self, policy: Score, reference: ScoreOrNone) -> UnpairedLogProbs:
-        """Of the valid rows."""
+    def prepared(self, policy: Score, reference: ScoreOrNone) -> "UnpairedBatch":
+        """With an estimate of the KL, its own where the step has none."""
+        if self.step_shift is not None:
+            return self
+        total, count = self.mismatched.log_ratios(policy, reference)
+        return replace(self, step_shift=total / count.clamp(min=1))
+
+    @property
+    def links(self) -> Int[Tensor, "q 2"]:
+        """Sequences that meet in a loss: none."""
+        return self.sequences.row.new_zeros(0, 2)
+
+    def log_probs(self, policy: Float[Tensor, "s"], reference: Float[Tensor, "s"] | None) -> UnpairedLogProbs:
+        """Of the valid rows, from sums per sequence."""
         valid, shift = self.valid, self.step_shift
-        if shift is None:
-            total, count = self.mismatched.log_ratios(policy, reference)
-            shift = total / count.clamp(min=1)
-        before = reference(self.sequences)
-        sums = policy(self.sequences)
+        assert shift is not None  # `prepared` has seen to it
         return UnpairedLogProbs(
-            policy=sums[valid],
-            reference=None if before is None else before[valid].to(sums.dtype),
+            policy=policy[valid],
+            reference=None if reference is None else reference[valid].to(policy.dtype),
             label=self.label[valid],
-            shift=shift.to(sums.dtype),
+            shift=shift.to(policy.dtype),
             length=self.sequences.length[valid],
-            weights=None if self.weights is None else self.weights[valid].to(sums.dtype),
+            weights=None if self.weights is None else self.weights[valid].to(policy.dtype),
         )
 
     @property

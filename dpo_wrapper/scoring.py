@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dpo_wrapper.attention import NotShareable
-from dpo_wrapper.log_probs import implementation, log_probs_of_rows, token_log_probs
+from dpo_wrapper.foretold import Foretold
+from dpo_wrapper.log_probs import Ahead, implementation, log_probs_of_rows, token_log_probs
 from dpo_wrapper.look import difference, look_at, rounding, valid_logits
 from dpo_wrapper.models import language_model
 from dpo_wrapper.modes import one_arithmetic, quiet
@@ -65,27 +66,31 @@ class Scorer:
         self.looked_on: torch.device | None = None
         self.head_applies = False
 
-    def __call__(self, sequences: ScoredSequences) -> Float[Tensor, "s"]:
+    def __call__(self, sequences: ScoredSequences, foretold: Foretold | None = None) -> Float[Tensor, "s"]:
         """Sum of the scored tokens' log-probs for each sequence, in nats."""
         self.check(sequences)
-        return self.score(sequences)
+        return sequences.sums(self.token_scores(sequences, foretold))
 
-    def score(self, sequences: ScoredSequences) -> Float[Tensor, "s"]:
-        """The same for sequences that have been checked."""
-        return sequences.sums(self.token_scores(sequences))
+    def token_scores(
+        self, sequences: ScoredSequences, foretold: Foretold | None = None
+    ) -> Float[Tensor, "t"]:
+        """The log-prob of each scored token, over a tree or over padded rows, for sequences that have been
+        checked; `foretold` is what the scores of all of them will be made into."""
+        return self.token_scores_and(sequences, (), foretold)[0]
 
-    def token_scores(self, sequences: ScoredSequences) -> Float[Tensor, "t"]:
-        """The log-prob of each scored token, over a tree or over padded rows."""
-        return self.token_scores_and(sequences, ())[0]
-
-    def token_scores_and(self, sequences: ScoredSequences, extras: Sequence[str]) -> Scores:
+    def token_scores_and(
+        self, sequences: ScoredSequences, extras: Sequence[str], foretold: Foretold | None = None
+    ) -> Scores:
         """The same, and by name what else `token_log_probs` says of each scored token, without gradients."""
+        told = foretold is not None and torch.is_grad_enabled()
         if self.why_padded is not None or not len(sequences.target):
             where = sequences.row * sequences.ids.shape[1] + sequences.source
-            return self.scores_at(partial(self.padded, sequences), where, sequences.target, extras)
+            ahead = foretold.over_rows(sequences) if foretold is not None and told else None
+            return self.scores_at(partial(self.padded, sequences), where, sequences.target, extras, ahead)
         tree = sequences.over_tree(self.plan)
         states = partial(self.language_model.over_tree, tree.layout)
-        scores, more = self.scores_at(states, tree.source, tree.target, extras)
+        ahead = foretold.over_tree(sequences, tree) if foretold is not None and told else None
+        scores, more = self.scores_at(states, tree.source, tree.target, extras, ahead)
         return scores.index_select(0, tree.entry), {
             name: values.index_select(0, tree.entry) for name, values in more.items()
         }
@@ -126,6 +131,7 @@ class Scorer:
         where: Int[Tensor, "t"],
         targets: Int[Tensor, "t"],
         extras: Sequence[str],
+        ahead: Ahead | None = None,
     ) -> Scores:
         """Log-probs of targets from the hidden states (or, if False is asked for, logits) at places of their
         rows, laid end to end."""
@@ -135,7 +141,7 @@ class Scorer:
                 found = log_probs_of_rows(states(False).flatten(0, 1), where, targets, extras)
                 return found if extras else (found, {})
             hidden = states(True).flatten(0, 1).index_select(0, where)
-        options = {"impl": self.impl, "extras": extras, **head.options}
+        options = {"impl": self.impl, "extras": extras, "ahead": ahead, **head.options}
         found = token_log_probs(hidden, head.weight, targets, **options)
         return found if extras else (found, {})
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dpo_wrapper.data import Entry, TokenList, TokenPair
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.evaluate import as_one_step, evaluate
+from dpo_wrapper.foretold import Foretold
 from dpo_wrapper.listed import RankedBatch, UnpairedBatch
 from dpo_wrapper.losses import unit_of
 from dpo_wrapper.movable import Movable
@@ -68,7 +69,9 @@ class LikelihoodLoss(nn.Module):
         self.score = Scorer(model, share="auto")
 
     def forward(self, sequences: ScoredSequences, tokens: int) -> Tensor:
-        return -self.score(sequences).sum() / max(1, tokens)
+        apart = sequences.row.new_zeros(0, 2)  # no sequence's share of a sum depends on the others
+        foretold = Foretold(lambda scores: -scores.sum() / max(1, tokens), apart) if self.training else None
+        return -self.score(sequences, foretold).sum() / max(1, tokens)
 
 
 @dataclass(frozen=True)

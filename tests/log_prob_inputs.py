@@ -11,7 +11,8 @@ from hypothesis import settings
 from torch import Generator, Tensor
 
 from dpo_wrapper import token_log_probs
-from dpo_wrapper.log_probs import chunked, tiled
+from dpo_wrapper.log_probs import chunked
+from dpo_wrapper.log_probs import tiles as tiling
 
 FAST = settings(max_examples=60, deadline=None, derandomize=True)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -137,7 +138,7 @@ def error(got: Tensor, expected: Tensor) -> float:
 def tiles(rows: int, words: int, per_value: int = 8) -> Iterator[None]:
     """Inside, a tile holds `rows` tokens and, at so many bytes a logit, `words` words."""
     room = dict.fromkeys(chunked.TILE_BYTES, rows * words * per_value)
-    with patch.object(tiled, "ROWS", rows), patch.dict(chunked.TILE_BYTES, room):
+    with patch.object(tiling, "ROWS", rows), patch.dict(chunked.TILE_BYTES, room):
         yield
 
 

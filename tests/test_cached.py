@@ -53,9 +53,9 @@ def calls_of(monkeypatch):
     counts: dict[int, int] = {}
     score = Scorer.token_scores_and
 
-    def counted(self, sequences, extras):
+    def counted(self, sequences, *args):
         counts[id(self)] = counts.get(id(self), 0) + len(sequences.ids)
-        return score(self, sequences, extras)
+        return score(self, sequences, *args)
 
     monkeypatch.setattr(Scorer, "token_scores_and", counted)
     return counts

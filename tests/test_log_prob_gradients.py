@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dpo_wrapper.log_probs import chunked, tiled
+from dpo_wrapper.log_probs import chunked
+from dpo_wrapper.log_probs import tiles as tiling
 
 
 def names(wanted: tuple[bool, bool, bool]) -> str:
@@ -48,10 +49,10 @@ def test_gradcheck(wanted: tuple[bool, bool, bool], bias: bool, options: dict, k
         folds.append((rows, words))
         return of_tiles(self, rows, words, **kwargs)
 
-    of_tiles = tiled.Tiles.fold
+    of_tiles = tiling.Tiles.fold
     with tiles(2, 2), keeps(kept):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tiled.Tiles, "fold", fold)
+            patch.setattr(tiling.Tiles, "fold", fold)
             scores(*given.trained)
         # 2, 2 and 1 tokens; 2, 2 and 1 words
         spans = [slice(0, 2), slice(2, 4), slice(4, 5)]

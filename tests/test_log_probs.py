@@ -24,7 +24,7 @@ from log_prob_inputs import (
 
 from dpo_wrapper import token_log_probs
 from dpo_wrapper.log_probs import accumulation_dtype
-from dpo_wrapper.log_probs.tiled import spans
+from dpo_wrapper.log_probs.tiles import spans
 
 # numbers by hand
 

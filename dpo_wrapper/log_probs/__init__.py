@@ -13,22 +13,31 @@ In which pass, at what cost (products of 2·t·d·v FLOPs; t·v numbers written 
     frozen head (LoRA)   forward   2           write, read, write,    a tile, [t, d] in float32
                                                read
                          backward  0
+    trained head, loss   forward   3           write, read, write,    a tile, [t, d], softmaxes
+    known ahead                                read, read             of a part of the tokens
+                         backward  0
     trained head, kept   forward   1           write, read, write     a tile, softmaxes [t, v]
                          backward  2           read, read             a tile, [t, d] in float32
     trained head, else   forward   1           write, read            a tile
                          backward  3           write, read, write,    a tile, [t, d] in float32
                                                read, read
 
-Softmaxes are kept tile by tile as far as there is room for them (`chunked.keep_bytes`: on the CPU as much as
-training the head takes anyway, so all of them for up to 4·d tokens), and the other tiles are computed again.
-Backward gives their memory back as it uses them, so that the head's gradient takes its place.
+A trained head needs each softmax twice, the second time weighed by what comes back from the loss. Who says
+ahead what loss that is, as `DPO` does by itself, has the gradients made part by part, in forward. Else
+softmaxes are kept tile by tile as far as there is room for them (`chunked.keep_bytes`: on the CPU as much as
+training the head takes anyway, so all of them for up to 4·d tokens), and the other tiles are computed again;
+backward gives their memory back as it uses them, so that the head's gradient takes its place.
 
 An eager log-softmax takes 1 and 2 products, and holds about four times [t, v] in float32.
 
     eager      the plain lines; the truth that all others are held against
-    tiled      the algorithm: tiles, their weighing, what is kept or computed again, gradients
-    kept       softmaxes on their way from forward to backward
+    tiled      the algorithm: one sweep over the tiles, then gradients
+    ahead      the same part by part, where the loss is known
+    tiles      how many tokens and words a tile has, and its logits
     statistics   what tiles are weighed by, and the extras
+    weighed    the gradient for hidden states under a frozen head
+    kept       softmaxes on their way to the gradients
+    gradients  of hidden states and head, from tiles that are kept or computed again
     chunked    a tile's softmax by torch's operations: any device
     triton     a tile's softmax in one kernel: CUDA
     sharded    heads in parts on several processes
@@ -43,12 +52,14 @@ import torch
 from torch import Tensor
 
 from dpo_wrapper.log_probs import chunked, eager
+from dpo_wrapper.log_probs.ahead import Ahead
 from dpo_wrapper.log_probs.eager import EXTRAS, accumulation_dtype
 from dpo_wrapper.log_probs.from_logits import log_probs_of_rows
 from dpo_wrapper.log_probs.sharded import first_word, whole
 
 __all__ = [
     "EXTRAS",
+    "Ahead",
     "Impl",
     "accumulation_dtype",
     "log_probs_from_logits",
@@ -91,6 +102,7 @@ def token_log_probs(
     softcap: float | None = None,
     impl: str = "auto",
     extras: Sequence[str] = (),
+    ahead: Ahead | None = None,
     vocab_group: Any = None,
 ) -> Any:
     """Log-probs of `targets` in nats, without ever holding all the logits. It equals
@@ -108,6 +120,9 @@ def token_log_probs(
         extras: names of what else is wanted, without gradients: `'entropy'` in nats, `'log_sum_p2'` (log Σ p²
             over the vocabulary), `'top1'` (Bool, whether no word is likelier than the target), `'greedy'`
             (the likeliest word's log-prob).
+        ahead: what the log-probs will be made into. While the head trains, gradients are then made in
+            forward, a few groups at a time, in much less memory; backward multiplies them, or computes them
+            again where what comes back is something else. The numbers are the same, but for rounding.
         vocab_group: a torch.distributed group whose processes, in the order of their ranks, hold consecutive
             parts of the vocabulary as `weight` and `bias`; hidden and targets are then the same on each of
             them, targets being ids of the whole.
@@ -126,6 +141,10 @@ def token_log_probs(
     if unknown or isinstance(extras, str):
         raise ValueError(f"extras should be among {', '.join(EXTRAS)}, as a list, but they are {extras!r}.")
     options: dict[str, Any] = {"extras": bool(extras)}
+    if ahead is not None:
+        check_ahead(ahead, targets)
+    if impl != "eager":
+        options["ahead"] = ahead
     vocabulary = len(weight)
     if vocab_group is not None:
         if impl == "eager":
@@ -183,6 +202,14 @@ def check(
         raise ValueError(f"logit_scale should be a finite number, but it is {logit_scale}.")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap should be positive, but it is {softcap}.")
+
+
+def check_ahead(ahead: object, targets: Tensor) -> None:
+    if not isinstance(ahead, Ahead):
+        raise TypeError(f"ahead should be an Ahead, but it is a {type(ahead).__name__}.")
+    if ahead.groups is not None and ahead.groups.shape != targets.shape:
+        shapes = f"{tuple(ahead.groups.shape)} and {tuple(targets.shape)}"
+        raise ValueError(f"groups should be one number for each target, but their shapes are {shapes}.")
 
 
 def log_probs_from_logits(logits: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -8,15 +8,19 @@ from beartype import beartype
 from jaxtyping import Float, Int, jaxtyped
 from torch import Tensor
 
+from dpo_wrapper.log_probs.ahead import Ahead, AheadLogProbs, parts_ahead
 from dpo_wrapper.log_probs.eager import accumulation_dtype, compute_dtype
+from dpo_wrapper.log_probs.gradients import against
 from dpo_wrapper.log_probs.statistics import Folded
-from dpo_wrapper.log_probs.tiled import Fold, Options, TiledLogProbs, against
+from dpo_wrapper.log_probs.tiled import TiledLogProbs
+from dpo_wrapper.log_probs.tiles import Fold, Options
 
 TILE_BYTES = {"cpu": 12 * 2**20, "other": 256 * 2**20}
 """Memory of a tile: on the CPU what stays in its cache, and under the size from which the C library hands
 memory back to the system each time."""
 
 KEEP_BYTES = 64 * 2**20
+PART_BYTES = 64 * 2**20
 KEEP_HEADS = 4
 """On the CPU: what training the head takes anyway, for its weight, gradient and AdamW's two moments."""
 
@@ -26,6 +30,12 @@ def keep_bytes(weight: Float[Tensor, "v d"]) -> int:
     if weight.device.type != "cpu":
         return KEEP_BYTES
     return max(KEEP_BYTES, KEEP_HEADS * weight.numel() * weight.element_size())
+
+
+def part_bytes(weight: Float[Tensor, "v d"]) -> int:
+    """Memory for the softmaxes of the tokens that are finished at once, where their loss is known: the less,
+    the more often the head's gradient is gone over."""
+    return max(PART_BYTES, weight.numel() * weight.element_size() // 2)
 
 
 @lru_cache
@@ -106,6 +116,7 @@ def token_log_probs(
     softcap: float | None,
     *,
     fold: Fold = fold,
+    ahead: Ahead | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, ...]:
     """Log-probs, and then extras; further arguments as `Options` has them."""
@@ -117,8 +128,13 @@ def token_log_probs(
         fold=fold,
         tile_bytes=TILE_BYTES.get(device, TILE_BYTES["other"]),
         keep_bytes=keep_bytes(weight),
+        part_bytes=part_bytes(weight),
         differentiates=torch.is_grad_enabled(),
         **kwargs,
     )
+    given = (hidden, weight, bias, targets, options)
     with torch.autocast(device, enabled=False):
-        return TiledLogProbs.apply(hidden, weight, bias, targets, options)
+        parts = parts_ahead(ahead, *given)
+        if parts is not None:
+            return (AheadLogProbs.apply(*given, ahead, parts),)
+        return TiledLogProbs.apply(*given)

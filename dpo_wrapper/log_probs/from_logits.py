@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dpo_wrapper.log_probs.eager import accumulation_dtype
-from dpo_wrapper.log_probs.tiled import spans
+from dpo_wrapper.log_probs.tiles import spans
 
 BLOCK_BYTES = 16 * 2**20
 """Memory of the rows that are worked on at once, in float32."""

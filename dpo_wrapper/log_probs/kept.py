@@ -17,11 +17,13 @@ class Kept:
     Where backward runs a second time, nothing is left, and the tiles are computed again.
     """
 
-    def __init__(self, room: int, whole: int, device: torch.device, dtype: torch.dtype) -> None:
-        """Room in bytes, and how many numbers all tiles have."""
+    def __init__(
+        self, room: int, whole: int, device: torch.device, dtype: torch.dtype, stretch: Tensor | None = None
+    ) -> None:
+        """Room in bytes, how many numbers all tiles have, and memory on the CPU to begin with."""
         self.most, self.whole = room // dtype.itemsize, whole
         self.device, self.dtype = device, dtype
-        self.stretch: Tensor | None = None
+        self.stretch = stretch
         self.tiles: deque[tuple[Tensor, Tensor]] = deque()
 
     def takes(self, size: int) -> bool:

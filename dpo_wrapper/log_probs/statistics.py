@@ -83,6 +83,11 @@ class Statistics(NamedTuple):
         return torch.logaddexp(self.lse, self.own)
 
     @property
+    def at_target(self) -> Float[Tensor, "t"]:
+        """d log-prob / d (hidden @ weightᵀ) at the target, as exact as it can be told."""
+        return (self.lse - self.total).exp() * self.slope
+
+    @property
     def log_probs(self) -> Float[Tensor, "t"]:
         return F.logsigmoid(self.own - self.lse)
 

@@ -7,7 +7,7 @@ gradient's upstream, and the log-probs of all tokens if it hands them out.
 import math
 import statistics
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from measure import Missing, can_weigh, forget_peak, gemm_rate, status, tidy, ti
 from torch import Tensor
 
 from dpo_wrapper import token_log_probs
+from dpo_wrapper.log_probs import Ahead
 from dpo_wrapper.products import product
 
 BETA = 0.1
@@ -85,6 +86,25 @@ def ours(impl: str) -> Contestant:
     return run
 
 
+def ahead() -> Contestant:
+    """The same, told which loss the log-probs will be made into, as `DPO` does by itself."""
+
+    def run(of: Inputs, hidden: Tensor, weight: Tensor) -> Outcome:
+        pairs = len(of.targets) // (2 * of.sequence)
+        side = torch.arange(pairs, device=hidden.device).repeat_interleave(of.sequence)
+
+        def loss(scores: Tensor) -> Tensor:  # a DPO loss at its start, where policy and reference agree
+            sums = scores.view(2, pairs, of.sequence).sum(dim=-1)
+            chosen, rejected = sums - sums.detach()
+            return -torch.nn.functional.logsigmoid(BETA * (chosen - rejected)).sum()
+
+        told = Ahead(loss, torch.cat([side, side]))
+        scores = token_log_probs(hidden, weight, of.targets, ahead=told)
+        return loss(scores), torch.ones((), device=hidden.device), scores
+
+    return run
+
+
 def compiled() -> Contestant:
     @torch.compile
     def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -149,6 +169,7 @@ def cut_cross_entropy(impl: str, device: str) -> Contestant:
 CONTESTANTS: dict[str, Callable[[str], Contestant]] = {
     "triton": lambda device: ours("triton"),
     "chunked": lambda device: ours("chunked"),
+    "ahead": lambda device: ahead(),
     "eager": lambda device: ours("eager"),
     "compile": lambda device: compiled(),
     "trl": lambda device: trl(),
@@ -206,7 +227,9 @@ def errors(run: Contestant, of: Inputs, true: Truth, found: tuple[Tensor | None,
 
 def one_mode(
     mode: str, run: Contestant, of: Inputs, true: Truth, scales: Scales, runs: int, rate: Callable[[], float]
-) -> dict[str, Any]:
+) -> Iterator[dict[str, Any]]:
+    """What there is to say of a mode, better known with each stretch: one that warms up, the timed ones, and
+    one that is weighed."""
     hidden = of.hidden.detach().requires_grad_(mode != "forward")
     weight = of.weight.detach().requires_grad_(mode == "trained")
     device = hidden.device.type
@@ -220,27 +243,43 @@ def one_mode(
             wanted = [tensor for tensor in (hidden, weight) if tensor.requires_grad]
             return scores, *torch.autograd.grad(result, wanted, upstream.to(result.dtype))
 
-    first = timed(once, device)
-    rates, seconds = [rate()], []
+    known: dict[str, Any] = {"first_seconds": timed(once, device)}
+    yield known
+    rates, seconds = [], []
     for _ in range(runs):
+        before = rate()
         seconds.append(timed(once, device))
-        rates.append(rate())
+        rates.append((before + rate()) / 2)
+        yield known
     found, peak = scales.weigh(once)
     flops = PRODUCTS[mode] * 2.0 * hidden.numel() * len(weight)
-    return {
+    known |= {
         "seconds": statistics.median(seconds),
         "runs": seconds,
-        "first_seconds": first,
         "peak_mb": peak,
         "gemm_rate": statistics.median(rates),
         "floor_seconds": flops / statistics.median(rates),
-        "share_of_floor": flops / statistics.median(rates) / statistics.median(seconds),
+        "share_of_floor": statistics.median(flops / r / s for r, s in zip(rates, seconds, strict=True)),
         **errors(run, of, true, found),
     }
+    tidy()
+    yield known
 
 
-def measure(args: Namespace) -> dict[str, Any]:
-    """What the contestant `args.contestant` needs, by mode; the only thing that its process does."""
+def tried(of_mode: Iterator[dict[str, Any]], stretches: int) -> Iterator[dict[str, Any]]:
+    """The same, in as many stretches even if it fails, with the reason then."""
+    known: dict[str, Any] = {}
+    for _ in range(stretches):
+        try:
+            known = next(of_mode, known)
+        except Exception as error:  # of whatever kind: it is a line of the table
+            text = (str(error).strip().splitlines() or [""])[0]
+            known = {"failed": f"{type(error).__name__}: {text}"[:160]}
+        yield known
+
+
+def measure(args: Namespace) -> Generator[None, None, dict[str, Any]]:
+    """What the contestant `args.contestant` needs, by mode, measured in stretches; at last it is returned."""
     torch.set_num_threads(args.threads)
     (t, d, v), dtype = args.shape[0], getattr(torch, args.dtype)
     try:
@@ -256,12 +295,12 @@ def measure(args: Namespace) -> dict[str, Any]:
 
     rate()  # its own buffers, and the threads, are there now
     found: dict[str, Any] = {"modes": {}, "sequence": of.sequence}
+    yield
     for mode in PRODUCTS:
-        try:
-            found["modes"][mode] = one_mode(mode, run, of, true, scales, args.runs, rate)
-        except Exception as error:  # of whatever kind: it is a line of the table
-            text = (str(error).strip().splitlines() or [""])[0]
-            found["modes"][mode] = {"failed": f"{type(error).__name__}: {text}"[:160]}
+        of_mode = one_mode(mode, run, of, true, scales, args.runs, rate)
+        for known in tried(of_mode, args.runs + 2):
+            found["modes"][mode] = known
+            yield
     if args.device == "cpu":
         rate(multiply=product)
         found["product_rate"] = rate(multiply=product)

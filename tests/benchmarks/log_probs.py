@@ -9,7 +9,8 @@ the CPU; (8192, 2048, 128256), (8192, 4096, 128256) and (16384, 896, 151936) in 
 
 Each contestant has a process of its own and the same inputs: hidden states, an output head, targets, and
 the gradient that a DPO loss hands back. It is measured forward, without gradients; forward and backward with
-the head frozen, as LoRA has it; and with the head trained.
+the head frozen, as LoRA has it; and with the head trained. They run in turns, one run each, so that all see
+the same good and bad minutes of the machine.
 
 Time: the median (and the best) of several runs after one that warms up. The first run is shown beside them:
 it includes compiling, with nothing compiled found in a cache.
@@ -36,7 +37,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from measure import add_running, run_process, why_not, write_json
+from measure import add_running, in_turns, take_turns, why_not, write_json
 
 SHAPES = {
     "cpu": [(2048, 512, 32768), (4096, 1024, 65536)],
@@ -46,6 +47,7 @@ DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 NAMES = {
     "triton": "dpo_wrapper, triton",
     "chunked": "dpo_wrapper, chunked",
+    "ahead": "dpo_wrapper, loss known ahead",
     "eager": "dpo_wrapper, eager",
     "compile": "torch.compile of eager's lines",
     "trl": "TRL ChunkedLogProbFunction",
@@ -83,14 +85,16 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def run_contestant(name: str, shape: tuple[int, int, int], args: argparse.Namespace) -> dict[str, Any]:
-    """Its results by mode, or `missing` or `failed` with the reason."""
-    options = ["--contestant", name, "--shape", *map(str, shape)]
+def run_contestants(
+    names: list[str], shape: tuple[int, int, int], args: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
+    """The results of each by mode, or `missing` or `failed` with the reason."""
+    shared = ["--shape", *map(str, shape)]
     for option in ("device", "dtype", "runs", "threads", "seed"):
-        options += [f"--{option}", str(getattr(args, option))]
-    print(f"{name} ...", file=sys.stderr)
+        shared += [f"--{option}", str(getattr(args, option))]
     env = {"HF_HUB_OFFLINE": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-    return run_process(Path(__file__), options, args.threads, **env)
+    options = {name: ["--contestant", name, *shared] for name in names}
+    return take_turns(Path(__file__), options, args.threads, **env)
 
 
 def cells(of_mode: dict[str, Any], ours: dict[str, Any] | None) -> str:
@@ -145,14 +149,14 @@ def main() -> int:
 
         from log_prob_contestants import measure
 
-        print(json.dumps(measure(args)))
+        print(json.dumps(in_turns(measure(args))))
         return 0
     names = args.only or [name for name in NAMES if name != "triton" or args.device == "cuda"]
     shapes = []
     for t, d, v in args.shape:
         print(f"\n{t:,} tokens, width {d:,}, vocabulary {v:,}, {args.dtype} on {args.device}", end="")
         print(f", {args.threads} threads" if args.device == "cpu" else "", flush=True)
-        results = {name: run_contestant(name, (t, d, v), args) for name in names}
+        results = run_contestants(names, (t, d, v), args)
         report(results)
         shapes.append({"shape": [t, d, v], "results": results})
         if args.json:

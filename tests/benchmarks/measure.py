@@ -9,8 +9,10 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +31,87 @@ class Missing(Exception):
 
 def run_process(script: Path, options: list[str], threads: int, **env: str) -> dict[str, Any]:
     """The JSON that the script prints last, or `failed` with the reason."""
+    command = [sys.executable, str(script), *options]
+    done = subprocess.run(command, env=environment(threads) | env, capture_output=True, text=True)
+    return result_of(done.returncode, (done.stdout.strip().splitlines() or [""])[-1], done.stderr)
+
+
+def environment(threads: int) -> dict[str, str]:
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads)} | env
-    done = subprocess.run([sys.executable, str(script), *options], env=env, capture_output=True, text=True)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        return {"failed": lines[-1] if done.returncode > 0 else f"ended by signal {-done.returncode}"}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads)}
+
+
+def result_of(status: int, last: str, errors: str) -> dict[str, Any]:
+    """The JSON of the last line that a process printed, or `failed` with the reason."""
+    if status:
+        lines = errors.strip().splitlines() or [f"exit status {status}"]
+        return {"failed": lines[-1] if status > 0 else f"ended by signal {-status}"}
+    return json.loads(last)
+
+
+TURN = "your turn?"
+"""What a contestant prints when it is ready for its next stretch of work; an empty line says go."""
+
+
+def take_turns(
+    script: Path, options: dict[str, list[str]], threads: int, **env: str
+) -> dict[str, dict[str, Any]]:
+    """As `run_process` for several contestants, by name, that work in turns: each, then each again.
+
+    So all of them see the same good and bad minutes of the machine, and one works at a time.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    with ExitStack() as stack:
+        running = {}
+        for name, of_name in options.items():
+            errors = stack.enter_context(tempfile.TemporaryFile("w+"))
+            running[name] = (
+                stack.enter_context(
+                    subprocess.Popen(
+                        [sys.executable, str(script), *of_name],
+                        env=environment(threads) | env,
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        stderr=errors,
+                        text=True,
+                    )
+                ),
+                errors,
+            )
+        while running:
+            for name, (process, errors) in list(running.items()):
+                line = work(process)
+                if line != TURN:
+                    errors.seek(0)
+                    results[name] = result_of(process.wait(), line, errors.read())
+                    del running[name]
+    return {name: results[name] for name in options}
+
+
+def work(process: Any) -> str:
+    """Let it go on; what it prints when it stops again, `TURN` or something else at its end."""
+    last = ""
+    try:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        pass  # it has ended already
+    for line in process.stdout:
+        last = line.strip() or last
+        if last == TURN:
+            return last
+    return last
+
+
+def in_turns(stretches: Iterator[Any]) -> Any:
+    """In a contestant: one stretch of work at a time, whenever it is its turn; what the last one returns."""
+    while True:
+        input()
+        try:
+            next(stretches)
+        except StopIteration as stop:
+            return stop.value
+        print(TURN, flush=True)
 
 
 def why_not(result: dict[str, Any]) -> str:
@@ -102,6 +178,8 @@ def tidy() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
         if trim is not None:
             trim(0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 # time
