@@ -2,7 +2,7 @@ from dpo_wrapper.cached import cache_reference
 from dpo_wrapper.data import PreferenceCollator, PreferenceDataset
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.listed import RankedBatch, UnpairedBatch
-from dpo_wrapper.log_probs import token_log_probs
+from dpo_wrapper.log_probs import Ahead, token_log_probs
 from dpo_wrapper.losses import IPO, SFT, Loss, PairLogProbs, Sigmoid, SigmoidNorm, SimPO, dpo_loss
 from dpo_wrapper.recall import CachedReference
 from dpo_wrapper.scoring import sequence_log_probs
@@ -12,6 +12,7 @@ __all__ = [
     "DPO",
     "IPO",
     "SFT",
+    "Ahead",
     "CachedReference",
     "Loss",
     "PairLogProbs",

@@ -225,7 +225,7 @@ class DPO(nn.Module):
     def foretold(
         self, learned: Callable[[Tensor], Any], step_count: int | None, links: Tensor
     ) -> Foretold | None:
-        """That the policy's scores will be made into the loss of what `learned` makes of them."""
+        """What scores will be made into, by way of `learned`; None in eval mode, where nothing may follow."""
         if not self.training:
             return None
         apart = all(loss.per_pair for loss, _ in self.losses)

@@ -82,14 +82,13 @@ class Scorer:
         self, sequences: ScoredSequences, extras: Sequence[str], foretold: Foretold | None = None
     ) -> Scores:
         """The same, and by name what else `token_log_probs` says of each scored token, without gradients."""
-        told = foretold is not None and torch.is_grad_enabled()
         if self.why_padded is not None or not len(sequences.target):
             where = sequences.row * sequences.ids.shape[1] + sequences.source
-            ahead = foretold.over_rows(sequences) if foretold is not None and told else None
+            ahead = None if foretold is None else partial(foretold.over_rows, sequences)
             return self.scores_at(partial(self.padded, sequences), where, sequences.target, extras, ahead)
         tree = sequences.over_tree(self.plan)
         states = partial(self.language_model.over_tree, tree.layout)
-        ahead = foretold.over_tree(sequences, tree) if foretold is not None and told else None
+        ahead = None if foretold is None else partial(foretold.over_tree, sequences, tree)
         scores, more = self.scores_at(states, tree.source, tree.target, extras, ahead)
         return scores.index_select(0, tree.entry), {
             name: values.index_select(0, tree.entry) for name, values in more.items()
@@ -131,17 +130,19 @@ class Scorer:
         where: Int[Tensor, "t"],
         targets: Int[Tensor, "t"],
         extras: Sequence[str],
-        ahead: Ahead | None = None,
+        ahead: Callable[[], Ahead] | None = None,
     ) -> Scores:
         """Log-probs of targets from the hidden states (or, if False is asked for, logits) at places of their
-        rows, laid end to end."""
+        rows, laid end to end; `ahead` is asked while the head trains."""
         head = self.language_model.head()
         with one_arithmetic(self.language_model.model):
             if head is None or not self.head_applies:
                 found = log_probs_of_rows(states(False).flatten(0, 1), where, targets, extras)
                 return found if extras else (found, {})
             hidden = states(True).flatten(0, 1).index_select(0, where)
-        options = {"impl": self.impl, "extras": extras, "ahead": ahead, **head.options}
+        trains = torch.is_grad_enabled() and head.weight.requires_grad
+        told = ahead() if ahead is not None and trains else None
+        options = {"impl": self.impl, "extras": extras, "ahead": told, **head.options}
         found = token_log_probs(hidden, head.weight, targets, **options)
         return found if extras else (found, {})
 

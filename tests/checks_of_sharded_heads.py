@@ -21,9 +21,11 @@ from log_prob_inputs import (
     cotangent,
     inputs,
     keeps,
+    parts_of,
     slow_extras,
     tiles,
     truth,
+    weighted,
     with_grads,
 )
 from torch import Tensor, nn
@@ -31,7 +33,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from dpo_wrapper.log_probs import EXTRAS, token_log_probs
+from dpo_wrapper.log_probs import EXTRAS, Ahead, token_log_probs
 
 CHECKS: dict[str, Callable[[], None]] = {}
 
@@ -64,11 +66,15 @@ def check_parts(sizes: tuple[int, int], t: int = 9, **options: Any) -> None:
         for kept in (True, False):
             with tiles(2, 3), keeps(kept):
                 got = with_grads(mine.scores(vocab_group=group, **options), mine)
+                with parts_of(0):
+                    told = Ahead(weighted, torch.arange(t) // 2)
+                    ahead = with_grads(mine.scores(vocab_group=group, ahead=told, **options), mine)
                 scores, extras = mine.scores(vocab_group=group, extras=EXTRAS, **options)
                 with torch.no_grad():
                     assert torch.equal(mine.scores(vocab_group=group, **options), got[0])
-            for one, other in zip(got, of_part, strict=True):
+            for one, foretold, other in zip(got, ahead, of_part, strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+                torch.testing.assert_close(foretold, other, rtol=1e-11, atol=1e-12)
             assert torch.equal(scores.detach(), got[0])
             for name in EXTRAS:
                 torch.testing.assert_close(extras[name], extras_of_one[name], rtol=1e-11, atol=1e-12)
@@ -132,10 +138,11 @@ def check_sharded(weight: DTensor, bias: DTensor | None, whole: Inputs) -> None:
     batches = [inputs(7, 13, 4, seed=seed) for seed in (1, 2)]
     expected = [truth(Inputs(batch.hidden, *whole[1:3], batch.targets)) for batch in batches]
     mine = batches[dist.get_rank()]
-    for impl in ("auto", "eager"):
+    told = Ahead(weighted, torch.arange(7) // 2)
+    for options in ({}, {"impl": "eager"}, {"ahead": told}):
         weight.grad = None
-        with tiles(2, 3):
-            scores = token_log_probs(mine.hidden, weight, mine.targets, bias=bias, impl=impl)
+        with tiles(2, 3), parts_of(0):
+            scores = token_log_probs(mine.hidden, weight, mine.targets, bias=bias, **options)
             assert type(scores) is Tensor
             mine.hidden.grad = None
             scores.backward(cotangent(7))

@@ -12,13 +12,15 @@ from log_prob_inputs import (
     error,
     inputs,
     keeps,
+    parts_of,
     slow_extras,
     tiles,
     truth,
+    weighted,
     with_grads,
 )
 
-from dpo_wrapper.log_probs import EXTRAS, chunked, triton_kernels
+from dpo_wrapper.log_probs import EXTRAS, Ahead, chunked, triton_kernels
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -103,6 +105,21 @@ def test_log_probs_and_gradients(dtype: torch.dtype, options: dict, kept: bool, 
         assert one.dtype == plain.dtype
         assert error(one.cpu(), true) < max(3 * error(plain, true), 1e-6)
     assert (fast[0] <= 0).all()
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_made_ahead(dtype: torch.dtype, options: dict):
+    cpu = inputs(13, 45, 12, dtype, scale=2.0)
+    given = cpu.to(DEVICE)
+    expected, eager = truth(cpu, **options), with_grads(cpu.scores(impl="eager", **options), cpu)
+    for parts in (4, 1):
+        told = Ahead(weighted, torch.arange(13, device=DEVICE) // 4 % parts)
+        with tiles(7, 23), parts_of(0):
+            fast = with_grads(given.scores(impl="triton", ahead=told, **options), given)
+        for one, plain, true in zip(fast, eager, expected, strict=True):
+            assert one.dtype == plain.dtype
+            assert error(one.cpu(), true) < max(3 * error(plain, true), 1e-6)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

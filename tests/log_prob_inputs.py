@@ -117,6 +117,11 @@ def cotangent(t: int) -> Tensor:
     return grad * (torch.rand(t, generator=generator) < 0.8)
 
 
+def weighted(scores: Tensor) -> Tensor:
+    """A loss with that gradient."""
+    return (scores * cotangent(len(scores)).to(scores)).sum()
+
+
 def with_grads(scores: Tensor, given: Inputs) -> list[Tensor]:
     """Scores, then the gradient of each input that wants one."""
     grad = cotangent(len(scores)).to(scores.device, scores.dtype)
@@ -150,3 +155,8 @@ def keeps(softmaxes: bool) -> Any:
 def keeps_bytes(room: int) -> Any:
     """Inside, softmaxes of so many bytes are kept for backward."""
     return patch.object(chunked, "keep_bytes", lambda weight: room)
+
+
+def parts_of(room: int) -> Any:
+    """Inside, gradients that are made ahead are made of so many bytes of softmaxes at once."""
+    return patch.object(chunked, "part_bytes", lambda weight: room)

@@ -1,9 +1,9 @@
 """Peak memory of `token_log_probs`, forward and backward, in a process of its own.
 
-    python memory_of_log_probs.py eager|kept|again|frozen|default T D V
+    python memory_of_log_probs.py eager|kept|again|frozen|default|ahead T D V
 
-All but `eager` are `chunked`: softmaxes are kept or computed again, the head does not train, or softmaxes are
-kept as far as there is room for them.
+All but `eager` are `chunked`: softmaxes are kept or computed again, the head does not train, softmaxes are
+kept as far as there is room for them, or the loss is known ahead, for groups of an eighth of the tokens.
 
 Prints one line of JSON. `extra` is what the process needed beyond its inputs, in bytes: the peak of its
 resident memory, less what was resident when everything was loaded and the inputs were there and touched.
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from dpo_wrapper import token_log_probs
-from dpo_wrapper.log_probs import chunked
+from dpo_wrapper.log_probs import Ahead, chunked
 
 THREADS = 2
 
@@ -53,12 +53,13 @@ def forward_and_backward(way: str, t: int, d: int, v: int) -> dict[str, str | in
 
     trained = [x for x in (hidden, weight) if x.requires_grad]
     impl = "eager" if way == "eager" else "chunked"
-    if way != "default":
+    told = Ahead(torch.sum, torch.arange(t) * 8 // t) if way == "ahead" else None
+    if way in ("kept", "again"):
         chunked.keep_bytes = lambda weight: 2**40 if way == "kept" else 0
 
     method, before = start()
     began = time.perf_counter()
-    scores = token_log_probs(hidden, weight, targets, impl=impl)
+    scores = token_log_probs(hidden, weight, targets, impl=impl, ahead=told)
     grads = torch.autograd.grad(scores.sum(), trained)
     seconds, extra = time.perf_counter() - began, peak(method) - before
     assert all(grad.isfinite().all() for grad in grads)

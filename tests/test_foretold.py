@@ -18,7 +18,6 @@ from dpo_wrapper import DPO, PairLogProbs, PreferenceBatch, RankedBatch, Sigmoid
 from dpo_wrapper.foretold import Foretold, groups
 from dpo_wrapper.log_probs import ahead, chunked
 from dpo_wrapper.losses import ORPO, SFT, PlackettLuce
-from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.sequences import ScoredSequences
 from dpo_wrapper.stages import LikelihoodLoss
 
@@ -186,24 +185,30 @@ def test_supervised_warm_up(watch: Watch):
     assert not watch.wrong and min(watch.parts) > 1
 
 
-def test_nothing_is_said_without_gradients_or_in_evaluation(monkeypatch: pytest.MonkeyPatch):
-    told, score = [], Scorer.token_scores_and
+def test_nothing_is_asked_without_gradients_or_in_evaluation_or_of_a_frozen_head(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    asked, of_tree = [], Foretold.over_tree
 
-    def watched(self, sequences, extras, foretold=None):
-        told.append(foretold)
-        return score(self, sequences, extras, foretold)
+    def watched(*args):
+        asked.append(args)
+        return of_tree(*args)
 
-    monkeypatch.setattr(Scorer, "token_scores_and", watched)
-    monkeypatch.setattr(Foretold, "over_tree", None)
+    monkeypatch.setattr(Foretold, "over_tree", watched)
     policy, reference = models("xt-rotary")
     dpo = DPO(policy, reference=reference)
     case = random_batch(Generator().manual_seed(3), b=4)
     with torch.no_grad():
-        dpo(*args_of(case))  # the policy's trees are not even looked at
-    told.clear()
+        dpo(*args_of(case))
     dpo.eval()
     dpo(*args_of(case))
-    assert told and not any(told)
+    dpo.train()
+    policy.to_logits.weight.requires_grad_(False)
+    dpo(*args_of(case))
+    assert not asked
+    policy.to_logits.weight.requires_grad_()
+    dpo(*args_of(case))
+    assert len(asked) == 1
 
 
 def test_no_valid_pair(watch: Watch):

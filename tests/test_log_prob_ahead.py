@@ -1,7 +1,5 @@
 """Gradients that `token_log_probs` makes in forward, for a loss that it is told of."""
 
-from unittest.mock import patch
-
 import pytest
 import torch
 from hypothesis import given as drawn
@@ -16,29 +14,21 @@ from log_prob_inputs import (
     error,
     inputs,
     keeps_bytes,
+    parts_of,
     tiles,
     truth,
+    weighted,
     with_grads,
 )
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dpo_wrapper.log_probs import Ahead, chunked
+from dpo_wrapper.log_probs import Ahead
 from dpo_wrapper.log_probs import ahead as module
 
 T, V, D = 12, 45, 6
 GROUPS = torch.tensor([0, 0, 1, 1, 2, 2, 2, 0, 3, 3, 3, 3])
 TRAINED = [wanted for wanted in WANTED if wanted[1] or wanted[2]]  # else a gradient is ready anyhow
-
-
-def parts_of(tokens: int, v: int = V, itemsize: int = 4):
-    """Inside, softmaxes of so many tokens are there at once, if no group is larger."""
-    return patch.object(chunked, "part_bytes", lambda weight: tokens * v * itemsize)
-
-
-def weighted(scores: Tensor) -> Tensor:
-    """A loss whose gradient is what `with_grads` hands back."""
-    return (scores * cotangent(len(scores)).to(scores)).sum()
 
 
 def never(*args, **kwargs):
@@ -59,7 +49,7 @@ def test_what_was_foretold(dtype: torch.dtype, wanted: tuple, options: dict, tok
         def loss(scores: Tensor, factor: float = factor) -> Tensor:
             return weighted(scores) * factor
 
-        with tiles(3, 8), parts_of(tokens, itemsize=dtype.itemsize):
+        with tiles(3, 8), parts_of(tokens * V * dtype.itemsize):
             found = with_grads(given.scores(impl="chunked", ahead=Ahead(loss, GROUPS), **options), given)
         for one, eager, true in zip(found, plain, expected, strict=True):
             assert one.dtype == eager.dtype
@@ -79,7 +69,7 @@ def test_what_comes_otherwise_is_computed_again(wanted: tuple, tokens: int):
         "of groups that are none": lambda scores: weighted(scores) * scores.sum().detach().exp(),
     }
     for name, loss in losses.items():
-        with tiles(3, 8), parts_of(tokens, itemsize=8):
+        with tiles(3, 8), parts_of(tokens * V * 8):
             found = with_grads(given.scores(impl="chunked", ahead=Ahead(loss, GROUPS)), given)
         for one, true in zip(found, truth(given), strict=True):
             torch.testing.assert_close(one, true, msg=name)
@@ -100,7 +90,7 @@ def test_the_number_of_products(foretold: str):
     def loss(scores: Tensor) -> Tensor:
         return scores.square().sum() if foretold == "wrong" else scores.sum() / 3
 
-    with tiles(3, 8), parts_of(4):
+    with tiles(3, 8), parts_of(4 * V * 4):
         with counters[0]:
             scores = given.scores(impl="chunked", ahead=Ahead(loss, GROUPS))
         with counters[1]:
@@ -114,7 +104,7 @@ def test_where_gradients_could_not_be_added_up_nothing_is_made_ahead(dtype: torc
     for tokens, parts in ((4, 2), (99, 1)):
         given, counter = inputs(T, V, D, dtype, bias=False), FlopCounterMode(display=False)
         expected, eager = truth(given), with_grads(given.scores(impl="eager"), given)
-        with tiles(3, 8), parts_of(tokens, itemsize=dtype.itemsize):
+        with tiles(3, 8), parts_of(tokens * V * dtype.itemsize):
             with counter:
                 scores = given.scores(impl="chunked", ahead=Ahead(weighted, GROUPS))
             for one, plain, true in zip(with_grads(scores, given), eager, expected, strict=True):
@@ -126,7 +116,7 @@ def test_where_gradients_could_not_be_added_up_nothing_is_made_ahead(dtype: torc
 
 def test_under_autocast():
     given = inputs(T, V, D, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16), parts_of(4, itemsize=2):
+    with torch.autocast("cpu", torch.bfloat16), parts_of(4 * V * 2):
         found = with_grads(given.scores(impl="chunked", ahead=Ahead(weighted, GROUPS)), given)
         plain = with_grads(given.scores(impl="eager"), given)
     for one, eager, true in zip(found, plain, truth(given), strict=True):
@@ -135,7 +125,7 @@ def test_under_autocast():
 
 def test_backward_may_run_twice():
     given = inputs(T, V, D)
-    with parts_of(4, itemsize=8):
+    with parts_of(4 * V * 8):
         scores = given.scores(impl="chunked", ahead=Ahead(weighted, GROUPS))
     grad = cotangent(T)
     first = torch.autograd.grad(scores, given.trained, grad, retain_graph=True)
@@ -210,7 +200,7 @@ def test_of_a_group_without_room_a_part_is_computed_again():
     t, v, d = 64, 96, 4
     given = inputs(t, v, d, torch.float32, bias=False)
     counter = FlopCounterMode(display=False)
-    with tiles(t, 16, per_value=4), keeps_bytes(2 * t * 16 * 4), parts_of(1, v), counter:
+    with tiles(t, 16, per_value=4), keeps_bytes(2 * t * 16 * 4), parts_of(0), counter:
         found = with_grads(given.scores(impl="chunked", ahead=Ahead(weighted)), given)
     # of its six tiles two are kept
     assert counter.get_total_flops() == (3 + 4 / 6) * 2 * t * v * d
@@ -246,6 +236,6 @@ def test_gradcheck():
         told = Ahead(lambda scores: scores.sigmoid().sum(), torch.arange(5))
         return Inputs(hidden, weight, None, given.targets).scores(impl="chunked", ahead=told).sigmoid().sum()
 
-    with tiles(2, 2), parts_of(2, v=5, itemsize=8):
+    with tiles(2, 2), parts_of(2 * 5 * 8):
         # a second time gradients are computed again, in another order
         assert torch.autograd.gradcheck(loss, (given.weight, given.hidden), nondet_tol=1e-12)

@@ -44,6 +44,15 @@ def test_beside_inputs_and_gradients_there_are_a_few_tiles(way: str, t: int, d: 
         assert gradients < extra < allowed < logits
 
 
+@pytest.mark.parametrize("t, d, v", ((2048, 64, 16384), (1024, 512, 32768), (8192, 32, 8192)))
+def test_where_the_loss_is_known_a_part_of_the_softmaxes_is_there(t: int, d: int, v: int):
+    logits, gradients = t * v * 4, (t * d + v * d) * 4
+    part = max(chunked.part_bytes(torch.empty(v, d)), logits // 8)  # a group, if that is more
+    beside = 2 * chunked.TILE_BYTES["cpu"] + 3 * t * d * 4 + 8 * MEBIBYTE
+    extra = measured("ahead", t, d, v)
+    assert gradients + part // 2 < extra < gradients + part + beside < gradients + logits
+
+
 def test_the_gradient_of_the_head_takes_the_place_of_kept_softmaxes():
     t, d, v = 1024, 256, 65536
     logits, gradient = t * v * 4, v * d * 4

@@ -9,7 +9,7 @@ from torch import Generator, nn
 from torch.utils.checkpoint import checkpoint
 from zoo import ZOO
 
-from dpo_wrapper import DPO, products
+from dpo_wrapper import DPO, modes, products
 
 try:
     products._onednn(torch.ones(1, 1), torch.ones(1, 1))
@@ -22,7 +22,8 @@ def calls(monkeypatch):
     """oneDNN for every product; the list of those that it made."""
     made, inner = [], products._onednn
     monkeypatch.setattr(products, "SMALLEST", 1)
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    for module in (products, modes):
+        monkeypatch.setattr(module, "onednn_is_faster", lambda: True)
     monkeypatch.setattr(products, "_onednn", lambda *a: made.append(tuple(a[0].shape)) or inner(*a))
     return made
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo_wrapper import PreferenceBatch, Sigmoid
-from dpo_wrapper.dpo import pair_log_probs
 from dpo_wrapper.metrics import COUNTS, TOKENS, MetricSums, pair_metrics
+from dpo_wrapper.pairs import pair_log_probs
 from dpo_wrapper.sequences import ScoredSequences
 
 SLOW = settings(max_examples=300, deadline=None, derandomize=True)

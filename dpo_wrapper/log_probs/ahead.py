@@ -92,10 +92,13 @@ def parts_ahead(
     """The parts whose gradients are made in forward; None if nothing is gained by it, or something lost.
 
     A frozen head has its gradients in forward without a loss. float16 needs a scaler's factor from the start.
-    To add up parts, a gradient is wanted in the dtype of sums.
+    To add up parts, a gradient is wanted in the dtype of sums. Processes that share a vocabulary do not agree
+    on parts.
     """
     trained = [x for x in (weight, bias) if x is not None and x.requires_grad]
-    if ahead is None or not trained or not len(targets) or not options.differentiates or options.extras:
+    if ahead is None or not trained or not len(targets) or not options.differentiates:
+        return None
+    if options.extras or options.group is not None:
         return None
     parts = ahead.parts(len(targets), options.part_bytes // (options.dtype.itemsize * len(weight)))
     narrow = any(x.dtype != options.wide for x in trained)

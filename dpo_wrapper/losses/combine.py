@@ -19,7 +19,8 @@ class Custom(Loss):
     """A user's own function from `PairLogProbs` to Float[p], one value per pair.
 
     It gets a reference unless it has an attribute `needs_reference` that is False, and margins of the data
-    are refused unless it has `takes_margin`.
+    are refused unless it has `takes_margin`. It is called more than once on a batch; with `per_pair = False`
+    it says that it compares the pairs of a batch with one another.
     """
 
     function: PairFunction
