@@ -226,7 +226,7 @@ class DPO(nn.Module):
         self, learned: Callable[[Tensor], Any], step_count: int | None, links: Tensor
     ) -> Foretold | None:
         """What scores will be made into, by way of `learned`; None in eval mode, where nothing may follow."""
-        if not self.training:
+        if not self.training or not all(loss.pure() for loss, _ in self.losses):
             return None
         apart = all(loss.per_pair for loss, _ in self.losses)
         return Foretold(lambda scores: self.share(learned(scores), step_count)[1], links if apart else None)

@@ -1,9 +1,10 @@
 """Peak memory of `token_log_probs`, forward and backward, in a process of its own.
 
-    python memory_of_log_probs.py eager|kept|again|frozen|default|ahead T D V
+    python memory_of_log_probs.py eager|kept|again|frozen|default|ahead|uneven T D V
 
 All but `eager` are `chunked`: softmaxes are kept or computed again, the head does not train, softmaxes are
-kept as far as there is room for them, or the loss is known ahead, for groups of an eighth of the tokens.
+kept as far as there is room for them, or the loss is known ahead, for groups of an eighth of the tokens or
+for one of 8/9 and one of the rest.
 
 Prints one line of JSON. `extra` is what the process needed beyond its inputs, in bytes: the peak of its
 resident memory, less what was resident when everything was loaded and the inputs were there and touched.
@@ -53,7 +54,8 @@ def forward_and_backward(way: str, t: int, d: int, v: int) -> dict[str, str | in
 
     trained = [x for x in (hidden, weight) if x.requires_grad]
     impl = "eager" if way == "eager" else "chunked"
-    told = Ahead(torch.sum, torch.arange(t) * 8 // t) if way == "ahead" else None
+    groups = {"ahead": torch.arange(t) * 8 // t, "uneven": torch.arange(t) * 9 // (8 * t)}
+    told = Ahead(torch.sum, groups[way]) if way in groups else None
     if way in ("kept", "again"):
         chunked.keep_bytes = lambda weight: 2**40 if way == "kept" else 0
 

@@ -17,7 +17,7 @@ from zoo import ZOO
 from dpo_wrapper import DPO, PairLogProbs, PreferenceBatch, RankedBatch, Sigmoid
 from dpo_wrapper.foretold import Foretold, groups
 from dpo_wrapper.log_probs import ahead, chunked
-from dpo_wrapper.losses import ORPO, SFT, PlackettLuce
+from dpo_wrapper.losses import ORPO, SFT, APODown, BetaDPO, DiscoPOP, PlackettLuce
 from dpo_wrapper.sequences import ScoredSequences
 from dpo_wrapper.stages import LikelihoodLoss
 
@@ -104,11 +104,16 @@ def test_models_that_hand_out_logits_alone(name: str, watch: Watch):
     assert not watch.parts
 
 
+def squared(pairs: PairLogProbs) -> Tensor:
+    return (pairs.chosen_logratio - pairs.rejected_logratio).square()
+
+
+squared.pure = True
 OPTIONS = {
     "several losses": {"loss": [(Sigmoid(0.3), 1.0), (SFT(), 0.5), (ORPO(prompt=True), 0.5)]},
     "LD-DPO": {"ld_alpha": 0.3},
     "WPO": {"wpo": True},  # foretells nothing
-    "a user's": {"loss": lambda pairs: (pairs.chosen_logratio - pairs.rejected_logratio).square()},
+    "a user's": {"loss": squared},
 }
 
 
@@ -127,16 +132,74 @@ def test_a_users_loss_that_mixes_pairs_is_computed_again(watch: Watch):
         gap = pairs.chosen_logratio - pairs.rejected_logratio
         return (gap - gap.mean()).square()
 
-    policy, reference = models("xt-rotary")
-    dpo = DPO(policy, reference=reference, loss=mixing)
+    mixing.pure = True
     case = random_batch(Generator().manual_seed(3), b=4, odd=0.0)
-    compared(dpo, lambda: dpo(*args_of(case)))
-    assert watch.wrong == 1 and min(watch.parts) > 1
-    mixing.per_pair = False
+    for per_pair in (True, False):
+        mixing.per_pair = per_pair
+        policy, reference = models("xt-rotary")
+        dpo = DPO(policy, reference=reference, loss=mixing)
+        compared(dpo, lambda dpo=dpo: dpo(*args_of(case)))
+        assert watch.wrong == per_pair and (watch.parts[-1] > 1) == per_pair
+        watch.wrong = 0
+
+
+def test_a_users_loss_is_called_once_unless_it_says_that_it_is_pure(watch: Watch):
+    seen = []
+
+    def remembers(pairs: PairLogProbs) -> Tensor:
+        seen.append(pairs.chosen.detach())
+        return squared(pairs)
+
+    case = random_batch(Generator().manual_seed(3), b=4, odd=0.0)
+    for pure in (False, True):
+        remembers.pure = pure
+        policy, reference = models("xt-rotary")
+        seen.clear()
+        DPO(policy, reference=reference, loss=remembers)(*args_of(case)).backward()
+        assert (len(seen) > 1) == pure == bool(watch.parts)
+        # what is not known yet is -1 per token, and so a log-prob like any other
+        assert all((scores < 0).all() for scores in seen)
+
+
+def test_a_loss_that_draws_is_asked_once(watch: Watch):
     policy, reference = models("xt-rotary")
-    dpo = DPO(policy, reference=reference, loss=mixing)
-    compared(dpo, lambda: dpo(*args_of(case)))
-    assert watch.wrong == 1 and watch.parts[-1] == 1
+    dpo = DPO(policy, reference=reference, loss=BetaDPO(drop=0.5))
+    dpo.gap.spread.fill_(5.0)
+    case = random_batch(Generator().manual_seed(3), b=4, odd=0.0)
+    found = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        dpo.eval() if found else dpo.train()
+        dpo.gap.spread.fill_(5.0), dpo.gap.mean.zero_()
+        found.append((dpo(*args_of(case)), torch.rand(1)))
+    torch.testing.assert_close(*found)
+    assert not watch.parts
+
+
+def test_under_autocast_the_loss_is_told_as_it_will_be(watch: Watch):
+    layer = torch.nn.Linear(1, 1)
+
+    def learned(pairs: PairLogProbs) -> Tensor:
+        return layer((pairs.chosen - pairs.rejected)[:, None])[:, 0].square().float()
+
+    learned.pure = True
+    policy, reference = ZOO["hf-llama"](0), ZOO["hf-llama"](1)
+    dpo = DPO(policy, reference=reference, loss=learned)
+    case = random_batch(Generator().manual_seed(3), b=4, odd=0.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = dpo(*args_of(case))
+    loss.backward()
+    assert watch.parts and not watch.wrong and layer.weight.grad.any()
+
+
+@pytest.mark.parametrize("loss", (APODown(), DiscoPOP()), ids=shown)
+def test_gradients_that_cancel_come_true(loss, watch: Watch):
+    case = random_batch(Generator().manual_seed(0), b=24, odd=0.0)
+    for seed in range(6):
+        dpo = DPO(ZOO["xt-rotary"](seed), loss=loss, reference=ZOO["xt-rotary"](seed + 9))
+        for factor in (1 / 3, 1 / 7, 0.1):
+            (dpo(*args_of(case)) * factor).backward()
+    assert len(watch.parts) == 18 and not watch.wrong
 
 
 def test_what_is_made_of_a_loss_comes_true_if_it_is_a_multiple(watch: Watch):

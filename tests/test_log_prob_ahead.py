@@ -114,6 +114,27 @@ def test_where_gradients_could_not_be_added_up_nothing_is_made_ahead(dtype: torc
         assert counter.get_total_flops() == (1 if plainly else 3) * 2 * T * D * V
 
 
+@pytest.mark.parametrize(
+    "dtypes",
+    (
+        (torch.float16, torch.float32, torch.float32),
+        (torch.float32, torch.float16, torch.float32),
+        (torch.float32, torch.float32, torch.float16),
+    ),
+    ids=str,
+)
+def test_no_gradient_is_rounded_to_float16_before_a_scaler(dtypes: tuple[torch.dtype, ...]):
+    given = inputs(T, V, D, torch.float32)
+    given = Inputs(
+        *(x.detach().to(d).requires_grad_() for x, d in zip(given[:3], dtypes, strict=True)), given.targets
+    )
+    with parts_of(4 * V * 4):
+        scores = given.scores(impl="chunked", ahead=Ahead(lambda scores: weighted(scores) * 1e-7, GROUPS))
+        (weighted(scores) * 1e-7 * 65536).backward()
+    for one, true in zip(given.trained, truth(given)[1:], strict=True):
+        assert error(one.grad, true * 1e-7 * 65536) < 3e-3
+
+
 def test_under_autocast():
     given = inputs(T, V, D, torch.float32)
     with torch.autocast("cpu", torch.bfloat16), parts_of(4 * V * 2):
@@ -174,11 +195,16 @@ def test_eager_needs_no_telling():
 
 def test_inside_activation_checkpointing():
     given = inputs(T, V, D)
-    scores = torch.utils.checkpoint.checkpoint(
-        lambda: given.scores(impl="chunked", ahead=Ahead(weighted, GROUPS)), use_reentrant=False
-    )
-    for one, true in zip(with_grads(scores, given), truth(given), strict=True):
+    with parts_of(4 * V * 8):
+        scores = torch.utils.checkpoint.checkpoint(
+            lambda: given.scores(impl="chunked", ahead=Ahead(weighted, GROUPS)), use_reentrant=False
+        )
+    with FlopCounterMode(display=False) as counter:
+        found = with_grads(scores, given)
+    for one, true in zip(found, truth(given), strict=True):
         torch.testing.assert_close(one, true)
+    # forward once more, for backward alone and not for each part
+    assert counter.get_total_flops() == 3 * 2 * T * D * V + 2 * T * V
 
 
 @drawn(

@@ -53,6 +53,11 @@ def test_where_the_loss_is_known_a_part_of_the_softmaxes_is_there(t: int, d: int
     assert gradients + part // 2 < extra < gradients + part + beside < gradients + logits
 
 
+def test_a_group_that_is_a_part_too_large_costs_no_more_than_softmaxes_that_are_kept():
+    t, d, v = 576, 128, 65536
+    assert measured("uneven", t, d, v) < measured("default", t, d, v) + 2 * chunked.TILE_BYTES["cpu"]
+
+
 def test_the_gradient_of_the_head_takes_the_place_of_kept_softmaxes():
     t, d, v = 1024, 256, 65536
     logits, gradient = t * v * 4, v * d * 4

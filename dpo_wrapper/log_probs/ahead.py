@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from dpo_wrapper.log_probs.gradients import gradients
 from dpo_wrapper.log_probs.kept import Kept
@@ -29,7 +30,7 @@ class Ahead:
 
     Args:
         loss: from Float[t], log-probs as `token_log_probs` returns them, to Float[]. It is called several
-            times, with zeros for log-probs that are not known yet.
+            times, with -1 for log-probs that are not known yet, and should give the same each time.
         groups: Int[t], a number for each log-prob: what the loss does with one group does not depend on the
             others, as with the tokens of one preference pair. Without it all are one group.
     """
@@ -61,14 +62,15 @@ class Ahead:
 
     def gradient(self, log_probs: Float[Tensor, "t"]) -> Float[Tensor, "t"]:
         """Of the loss, for the log-probs."""
-        with torch.enable_grad():
+        plainly = saved_tensors_hooks(lambda x: x, lambda x: x)  # nothing runs again, as in a checkpoint
+        with torch.enable_grad(), plainly:
             leaf = log_probs.detach().clone().requires_grad_()
             loss = self.loss(leaf)
-        if not (isinstance(loss, Tensor) and loss.ndim == 0):
-            raise ValueError("the loss of Ahead should return a tensor without dimensions.")
-        if not loss.requires_grad:
-            return torch.zeros_like(leaf)
-        (grad,) = torch.autograd.grad(loss, leaf, allow_unused=True)
+            if not (isinstance(loss, Tensor) and loss.ndim == 0):
+                raise ValueError("the loss of Ahead should return a tensor without dimensions.")
+            if not loss.requires_grad:
+                return torch.zeros_like(leaf)
+            (grad,) = torch.autograd.grad(loss, leaf, allow_unused=True)
         return torch.zeros_like(leaf) if grad is None else grad
 
 
@@ -77,7 +79,7 @@ def factor(grad: Float[Tensor, "t"], foretold: Float[Tensor, "t"]) -> float | No
     at = foretold.abs().argmax()
     scale = (grad[at] / foretold[at]).where(foretold[at] != 0, 1.0)
     eps = torch.finfo(grad.dtype).eps
-    allowed = 64 * eps * grad.abs() + eps * grad[at].abs()
+    allowed = 64 * eps * grad.abs() + 8 * eps * grad[at].abs()
     return float(scale) if ((grad - scale * foretold).abs() <= allowed).all() else None
 
 
@@ -100,9 +102,19 @@ def parts_ahead(
         return None
     if options.extras or options.group is not None:
         return None
+    dtypes = {options.dtype, hidden.dtype, *(x.dtype for x in trained)}
     parts = ahead.parts(len(targets), options.part_bytes // (options.dtype.itemsize * len(weight)))
     narrow = any(x.dtype != options.wide for x in trained)
-    return None if options.dtype == torch.float16 or (narrow and len(parts) > 1) else parts
+    return None if torch.float16 in dtypes or (narrow and len(parts) > 1) else parts
+
+
+def memory_of(parts: list[Any], tiles: Tiles) -> Tensor | None:
+    """Memory on the CPU for the softmaxes of every part in turn, but for groups that are a part too large."""
+    options, words = tiles.options, len(tiles.weight)
+    if len(parts) == 1 or tiles.hidden.device.type != "cpu":
+        return None
+    numbers = min(options.part_bytes // options.dtype.itemsize, words * max(map(len, parts)))
+    return torch.empty(numbers, dtype=options.dtype)
 
 
 class AheadLogProbs(torch.autograd.Function):
@@ -119,26 +131,27 @@ class AheadLogProbs(torch.autograd.Function):
     ) -> Tensor:
         whole, wants = Tiles(hidden, weight, bias, targets, options), ctx.needs_input_grad[:3]
         statistics = Statistics.of_nothing(whole.new(len(targets)))
-        log_probs, foretold = statistics.log_probs.zero_(), whole.new(len(targets))
+        log_probs, foretold = statistics.log_probs.fill_(-1.0), whole.new(len(targets))
         of_hidden = torch.empty_like(hidden) if wants[0] else None
         of_weight: Tensor | None = None
         of_bias: Tensor | None = None
-        memory: Tensor | None = None
-        if len(parts) > 1 and hidden.device.type == "cpu":
-            numbers = min(options.keep_bytes // options.dtype.itemsize, len(weight) * max(map(len, parts)))
-            memory = torch.empty(numbers, dtype=options.dtype)  # the same for each part
+        room = max(options.keep_bytes, options.part_bytes)
+        memory = memory_of(parts, whole)
         for rows in parts:
             tiles = whole.part(rows)
             numbers = len(tiles.targets) * len(weight)
-            kept = Kept(options.keep_bytes, numbers, hidden.device, options.dtype, memory)
-            found = sweep(tiles, kept)
+            fits = memory is not None and len(memory) >= numbers
+            kept = Kept(room, numbers, hidden.device, options.dtype, memory if fits else None)
+            with torch.autocast(hidden.device.type, enabled=False):
+                found = sweep(tiles, kept)
             for of_all, of_part in zip(statistics, found, strict=True):
                 of_all[rows] = of_part
             log_probs[rows] = found.log_probs
-            foretold[rows] = ahead.gradient(log_probs)[rows]
-            new, of_weight, of_bias = gradients(
-                tiles, wants, foretold[rows], found, kept, (of_weight, of_bias)
-            )
+            foretold[rows] = ahead.gradient(log_probs)[rows]  # under autocast, as the loss will be
+            with torch.autocast(hidden.device.type, enabled=False):
+                new, of_weight, of_bias = gradients(
+                    tiles, wants, foretold[rows], found, kept, (of_weight, of_bias)
+                )
             if of_hidden is not None and new is not None:
                 of_hidden[rows] = new
             whole.scratch = tiles.scratch

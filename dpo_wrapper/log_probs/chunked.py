@@ -133,8 +133,8 @@ def token_log_probs(
         **kwargs,
     )
     given = (hidden, weight, bias, targets, options)
+    parts = parts_ahead(ahead, *given)
+    if parts is not None:
+        return (AheadLogProbs.apply(*given, ahead, parts),)
     with torch.autocast(device, enabled=False):
-        parts = parts_ahead(ahead, *given)
-        if parts is not None:
-            return (AheadLogProbs.apply(*given, ahead, parts),)
         return TiledLogProbs.apply(*given)

@@ -185,6 +185,11 @@ class Objective(Configured, ABC):
         """Whether it looks at `prompted`."""
         return False
 
+    def pure(self) -> bool:
+        """Whether it gives the same each time, so that it may be called beforehand, with scores that are -1
+        per token where they are not known yet."""
+        return True
+
     @abstractmethod
     def __call__(self, data: Any) -> Tensor: ...
 

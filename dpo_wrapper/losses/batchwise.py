@@ -97,6 +97,9 @@ class BetaDPO(Loss):
         beta = (self.beta * (1 + self.k * (mean - running.mean))).clamp(min=SMALLEST_BETA)
         return -F.logsigmoid(pairs.less_margin(beta * gap)) * kept * (len(kept) / kept.sum())
 
+    def pure(self) -> bool:
+        return self.drop == 0  # else it draws
+
     def kept(self, gap: Float[Tensor, "p"], running: RunningGap) -> Float[Tensor, "p"]:
         """1 for pairs that stay and 0 for others."""
         if self.drop == 0 or len(gap) == 1:

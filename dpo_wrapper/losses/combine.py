@@ -19,11 +19,15 @@ class Custom(Loss):
     """A user's own function from `PairLogProbs` to Float[p], one value per pair.
 
     It gets a reference unless it has an attribute `needs_reference` that is False, and margins of the data
-    are refused unless it has `takes_margin`. It is called more than once on a batch; with `per_pair = False`
-    it says that it compares the pairs of a batch with one another.
+    are refused unless it has `takes_margin`. With an attribute `pure` that is True it may be called several
+    times on a batch (see `Objective.pure`), which spares memory while the head trains; `per_pair = False`
+    says that it compares the pairs of a batch with one another.
     """
 
     function: PairFunction
+
+    def pure(self) -> bool:
+        return bool(getattr(self.function, "pure", False))
 
     def __post_init__(self) -> None:
         for name in ("needs_reference", "takes_margin", "per_pair"):
