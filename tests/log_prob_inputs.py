@@ -157,6 +157,6 @@ def keeps_bytes(room: int) -> Any:
     return patch.object(chunked, "keep_bytes", lambda weight: room)
 
 
-def parts_of(room: int) -> Any:
-    """Inside, gradients that are made ahead are made of so many bytes of softmaxes at once."""
-    return patch.object(chunked, "part_bytes", lambda weight: room)
+def parts_of(rows: int) -> Any:
+    """Inside, gradients that are made ahead are made of so many tokens at once, or of one group."""
+    return patch.object(chunked, "part_rows", lambda weight: rows)

@@ -49,7 +49,7 @@ def test_what_was_foretold(dtype: torch.dtype, wanted: tuple, options: dict, tok
         def loss(scores: Tensor, factor: float = factor) -> Tensor:
             return weighted(scores) * factor
 
-        with tiles(3, 8), parts_of(tokens * V * dtype.itemsize):
+        with tiles(3, 8), parts_of(tokens):
             found = with_grads(given.scores(impl="chunked", ahead=Ahead(loss, GROUPS), **options), given)
         for one, eager, true in zip(found, plain, expected, strict=True):
             assert one.dtype == eager.dtype
@@ -69,7 +69,7 @@ def test_what_comes_otherwise_is_computed_again(wanted: tuple, tokens: int):
         "of groups that are none": lambda scores: weighted(scores) * scores.sum().detach().exp(),
     }
     for name, loss in losses.items():
-        with tiles(3, 8), parts_of(tokens * V * 8):
+        with tiles(3, 8), parts_of(tokens):
             found = with_grads(given.scores(impl="chunked", ahead=Ahead(loss, GROUPS)), given)
         for one, true in zip(found, truth(given), strict=True):
             torch.testing.assert_close(one, true, msg=name)
@@ -90,7 +90,7 @@ def test_the_number_of_products(foretold: str):
     def loss(scores: Tensor) -> Tensor:
         return scores.square().sum() if foretold == "wrong" else scores.sum() / 3
 
-    with tiles(3, 8), parts_of(4 * V * 4):
+    with tiles(3, 8), parts_of(4):
         with counters[0]:
             scores = given.scores(impl="chunked", ahead=Ahead(loss, GROUPS))
         with counters[1]:
@@ -104,7 +104,7 @@ def test_where_gradients_could_not_be_added_up_nothing_is_made_ahead(dtype: torc
     for tokens, parts in ((4, 2), (99, 1)):
         given, counter = inputs(T, V, D, dtype, bias=False), FlopCounterMode(display=False)
         expected, eager = truth(given), with_grads(given.scores(impl="eager"), given)
-        with tiles(3, 8), parts_of(tokens * V * dtype.itemsize):
+        with tiles(3, 8), parts_of(tokens):
             with counter:
                 scores = given.scores(impl="chunked", ahead=Ahead(weighted, GROUPS))
             for one, plain, true in zip(with_grads(scores, given), eager, expected, strict=True):
@@ -128,7 +128,7 @@ def test_no_gradient_is_rounded_to_float16_before_a_scaler(dtypes: tuple[torch.d
     given = Inputs(
         *(x.detach().to(d).requires_grad_() for x, d in zip(given[:3], dtypes, strict=True)), given.targets
     )
-    with parts_of(4 * V * 4):
+    with parts_of(4):
         scores = given.scores(impl="chunked", ahead=Ahead(lambda scores: weighted(scores) * 1e-7, GROUPS))
         (weighted(scores) * 1e-7 * 65536).backward()
     for one, true in zip(given.trained, truth(given)[1:], strict=True):
@@ -137,7 +137,7 @@ def test_no_gradient_is_rounded_to_float16_before_a_scaler(dtypes: tuple[torch.d
 
 def test_under_autocast():
     given = inputs(T, V, D, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16), parts_of(4 * V * 2):
+    with torch.autocast("cpu", torch.bfloat16), parts_of(4):
         found = with_grads(given.scores(impl="chunked", ahead=Ahead(weighted, GROUPS)), given)
         plain = with_grads(given.scores(impl="eager"), given)
     for one, eager, true in zip(found, plain, truth(given), strict=True):
@@ -146,7 +146,7 @@ def test_under_autocast():
 
 def test_backward_may_run_twice():
     given = inputs(T, V, D)
-    with parts_of(4 * V * 8):
+    with parts_of(4):
         scores = given.scores(impl="chunked", ahead=Ahead(weighted, GROUPS))
     grad = cotangent(T)
     first = torch.autograd.grad(scores, given.trained, grad, retain_graph=True)
@@ -195,7 +195,7 @@ def test_eager_needs_no_telling():
 
 def test_inside_activation_checkpointing():
     given = inputs(T, V, D)
-    with parts_of(4 * V * 8):
+    with parts_of(4):
         scores = torch.utils.checkpoint.checkpoint(
             lambda: given.scores(impl="chunked", ahead=Ahead(weighted, GROUPS)), use_reentrant=False
         )
@@ -262,6 +262,6 @@ def test_gradcheck():
         told = Ahead(lambda scores: scores.sigmoid().sum(), torch.arange(5))
         return Inputs(hidden, weight, None, given.targets).scores(impl="chunked", ahead=told).sigmoid().sum()
 
-    with tiles(2, 2), parts_of(2 * 5 * 8):
+    with tiles(2, 2), parts_of(2):
         # a second time gradients are computed again, in another order
         assert torch.autograd.gradcheck(loss, (given.weight, given.hidden), nondet_tol=1e-12)

@@ -103,7 +103,7 @@ def parts_ahead(
     if options.extras or options.group is not None:
         return None
     dtypes = {options.dtype, hidden.dtype, *(x.dtype for x in trained)}
-    parts = ahead.parts(len(targets), options.part_bytes // (options.dtype.itemsize * len(weight)))
+    parts = ahead.parts(len(targets), options.part_rows)
     narrow = any(x.dtype != options.wide for x in trained)
     return None if torch.float16 in dtypes or (narrow and len(parts) > 1) else parts
 
@@ -113,8 +113,8 @@ def memory_of(parts: list[Any], tiles: Tiles) -> Tensor | None:
     options, words = tiles.options, len(tiles.weight)
     if len(parts) == 1 or tiles.hidden.device.type != "cpu":
         return None
-    numbers = min(options.part_bytes // options.dtype.itemsize, words * max(map(len, parts)))
-    return torch.empty(numbers, dtype=options.dtype)
+    rows = min(options.part_rows, max(map(len, parts)))
+    return torch.empty(rows * words, dtype=options.dtype)
 
 
 class AheadLogProbs(torch.autograd.Function):
@@ -135,7 +135,7 @@ class AheadLogProbs(torch.autograd.Function):
         of_hidden = torch.empty_like(hidden) if wants[0] else None
         of_weight: Tensor | None = None
         of_bias: Tensor | None = None
-        room = max(options.keep_bytes, options.part_bytes)
+        room = max(options.keep_bytes, options.part_rows * len(weight) * options.dtype.itemsize)
         memory = memory_of(parts, whole)
         for rows in parts:
             tiles = whole.part(rows)

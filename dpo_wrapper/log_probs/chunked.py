@@ -19,8 +19,9 @@ TILE_BYTES = {"cpu": 12 * 2**20, "other": 256 * 2**20}
 """Memory of a tile: on the CPU what stays in its cache, and under the size from which the C library hands
 memory back to the system each time."""
 
+PART_ROWS = {"cpu": 512, "other": 2048}
+
 KEEP_BYTES = 64 * 2**20
-PART_BYTES = 64 * 2**20
 KEEP_HEADS = 4
 """On the CPU: what training the head takes anyway, for its weight, gradient and AdamW's two moments."""
 
@@ -32,10 +33,13 @@ def keep_bytes(weight: Float[Tensor, "v d"]) -> int:
     return max(KEEP_BYTES, KEEP_HEADS * weight.numel() * weight.element_size())
 
 
-def part_bytes(weight: Float[Tensor, "v d"]) -> int:
-    """Memory for the softmaxes of the tokens that are finished at once, where their loss is known: the less,
-    the more often the head's gradient is gone over."""
-    return max(PART_BYTES, weight.numel() * weight.element_size() // 2)
+def part_rows(weight: Float[Tensor, "v d"]) -> int:
+    """Tokens that are finished at once where their loss is known.
+
+    Each time the head's gradient is gone over, 8·v·d bytes beside 6·v·d FLOPs for each token: the more tokens,
+    the less that costs; the fewer, the less memory their softmaxes take.
+    """
+    return max(PART_ROWS.get(weight.device.type, PART_ROWS["other"]), weight.shape[1] // 2)
 
 
 @lru_cache
@@ -128,7 +132,7 @@ def token_log_probs(
         fold=fold,
         tile_bytes=TILE_BYTES.get(device, TILE_BYTES["other"]),
         keep_bytes=keep_bytes(weight),
-        part_bytes=part_bytes(weight),
+        part_rows=part_rows(weight),
         differentiates=torch.is_grad_enabled(),
         **kwargs,
     )

@@ -30,8 +30,8 @@ class Options:
     fold: Fold
     tile_bytes: int
     keep_bytes: int
-    part_bytes: int
-    """Memory for the softmaxes of the tokens that are finished at once, where their loss is known."""
+    part_rows: int
+    """Tokens that are finished at once, where their loss is known."""
     differentiates: bool = True
     """Whether gradients may be asked for: a Function cannot tell by itself."""
     extras: bool = False
