@@ -36,8 +36,8 @@ def keep_bytes(weight: Float[Tensor, "v d"]) -> int:
 def part_rows(weight: Float[Tensor, "v d"]) -> int:
     """Tokens that are finished at once where their loss is known.
 
-    Each time the head's gradient is gone over, 8·v·d bytes beside 6·v·d FLOPs for each token: the more tokens,
-    the less that costs; the fewer, the less memory their softmaxes take.
+    Each time the head's gradient is gone over, 8·v·d bytes beside 6·v·d FLOPs for each token: the more
+    tokens, the less that costs; the fewer, the less memory their softmaxes take.
     """
     return max(PART_ROWS.get(weight.device.type, PART_ROWS["other"]), weight.shape[1] // 2)
 
