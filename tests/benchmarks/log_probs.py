@@ -119,7 +119,7 @@ def report(results: dict[str, dict[str, Any]]) -> None:
     for mode, title in MODES.items():
         print(f"\n{title:<35} {head}")
         lines = {name: result.get("modes", {}).get(mode, result) for name, result in results.items()}
-        ours = next((lines[n] for n in ("triton", "chunked") if "seconds" in lines.get(n, {})), None)
+        ours = next((lines[n] for n in ("ahead", "triton", "chunked") if "seconds" in lines.get(n, {})), None)
         for name, line in lines.items():
             print(f"{NAMES[name]:<35} {cells(line, ours) if 'seconds' in line else why_not(line)}")
     ran = [result for result in results.values() if "modes" in result]
