@@ -23,7 +23,8 @@ In which pass, at what cost (products of 2·t·d·v FLOPs; t·v numbers written 
                                                read, read
 
 A trained head needs each softmax twice, the second time weighed by what comes back from the loss. Who says
-ahead what loss that is, as `DPO` does by itself, has the gradients made part by part, in forward. Else
+ahead what loss that is, as `DPO` does by itself, has the gradients made part by part, in forward (but for
+float16, and for bfloat16 weights in several parts, whose gradient would have to be summed in float32). Else
 softmaxes are kept tile by tile as far as there is room for them (`chunked.keep_bytes`: on the CPU as much as
 training the head takes anyway, so all of them for up to 4·d tokens), and the other tiles are computed again;
 backward gives their memory back as it uses them, so that the head's gradient takes its place.
