@@ -9,7 +9,7 @@ import statistics
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from copy import deepcopy
 from typing import Any
 
@@ -215,8 +215,8 @@ CONTESTANTS: dict[str, Callable[[nn.Module, Batch, Namespace], Step]] = {
 # measuring
 
 
-def measure(args: Namespace, lengths: Lengths) -> dict[str, Any]:
-    """What the contestant `args.contestant` needs for its steps; the only thing that its process does."""
+def measure(args: Namespace, lengths: Lengths) -> Generator[None, None, dict[str, Any]]:
+    """What the contestant `args.contestant` needs, one step at a time; at last it is returned."""
     torch.set_num_threads(args.threads)
     model = build(args)
     batch = Batch(lengths, args.vocab, args.seed)
@@ -243,6 +243,7 @@ def measure(args: Namespace, lengths: Lengths) -> dict[str, Any]:
         if run:  # the first one warms up
             seconds.append(took)
             peaks.append(status("VmHWM") - before if weighs else 0)
+        yield
     gradients = [p.grad.double().norm() for p in model.parameters() if p.grad is not None]
     return {
         "seconds": statistics.median(seconds),

@@ -16,7 +16,7 @@ from typing import Any
 
 from lengths import SHAPES, lengths
 from measure import why_not, write_json
-from step import NAMES, add_sizes, run_contestant
+from step import NAMES, add_sizes, run_contestants
 
 
 def parse() -> argparse.Namespace:
@@ -72,8 +72,7 @@ def main() -> int:
     failed = False
     for pairs in counts:
         of = lengths(args.shape, pairs, args.seed, args.data)
-        for name in args.only:
-            result = run_contestant(name, args, of)
+        for name, result in run_contestants(args.only, args, of).items():
             if "seconds" not in result:
                 failed = failed or "failed" in result
                 print(f"{name:<6} {pairs:>6} {why_not(result)}")

@@ -29,13 +29,6 @@ class Missing(Exception):
 # processes
 
 
-def run_process(script: Path, options: list[str], threads: int, **env: str) -> dict[str, Any]:
-    """The JSON that the script prints last, or `failed` with the reason."""
-    command = [sys.executable, str(script), *options]
-    done = subprocess.run(command, env=environment(threads) | env, capture_output=True, text=True)
-    return result_of(done.returncode, (done.stdout.strip().splitlines() or [""])[-1], done.stderr)
-
-
 def environment(threads: int) -> dict[str, str]:
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads)}
@@ -56,9 +49,10 @@ TURN = "your turn?"
 def take_turns(
     script: Path, options: dict[str, list[str]], threads: int, **env: str
 ) -> dict[str, dict[str, Any]]:
-    """As `run_process` for several contestants, by name, that work in turns: each, then each again.
+    """The JSON that the script prints last with each of some options, by name, or `failed` with the reason.
 
-    So all of them see the same good and bad minutes of the machine, and one works at a time.
+    They work in turns, each and then each again, so that all see the same good and bad minutes of the
+    machine, and one works at a time.
     """
     results: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:

@@ -4,7 +4,8 @@
     python tests/benchmarks/step.py --shape en --pairs 4 --json en.json
     python tests/benchmarks/step.py --model xt                   # against x-transformers' own DPO
 
-Each contestant has a process of its own, the same weights and the same tokens.
+Each contestant has a process of its own, the same weights and the same tokens. They run in turns, one step
+each, so that all see the same good and bad minutes of the machine.
 
 Time: the median (and the best) of several runs after one that warms up. Ours includes building its
 tree from padded rows; the others' does not include their collators.
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from lengths import SHAPES, VOCAB, Lengths, lengths
-from measure import add_running, run_process, why_not, write_json
+from measure import add_running, in_turns, take_turns, why_not, write_json
 
 SEED = 150
 """Of the seeds below 200, the one whose batches of the built-in lengths (8 pairs of hh, 4 of en) are nearest
@@ -77,15 +78,13 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run_contestant(name: str, args: argparse.Namespace, of: Lengths) -> dict[str, Any]:
-    """Its results, or `missing` or `failed` with the reason."""
-    options = ["--contestant", name, "--lengths", json.dumps([of.system, of.pairs])]
+def run_contestants(names: list[str], args: argparse.Namespace, of: Lengths) -> dict[str, dict[str, Any]]:
+    """The results of each, or `missing` or `failed` with the reason."""
+    shared = ["--lengths", json.dumps([of.system, of.pairs])]
     for option in ("model", "dim", "depth", "vocab", "runs", "threads", "seed"):
-        options += [f"--{option}", str(getattr(args, option))]
-    print(f"{name} ...", file=sys.stderr)
-    result = run_process(Path(__file__).with_name("step.py"), options, args.threads, HF_HUB_OFFLINE="1")
-    print("  " + ", ".join(f"{s:.3f} s" for s in result.get("runs", [])), file=sys.stderr)
-    return result
+        shared += [f"--{option}", str(getattr(args, option))]
+    options = {name: ["--contestant", name, *shared] for name in names}
+    return take_turns(Path(__file__).with_name("step.py"), options, args.threads, HF_HUB_OFFLINE="1")
 
 
 def passes(name: str) -> int:
@@ -146,7 +145,8 @@ def main() -> int:
         from contestants import measure
 
         system, pairs = json.loads(args.lengths)
-        print(json.dumps(measure(args, Lengths(system, [tuple(pair) for pair in pairs]))))
+        stretches = measure(args, Lengths(system, [tuple(pair) for pair in pairs]))
+        print(json.dumps(in_turns(stretches)))
         return 0
     of = lengths(args.shape, args.pairs, args.seed, args.data)
     source = args.data or f"{args.shape}, built in"
@@ -155,7 +155,7 @@ def main() -> int:
     )
     print(f"{len(of.pairs)} pairs ({source}), seed {args.seed}, {args.threads} threads", flush=True)
     names = args.only or OF_MODEL[args.model]
-    results = {name: run_contestant(name, args, of) for name in names}
+    results = run_contestants(names, args, of)
     floor = report(results)
     if args.json:
         write_json(args, lengths=[of.system, of.pairs], floor=floor, results=results)
