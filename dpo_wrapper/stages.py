@@ -69,9 +69,11 @@ class LikelihoodLoss(nn.Module):
         self.score = Scorer(model, share="auto")
 
     def forward(self, sequences: ScoredSequences, tokens: int) -> Tensor:
+        def loss(scores: Tensor) -> Tensor:
+            return -scores.sum() / max(1, tokens)
+
         apart = sequences.row.new_zeros(0, 2)  # no sequence's share of a sum depends on the others
-        foretold = Foretold(lambda scores: -scores.sum() / max(1, tokens), apart) if self.training else None
-        return -self.score(sequences, foretold).sum() / max(1, tokens)
+        return loss(self.score(sequences, Foretold(loss, apart) if self.training else None))
 
 
 @dataclass(frozen=True)

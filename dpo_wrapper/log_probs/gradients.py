@@ -34,9 +34,9 @@ def gradients(
     grad_hidden = tiles.new(*hidden.shape) if wants_hidden else None
     by_grad = (hidden.to(options.wide) * -grad[:, None]).to(dtype) if wants_weight else None
     for words in tiles.words:
-        of_weight = grad_weight[words] if grad_weight is not None and adds else None
-        straight = weight.dtype == dtype and len(tiles.rows) == 1
+        straight = adds or (weight.dtype == dtype and len(tiles.rows) == 1)
         room = grad_weight[words] if straight and grad_weight is not None else None
+        of_weight = room if adds else None
         of_bias = tiles.new(words.stop - words.start)
         for rows in tiles.rows:
             known = kept.next()
@@ -58,7 +58,7 @@ def gradients(
             del known, block, narrow  # before the next is made
         if grad_weight is not None and of_weight is None:
             grad_weight[words] = 0.0
-        elif grad_weight is not None and of_weight is not None and not adds and of_weight is not room:
+        elif grad_weight is not None and of_weight is not None and of_weight is not room:
             grad_weight[words] = of_weight
         if grad_bias is not None:
             grad_bias[words] = of_bias.add_(grad_bias[words]) if adds else of_bias
