@@ -89,12 +89,9 @@ def run_contestants(
     names: list[str], shape: tuple[int, int, int], args: argparse.Namespace
 ) -> dict[str, dict[str, Any]]:
     """The results of each by mode, or `missing` or `failed` with the reason."""
-    shared = ["--shape", *map(str, shape)]
-    for option in ("device", "dtype", "runs", "threads", "seed"):
-        shared += [f"--{option}", str(getattr(args, option))]
+    copied = ("device", "dtype", "runs", "threads", "seed")
     env = {"HF_HUB_OFFLINE": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-    options = {name: ["--contestant", name, *shared] for name in names}
-    return take_turns(Path(__file__), options, args.threads, **env)
+    return take_turns(Path(__file__), names, args, copied, "--shape", *map(str, shape), **env)
 
 
 def cells(of_mode: dict[str, Any], ours: dict[str, Any] | None) -> str:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -47,23 +47,24 @@ TURN = "your turn?"
 
 
 def take_turns(
-    script: Path, options: dict[str, list[str]], threads: int, **env: str
+    script: Path, names: list[str], args: argparse.Namespace, copied: Sequence[str], *more: str, **env: str
 ) -> dict[str, dict[str, Any]]:
-    """The JSON that the script prints last with each of some options, by name, or `failed` with the reason.
+    """The JSON that the script prints last as each contestant, by name, or `failed` with the reason.
 
-    They work in turns, each and then each again, so that all see the same good and bad minutes of the
-    machine, and one works at a time.
+    It gets the options of `args` that are to be `copied`, and `more`. Contestants work in turns, each and
+    then each again, so that all see the same good and bad minutes of the machine, and one works at a time.
     """
+    options = [f"--{option}={getattr(args, option)}" for option in copied]
     results: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
         running = {}
-        for name, of_name in options.items():
+        for name in names:
             errors = stack.enter_context(tempfile.TemporaryFile("w+"))
             running[name] = (
                 stack.enter_context(
                     subprocess.Popen(
-                        [sys.executable, str(script), *of_name],
-                        env=environment(threads) | env,
+                        [sys.executable, str(script), "--contestant", name, *options, *more],
+                        env=environment(args.threads) | env,
                         stdin=subprocess.PIPE,
                         stdout=subprocess.PIPE,
                         stderr=errors,
@@ -79,7 +80,7 @@ def take_turns(
                     errors.seek(0)
                     results[name] = result_of(process.wait(), line, errors.read())
                     del running[name]
-    return {name: results[name] for name in options}
+    return {name: results[name] for name in names}
 
 
 def work(process: Any) -> str:

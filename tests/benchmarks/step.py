@@ -80,11 +80,10 @@ def parse() -> argparse.Namespace:
 
 def run_contestants(names: list[str], args: argparse.Namespace, of: Lengths) -> dict[str, dict[str, Any]]:
     """The results of each, or `missing` or `failed` with the reason."""
-    shared = ["--lengths", json.dumps([of.system, of.pairs])]
-    for option in ("model", "dim", "depth", "vocab", "runs", "threads", "seed"):
-        shared += [f"--{option}", str(getattr(args, option))]
-    options = {name: ["--contestant", name, *shared] for name in names}
-    return take_turns(Path(__file__).with_name("step.py"), options, args.threads, HF_HUB_OFFLINE="1")
+    copied = ("model", "dim", "depth", "vocab", "runs", "threads", "seed")
+    more = ("--lengths", json.dumps([of.system, of.pairs]))
+    script = Path(__file__).with_name("step.py")
+    return take_turns(script, names, args, copied, *more, HF_HUB_OFFLINE="1")
 
 
 def passes(name: str) -> int:
