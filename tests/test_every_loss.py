@@ -17,7 +17,7 @@ from zoo import ZOO
 from dpo_wrapper import DPO, Loss, PairLogProbs
 from dpo_wrapper import losses as package
 from dpo_wrapper.losses.describe import describe, help_text, ours, table
-from dpo_wrapper.losses.parse import divergences_by_name, parse_losses
+from dpo_wrapper.losses.registry import divergences_by_name, parse_losses
 
 KINDS = [kind for kind in ours() if kind.data.unit == "pairs"]
 DIVERGENCES = [kind() for kind in divergences_by_name().values()]

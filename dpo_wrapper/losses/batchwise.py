@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dpo_wrapper.losses.base import Loss, PairLogProbs, RunningGap, not_negative, option, pull, smoothing
-from dpo_wrapper.losses.logistic import smoothed
+from dpo_wrapper.losses.pairwise import smoothed
 
 MOMENTUM = 0.9
 """How much of a running mean is kept at each step."""

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, fields
 
 from dpo_wrapper.losses.base import Configured, Loss, Objective
-from dpo_wrapper.losses.parse import divergences_by_name, losses_by_name
+from dpo_wrapper.losses.registry import divergences_by_name, losses_by_name
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dpo_wrapper.losses.base import PairLogProbs
-from dpo_wrapper.losses.logistic import Sigmoid
+from dpo_wrapper.losses.pairwise import Sigmoid
 
 
 def dpo_loss(

@@ -18,7 +18,7 @@ from dpo_wrapper.losses.base import (
     positive,
     smoothing,
 )
-from dpo_wrapper.losses.logistic import smoothed
+from dpo_wrapper.losses.pairwise import smoothed
 
 
 @dataclass(frozen=True)
