@@ -20,7 +20,9 @@ from log_prob_inputs import (
     with_grads,
 )
 
-from dpo_wrapper.log_probs import EXTRAS, Ahead, chunked, triton_kernels
+from dpo_wrapper.log_probs import EXTRAS, Ahead
+from dpo_wrapper.log_probs import torch_tile as chunked
+from dpo_wrapper.log_probs import triton_tile as triton_kernels
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

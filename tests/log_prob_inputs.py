@@ -11,8 +11,8 @@ from hypothesis import settings
 from torch import Generator, Tensor
 
 from dpo_wrapper import token_log_probs
-from dpo_wrapper.log_probs import chunked
 from dpo_wrapper.log_probs import tiles as tiling
+from dpo_wrapper.log_probs import torch_tile as chunked
 
 FAST = settings(max_examples=60, deadline=None, derandomize=True)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

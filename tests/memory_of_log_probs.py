@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from dpo_wrapper import token_log_probs
-from dpo_wrapper.log_probs import Ahead, chunked
+from dpo_wrapper.log_probs import Ahead
+from dpo_wrapper.log_probs import torch_tile as chunked
 
 THREADS = 2
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dpo_wrapper.log_probs import chunked
 from dpo_wrapper.log_probs import tiles as tiling
+from dpo_wrapper.log_probs import torch_tile as chunked
 
 
 def names(wanted: tuple[bool, bool, bool]) -> str:

@@ -19,7 +19,8 @@ from log_prob_inputs import (
 )
 
 from dpo_wrapper import token_log_probs
-from dpo_wrapper.log_probs import chunked, implementation
+from dpo_wrapper.log_probs import implementation
+from dpo_wrapper.log_probs import torch_tile as chunked
 
 
 @pytest.mark.parametrize("t, v, d", list(product((0, 1, 3), (1, 2, 37), (1, 5))))

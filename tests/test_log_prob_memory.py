@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_wrapper.log_probs import chunked
+from dpo_wrapper.log_probs import torch_tile as chunked
 
 HERE = Path(__file__).parent
 MEBIBYTE = 2**20

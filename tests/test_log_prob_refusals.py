@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dpo_wrapper import token_log_probs
-from dpo_wrapper.log_probs import chunked, implementation
+from dpo_wrapper.log_probs import implementation
+from dpo_wrapper.log_probs import torch_tile as chunked
 
 H, W, T = torch.zeros(3, 4), torch.zeros(5, 4), torch.tensor([0, 1, 4])
 REFUSED = {
@@ -118,7 +119,7 @@ def test_triton_on_the_cpu_is_refused():
 
 
 def test_triton_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.delitem(sys.modules, "dpo_wrapper.log_probs.triton_kernels", raising=False)
+    monkeypatch.delitem(sys.modules, "dpo_wrapper.log_probs.triton_tile", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ImportError) as caught:
         token_log_probs(H, W, T, impl="triton")

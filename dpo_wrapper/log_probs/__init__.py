@@ -52,11 +52,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from dpo_wrapper.log_probs import chunked, eager
-from dpo_wrapper.log_probs.ahead import Ahead
+from dpo_wrapper.log_probs import eager
+from dpo_wrapper.log_probs import torch_tile as chunked
 from dpo_wrapper.log_probs.eager import EXTRAS, accumulation_dtype
 from dpo_wrapper.log_probs.from_logits import log_probs_of_rows
-from dpo_wrapper.log_probs.sharded import first_word, whole
+from dpo_wrapper.log_probs.fused_backward import Ahead
+from dpo_wrapper.log_probs.vocab_parallel import first_word, whole
 
 __all__ = [
     "EXTRAS",
@@ -79,7 +80,7 @@ def implementation(impl: str, device: torch.device | None = None) -> Callable[..
         return eager.token_log_probs
     if impl == "triton" or (impl == "auto" and device is not None and device.type == "cuda"):
         try:
-            import dpo_wrapper.log_probs.triton_kernels as triton_kernels
+            import dpo_wrapper.log_probs.triton_tile as triton_kernels
         except ImportError:
             if impl == "triton":
                 raise ImportError("impl = 'triton' needs triton: pip install triton.") from None

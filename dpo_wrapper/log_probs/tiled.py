@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_wrapper.log_probs.gradients import gradients
+from dpo_wrapper.log_probs.backward import gradients
 from dpo_wrapper.log_probs.kept import Kept
 from dpo_wrapper.log_probs.statistics import Statistics, summed
 from dpo_wrapper.log_probs.tiles import Options, Tiles

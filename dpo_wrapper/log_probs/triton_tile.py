@@ -23,7 +23,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dpo_wrapper.log_probs import chunked
+from dpo_wrapper.log_probs import torch_tile as chunked
 from dpo_wrapper.log_probs.eager import compute_dtype
 from dpo_wrapper.log_probs.statistics import Folded
 

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from dpo_wrapper.log_probs.gradients import gradients
+from dpo_wrapper.log_probs.backward import gradients
 from dpo_wrapper.log_probs.kept import Kept
 from dpo_wrapper.log_probs.statistics import Statistics
 from dpo_wrapper.log_probs.tiled import gradients_of, refuse_twice, sweep

@@ -8,9 +8,9 @@ from beartype import beartype
 from jaxtyping import Float, Int, jaxtyped
 from torch import Tensor
 
-from dpo_wrapper.log_probs.ahead import Ahead, AheadLogProbs, parts_ahead
+from dpo_wrapper.log_probs.backward import against
 from dpo_wrapper.log_probs.eager import accumulation_dtype, compute_dtype
-from dpo_wrapper.log_probs.gradients import against
+from dpo_wrapper.log_probs.fused_backward import Ahead, AheadLogProbs, parts_ahead
 from dpo_wrapper.log_probs.statistics import Folded
 from dpo_wrapper.log_probs.tiled import TiledLogProbs
 from dpo_wrapper.log_probs.tiles import Fold, Options
