@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from dpo_wrapper.losses import RankedLogProbs, UnpairedLogProbs
 from dpo_wrapper.metrics import list_metrics, row_metrics
 from dpo_wrapper.mismatch import partners
-from dpo_wrapper.movable import Movable
 from dpo_wrapper.sequences import Ids, PreferenceBatch, ScoredSequences
+from dpo_wrapper.tensor_dataclass import Movable
 
 Score = Callable[[ScoredSequences], Tensor]
 ScoreOrNone = Callable[[ScoredSequences], Tensor | None]

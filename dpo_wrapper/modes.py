@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import nn
 
-from dpo_wrapper.products import FastProducts, onednn_is_faster
+from dpo_wrapper.cpu_matmul import FastProducts, onednn_is_faster
 
 
 def turn_off_dropout(model: nn.Module) -> None:

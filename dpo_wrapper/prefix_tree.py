@@ -23,7 +23,7 @@ from jaxtyping import Bool, Int, jaxtyped
 from torch import Tensor
 
 from dpo_wrapper.branches import LEAST, Branch, branches_of
-from dpo_wrapper.movable import Movable
+from dpo_wrapper.tensor_dataclass import Movable
 
 
 @jaxtyped(typechecker=beartype)

@@ -18,11 +18,11 @@ from dpo_wrapper.evaluate import as_one_step, evaluate
 from dpo_wrapper.foretold import Foretold
 from dpo_wrapper.listed import RankedBatch, UnpairedBatch
 from dpo_wrapper.losses import unit_of
-from dpo_wrapper.movable import Movable
 from dpo_wrapper.recall import Recall
 from dpo_wrapper.running import Reduce
 from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.sequences import PreferenceBatch, ScoredSequences, TreePlan
+from dpo_wrapper.tensor_dataclass import Movable
 
 Prepare = Callable[[Sequence[Entry]], Any]
 

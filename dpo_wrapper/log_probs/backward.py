@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dpo_wrapper.cpu_matmul import add_product, product
 from dpo_wrapper.log_probs.kept import Kept
 from dpo_wrapper.log_probs.statistics import Statistics, summed
 from dpo_wrapper.log_probs.tiles import Tiles
-from dpo_wrapper.products import add_product, product
 
 
 def gradients(

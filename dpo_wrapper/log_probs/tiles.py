@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from dpo_wrapper.cpu_matmul import product
 from dpo_wrapper.log_probs.eager import accumulation_dtype
 from dpo_wrapper.log_probs.statistics import Folded
-from dpo_wrapper.products import product
 
 ROWS = 8192
 """Tokens in a tile."""

@@ -4,9 +4,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dpo_wrapper.cpu_matmul import add_product
 from dpo_wrapper.log_probs.statistics import Folded
 from dpo_wrapper.log_probs.tiles import Tiles
-from dpo_wrapper.products import add_product
 
 REACH = 5.0
 """A tile's weight may be e^5 times that of the anchor, which float16 can still hold."""

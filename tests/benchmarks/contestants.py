@@ -19,8 +19,8 @@ from measure import Missing, can_weigh, forget_peak, gemm_rate, status
 from torch import Tensor, nn
 
 from dpo_wrapper import DPO, losses
+from dpo_wrapper.cpu_matmul import product
 from dpo_wrapper.prefix_tree import PrefixTree
-from dpo_wrapper.products import product
 from dpo_wrapper.sequences import PreferenceBatch
 
 Step = Callable[[], Tensor]

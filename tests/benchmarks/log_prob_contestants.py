@@ -16,8 +16,8 @@ from measure import Missing, can_weigh, forget_peak, gemm_rate, status, tidy, ti
 from torch import Tensor
 
 from dpo_wrapper import token_log_probs
+from dpo_wrapper.cpu_matmul import product
 from dpo_wrapper.log_probs import Ahead
-from dpo_wrapper.products import product
 
 BETA = 0.1
 SAMPLE = 16
