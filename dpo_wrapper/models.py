@@ -12,8 +12,8 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dpo_wrapper.attention import LAYOUT, hugging_face_over, x_transformers_over
-from dpo_wrapper.prefix_tree import TreeLayout
+from dpo_wrapper.prefix_tree.attention import LAYOUT, hugging_face_over, x_transformers_over
+from dpo_wrapper.prefix_tree.tree import TreeLayout
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dpo_wrapper.prefix_tree import PrefixTree, TreeLayout
+from dpo_wrapper.prefix_tree.tree import PrefixTree, TreeLayout
 from dpo_wrapper.tensor_dataclass import Movable
 
 Ids = Sequence[int]

@@ -19,8 +19,10 @@ from torch import Generator
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from zoo import DEPTH, DIM, ROTARY, VOCAB, ZOO, x_transformer
 
-from dpo_wrapper import DPO, attention, prefix_tree
-from dpo_wrapper.prefix_tree import TreeLayout
+from dpo_wrapper import DPO
+from dpo_wrapper.prefix_tree import attention
+from dpo_wrapper.prefix_tree import tree as prefix_tree
+from dpo_wrapper.prefix_tree.tree import TreeLayout
 
 xt = functools.partial(functools.partial, x_transformer)  # xt(decoder = ...) makes models
 NO_TABLE = dict(use_abs_pos_emb=False)

@@ -12,9 +12,11 @@ from torch import Generator
 from torch.nn.functional import scaled_dot_product_attention
 from zoo import ZOO
 
-from dpo_wrapper import DPO, attention, prefix_tree
-from dpo_wrapper.branches import branch_attend, branches_of
-from dpo_wrapper.prefix_tree import PrefixTree, TreeLayout
+from dpo_wrapper import DPO
+from dpo_wrapper.prefix_tree import attention
+from dpo_wrapper.prefix_tree import tree as prefix_tree
+from dpo_wrapper.prefix_tree.cpu_attention import branch_attend, branches_of
+from dpo_wrapper.prefix_tree.tree import PrefixTree, TreeLayout
 
 
 def tokens(places):

@@ -9,8 +9,8 @@ from torch import Generator
 from zoo import ZOO, x_transformer
 
 from dpo_wrapper import DPO
-from dpo_wrapper.flex import BLOCK, flex_attend, tree_block_mask
-from dpo_wrapper.prefix_tree import PrefixTree
+from dpo_wrapper.prefix_tree.flex_attention import BLOCK, flex_attend, tree_block_mask
+from dpo_wrapper.prefix_tree.tree import PrefixTree
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 
@@ -87,7 +87,10 @@ def test_log_probs_of_whole_models(name, monkeypatch):
     from cases import random_batch
 
     calls = []
-    monkeypatch.setattr("dpo_wrapper.flex.flex_attend", lambda *args: calls.append(1) or flex_attend(*args))
+    monkeypatch.setattr(
+        "dpo_wrapper.prefix_tree.flex_attention.flex_attend",
+        lambda *args: calls.append(1) or flex_attend(*args),
+    )
     case = random_batch(Generator().manual_seed(0), b=4, odd=0)
     dpo = DPO(nudged(MODELS[name]()), reference=MODELS[name](), share_prefix=True)
     with torch.no_grad():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dpo_wrapper import DPO, losses
 from dpo_wrapper.cpu_matmul import product
-from dpo_wrapper.prefix_tree import PrefixTree
+from dpo_wrapper.prefix_tree.tree import PrefixTree
 from dpo_wrapper.sequences import PreferenceBatch
 
 Step = Callable[[], Tensor]

@@ -22,7 +22,7 @@ from beartype import beartype
 from jaxtyping import Bool, Int, jaxtyped
 from torch import Tensor
 
-from dpo_wrapper.branches import LEAST, Branch, branches_of
+from dpo_wrapper.prefix_tree.cpu_attention import LEAST, Branch, branches_of
 from dpo_wrapper.tensor_dataclass import Movable
 
 
@@ -156,7 +156,7 @@ class TreeLayout(Movable):
 
     def block_mask(self, window: int | None) -> Any:
         """The tree's block mask for FlexAttention, made once for each width of a sliding window."""
-        from dpo_wrapper.flex import tree_block_mask
+        from dpo_wrapper.prefix_tree.flex_attention import tree_block_mask
 
         made = vars(self).setdefault("_masks", {})
         if window not in made:

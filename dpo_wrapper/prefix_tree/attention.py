@@ -17,8 +17,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dpo_wrapper.branches import branch_attend, mean_length
-from dpo_wrapper.prefix_tree import TreeLayout
+from dpo_wrapper.prefix_tree.cpu_attention import branch_attend, mean_length
+from dpo_wrapper.prefix_tree.tree import TreeLayout
 
 Core = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -54,7 +54,7 @@ def attend_plainly(
 ) -> Float[Tensor, "r h w e"] | None:
     """Softmax attention by the layout's kernel, if that can do it here."""
     if layout.kernel == "flex":
-        from dpo_wrapper.flex import flex_attend  # loaded only where it is used
+        from dpo_wrapper.prefix_tree.flex_attention import flex_attend  # loaded only where it is used
 
         return flex_attend(q, k, v, layout.block_mask(window), scale)
     long = mean_length(layout.branches) * q.shape[1] * q.shape[-1] >= layout.least
