@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dpo_wrapper.data import Entry, PreferenceDataset, TokenList, TokenPair
 from dpo_wrapper.data.groups import micro_batches
 from dpo_wrapper.dpo import DPO
-from dpo_wrapper.modes import quiet
+from dpo_wrapper.models.eval_mode import quiet
 from dpo_wrapper.recall import CachedReference, Recall
 from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.sequences import Ids, ScoredSequences

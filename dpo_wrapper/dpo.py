@@ -22,7 +22,7 @@ from dpo_wrapper.losses import (
     weighted,
 )
 from dpo_wrapper.metrics import pair_metrics
-from dpo_wrapper.modes import turn_off_dropout
+from dpo_wrapper.models.eval_mode import turn_off_dropout
 from dpo_wrapper.pairs import Reading
 from dpo_wrapper.recall import CachedReference
 from dpo_wrapper.reference import Reference

@@ -7,8 +7,8 @@ from beartype import beartype
 from jaxtyping import Float, Int, jaxtyped
 from torch import Tensor, nn
 
-from dpo_wrapper.models import LanguageModel, OutputHead
-from dpo_wrapper.modes import one_arithmetic, quiet
+from dpo_wrapper.models.base import LanguageModel, OutputHead
+from dpo_wrapper.models.eval_mode import one_arithmetic, quiet
 from dpo_wrapper.validation import kind
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dpo_wrapper.copies import frozen_copy
-from dpo_wrapper.modes import quiet
+from dpo_wrapper.models.eval_mode import quiet
 from dpo_wrapper.recall import CachedReference, Recall
 from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.sequences import ScoredSequences

@@ -9,8 +9,9 @@ from torch import Generator, nn
 from torch.utils.checkpoint import checkpoint
 from zoo import ZOO
 
-from dpo_wrapper import DPO, modes
+from dpo_wrapper import DPO
 from dpo_wrapper import cpu_matmul as products
+from dpo_wrapper.models import eval_mode as modes
 
 try:
     products._onednn(torch.ones(1, 1), torch.ones(1, 1))
