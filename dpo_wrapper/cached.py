@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpo_wrapper.batches.sequences import Ids, ScoredSequences
 from dpo_wrapper.data import Entry, PreferenceDataset, TokenList, TokenPair
 from dpo_wrapper.data.groups import micro_batches
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.models.eval_mode import quiet
 from dpo_wrapper.recall import CachedReference, Recall
 from dpo_wrapper.scoring import Scorer
-from dpo_wrapper.sequences import Ids, ScoredSequences
 from dpo_wrapper.validation import kind
 from dpo_wrapper.version import __version__
 

@@ -8,9 +8,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dpo_wrapper import validation
+from dpo_wrapper.batches.pair_log_probs import Reading
+from dpo_wrapper.batches.ranked import ListedBatch, Mismatched
+from dpo_wrapper.batches.sequences import PreferenceBatch, ScoredSequences
+from dpo_wrapper.batches.token_level import check_wpo
 from dpo_wrapper.copies import copy_with_closures
 from dpo_wrapper.foretold import Foretold
-from dpo_wrapper.listed import ListedBatch, Mismatched
 from dpo_wrapper.losses import (
     Objective,
     PairFunction,
@@ -23,14 +26,11 @@ from dpo_wrapper.losses import (
 )
 from dpo_wrapper.metrics import pair_metrics
 from dpo_wrapper.models.eval_mode import turn_off_dropout
-from dpo_wrapper.pairs import Reading
 from dpo_wrapper.recall import CachedReference
 from dpo_wrapper.reference import Reference
 from dpo_wrapper.running import GapState, Reduce
 from dpo_wrapper.scoring import Scorer
-from dpo_wrapper.sequences import PreferenceBatch, ScoredSequences
 from dpo_wrapper.sync import check_alpha, sync
-from dpo_wrapper.token_level import check_wpo
 
 
 class DPO(nn.Module):

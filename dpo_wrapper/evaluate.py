@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpo_wrapper.listed import RankedBatch, UnpairedBatch
+from dpo_wrapper.batches.ranked import RankedBatch, UnpairedBatch
+from dpo_wrapper.batches.sequences import PreferenceBatch
 from dpo_wrapper.metrics import MetricSums
 from dpo_wrapper.running import Reduce
-from dpo_wrapper.sequences import PreferenceBatch
 
 Batch = PreferenceBatch | RankedBatch | UnpairedBatch
 

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from dpo_wrapper.batches.sequences import ScoredSequences, ScoredTree
 from dpo_wrapper.log_probs import Ahead
-from dpo_wrapper.sequences import ScoredSequences, ScoredTree
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dpo_wrapper.batches.sequences import PreferenceBatch, ScoredSequences
 from dpo_wrapper.losses import PairLogProbs, RankedLogProbs, UnpairedLogProbs
-from dpo_wrapper.sequences import PreferenceBatch, ScoredSequences
 
 VALID = ("pairs/valid", "lists/valid", "rows/valid")
 SIDES = ("rows/chosen", "rows/rejected")

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dpo_wrapper.sequences import ScoredSequences
+from dpo_wrapper.batches.sequences import ScoredSequences
 
 NAME_BYTES = 16
 

@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dpo_wrapper.batches.sequences import ScoredSequences
 from dpo_wrapper.copies import frozen_copy
 from dpo_wrapper.models.eval_mode import quiet
 from dpo_wrapper.recall import CachedReference, Recall
 from dpo_wrapper.scoring import Scorer
-from dpo_wrapper.sequences import ScoredSequences
 
 KINDS = ("auto", "copy", "adapter", "none")
 FACTOR = re.compile(r"lora_(embedding_)?[AB]\.")

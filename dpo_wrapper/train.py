@@ -10,6 +10,7 @@ from accelerate.utils import set_seed
 from torch import nn
 from tqdm import tqdm
 
+from dpo_wrapper.batches.token_level import check_wpo
 from dpo_wrapper.cached import cache_reference
 from dpo_wrapper.config import TrainConfig
 from dpo_wrapper.data import Entry, Fields, Message, Unit, encode_as, read_as, split_rows
@@ -23,7 +24,6 @@ from dpo_wrapper.reference import place
 from dpo_wrapper.report import plot_curves, summary_table
 from dpo_wrapper.runs import RunFolder
 from dpo_wrapper.stages import DPOStage, SFTStage
-from dpo_wrapper.token_level import check_wpo
 from dpo_wrapper.validation import check_ld_alpha
 
 COMPLETION_TOKENS = 120

@@ -7,9 +7,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from dpo_wrapper.listed import Mismatched, RankedBatch, UnpairedBatch
+from dpo_wrapper.batches.ranked import Mismatched, RankedBatch, UnpairedBatch
+from dpo_wrapper.batches.sequences import PreferenceBatch
 from dpo_wrapper.losses import PairLogProbs, RankedLogProbs, UnpairedLogProbs, WeightedLosses, is_number
-from dpo_wrapper.sequences import PreferenceBatch
 
 Sides = tuple[Tensor, Tensor]
 SIDES = ("preferred_seq", "unpreferred_seq")

@@ -14,9 +14,9 @@ from zoo import ZOO
 
 import dpo_wrapper.cached as cached_module
 from dpo_wrapper import DPO, PreferenceBatch, PreferenceCollator, PreferenceDataset, Sigmoid, cache_reference
+from dpo_wrapper.batches.ranked import RankedBatch, UnpairedBatch
 from dpo_wrapper.config import PRESETS
 from dpo_wrapper.data import TokenList, TokenPair
-from dpo_wrapper.listed import RankedBatch, UnpairedBatch
 from dpo_wrapper.loop import Loop
 from dpo_wrapper.losses import KTO, PlackettLuce
 from dpo_wrapper.recall import Recall

@@ -13,8 +13,8 @@ from log_prob_pairs import FAST, grads, is_close, pairs, sigmoid, some_pairs
 from torch import Tensor
 
 from dpo_wrapper import IPO, SFT, Loss, PairLogProbs, PreferenceBatch, Sigmoid, SigmoidNorm, SimPO, dpo_loss
+from dpo_wrapper.batches.pair_log_probs import pair_log_probs
 from dpo_wrapper.losses import combined, needs_reference, weighted
-from dpo_wrapper.pairs import pair_log_probs
 
 LN2 = log(2)
 WITH_REFERENCE = (Sigmoid(), Sigmoid(0.5, 0.2), SigmoidNorm(), IPO())

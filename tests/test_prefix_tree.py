@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Generator
 
+from dpo_wrapper.batches.sequences import PreferenceBatch, ScoredSequences, ScoredTree, TreePlan
 from dpo_wrapper.prefix_tree.tree import PADDING, PrefixTree, TreeLayout
-from dpo_wrapper.sequences import PreferenceBatch, ScoredSequences, ScoredTree, TreePlan
 
 A, B, C = [1, 2, 3, 4], [1, 2, 24, 25], [5, 6]  # the sequences drawn in the module's docstring
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo_wrapper import PreferenceBatch, Sigmoid
+from dpo_wrapper.batches.pair_log_probs import pair_log_probs
+from dpo_wrapper.batches.sequences import ScoredSequences
 from dpo_wrapper.metrics import COUNTS, TOKENS, MetricSums, pair_metrics
-from dpo_wrapper.pairs import pair_log_probs
-from dpo_wrapper.sequences import ScoredSequences
 
 SLOW = settings(max_examples=300, deadline=None, derandomize=True)
 WILD = (-(2**62), -100, -1, 0, 1, 2**31, 2**62)  # what may stand in padding

@@ -10,9 +10,9 @@ from torch import Generator
 from zoo import ZOO
 
 from dpo_wrapper import DPO, SFT, PreferenceBatch, Sigmoid, sequence_log_probs
+from dpo_wrapper.batches.sequences import ScoredSequences
+from dpo_wrapper.batches.token_level import shortened_sums, wpo_weights
 from dpo_wrapper.losses import AOT, CPO, KTO, ORPO, AOTUnpaired, BetaDPO, SimPO, parse_losses
-from dpo_wrapper.sequences import ScoredSequences
-from dpo_wrapper.token_level import shortened_sums, wpo_weights
 
 
 def batch(*lengths: tuple[int, int]) -> PreferenceBatch:

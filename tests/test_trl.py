@@ -14,6 +14,7 @@ from torch import Generator, Tensor, nn
 from zoo import VOCAB, ZOO
 
 from dpo_wrapper import DPO, PreferenceBatch, sequence_log_probs
+from dpo_wrapper.batches.token_level import wpo_weights
 from dpo_wrapper.losses import (
     AOT,
     BCO,
@@ -42,7 +43,6 @@ from dpo_wrapper.losses import (
     SigmoidNorm,
     SimPO,
 )
-from dpo_wrapper.token_level import wpo_weights
 
 trl = pytest.importorskip("trl")
 

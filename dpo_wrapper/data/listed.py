@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dpo_wrapper.mismatch import partners
+from dpo_wrapper.batches.unpaired import partners
 
 from .encode import Encoded, EncodedRows, TokenList, check_max_length, collect, encode_completions
 from .files import OnError

@@ -19,9 +19,9 @@ from measure import Missing, can_weigh, forget_peak, gemm_rate, status
 from torch import Tensor, nn
 
 from dpo_wrapper import DPO, losses
+from dpo_wrapper.batches.sequences import PreferenceBatch
 from dpo_wrapper.cpu_matmul import product
 from dpo_wrapper.prefix_tree.tree import PrefixTree
-from dpo_wrapper.sequences import PreferenceBatch
 
 Step = Callable[[], Tensor]
 BETA = 0.1

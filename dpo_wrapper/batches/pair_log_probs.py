@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dpo_wrapper.batches.sequences import PreferenceBatch, ScoredSequences
+from dpo_wrapper.batches.token_level import desensitized, prompted_log_probs, weighted_by_policy
 from dpo_wrapper.losses import PairLogProbs, RunningGap
 from dpo_wrapper.running import GapState
-from dpo_wrapper.sequences import PreferenceBatch, ScoredSequences
-from dpo_wrapper.token_level import desensitized, prompted_log_probs, weighted_by_policy
 
 
 @dataclass(frozen=True)

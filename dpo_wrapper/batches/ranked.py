@@ -11,10 +11,10 @@ from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from dpo_wrapper.batches.sequences import Ids, PreferenceBatch, ScoredSequences
+from dpo_wrapper.batches.unpaired import partners
 from dpo_wrapper.losses import RankedLogProbs, UnpairedLogProbs
 from dpo_wrapper.metrics import list_metrics, row_metrics
-from dpo_wrapper.mismatch import partners
-from dpo_wrapper.sequences import Ids, PreferenceBatch, ScoredSequences
 from dpo_wrapper.tensor_dataclass import Movable
 
 Score = Callable[[ScoredSequences], Tensor]

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dpo_wrapper.batches.sequences import PreferenceBatch, ScoredSequences
 from dpo_wrapper.losses import PairLogProbs, PromptedLogProbs, WeightedLosses, check_columns
-from dpo_wrapper.sequences import PreferenceBatch, ScoredSequences
 
 
 def places(sequences: ScoredSequences) -> Int[Tensor, "t"]:
