@@ -6,7 +6,7 @@ from dpo_wrapper.dpo import DPO
 from dpo_wrapper.log_probs import Ahead, token_log_probs
 from dpo_wrapper.losses import IPO, SFT, Loss, PairLogProbs, Sigmoid, SigmoidNorm, SimPO, dpo_loss
 from dpo_wrapper.recall import CachedReference
-from dpo_wrapper.scoring import sequence_log_probs
+from dpo_wrapper.scoring.scorer import sequence_log_probs
 
 __all__ = [
     "DPO",

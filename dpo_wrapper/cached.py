@@ -16,7 +16,7 @@ from dpo_wrapper.data.groups import micro_batches
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.models.eval_mode import quiet
 from dpo_wrapper.recall import CachedReference, Recall
-from dpo_wrapper.scoring import Scorer
+from dpo_wrapper.scoring.scorer import Scorer
 from dpo_wrapper.validation import kind
 from dpo_wrapper.version import __version__
 

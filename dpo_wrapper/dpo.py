@@ -13,7 +13,6 @@ from dpo_wrapper.batches.ranked import ListedBatch, Mismatched
 from dpo_wrapper.batches.sequences import PreferenceBatch, ScoredSequences
 from dpo_wrapper.batches.token_level import check_wpo
 from dpo_wrapper.copies import copy_with_closures
-from dpo_wrapper.foretold import Foretold
 from dpo_wrapper.losses import (
     Objective,
     PairFunction,
@@ -29,7 +28,8 @@ from dpo_wrapper.models.eval_mode import turn_off_dropout
 from dpo_wrapper.recall import CachedReference
 from dpo_wrapper.reference import Reference
 from dpo_wrapper.running import GapState, Reduce
-from dpo_wrapper.scoring import Scorer
+from dpo_wrapper.scoring.fused_loss import Foretold
+from dpo_wrapper.scoring.scorer import Scorer
 from dpo_wrapper.sync import check_alpha, sync
 
 

@@ -13,7 +13,7 @@ from dpo_wrapper.batches.sequences import ScoredSequences
 from dpo_wrapper.copies import frozen_copy
 from dpo_wrapper.models.eval_mode import quiet
 from dpo_wrapper.recall import CachedReference, Recall
-from dpo_wrapper.scoring import Scorer
+from dpo_wrapper.scoring.scorer import Scorer
 
 KINDS = ("auto", "copy", "adapter", "none")
 FACTOR = re.compile(r"lora_(embedding_)?[AB]\.")

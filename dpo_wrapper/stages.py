@@ -17,11 +17,11 @@ from dpo_wrapper.batches.sequences import PreferenceBatch, ScoredSequences, Tree
 from dpo_wrapper.data import Entry, TokenList, TokenPair
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.evaluate import as_one_step, evaluate
-from dpo_wrapper.foretold import Foretold
 from dpo_wrapper.losses import unit_of
 from dpo_wrapper.recall import Recall
 from dpo_wrapper.running import Reduce
-from dpo_wrapper.scoring import Scorer
+from dpo_wrapper.scoring.fused_loss import Foretold
+from dpo_wrapper.scoring.scorer import Scorer
 from dpo_wrapper.tensor_dataclass import Movable
 
 Prepare = Callable[[Sequence[Entry]], Any]

@@ -20,7 +20,7 @@ from dpo_wrapper.data import TokenList, TokenPair
 from dpo_wrapper.loop import Loop
 from dpo_wrapper.losses import KTO, PlackettLuce
 from dpo_wrapper.recall import Recall
-from dpo_wrapper.scoring import Scorer
+from dpo_wrapper.scoring.scorer import Scorer
 from dpo_wrapper.train import train
 
 
@@ -361,7 +361,7 @@ def test_two_processes_cache_what_one_does(rows, tmp_path, without_memory):
         "import dpo_wrapper.cached as cached\n"
         "from dpo_wrapper.config import PRESETS, TrainConfig\n"
         "from dpo_wrapper.loop import Loop\n"
-        "from dpo_wrapper.scoring import Scorer\n"
+        "from dpo_wrapper.scoring.scorer import Scorer\n"
         "from dpo_wrapper.train import train\n"
         "torch.set_num_threads(1)\n"
         "cached.PART = 3\n"

@@ -16,10 +16,10 @@ from zoo import ZOO
 
 from dpo_wrapper import DPO, PairLogProbs, PreferenceBatch, RankedBatch, Sigmoid
 from dpo_wrapper.batches.sequences import ScoredSequences
-from dpo_wrapper.foretold import Foretold, groups
 from dpo_wrapper.log_probs import fused_backward as ahead
 from dpo_wrapper.log_probs import torch_tile as chunked
 from dpo_wrapper.losses import ORPO, SFT, APODown, BetaDPO, DiscoPOP, PlackettLuce
+from dpo_wrapper.scoring.fused_loss import Foretold, groups
 from dpo_wrapper.stages import LikelihoodLoss
 
 

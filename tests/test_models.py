@@ -19,7 +19,7 @@ from zoo import CONTEXT, DIM, VOCAB, ZOO, PlainGRU, hf_llama, randomise_, seeded
 from dpo_wrapper import DPO, PreferenceBatch
 from dpo_wrapper.batches.sequences import ScoredSequences
 from dpo_wrapper.models.eval_mode import one_arithmetic, turn_off_dropout
-from dpo_wrapper.scoring import Scorer
+from dpo_wrapper.scoring.scorer import Scorer
 
 CASE = random_batch(Generator().manual_seed(0), b=3, odd=0)
 ARGUMENTS = arguments(CASE)

@@ -10,12 +10,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dpo_wrapper.batches.sequences import ScoredSequences, TreePlan
-from dpo_wrapper.foretold import Foretold
 from dpo_wrapper.log_probs import Ahead, implementation, log_probs_of_rows, token_log_probs
-from dpo_wrapper.look import difference, look_at, rounding, valid_logits
 from dpo_wrapper.models.base import language_model
 from dpo_wrapper.models.eval_mode import one_arithmetic, quiet
 from dpo_wrapper.prefix_tree.attention import NotShareable
+from dpo_wrapper.scoring.fused_loss import Foretold
+from dpo_wrapper.scoring.probe import difference, look_at, rounding, valid_logits
 from dpo_wrapper.validation import check_ids, check_mask, check_vocabulary, kind
 
 Scores = tuple[Tensor, dict[str, Tensor]]
