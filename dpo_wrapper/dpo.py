@@ -12,7 +12,6 @@ from dpo_wrapper.batches.pair_log_probs import Reading
 from dpo_wrapper.batches.ranked import ListedBatch, Mismatched
 from dpo_wrapper.batches.sequences import PreferenceBatch, ScoredSequences
 from dpo_wrapper.batches.token_level import check_wpo
-from dpo_wrapper.copies import copy_with_closures
 from dpo_wrapper.losses import (
     Objective,
     PairFunction,
@@ -25,12 +24,13 @@ from dpo_wrapper.losses import (
 )
 from dpo_wrapper.metrics import pair_metrics
 from dpo_wrapper.models.eval_mode import turn_off_dropout
-from dpo_wrapper.recall import CachedReference
-from dpo_wrapper.reference import Reference
+from dpo_wrapper.reference.cache import CachedReference
+from dpo_wrapper.reference.frozen_copy import copy_with_closures
+from dpo_wrapper.reference.reference import Reference
+from dpo_wrapper.reference.sync import check_alpha, sync
 from dpo_wrapper.running import GapState, Reduce
 from dpo_wrapper.scoring.fused_loss import Foretold
 from dpo_wrapper.scoring.scorer import Scorer
-from dpo_wrapper.sync import check_alpha, sync
 
 
 class DPO(nn.Module):

@@ -18,7 +18,7 @@ from dpo_wrapper.data import Entry, TokenList, TokenPair
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.evaluate import as_one_step, evaluate
 from dpo_wrapper.losses import unit_of
-from dpo_wrapper.recall import Recall
+from dpo_wrapper.reference.cache import Recall
 from dpo_wrapper.running import Reduce
 from dpo_wrapper.scoring.fused_loss import Foretold
 from dpo_wrapper.scoring.scorer import Scorer

@@ -12,14 +12,14 @@ from test_reference import lora
 from test_train import BUNDLED, Interrupted, config, records, run_twice
 from zoo import ZOO
 
-import dpo_wrapper.cached as cached_module
+import dpo_wrapper.reference.precompute as cached_module
 from dpo_wrapper import DPO, PreferenceBatch, PreferenceCollator, PreferenceDataset, Sigmoid, cache_reference
 from dpo_wrapper.batches.ranked import RankedBatch, UnpairedBatch
 from dpo_wrapper.config import PRESETS
 from dpo_wrapper.data import TokenList, TokenPair
 from dpo_wrapper.loop import Loop
 from dpo_wrapper.losses import KTO, PlackettLuce
-from dpo_wrapper.recall import Recall
+from dpo_wrapper.reference.cache import Recall
 from dpo_wrapper.scoring.scorer import Scorer
 from dpo_wrapper.train import train
 
@@ -358,7 +358,7 @@ def test_two_processes_cache_what_one_does(rows, tmp_path, without_memory):
         "import json, sys\n"
         "from pathlib import Path\n"
         "import torch\n"
-        "import dpo_wrapper.cached as cached\n"
+        "import dpo_wrapper.reference.precompute as cached\n"
         "from dpo_wrapper.config import PRESETS, TrainConfig\n"
         "from dpo_wrapper.loop import Loop\n"
         "from dpo_wrapper.scoring.scorer import Scorer\n"

@@ -15,7 +15,7 @@ from dpo_wrapper.data import Entry, PreferenceDataset, TokenList, TokenPair
 from dpo_wrapper.data.groups import micro_batches
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.models.eval_mode import quiet
-from dpo_wrapper.recall import CachedReference, Recall
+from dpo_wrapper.reference.cache import CachedReference, Recall
 from dpo_wrapper.scoring.scorer import Scorer
 from dpo_wrapper.validation import kind
 from dpo_wrapper.version import __version__

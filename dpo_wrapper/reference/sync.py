@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_wrapper.losses import is_number
-from dpo_wrapper.reference import Reference
+from dpo_wrapper.reference.reference import Reference
 
 
 def check_alpha(alpha: object, name: str = "alpha") -> float:

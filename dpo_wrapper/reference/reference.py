@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dpo_wrapper.batches.sequences import ScoredSequences
-from dpo_wrapper.copies import frozen_copy
 from dpo_wrapper.models.eval_mode import quiet
-from dpo_wrapper.recall import CachedReference, Recall
+from dpo_wrapper.reference.cache import CachedReference, Recall
+from dpo_wrapper.reference.frozen_copy import frozen_copy
 from dpo_wrapper.scoring.scorer import Scorer
 
 KINDS = ("auto", "copy", "adapter", "none")
