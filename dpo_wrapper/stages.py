@@ -16,7 +16,7 @@ from dpo_wrapper.batches.ranked import RankedBatch, UnpairedBatch
 from dpo_wrapper.batches.sequences import PreferenceBatch, ScoredSequences, TreePlan
 from dpo_wrapper.data import Entry, TokenList, TokenPair
 from dpo_wrapper.dpo import DPO
-from dpo_wrapper.evaluate import as_one_step, evaluate
+from dpo_wrapper.evaluation.evaluate import as_one_step, evaluate
 from dpo_wrapper.losses import unit_of
 from dpo_wrapper.reference.cache import Recall
 from dpo_wrapper.running import Reduce

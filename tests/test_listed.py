@@ -14,7 +14,7 @@ from zoo import VOCAB, ZOO
 
 from dpo_wrapper import DPO, SFT, RankedBatch, Sigmoid, UnpairedBatch, sequence_log_probs
 from dpo_wrapper.batches.unpaired import partners
-from dpo_wrapper.evaluate import as_one_step, evaluate
+from dpo_wrapper.evaluation.evaluate import as_one_step, evaluate
 from dpo_wrapper.losses import KTO, PlackettLuce, RankedLogProbs, UnpairedLogProbs, weighted
 from dpo_wrapper.metrics import MetricSums, list_metrics, row_metrics
 
