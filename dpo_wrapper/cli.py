@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from dpo_wrapper.config import TrainConfig
+from dpo_wrapper.training.config import TrainConfig
 
 
 def refuse(error: object) -> NoReturn:
@@ -30,7 +30,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def train(config: TrainConfig) -> None:
     try:
-        from dpo_wrapper.train import prepare, run_prepared
+        from dpo_wrapper.training.train import prepare, run_prepared
 
         prepared = prepare(config)
     except (ValueError, TypeError, OSError, ImportError) as error:

@@ -15,13 +15,13 @@ from zoo import ZOO
 import dpo_wrapper.reference.precompute as cached_module
 from dpo_wrapper import DPO, PreferenceBatch, PreferenceCollator, PreferenceDataset, Sigmoid, cache_reference
 from dpo_wrapper.batches.ranked import RankedBatch, UnpairedBatch
-from dpo_wrapper.config import PRESETS
 from dpo_wrapper.data import TokenList, TokenPair
-from dpo_wrapper.loop import Loop
 from dpo_wrapper.losses import KTO, PlackettLuce
 from dpo_wrapper.reference.cache import Recall
 from dpo_wrapper.scoring.scorer import Scorer
-from dpo_wrapper.train import train
+from dpo_wrapper.training.config import PRESETS
+from dpo_wrapper.training.train import train
+from dpo_wrapper.training.trainer import Loop
 
 
 @pytest.fixture(autouse=True)
@@ -359,10 +359,10 @@ def test_two_processes_cache_what_one_does(rows, tmp_path, without_memory):
         "from pathlib import Path\n"
         "import torch\n"
         "import dpo_wrapper.reference.precompute as cached\n"
-        "from dpo_wrapper.config import PRESETS, TrainConfig\n"
-        "from dpo_wrapper.loop import Loop\n"
+        "from dpo_wrapper.training.config import PRESETS, TrainConfig\n"
+        "from dpo_wrapper.training.trainer import Loop\n"
         "from dpo_wrapper.scoring.scorer import Scorer\n"
-        "from dpo_wrapper.train import train\n"
+        "from dpo_wrapper.training.train import train\n"
         "torch.set_num_threads(1)\n"
         "cached.PART = 3\n"
         "PRESETS['tiny'] = {'dim': 32, 'depth': 1, 'heads': 1}\n"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dpo_wrapper import cli
-from dpo_wrapper.config import PRESETS, TrainConfig
+from dpo_wrapper.training.config import PRESETS, TrainConfig
 
 ROOT = Path(__file__).parents[1]
 BUNDLED = ROOT / "examples" / "data" / "preferences.jsonl"

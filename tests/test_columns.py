@@ -143,8 +143,8 @@ def test_columns_that_cannot_act_are_refused_before_a_forward_pass():
 def test_the_command_trains_on_columns(tmp_path: Path, monkeypatch):
     import json
 
-    from dpo_wrapper.config import PRESETS, TrainConfig
-    from dpo_wrapper.train import prepare, train
+    from dpo_wrapper.training.config import PRESETS, TrainConfig
+    from dpo_wrapper.training.train import prepare, train
 
     monkeypatch.setitem(PRESETS, "tiny", {"dim": 16, "depth": 1, "heads": 1})
     data = tmp_path / "rows.jsonl"

@@ -20,7 +20,7 @@ from dpo_wrapper.log_probs import fused_backward as ahead
 from dpo_wrapper.log_probs import torch_tile as chunked
 from dpo_wrapper.losses import ORPO, SFT, APODown, BetaDPO, DiscoPOP, PlackettLuce
 from dpo_wrapper.scoring.fused_loss import Foretold, groups
-from dpo_wrapper.stages import LikelihoodLoss
+from dpo_wrapper.training.stages import LikelihoodLoss
 
 
 class Watch:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_wrapper.config import PRESETS, TrainConfig
 from dpo_wrapper.losses.describe import ours, table
+from dpo_wrapper.training.config import PRESETS, TrainConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,7 +32,7 @@ def test_python_blocks_run(block):
 
 
 def test_the_block_that_loads_a_run_runs(tmp_path, monkeypatch):
-    from dpo_wrapper.train import train
+    from dpo_wrapper.training.train import train
 
     (block,) = (block for block in PYTHON if "runs/first" in block)
     monkeypatch.setitem(PRESETS, "tiny", {"dim": 32, "depth": 1, "heads": 1})

@@ -14,9 +14,9 @@ from torch import Generator
 from zoo import ZOO
 
 from dpo_wrapper import DPO, cache_reference
-from dpo_wrapper.config import PRESETS
-from dpo_wrapper.loop import Loop
-from dpo_wrapper.train import train
+from dpo_wrapper.training.config import PRESETS
+from dpo_wrapper.training.train import train
+from dpo_wrapper.training.trainer import Loop
 
 LN2 = 0.6931471805599453
 CASE = random_batch(Generator().manual_seed(0), odd=0)

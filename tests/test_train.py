@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpo_wrapper.config import PRESETS, TrainConfig
 from dpo_wrapper.data import TokenPair
-from dpo_wrapper.loop import Loop, learning_rate_factor, micro_batches, step_indices
-from dpo_wrapper.policies import load_policy
-from dpo_wrapper.runs import RunFolder
-from dpo_wrapper.train import train
+from dpo_wrapper.pretrained import load_policy
+from dpo_wrapper.training.config import PRESETS, TrainConfig
+from dpo_wrapper.training.run_folder import RunFolder
+from dpo_wrapper.training.train import train
+from dpo_wrapper.training.trainer import Loop, learning_rate_factor, micro_batches, step_indices
 
 ROOT = Path(__file__).parents[1]
 BUNDLED = ROOT / "examples" / "data" / "preferences.jsonl"
@@ -78,8 +78,8 @@ def train_twice(script, rows, out, loss=None):
         "import sys\n"
         "from pathlib import Path\n"
         "import torch\n"
-        "from dpo_wrapper.config import PRESETS, TrainConfig\n"
-        "from dpo_wrapper.train import train\n"
+        "from dpo_wrapper.training.config import PRESETS, TrainConfig\n"
+        "from dpo_wrapper.training.train import train\n"
         "torch.set_num_threads(1)\n"
         "PRESETS['tiny'] = {'dim': 32, 'depth': 1, 'heads': 1}\n"
         "train(TrainConfig(data=Path(sys.argv[1]), out=Path(sys.argv[2]), sft_epochs=1, epochs=2,\n"

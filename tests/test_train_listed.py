@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from test_train import BUNDLED, Interrupted, config, records, train_twice
 
 from dpo_wrapper.cli import main
-from dpo_wrapper.config import PRESETS
-from dpo_wrapper.loop import Loop
-from dpo_wrapper.train import train
+from dpo_wrapper.training.config import PRESETS
+from dpo_wrapper.training.train import train
+from dpo_wrapper.training.trainer import Loop
 
 TINY = {"dim": 32, "depth": 1, "heads": 1}
 

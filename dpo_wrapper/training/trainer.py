@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dpo_wrapper.config import TrainConfig
 from dpo_wrapper.data import Entry
 from dpo_wrapper.data.groups import micro_batches
 from dpo_wrapper.metrics import MetricSums
-from dpo_wrapper.runs import RunFolder
-from dpo_wrapper.stages import Prepare, Stage
+from dpo_wrapper.training.config import TrainConfig
+from dpo_wrapper.training.run_folder import RunFolder
+from dpo_wrapper.training.stages import Prepare, Stage
 
 T = TypeVar("T")
 

@@ -11,19 +11,19 @@ from torch import nn
 from tqdm import tqdm
 
 from dpo_wrapper.batches.token_level import check_wpo
-from dpo_wrapper.config import TrainConfig
 from dpo_wrapper.data import Entry, Fields, Message, Unit, encode_as, read_as, split_rows
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.evaluation.evaluate import complete
 from dpo_wrapper.evaluation.report import plot_curves, summary_table
-from dpo_wrapper.loop import Loop, Parts
 from dpo_wrapper.losses import WeightedLosses, check_columns, needs_reference, parse_losses, unit_of
-from dpo_wrapper.policies import Policy, load_policy, save_policy
+from dpo_wrapper.pretrained import Policy, load_policy, save_policy
 from dpo_wrapper.reference.cache import CachedReference
 from dpo_wrapper.reference.precompute import cache_reference
 from dpo_wrapper.reference.reference import place
-from dpo_wrapper.runs import RunFolder
-from dpo_wrapper.stages import DPOStage, SFTStage
+from dpo_wrapper.training.config import TrainConfig
+from dpo_wrapper.training.run_folder import RunFolder
+from dpo_wrapper.training.stages import DPOStage, SFTStage
+from dpo_wrapper.training.trainer import Loop, Parts
 from dpo_wrapper.validation import check_ld_alpha
 
 COMPLETION_TOKENS = 120

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_wrapper.config import TrainConfig
+from dpo_wrapper.training.config import TrainConfig
 
 Record = dict[str, Any]
 FREE = ("resume", "out", "save_every", "cpu")
