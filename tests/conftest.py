@@ -3,6 +3,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from helpers.runs import BUNDLED
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
@@ -13,7 +15,7 @@ def one_thread():
 @pytest.fixture(params=("eager", "kept", "again"))
 def impl(request: pytest.FixtureRequest) -> Iterator[str]:
     """Of the log-prob gather: the plain lines, or tiles whose softmaxes are kept or computed again."""
-    from log_prob_inputs import keeps
+    from helpers.log_prob_inputs import keeps
 
     with keeps(request.param == "kept"):
         yield "eager" if request.param == "eager" else "chunked"
@@ -21,7 +23,16 @@ def impl(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(params=("kept", "again"))
 def chunked_impl(request: pytest.FixtureRequest) -> Iterator[str]:
-    from log_prob_inputs import keeps
+    from helpers.log_prob_inputs import keeps
 
     with keeps(request.param == "kept"):
         yield "chunked"
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory):
+    """The first rows of the bundled data: 21 to train on and some that are held out."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    lines = BUNDLED.read_text(encoding="utf-8").splitlines()[:26]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Generator, Tensor, nn
-from zoo import VOCAB, ZOO, PlainGRU, PlainTransformer, hf_llama
 
 from dpo_wrapper import DPO, IPO, SFT, Loss, PreferenceBatch, Sigmoid, sequence_log_probs, token_log_probs
+from helpers.models import VOCAB, ZOO, PlainGRU, PlainTransformer, hf_llama
 
 B, N, M = 2, 9, 7
 CHOSEN, REJECTED = (torch.randint(0, VOCAB, (B, n), generator=Generator().manual_seed(n)) for n in (N, M))

@@ -5,8 +5,13 @@ import random
 
 import pytest
 import torch
-from cases import Case, random_batch, repad
-from oracle import (
+from torch import Generator, nn
+
+from dpo_wrapper import DPO, IPO, SFT, Loss, Sigmoid, SigmoidNorm, SimPO, sequence_log_probs
+from helpers.batches import random_batch, repad
+from helpers.dpo_calls import LN2, arguments, nudged
+from helpers.models import ZOO
+from helpers.oracle import (
     ExactFloat64,
     dpo_oracle,
     ipo_loss,
@@ -16,32 +21,9 @@ from oracle import (
     simpo_loss,
     to_float64,
 )
-from torch import Generator, nn
-from zoo import ZOO
 
-from dpo_wrapper import DPO, IPO, SFT, Loss, Sigmoid, SigmoidNorm, SimPO, sequence_log_probs
-
-LN2 = 0.6931471805599453
 # the arithmetic of these goes through a log of clamped probabilities; the rest agrees to rounding
 LOOSE = {"xt-mixture": 1e-7}
-
-
-def arguments(case: Case) -> dict:
-    return {
-        "preferred_seq": case.preferred_seq,
-        "unpreferred_seq": case.unpreferred_seq,
-        "prompt_mask": case.prompt_masks,
-        "seq_mask": case.seq_masks,
-    }
-
-
-def nudged(model: nn.Module, scale: float = 0.02) -> nn.Module:
-    """The model a few steps further on, in place."""
-    generator = Generator().manual_seed(3)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += scale * torch.randn(p.shape, generator=generator, dtype=p.dtype)
-    return model
 
 
 def made(name: str, **kwargs) -> tuple[DPO, nn.Module]:

@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from cases import random_batch
-from test_dpo import LN2, arguments, nudged
 from torch import Generator, nn
 from torch.utils.checkpoint import checkpoint
-from zoo import ZOO
 
 from dpo_wrapper import DPO, IPO, SFT, PreferenceBatch, Sigmoid, SigmoidNorm, SimPO, sequence_log_probs
+from helpers.batches import random_batch
+from helpers.dpo_calls import LN2, arguments, nudged
+from helpers.models import ZOO
 
 
 class Bigram(nn.Module):

@@ -132,7 +132,7 @@ def report(results: dict[str, dict[str, Any]]) -> dict[str, float]:
         f"{floor['seconds'] * cached:.3f} s with a cached reference"
     )
     print(
-        f"at the {fast / 1e9:.1f} GFLOP/s of dpo_wrapper.cpu_matmul.product: {floor['product_seconds']:.3f} s; "
+        f"at {fast / 1e9:.1f} GFLOP/s by dpo_wrapper.cpu_matmul.product: {floor['product_seconds']:.3f} s; "
         f"{floor['product_seconds'] * cached:.3f} s with a cached reference"
     )
     return floor

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_tokenizers as tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +18,7 @@ from dpo_wrapper.data import (
     PreferenceItem,
     TokenPair,
 )
+from helpers import tokenizers as tiny
 
 PAIRS = [TokenPair((1, 2), (3, 4, 5), (6,)), TokenPair((7,), (8,), (9, 8))]
 IDS = st.lists(st.integers(0, 9), max_size=6).map(tuple)

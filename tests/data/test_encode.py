@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import tiny_tokenizers as tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +17,7 @@ from dpo_wrapper.data import (
     encode_row,
     encode_rows,
 )
+from helpers import tokenizers as tiny
 
 BYTES = ByteTokenizer()
 BOS, EOS = 256, 257

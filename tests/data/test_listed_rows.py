@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from zoo import ZOO
 
 from dpo_wrapper import DPO, RankedBatch, UnpairedBatch
 from dpo_wrapper.data import ByteTokenizer, Fields, ListedRow, encode_listed, normalize_listed, read_as
 from dpo_wrapper.data.turns import Message
 from dpo_wrapper.losses import KTO, PlackettLuce
+from helpers.models import ZOO
 
 BYTES = ByteTokenizer()
 BOS, EOS = BYTES.bos_id, BYTES.eos_id

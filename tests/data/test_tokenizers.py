@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_tokenizers as tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_wrapper.data import ByteTokenizer, HuggingFaceTokenizer, Message, Row, encode_row, load_tokenizer
+from helpers import tokenizers as tiny
 
 Load = Callable[..., HuggingFaceTokenizer]
 

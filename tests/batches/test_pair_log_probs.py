@@ -1,0 +1,186 @@
+"""Sums and weights that look at single tokens, by hand and at their limits."""
+
+from dataclasses import replace
+from math import exp, log
+
+import pytest
+import torch
+from torch import Generator
+
+from dpo_wrapper import DPO, SFT, PreferenceBatch, Sigmoid, sequence_log_probs
+from dpo_wrapper.batches.sequences import ScoredSequences
+from dpo_wrapper.batches.token_level import shortened_sums, wpo_weights
+from dpo_wrapper.losses import AOT, CPO, KTO, ORPO, AOTUnpaired, BetaDPO, SimPO, parse_losses
+from helpers.batches import random_batch
+from helpers.models import ZOO
+
+
+def batch(*lengths: tuple[int, int]) -> PreferenceBatch:
+    """Pairs with one prompt token and these numbers of scored tokens."""
+    width = 1 + max(map(max, lengths))
+    sides = [torch.arange(width) < 1 + torch.tensor(side)[:, None] for side in zip(*lengths, strict=True)]
+    seqs = tuple(torch.randint(37, side.shape) for side in sides)
+    prompts = tuple((torch.arange(width) < 1).expand_as(side) for side in sides)
+    return PreferenceBatch.from_padded(seqs, prompts, tuple(sides))
+
+
+def test_shortened_sums_by_hand():
+    # chosen has 3 tokens and 1, rejected 2 and 4; scores in the order of the sequences
+    given = batch((3, 2), (1, 4))
+    scores = torch.tensor([-1.0, -2.0, -4.0, -8.0, -1.0, -2.0, -3.0, -5.0, -7.0, -9.0], requires_grad=True)
+    chosen, rejected = shortened_sums(given, scores, 0.5)
+    assert chosen.tolist() == [-1 - 2 - 4 / 2, -8.0] and rejected.tolist() == [-3.0, -3 - (5 + 7 + 9) / 2]
+    (slope,) = torch.autograd.grad(chosen.sum() + rejected.sum(), scores)
+    assert slope.tolist() == [1, 1, 0.5, 1, 1, 1, 1, 0.5, 0.5, 0.5]
+    assert shortened_sums(given, scores, 0.0)[1].tolist() == [-3.0, -3.0]
+    whole = given.sequences.sums(scores)
+    for side, sums in zip(given.pairs.T, shortened_sums(given, scores, 1.0), strict=True):
+        assert torch.equal(sums, whole[side])
+
+
+def test_sequence_of_two_pairs_has_two_sums():
+    given = batch((3, 1), (2, 2))
+    both = PreferenceBatch(given.sequences, torch.tensor([[0, 2], [0, 1]]))
+    scores = -torch.arange(1.0, 9.0)
+    assert shortened_sums(both, scores, 0.0)[0].tolist() == [-1.0, -3.0]
+
+
+def call(dpo: DPO, seed: int = 4):
+    case = random_batch(Generator().manual_seed(seed), b=5)
+    return dpo(case.preferred_seq, case.unpreferred_seq, case.prompt_masks, case.seq_masks)
+
+
+def made(loss, **kwargs) -> DPO:
+    policy, reference = ZOO["xt-rotary"](0).double(), ZOO["xt-rotary"](1).double()
+    return DPO(policy, loss=loss, reference=reference, **kwargs)
+
+
+def test_alpha_in_dpo():
+    for loss in (Sigmoid(0.3), SimPO(), CPO(), [(Sigmoid(0.3), 1.0), (SFT(), 1.0)]):
+        plain, none, half = (call(made(loss, ld_alpha=alpha)) for alpha in (1.0, 0.0, 0.5))
+        assert len({plain.item(), none.item(), half.item()}) == 3
+        near = call(made(loss, ld_alpha=1 - 1e-9))
+        torch.testing.assert_close(near, plain, rtol=1e-7, atol=1e-7)
+    # likelihood terms stay whole
+    assert torch.allclose(call(made(SFT(), ld_alpha=0.0)), call(made(SFT())))
+    for share in (True, False):
+        torch.testing.assert_close(
+            call(made(Sigmoid(), ld_alpha=0.2, share_prefix=share)),
+            call(made(Sigmoid(), ld_alpha=0.2)),
+            rtol=1e-6,
+            atol=1e-6,
+        )
+
+
+def test_bad_alpha():
+    for alpha in (-0.1, 1.1, "1", None):
+        with pytest.raises(ValueError, match=f"ld_alpha should be a number from 0 to 1, but it is {alpha!r}"):
+            made(Sigmoid(), ld_alpha=alpha)
+    dpo, ids = made(Sigmoid(), ld_alpha=0.5), torch.ones(1, 4, dtype=torch.long)
+    sums = (torch.zeros(1), torch.zeros(1))
+    with pytest.raises(ValueError, match="ref_log_probs are sums of all tokens"):
+        dpo(ids, ids, ids == 0, ref_log_probs=sums)
+
+
+def test_wpo_weights_by_hand():
+    # means of log p - log Σ p²: chosen (ln 2 + ln 8) / 2 = ln 4, rejected -ln 2; their product 4 / 2
+    given = batch((2, 1))
+    scores = torch.tensor([log(0.5), log(0.25), log(0.125)])
+    squares = torch.tensor([log(0.25), log(1 / 32), log(0.25)])
+    assert wpo_weights(given, scores, squares).tolist() == pytest.approx([2.0])
+    # where the policy is certain of what is written, the weight is 1
+    assert wpo_weights(given, torch.zeros(3), torch.zeros(3)).tolist() == [1.0]
+    assert wpo_weights(given, torch.full((3,), -1e4), torch.zeros(3)).tolist() == [exp(-2e4)]
+
+
+WPO_CASES = [
+    ("xt-rotary", True, "eager"),
+    ("xt-rotary", True, "chunked"),
+    ("xt-rotary", False, "auto"),
+    ("plain-tied", "auto", "auto"),  # whose logits are computed whole
+    ("xt-mixture", "auto", "auto"),
+]
+
+
+@pytest.mark.parametrize("name, share, impl", WPO_CASES)
+def test_wpo_in_dpo(name, share, impl):
+    """Against the formula, written out over each sequence's own log-softmax."""
+    policy, reference = ZOO[name](0).double(), ZOO[name](1).double()
+    options = {"reference": reference, "share_prefix": share, "log_prob_impl": impl}
+    dpo = DPO(policy, loss=Sigmoid(0.3), wpo=True, **options)
+    case = random_batch(Generator().manual_seed(4), b=5)
+    sides = ((case.preferred_seq, case.unpreferred_seq), case.prompt_masks, case.seq_masks)
+    given = PreferenceBatch.from_padded(*sides, pair_weights=torch.tensor([1.0, 0.5, 2.0, 1.0, 3.0]))
+    sequences = given.sequences
+    logits = policy.eval()(sequences.ids)
+    every = getattr(logits, "logits", logits).log_softmax(dim=-1)
+    weights = []
+    for k in range(len(sequences.ids)):
+        mine = sequences.row == k
+        p = every[k, sequences.source[mine]]
+        scores = p.gather(-1, sequences.target[mine, None])[:, 0]
+        weights.append((scores - p.exp().square().sum(dim=-1).log()).mean().exp().detach())
+    weights = torch.stack(weights)[given.pairs].prod(dim=-1).nan_to_num(nan=1.0)
+    plain = DPO(policy, loss=Sigmoid(0.3), **options)
+    expected = plain(replace(given, pair_weights=given.pair_weights * weights))
+    found, metrics = dpo(given, return_metrics=True)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(metrics["loss"], found.detach())
+    assert abs(found - plain(given)) > 1e-3
+    gradients = [torch.autograd.grad(loss, list(policy.parameters())) for loss in (found, expected)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_wpo_is_refused_where_it_cannot_act():
+    for loss in (AOT(), BetaDPO(), [(Sigmoid(), 1.0), (AOTUnpaired(), 1.0)]):
+        with pytest.raises(ValueError, match=r"weights of pairs have no meaning for (AOT|BetaDPO)"):
+            made(loss, wpo=True)
+    with pytest.raises(ValueError, match="wpo weights pairs, and KTO learns from other data"):
+        made(KTO(), wpo=True)
+    with pytest.raises(TypeError, match="wpo should be True or False, but it is 1"):
+        made(Sigmoid(), wpo=1)
+
+
+def test_whole_sequences_beside_others():
+    # 7 | 1 2 and 5 6 | 3, of which the second again with its prompt
+    seqs = torch.tensor([[7, 1, 2], [5, 6, 3]])
+    scored = torch.tensor([[False, True, True], [False, False, True]])
+    sequences = ScoredSequences.from_padded(seqs, scored, torch.ones_like(scored))
+    both = sequences.beside_whole(torch.tensor([1]))
+    assert both.row.tolist() == [0, 0, 1, 2, 2] and both.source.tolist() == [0, 1, 1, 0, 1]
+    assert both.target.tolist() == [1, 2, 3, 6, 3] and both.length.tolist() == [2, 1, 2]
+    assert both.ids[2].equal(both.ids[1]) and both.unique_tokens() == sequences.unique_tokens()
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_orpo_with_the_prompt(share: bool):
+    dpo = made(ORPO(0.3, prompt=True), share_prefix=share)
+    case = random_batch(Generator().manual_seed(4), b=5)
+    sides = ((case.preferred_seq, case.unpreferred_seq), case.prompt_masks, case.seq_masks)
+    given = PreferenceBatch.from_padded(*sides)
+    valid = given.valid
+    plain = [call(made(loss, share_prefix=share)) for loss in (ORPO(0.3), SFT())]
+
+    # up to the last scored token, as completions end their sequences
+    last = (~case.prompt_masks[0] & case.seq_masks[0]) * torch.arange(case.preferred_seq.shape[1])
+    real = case.seq_masks[0] & (torch.arange(case.preferred_seq.shape[1]) <= last.amax(-1, keepdim=True))
+    sums = sequence_log_probs(dpo.policy_model, case.preferred_seq[valid], real[valid], real[valid])
+    expected = plain[0] - plain[1] - sums.sum() / (real[valid].sum() - valid.sum())
+    torch.testing.assert_close(dpo(given), expected, rtol=1e-6, atol=1e-6)
+    assert dpo(given) != plain[0]
+
+    # in parts it is the same
+    parts = [replace(given, pairs=given.pairs[rows]) for rows in (slice(0, 2), slice(2, 5))]
+    torch.testing.assert_close(sum(dpo(part.as_part_of(*given.counts())) for part in parts), dpo(given))
+    short = made([(ORPO(0.3, prompt=True), 1.0), (Sigmoid(), 0.5)], ld_alpha=0.3, share_prefix=share)
+    assert call(short).isfinite()
+
+
+def test_a_switch_as_text():
+    assert parse_losses("orpo(prompt=true, beta=1)") == ((ORPO(1.0, prompt=True), 1.0),)
+    assert parse_losses("orpo(prompt=False)") == ((ORPO(), 1.0),)
+    with pytest.raises(ValueError, match=r"expected true or false in .*, got '1'"):
+        parse_losses("orpo(prompt=1)")
+    with pytest.raises(ValueError, match="ORPO: prompt should be True or False, but it is 1"):
+        ORPO(prompt=1)

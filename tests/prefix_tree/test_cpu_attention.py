@@ -1,0 +1,135 @@
+"""Attention branch by branch, against the rule of the tree as a dense mask."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Generator
+from torch.nn.functional import scaled_dot_product_attention
+
+from dpo_wrapper import DPO
+from dpo_wrapper.prefix_tree import attention
+from dpo_wrapper.prefix_tree import tree as prefix_tree
+from dpo_wrapper.prefix_tree.cpu_attention import branch_attend, branches_of
+from dpo_wrapper.prefix_tree.tree import PrefixTree, TreeLayout
+from helpers.batches import random_batch
+from helpers.dpo_calls import arguments
+from helpers.models import ZOO
+from helpers.trees import branching, random_tree, sequence_sets
+
+
+def tokens(places):
+    return [token for place in places for token in range(place.start, place.stop)]
+
+
+def inputs(u, heads, width=8, dtype=torch.float64):
+    drawn = (torch.randn(1, n, u, width, generator=Generator().manual_seed(n), dtype=dtype) for n in heads)
+    return [t.requires_grad_() for t in drawn]
+
+
+def test_the_branches_of_the_tree_in_the_docstring():
+    tree = PrefixTree.from_sequences([[1, 2, 3, 4], [1, 2, 24, 25], [5, 6]])
+    expected = ((slice(0, 4), ()), (slice(4, 6), (slice(0, 2),)), (slice(6, 8), ()))
+    assert branches_of(tree.position) == expected
+
+
+@given(sequence_sets | branching())
+@settings(max_examples=200, deadline=None)
+def test_branches_lie_end_to_end_and_continue_their_past(sequences):
+    tree = PrefixTree.from_sequences(sequences)
+    branches = branches_of(tree.position)
+    assert tokens(own for own, _ in branches) == list(range(len(tree.ids)))
+    attends = tree.attends()
+    for own, past in branches:
+        seen = attends[own.start].nonzero()[:, 0].tolist()
+        assert [*tokens(past), own.start] == seen
+        assert all(place.start < place.stop <= own.start for place in past)
+        assert tree.position[own].tolist() == list(range(len(seen) - 1, len(seen) - 1 + own.stop - own.start))
+
+
+@pytest.mark.parametrize("heads", [(4, 4, 4), (4, 2, 2), (4, 1, 1)])
+@pytest.mark.parametrize("seed", range(4))
+def test_output_and_gradients_are_those_under_the_dense_rule(seed, heads):
+    tree = random_tree(seed, sequences=5, longest=40)
+    u = len(tree.ids)
+    q, k, v = inputs(u + 3, heads)
+    given = torch.randn(1, 4, u, 8, generator=Generator().manual_seed(9), dtype=torch.float64)
+    results = []
+    for branchwise in (True, False):
+        if branchwise:
+            out = branch_attend(q, k, v, branches_of(tree.position), 0.3)
+            assert not out[:, :, u:].any()
+        else:
+            wide = (t[:, :, :u].repeat_interleave(4 // heads[1], dim=1) for t in (k, v))
+            out = scaled_dot_product_attention(q[:, :, :u], *wide, attn_mask=tree.attends(), scale=0.3)
+        results.append([out[:, :, :u], *torch.autograd.grad((out[:, :, :u] * given).sum(), (q, k, v))])
+    for got, expected in zip(*results, strict=True):
+        assert torch.allclose(got, expected, atol=1e-12)
+        assert not got[:, :, u:].any()
+
+
+def test_gradcheck():
+    branches = branches_of(random_tree(5, sequences=4, longest=6).position)
+    u = branches[-1][0].stop
+    assert any(past for _, past in branches)
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: branch_attend(q, k, v, branches, None), inputs(u, (2, 2, 2), 4)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_errs_little_more_than_one_kernel_under_a_mask(dtype):
+    tree = random_tree(2)
+    exact = inputs(len(tree.ids), (2, 2, 2), 16)
+    results = []
+    for inner in (torch.float64, dtype):
+        q, k, v = (t.detach().to(inner).requires_grad_() for t in exact)
+        for branchwise in (True, False):
+            if branchwise:
+                out = branch_attend(q, k, v, branches_of(tree.position), None)
+            else:
+                out = scaled_dot_product_attention(q, k, v, attn_mask=tree.attends())
+            results.append([out, *torch.autograd.grad(out.sum(), (q, k, v))])
+    truth, _, ours, theirs = results
+    for exactly, got, plain in zip(truth, ours, theirs, strict=True):
+        errors = [(t.double() - exactly).norm() for t in (got, plain)]
+        assert errors[0] < 2 * errors[1] and errors[1] < 0.05 * exactly.norm()
+
+
+def test_derivatives_of_derivatives_are_refused():
+    q, k, v = inputs(4, (1, 1, 1))
+    out = branch_attend(q, k, v, ((slice(0, 4), ()),), None)
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("longest, width, calls", [(3, 1024, 0), (300, 1024, 1), (300, 16, 0)])
+def test_short_branches_and_narrow_heads_are_left_to_the_model(longest, width, calls, monkeypatch):
+    layout = TreeLayout.of(random_tree(0, longest=longest), kernel="branches")
+    made = []
+    monkeypatch.setattr(attention, "branch_attend", lambda *args: made.append(1) or branch_attend(*args))
+    q, k, v = (t.float() for t in inputs(layout.ids.numel(), (4, 4, 4), width // 4))
+    attention.attend_plainly(layout, q, k, v, None, None)
+    assert len(made) == calls
+
+
+@pytest.mark.parametrize("name", ["hf-llama", "xt-rotary-flash"])
+def test_a_kernel_that_does_not_give_the_models_attention_is_not_used(name, monkeypatch):
+    monkeypatch.setattr(prefix_tree, "LEAST", 0)
+    case = arguments(random_batch(Generator().manual_seed(0), b=4))
+    right = DPO(ZOO[name](0))
+    expected = right(**case)
+    assert right.score_policy.kernel == right.score_reference.kernel == "branches"
+    monkeypatch.setattr(attention, "branch_attend", lambda q, *_: torch.zeros_like(q))
+    wrong = DPO(ZOO[name](0))
+    assert torch.allclose(wrong(**case), expected) and wrong.score_policy.kernel == "own"
+    assert "along each path" in wrong.explain()
+
+
+@given(st.integers(0, 1000))
+@settings(max_examples=20, deadline=None)
+def test_rows_are_one_stretch_of_tokens_to_it(seed):
+    tree = random_tree(seed, longest=30)
+    layout = TreeLayout.of(tree, 16, kernel="branches")
+    assert layout.branches == branches_of(tree.position)

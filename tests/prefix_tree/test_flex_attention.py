@@ -1,0 +1,109 @@
+"""FlexAttention over a tree: its block mask and forward pass on the CPU, its gradients on CUDA."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Generator
+
+from dpo_wrapper import DPO
+from dpo_wrapper.prefix_tree.flex_attention import BLOCK, flex_attend, tree_block_mask
+from helpers.dpo_calls import arguments, nudged
+from helpers.models import ZOO, x_transformer
+from helpers.trees import random_tree
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+
+
+@given(st.integers(0, 10_000), st.integers(1, 8), st.sampled_from([3, 40, 200, 500]))
+@settings(max_examples=40, deadline=None)
+def test_blocks_hold_every_pair_that_attends_and_whole_blocks_no_other(seed, sequences, longest):
+    tree = random_tree(seed, sequences, longest)
+    mask, attends = tree_block_mask(tree.subtree_end, tree.position), tree.attends()
+    u, count = len(tree.ids), -(-len(tree.ids) // BLOCK)
+    some, whole = (torch.zeros(count, count, dtype=torch.bool) for _ in range(2))
+    for table, numbers, indices in (
+        (some, mask.kv_num_blocks, mask.kv_indices),
+        (whole, mask.full_kv_num_blocks, mask.full_kv_indices),
+    ):
+        for row, (number, index) in enumerate(zip(numbers[0, 0], indices[0, 0], strict=True)):
+            table[row, index[:number].long()] = True
+    assert not (some & whole).any()
+    for i in range(count):
+        for j in range(count):
+            block = attends[i * BLOCK : (i + 1) * BLOCK, j * BLOCK : (j + 1) * BLOCK]
+            assert (some[i, j] or whole[i, j]) == block.any(), (
+                "computed where and only where something attends"
+            )
+            if whole[i, j]:
+                assert block.all() and block.shape == (min(BLOCK, u - i * BLOCK), BLOCK)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
+def test_forward_equals_attention_under_the_dense_rule(heads, window):
+    tree = random_tree(1)
+    u = len(tree.ids)
+    q, k, v = (
+        torch.randn(1, n, u, 16, generator=Generator().manual_seed(n)) for n in (4, heads[1], heads[1])
+    )
+    out = flex_attend(q, k, v, tree_block_mask(tree.subtree_end, tree.position, window), 0.3)
+    rule = tree.attends()
+    if window is not None:
+        rule &= tree.position[:, None] - tree.position < window
+    wide = (t.repeat_interleave(4 // heads[1], dim=1) for t in (k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, *wide, attn_mask=rule, scale=0.3)
+    assert torch.allclose(out, expected, atol=1e-5)
+
+
+MODELS = {
+    "llama": lambda: ZOO["hf-llama"](0),
+    "gqa": lambda: ZOO["hf-llama-gqa"](0),
+    "gpt2": lambda: ZOO["hf-gpt2"](0),
+    "flash": lambda: ZOO["xt-rotary-flash"](0),
+    "window": lambda: x_transformer(
+        0,
+        decoder={"attn_flash": True, "attn_max_attend_past": 3, "rotary_pos_emb": True},
+        use_abs_pos_emb=False,
+    ),
+    "not plain": lambda: ZOO["xt-alibi"](0),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_log_probs_of_whole_models(name, monkeypatch):
+    from helpers.batches import random_batch
+
+    calls = []
+    monkeypatch.setattr(
+        "dpo_wrapper.prefix_tree.flex_attention.flex_attend",
+        lambda *args: calls.append(1) or flex_attend(*args),
+    )
+    case = random_batch(Generator().manual_seed(0), b=4, odd=0)
+    dpo = DPO(nudged(MODELS[name]()), reference=MODELS[name](), share_prefix=True)
+    with torch.no_grad():
+        expected = dpo(**arguments(case), return_metrics=True)[1]
+        assert not calls
+        dpo.score_policy.kernel = dpo.score_reference.kernel = "flex"
+        got = dpo(**arguments(case), return_metrics=True)[1]
+    assert bool(calls) == (name != "not plain")
+    for metric in expected:
+        assert torch.allclose(got[metric], expected[metric], atol=1e-4), metric
+
+
+@cuda
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_on_cuda(name):
+    from helpers.batches import random_batch
+
+    case = arguments(random_batch(Generator().manual_seed(0), b=4, odd=0))
+    on_cuda = {k: tuple(t.cuda() for t in v) if isinstance(v, tuple) else v.cuda() for k, v in case.items()}
+    grads = []
+    for share in (True, False):
+        policy = nudged(MODELS[name]()).cuda()
+        dpo = DPO(policy, reference=MODELS[name]().cuda(), share_prefix=share)
+        dpo(**on_cuda).backward()
+        assert (dpo.score_policy.kernel == "flex") == share
+        grads.append([p.grad for p in policy.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert torch.allclose(a, b, atol=1e-4)

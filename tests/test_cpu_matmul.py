@@ -1,0 +1,141 @@
+"""Matrix products by oneDNN, also where the machine would not take it, against float64 and plain torch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Generator, nn
+from torch.utils.checkpoint import checkpoint
+
+from dpo_wrapper import DPO
+from dpo_wrapper import cpu_matmul as products
+from dpo_wrapper.models import eval_mode as modes
+from helpers.batches import random_batch
+from helpers.dpo_calls import arguments
+from helpers.models import ZOO
+
+try:
+    products._onednn(torch.ones(1, 1), torch.ones(1, 1))
+except (AttributeError, RuntimeError):
+    pytest.skip("this torch has no oneDNN", allow_module_level=True)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """oneDNN for every product; the list of those that it made."""
+    made, inner = [], products._onednn
+    monkeypatch.setattr(products, "SMALLEST", 1)
+    for module in (products, modes):
+        monkeypatch.setattr(module, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(products, "_onednn", lambda *a: made.append(tuple(a[0].shape)) or inner(*a))
+    return made
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=Generator().manual_seed(seed))
+
+
+def error(got, exact):
+    return (got.double() - exact).norm() / exact.norm().clamp(min=1e-9)
+
+
+@pytest.mark.parametrize("m, k, n", [(1, 1, 1), (7, 33, 5), (130, 64, 300), (64, 1, 64)])
+def test_product_of_tensors_and_transposes(calls, m, k, n):
+    for a in (drawn(m, k), drawn(k, m).T):
+        for b in (drawn(k, n, seed=1), drawn(n, k, seed=1).T):
+            assert error(products.product(a, b), a.double() @ b.double()) < 1e-6
+    assert len(calls) == 4
+
+
+def numbers(layer, x, given, context):
+    with context:
+        out = layer(x)
+    wanted = [x, *layer.parameters()]
+    return [out, *torch.autograd.grad((out * given).sum(), [t for t in wanted if t.requires_grad])]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(40,), (3, 40), (2, 5, 40), (0, 40)])
+def test_a_linear_layer_and_its_gradients(calls, bias, shape):
+    layer, x, given = nn.Linear(40, 24, bias=bias), drawn(*shape).requires_grad_(), drawn(*shape[:-1], 24)
+    got = numbers(layer, x, given, products.FastProducts())
+    made = len(calls)
+    layer.double()
+    exact = numbers(layer, x.detach().double().requires_grad_(), given, products.FastProducts())
+    assert made == (3 if len(shape) > 1 and x.numel() else 0) and len(calls) == made  # not for float64
+    for one, other in zip(got, exact, strict=True):
+        assert one.shape == other.shape and one.stride() == other.stride()
+        assert error(one, other) < 1e-6
+
+
+def test_only_wanted_gradients_are_computed(calls):
+    layer = nn.Linear(8, 8).requires_grad_(False)
+    numbers(layer, drawn(3, 8).requires_grad_(), drawn(3, 8), products.FastProducts())
+    assert len(calls) == 2  # forward, and the gradient of the input
+
+
+def test_second_derivatives(calls):
+    layer, results = nn.Linear(6, 6), []
+    for context in (products.FastProducts(), torch.enable_grad()):
+        x = drawn(4, 6).requires_grad_()
+        with context:
+            (grad,) = torch.autograd.grad(layer(x).tanh().sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(grad.square().sum(), [x, layer.weight]))
+    for got, expected in zip(*results, strict=True):
+        assert torch.allclose(got, expected, atol=1e-6)
+
+
+def test_what_is_left_to_torch(calls, monkeypatch):
+    layer, x = nn.Linear(8, 8), drawn(3, 8)
+    with products.FastProducts():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+        with torch.backends.mkldnn.flags(enabled=False):
+            layer(x)
+        checkpoint(layer, drawn(3, 8).requires_grad_(), use_reentrant=False).sum().backward()
+        layer.bfloat16()(x.bfloat16())
+        F.linear(x, drawn(8))  # a vector
+    layer.float()(x)
+    monkeypatch.setattr(products, "SMALLEST", 3 * 8 * 8 + 1)
+    with products.FastProducts():
+        layer(x)
+    assert not calls
+    monkeypatch.setattr(products, "SMALLEST", 3 * 8 * 8)
+    with products.FastProducts():
+        layer(x)
+    assert calls == [(3, 8)]
+
+
+def test_the_same_bits_each_time(calls):
+    a, b = drawn(300, 200), drawn(200, 400, seed=1)
+    assert all(torch.equal(products.product(a, b), products.product(a, b)) for _ in range(5))
+
+
+def test_a_fresh_dpo_starts_at_ln_2_and_trains(calls):
+    dpo = DPO(ZOO["xt-rotary-flash"](0))
+    loss = dpo(**arguments(random_batch(Generator().manual_seed(0), b=4)))
+    assert abs(loss.item() - 0.6931472) < 1e-6
+    before = len(calls)
+    loss.backward()
+    assert len(calls) > before > 0
+
+
+@pytest.mark.parametrize(
+    "vendor, family, capability, faster",
+    [
+        ("AuthenticAMD", 26, "AVX512", True),
+        ("AuthenticAMD", 27, "AVX512", True),
+        ("AuthenticAMD", 25, "AVX512", False),
+        ("AuthenticAMD", 26, "AVX2", False),
+        ("GenuineIntel", 26, "AVX512", False),
+        ("AuthenticAMD", None, "AVX512", False),
+    ],
+)
+def test_the_kind_of_machine_decides(monkeypatch, vendor, family, capability, faster):
+    described = f"processor\t: 0\nvendor_id\t: {vendor}\n"
+    described += "" if family is None else f"cpu family\t: {family}\nmodel\t\t: 17\n"
+    monkeypatch.setattr(products, "processor", lambda: described)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert products.onednn_is_faster.__wrapped__() == faster
+    monkeypatch.setattr(products, "_onednn", lambda *_: (_ for _ in ()).throw(AttributeError))
+    assert not products.onednn_is_faster.__wrapped__()
