@@ -2,7 +2,7 @@ from dpo_wrapper.batches.ranked import RankedBatch, UnpairedBatch
 from dpo_wrapper.batches.sequences import PreferenceBatch
 from dpo_wrapper.data import PreferenceCollator, PreferenceDataset
 from dpo_wrapper.dpo import DPO
-from dpo_wrapper.log_probs import Ahead, token_log_probs
+from dpo_wrapper.log_probs import FusedLoss, token_log_probs
 from dpo_wrapper.losses import IPO, SFT, Loss, PairLogProbs, Sigmoid, SigmoidNorm, SimPO, dpo_loss
 from dpo_wrapper.reference.cache import CachedReference
 from dpo_wrapper.reference.precompute import cache_reference
@@ -12,8 +12,8 @@ __all__ = [
     "DPO",
     "IPO",
     "SFT",
-    "Ahead",
     "CachedReference",
+    "FusedLoss",
     "Loss",
     "PairLogProbs",
     "PreferenceBatch",

@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dpo_wrapper.batches.sequences import ScoredSequences, ScoredTree
-from dpo_wrapper.log_probs import Ahead
+from dpo_wrapper.log_probs import FusedLoss
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,12 @@ class Foretold:
     loss: Callable[[Tensor], Tensor]
     links: Int[Tensor, "k 2"] | None
 
-    def over_rows(self, sequences: ScoredSequences) -> Ahead:
+    def over_rows(self, sequences: ScoredSequences) -> FusedLoss:
         if self.links is None:
-            return Ahead(self.loss)
-        return Ahead(self.loss, groups(self.links, len(sequences.length))[sequences.row])
+            return FusedLoss(self.loss)
+        return FusedLoss(self.loss, groups(self.links, len(sequences.length))[sequences.row])
 
-    def over_tree(self, sequences: ScoredSequences, tree: ScoredTree) -> Ahead:
+    def over_tree(self, sequences: ScoredSequences, tree: ScoredTree) -> FusedLoss:
         """For scores of the tree's entries."""
         row, entry = sequences.row, tree.entry
 
@@ -35,11 +35,11 @@ class Foretold:
             return self.loss(scores.index_select(0, entry))
 
         if self.links is None:
-            return Ahead(loss)
+            return FusedLoss(loss)
         owner = row.new_zeros(len(tree.target)).scatter(0, entry, row)
         shares = row != owner[entry]
         shared = torch.stack([row[shares], owner[entry[shares]]], dim=1)
-        return Ahead(loss, groups(torch.cat([self.links, shared]), len(sequences.length))[owner])
+        return FusedLoss(loss, groups(torch.cat([self.links, shared]), len(sequences.length))[owner])
 
 
 def groups(links: Int[Tensor, "k 2"], count: int) -> Int[Tensor, "s"]:

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dpo_wrapper.batches.sequences import ScoredSequences, TreePlan
-from dpo_wrapper.log_probs import Ahead, implementation, log_probs_of_rows, token_log_probs
+from dpo_wrapper.log_probs import FusedLoss, choose_impl, log_probs_of_rows, token_log_probs
 from dpo_wrapper.models.base import language_model
 from dpo_wrapper.models.eval_mode import one_arithmetic, quiet
 from dpo_wrapper.prefix_tree.attention import NotShareable
@@ -54,7 +54,7 @@ class Scorer:
             raise TypeError(
                 f"a model should be a torch.nn.Module, but it is {kind(model)}: load or build it first."
             )
-        implementation(impl)
+        choose_impl(impl)
         self.language_model = language_model(model)
         self.impl = impl
         self.apart_from = apart_from
@@ -130,7 +130,7 @@ class Scorer:
         where: Int[Tensor, "t"],
         targets: Int[Tensor, "t"],
         extras: Sequence[str],
-        ahead: Callable[[], Ahead] | None = None,
+        ahead: Callable[[], FusedLoss] | None = None,
     ) -> Scores:
         """Log-probs of targets from the hidden states (or, if False is asked for, logits) at places of their
         rows, laid end to end; `ahead` is asked while the head trains."""
@@ -142,7 +142,7 @@ class Scorer:
             hidden = states(True).flatten(0, 1).index_select(0, where)
         trains = torch.is_grad_enabled() and head.weight.requires_grad
         told = ahead() if ahead is not None and trains else None
-        options = {"impl": self.impl, "extras": extras, "ahead": told, **head.options}
+        options = {"impl": self.impl, "extras": extras, "fused_loss": told, **head.options}
         found = token_log_probs(hidden, head.weight, targets, **options)
         return found if extras else (found, {})
 
@@ -165,7 +165,7 @@ class Scorer:
 
     def look(self, device: torch.device) -> None:
         """Find out how the model behaves on a device."""
-        implementation(self.impl, device)  # raises if that cannot be there
+        choose_impl(self.impl, device)  # raises if that cannot be there
         other = None if self.apart_from is None else self.apart_from.language_model.model
         size, self.head_applies = look_at(self.language_model, device, other)
         if self.apart_from is not None and self.apart_from.vocab_size not in (None, size):
