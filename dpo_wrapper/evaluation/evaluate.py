@@ -1,4 +1,4 @@
-"""How good a policy is on pairs (lists, rows) it was not trained on."""
+"""The metrics of a policy over many batches, exactly as over one batch of all of them."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,20 +15,26 @@ Batch = PreferenceBatch | RankedBatch | UnpairedBatch
 
 
 @torch.no_grad()
-def as_one_step(
+def normalize_over_step(
     dpo: nn.Module, batches: Sequence[Any], device: torch.device, reduce: Reduce | None = None
 ) -> list[Any]:
-    """The batches, all of one kind, as parts of a whole by whose counts (and KL) their losses are reckoned.
+    """Attach the step's totals to each micro-batch, so that their losses add up to the step's loss.
 
-    `reduce` sums a tensor over the processes, each of which must have at least one batch.
+    For KTO the totals include the step's estimate of the KL.
+
+    Args:
+        dpo: a `DPO`, or a wrapper around one that passes its arguments on.
+        batches: the micro-batches of one step, all of one type.
+        device: where the totals are computed.
+        reduce: sums a tensor over the processes, each of which needs at least one batch.
     """
     reduce = reduce or (lambda sums: sums)
     totals = reduce(torch.tensor([batch.counts() for batch in batches], device=device).sum(dim=0)).tolist()
     if not isinstance(batches[0], UnpairedBatch):
         return [batch.as_part_of(*totals) for batch in batches]
-    ratios = torch.stack([dpo(batch.mismatched.to(device)) for batch in batches]).sum(dim=0)
-    total, count = reduce(ratios)
-    return [batch.as_part_of(*totals, total / count.clamp(min=1)) for batch in batches]
+    kl_sums = torch.stack([dpo(batch.mismatched.to(device)) for batch in batches]).sum(dim=0)
+    log_ratio, count = reduce(kl_sums)
+    return [batch.as_part_of(*totals, log_ratio / count.clamp(min=1)) for batch in batches]
 
 
 @torch.no_grad()
@@ -37,43 +43,17 @@ def evaluate(dpo: nn.Module, batches: Iterable[Batch], reduce: Reduce | None = N
 
     Args:
         dpo: a `DPO`, or a wrapper around one that passes its arguments on.
-        batches: all of one kind, and each pair in exactly one of them; with several processes, each process
-            has its own share.
-        reduce: sums a tensor over the processes, each of which must have at least one batch.
+        batches: all of one type, and each pair in exactly one of them; of several processes, each has
+            batches of its own.
+        reduce: sums a tensor over the processes, each of which needs at least one batch.
+
+    Raises:
+        ValueError: there is no batch.
     """
     batches, sums = list(batches), MetricSums()
     if not batches:
-        raise ValueError("there is nothing to evaluate: expected at least one batch.")
-    for part in as_one_step(dpo, batches, batches[0].sequences.ids.device, reduce):
-        _, metrics = dpo(part, return_metrics=True)
+        raise ValueError("batches should hold at least one batch, but there is none: leave evaluation out.")
+    for batch in normalize_over_step(dpo, batches, batches[0].sequences.ids.device, reduce):
+        _, metrics = dpo(batch, return_metrics=True)
         sums.add(metrics)
     return sums.result(reduce)
-
-
-@torch.no_grad()
-def complete(model: Any, prompt: list[int], most: int, eos_id: int) -> list[int]:
-    """The most likely continuation, token by token: at most `most` tokens, without the end token.
-
-    Generation is left to the library that the model comes from.
-    """
-    mode = model.training
-    model.eval()
-    ids = torch.tensor([prompt], device=next(model.parameters()).device)
-    if hasattr(model, "generate"):
-        mask = torch.ones_like(ids)
-        out = model.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=most,
-            do_sample=False,
-            eos_token_id=eos_id,
-            pad_token_id=eos_id,
-        )
-        new = out[0, len(prompt) :].tolist()
-    else:
-        from x_transformers import AutoregressiveWrapper
-
-        wrapper = AutoregressiveWrapper(model)
-        new = wrapper.generate(ids, most, temperature=0.0, eos_token=eos_id)[0].tolist()
-    model.train(mode)
-    return new[: new.index(eos_id)] if eos_id in new else new

@@ -494,7 +494,10 @@ def test_a_dpo_changes_its_dtype_as_a_whole(name, dtype):
     before = of_reference(dpo)
     nudged(dpo.policy_model, 0.05)
     assert of_reference(dpo) == before
-    assert abs(dpo(**ARGUMENTS).item() - LN2) > 1e-5
+    # the margins of three pairs may cancel in the loss (in bfloat16 a rounding of the attention decides);
+    # the log-probs of a side, by 0.1 nats or more, show that the policy is not the reference
+    metrics = dpo(**ARGUMENTS, return_metrics=True)[1]
+    assert max(abs(metrics["rewards/chosen"]), abs(metrics["rewards/rejected"])) > 0.01  # beta = 0.1
 
 
 @pytest.mark.parametrize("name", ["xt-rotary", "hf-llama", "plain-transformer", "plain-tied"])

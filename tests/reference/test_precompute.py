@@ -22,7 +22,7 @@ from dpo_wrapper.training.trainer import Loop
 from helpers.adapters import lora
 from helpers.datasets import dataset, pairs
 from helpers.models import ZOO
-from helpers.runs import Interrupted, config, records, run_twice
+from helpers.runs import Interrupted, config, records, run_in_two_processes
 
 
 @pytest.fixture(autouse=True)
@@ -362,7 +362,7 @@ def test_two_processes_cache_what_one_does(rows, tmp_path, without_memory):
         "    if not ahead:\n"
         "        assert seen[len(seen) // 2 - 1] == seen[-1] > 0, seen\n"
     )
-    run_twice(script, rows, tmp_path)
+    run_in_two_processes(script, rows, tmp_path)
     for name in ("first", "ahead"):
         close(records(without_memory), records(tmp_path / name))
     assert len(list((tmp_path / "ahead" / "reference" / "training").iterdir())) == 8

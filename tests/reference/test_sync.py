@@ -240,7 +240,7 @@ def test_devices_that_are_none(options, kind, message):
         DPO(ZOO["xt-tied"](0), **options)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.cuda
 def test_a_reference_on_the_cpu_beside_a_policy_on_cuda():
     dpo = DPO(ZOO["hf-llama"](0), reference_device="cpu").cuda()
     assert {p.device.type for p in dpo.ref_model.parameters()} == {"cpu"}

@@ -12,7 +12,7 @@ from dpo_wrapper.cli import main
 from dpo_wrapper.training.config import PRESETS
 from dpo_wrapper.training.train import train
 from dpo_wrapper.training.trainer import Loop
-from helpers.runs import BUNDLED, Interrupted, config, records, train_twice
+from helpers.runs import BUNDLED, Interrupted, config, records, train_in_two_processes
 
 TINY = {"dim": 32, "depth": 1, "heads": 1}
 
@@ -126,7 +126,7 @@ def test_an_interrupted_run_resumes_to_the_same_result(finished, tmp_path, monke
 
 def test_two_processes_report_what_one_does(finished, tmp_path):
     loss, path, out = finished
-    train_twice(tmp_path / "script.py", path, tmp_path / "out", loss)
+    train_in_two_processes(tmp_path / "script.py", path, tmp_path / "out", loss)
     close(records(out), records(tmp_path / "out"))
 
 

@@ -15,7 +15,7 @@ from dpo_wrapper.training.config import PRESETS, TrainConfig
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.train import train
 from dpo_wrapper.training.trainer import Loop, learning_rate_factor, micro_batches, step_indices
-from helpers.runs import ROOT, Interrupted, config, records, train_twice
+from helpers.runs import ROOT, Interrupted, config, records, train_in_two_processes
 
 
 @pytest.fixture(autouse=True)
@@ -139,7 +139,7 @@ def test_batches_made_by_workers_are_the_same(finished, rows, tmp_path):
 def test_pitfall_22_two_processes_report_what_one_does(finished, rows, tmp_path):
     """Uneven: 21 training pairs in steps of 4 leave a step of one pair, for two processes."""
     out = tmp_path / "out"
-    train_twice(tmp_path / "script.py", rows, out)
+    train_in_two_processes(tmp_path / "script.py", rows, out)
     one, two = records(finished), records(out)
     assert len(one) == len(two)
     for a, b in zip(one, two, strict=True):
