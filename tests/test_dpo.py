@@ -34,6 +34,7 @@ def made(name: str, **kwargs) -> tuple[DPO, nn.Module]:
     return dpo, reference
 
 
+@pytest.mark.pitfall(2)
 @pytest.mark.parametrize("name", ZOO)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_loss_log_probs_and_gradients_equal_the_oracle(name, seed):

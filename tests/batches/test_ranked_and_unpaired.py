@@ -215,6 +215,7 @@ def gradients(loss: Tensor, policy) -> list[Tensor]:
     ]
 
 
+@pytest.mark.pitfall(23)
 @pytest.mark.parametrize("data", [lists_in_parts, rows_in_parts])
 def test_a_step_in_parts_adds_up(data):
     policy, reference = models()

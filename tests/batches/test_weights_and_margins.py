@@ -203,6 +203,7 @@ def test_a_step_in_parts_moves_the_running_mean_once():
     assert twin.gap.mean != whole.gap.mean
 
 
+@pytest.mark.pitfall(22)
 def test_two_processes_move_it_as_one_does():
     shares = [made(BetaDPO(0.2)) for _ in range(2)]
     one, given = made(BetaDPO(0.2)), batch()

@@ -197,6 +197,7 @@ def test_eager_needs_no_telling():
         torch.testing.assert_close(one, true)
 
 
+@pytest.mark.pitfall(24)
 def test_inside_activation_checkpointing():
     given = inputs(T, V, D)
     with parts_of(4):

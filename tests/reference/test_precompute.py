@@ -146,6 +146,7 @@ def moved_border(rows):
     return [TokenPair((5,), (6, 7), (6, 8)), *rows[1:]]
 
 
+@pytest.mark.pitfall(14)
 @pytest.mark.parametrize("key", [*STALE, "package version", "values"])
 def test_a_stale_cache_is_refused(key, tmp_path, monkeypatch):
     rows = [TokenPair((5, 6), (7,), (8,)), *pairs()[1:]]
@@ -331,6 +332,7 @@ def test_an_interrupted_run_with_a_cache_resumes(rows, tmp_path, monkeypatch, wh
     assert records(tmp_path / "out") == records(tmp_path / "whole")
 
 
+@pytest.mark.pitfall(22)
 def test_two_processes_cache_what_one_does(rows, tmp_path, without_memory):
     script = tmp_path / "script.py"
     script.write_text(
@@ -368,6 +370,7 @@ def test_two_processes_cache_what_one_does(rows, tmp_path, without_memory):
     assert len(list((tmp_path / "ahead" / "reference" / "training").iterdir())) == 8
 
 
+@pytest.mark.pitfall(25)
 def test_options_that_cannot_act_are_refused(rows, tmp_path):
     for options, why in (({"reference": "none"}, "--reference is none"), ({"loss": "simpo"}, "needs none")):
         with pytest.raises(ValueError, match=f"--precompute-reference is about a reference, but .*{why}"):

@@ -286,6 +286,7 @@ def test_the_training_command_updates_and_resumes(rows, tmp_path, monkeypatch):
     assert records(tmp_path / "out") == records(tmp_path / "whole")
 
 
+@pytest.mark.pitfall(25)
 def test_options_that_cannot_act_are_refused(rows, tmp_path):
     refused = [
         ({"sync_every": 2, "precompute_reference": True}, "--precompute-reference is for .* stays still"),

@@ -89,6 +89,7 @@ def test_it_trains_and_says_how_well(finished):
         assert any(r["kl"] != 0 for r in steps)
 
 
+@pytest.mark.pitfall(23)
 @pytest.mark.parametrize("size", [1, 250])
 def test_micro_batches_give_the_same_update(finished, tmp_path, size):
     loss, path, out = finished
@@ -124,6 +125,7 @@ def test_an_interrupted_run_resumes_to_the_same_result(finished, tmp_path, monke
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
 
+@pytest.mark.pitfall(22)
 def test_two_processes_report_what_one_does(finished, tmp_path):
     loss, path, out = finished
     train_in_two_processes(tmp_path / "script.py", path, tmp_path / "out", loss)
