@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dpo_wrapper.batches.sequences import Ids, PreferenceBatch, ScoredSequences
-from dpo_wrapper.batches.unpaired import partners
+from dpo_wrapper.batches.unpaired import kl_partner_indices
 from dpo_wrapper.losses import RankedLogProbs, UnpairedLogProbs
 from dpo_wrapper.metrics import list_metrics, row_metrics
 from dpo_wrapper.tensor_dataclass import Movable
@@ -172,7 +172,7 @@ class UnpairedBatch(Movable):
         if not all(isinstance(label, bool) for label in labels):
             raise TypeError("labels should be True or False, one for each completion.")
         if mismatched is None:
-            others = partners([tuple(prompt) for prompt in prompts])
+            others = kl_partner_indices([tuple(prompt) for prompt in prompts])
             if not any(other is not None for other in others):
                 raise ValueError(
                     "expected rows of two prompts or more, of which each gets a completion of another, got "

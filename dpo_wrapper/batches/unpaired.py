@@ -4,7 +4,7 @@ import random
 from collections.abc import Hashable, Sequence
 
 
-def partners(prompts: Sequence[Hashable], seed: int = 0) -> list[int | None]:
+def kl_partner_indices(prompts: Sequence[Hashable], seed: int = 0) -> list[int | None]:
     """For each row another whose completion it takes as one that has nothing to do with its prompt.
 
     Rows of one prompt never take from one another. Each row gives its completion to one other; only if a

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo_wrapper.batches.sequences import Ids, ScoredSequences
-from dpo_wrapper.data import Entry, PreferenceDataset, TokenList, TokenPair
-from dpo_wrapper.data.groups import micro_batches
+from dpo_wrapper.batches.sequences import ScoredSequences
+from dpo_wrapper.data import PreferenceDataset, TokenizedExample, scored_sequences
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.models.eval_mode import quiet
 from dpo_wrapper.reference.cache import CachedReference, Recall
@@ -28,7 +27,7 @@ Score = Callable[[ScoredSequences], Tensor]
 
 @torch.no_grad()
 def cache_reference(
-    dataset: PreferenceDataset | Sequence[Entry],
+    dataset: PreferenceDataset | Sequence[TokenizedExample],
     model: nn.Module,
     folder: str | Path,
     *,
@@ -43,7 +42,7 @@ def cache_reference(
     processes (`torch.distributed`) that share the folder, each computes a part.
 
     Args:
-        dataset: what will be trained or evaluated on: pairs, or what `dpo_wrapper.data` encodes of any kind.
+        dataset: what will be trained or evaluated on: a dataset of pairs, or tokenized examples of any type.
         model: the reference: a language model, as for `DPO`, or a `DPO`, whose reference it is then.
         folder: where `part-*.safetensors` are kept, one for every 256 pairs.
         token_scores: keep the log-prob of each scored token, for `ld_alpha`, and not only sums.
@@ -54,8 +53,8 @@ def cache_reference(
         ValueError: the folder was made with other weights, token ids, scored tokens, dtype, kind of values or
             version of this package; or it cannot be read.
     """
-    entries = dataset.pairs if isinstance(dataset, PreferenceDataset) else dataset
-    if not isinstance(entries, Sequence) or not all(isinstance(x, (TokenPair, TokenList)) for x in entries):
+    entries = dataset.examples if isinstance(dataset, PreferenceDataset) else dataset
+    if not isinstance(entries, Sequence) or not all(isinstance(x, TokenizedExample) for x in entries):
         raise TypeError(
             f"cache_reference takes a PreferenceDataset or a list of what is in one, not {kind(dataset)}: "
             "make one of the pairs."
@@ -87,22 +86,19 @@ def cache_reference(
 
 
 def computed(
-    entries: Sequence[Entry], score: Score, token_scores: bool, max_tokens: int, device: torch.device
+    entries: Sequence[TokenizedExample],
+    score: Score,
+    token_scores: bool,
+    max_tokens: int,
+    device: torch.device,
 ) -> Recall:
     """The values of all sequences of some entries."""
     found = Recall(per_token=token_scores)
-    for group in micro_batches(entries, max_tokens):
-        whole = [pair for k in group for pair in sequences_of(entries[k])]
-        sequences = ScoredSequences.from_lists(*zip(*whole, strict=True)).to(device)
+    for group in scored_sequences(entries, max_tokens):
+        sequences = group.to(device)
         scores = score(sequences)
         found.keep(sequences, scores if token_scores else sequences.sums(scores))
     return found
-
-
-def sequences_of(entry: Entry) -> list[tuple[Ids, Ids]]:
-    """A prompt with each of its completions, and with the one of another prompt where there is one."""
-    mismatched = [entry.mismatched] if isinstance(entry, TokenList) and entry.mismatched else []
-    return [(entry.prompt, completion) for completion in (*entry.completions, *mismatched)]
 
 
 @contextmanager
@@ -155,11 +151,11 @@ def hash_of(state: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def keys_of(entries: Sequence[Entry]) -> dict[str, str]:
+def keys_of(entries: Sequence[TokenizedExample]) -> dict[str, str]:
     """Hashes of the ids of all sequences, and of which of them are scored."""
     ids, scored = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
     for entry in entries:
-        for prompt, completion in sequences_of(entry):
+        for prompt, completion in entry.sequences:
             ids.update(array("q", [len(prompt) + len(completion), *prompt, *completion]).tobytes())
             scored.update(array("q", [len(prompt)]).tobytes())
     return {"token ids": ids.hexdigest(), "scored tokens": scored.hexdigest()}

@@ -5,16 +5,17 @@ add up to the same update however a step is split.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from dpo_wrapper.batches.ranked import RankedBatch, UnpairedBatch
-from dpo_wrapper.batches.sequences import PreferenceBatch, ScoredSequences, TreePlan
-from dpo_wrapper.data import Entry, TokenList, TokenPair
+from dpo_wrapper.batches.sequences import ScoredSequences
+from dpo_wrapper.batches.sft import SFTBatch
+from dpo_wrapper.data.collate import COLLATE_FNS, collate_sft
+from dpo_wrapper.data.examples import DatasetType, TokenizedExample
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.evaluation.evaluate import as_one_step, evaluate
 from dpo_wrapper.losses import unit_of
@@ -22,13 +23,12 @@ from dpo_wrapper.reference.cache import Recall
 from dpo_wrapper.running import Reduce
 from dpo_wrapper.scoring.fused_loss import Foretold
 from dpo_wrapper.scoring.scorer import Scorer
-from dpo_wrapper.tensor_dataclass import Movable
 
-Prepare = Callable[[Sequence[Entry]], Any]
+Prepare = Callable[[Sequence[TokenizedExample]], Any]
 
 
 class Stage(Protocol):
-    """A stage: the module that is trained, and what it makes of a list of entries."""
+    """A stage: the module that is trained, and what it makes of a list of examples."""
 
     name: str
     title: str
@@ -37,7 +37,7 @@ class Stage(Protocol):
     """What is computed in the first epoch alone."""
 
     def prepares(self) -> Prepare:
-        """What makes a batch of entries. It can be sent to another process, for it holds no model."""
+        """What makes a batch of examples. It can be sent to another process, for it holds no model."""
 
     def as_one_step(
         self, module: nn.Module, batches: Sequence[Any], device: torch.device, reduce: Reduce
@@ -76,69 +76,12 @@ class LikelihoodLoss(nn.Module):
         return loss(self.score(sequences, Foretold(loss, apart) if self.training else None))
 
 
-@dataclass(frozen=True)
-class WrittenBatch(Movable):
-    """Whole sequences, and how many tokens the step scores of which they are a part."""
-
-    sequences: ScoredSequences
-    step_tokens: int = 1
-
-
-def written_batch(plan: TreePlan | None, entries: Sequence[Entry]) -> WrittenBatch:
-    """Prompts and the completions that are wanted, all of them scored."""
-    whole = [entry.prompt + (entry.wanted or ()) for entry in entries]
-    return WrittenBatch(ScoredSequences.from_lists([()] * len(whole), whole).laid_out(plan))
-
-
-def ready(sequences: ScoredSequences, plan: TreePlan | None) -> None:
-    """Work out ahead what is needed of sequences while they are on the CPU."""
-    sequences.laid_out(plan).names()
-
-
-def weights_of(entries: Sequence[Entry]) -> Tensor | None:
-    """What the rows say of their losses' weights; 1 where only others say something."""
-    given = [entry.weight for entry in entries]
-    return None if set(given) <= {None} else torch.tensor([1.0 if w is None else w for w in given])
-
-
-def preference_batch(plan: TreePlan | None, entries: Sequence[TokenPair]) -> PreferenceBatch:
-    margins = [entry.margin for entry in entries]
-    batch = PreferenceBatch.from_lists(
-        [entry.prompt for entry in entries],
-        [entry.chosen for entry in entries],
-        [entry.rejected for entry in entries],
-        pair_weights=weights_of(entries),
-        margins=None if set(margins) <= {None} else torch.tensor([margin or 0.0 for margin in margins]),
-    )
-    ready(batch.sequences, plan)
-    return batch
-
-
-def ranked_batch(plan: TreePlan | None, entries: Sequence[TokenList]) -> RankedBatch:
-    prompts, completions = [entry.prompt for entry in entries], [entry.completions for entry in entries]
-    batch = RankedBatch.from_lists(prompts, completions, weights_of(entries))
-    ready(batch.sequences, plan)
-    return batch
-
-
-def unpaired_batch(plan: TreePlan | None, entries: Sequence[TokenList]) -> UnpairedBatch:
-    batch = UnpairedBatch.from_lists(
-        [entry.prompt for entry in entries],
-        [entry.completions[0] for entry in entries],
-        [bool(entry.label) for entry in entries],
-        [entry.mismatched for entry in entries],
-        weights_of(entries),
-    )
-    ready(batch.sequences, plan)
-    ready(batch.mismatched.sequences, plan)
-    return batch
-
-
-BATCHES: dict[str, Callable[..., Any]] = {
-    "pairs": preference_batch,
-    "lists": ranked_batch,
-    "rows": unpaired_batch,
+DATASET_TYPES: dict[str, DatasetType] = {
+    "pairs": "preference",
+    "lists": "ranked",
+    "rows": "unpaired_preference",
 }
+"""What data a loss learns from, by what its examples are counted in."""
 
 
 class SFTStage:
@@ -152,16 +95,16 @@ class SFTStage:
         self.score = self.module.score
 
     def prepares(self) -> Prepare:
-        return partial(written_batch, self.score.tree_plan)
+        return partial(collate_sft, tree_options=self.score.tree_plan)
 
     def as_one_step(
-        self, module: nn.Module, batches: Sequence[WrittenBatch], device: torch.device, reduce: Reduce
-    ) -> list[WrittenBatch]:
+        self, module: nn.Module, batches: Sequence[SFTBatch], device: torch.device, reduce: Reduce
+    ) -> list[SFTBatch]:
         tokens = sum(int(batch.sequences.length.sum()) for batch in batches)
         total = int(reduce(torch.tensor(tokens, device=device)))
         return [replace(batch, step_tokens=total) for batch in batches]
 
-    def share(self, module: nn.Module, part: WrittenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def share(self, module: nn.Module, part: SFTBatch) -> tuple[Tensor, dict[str, Tensor]]:
         module.train()
         return module(part.sequences, part.step_tokens), {}
 
@@ -193,7 +136,9 @@ class DPOStage:
         self.memory = dpo.reference.memory
 
     def prepares(self) -> Prepare:
-        return partial(BATCHES[unit_of(self.dpo.losses)], self.score.tree_plan)
+        return partial(
+            COLLATE_FNS[DATASET_TYPES[unit_of(self.dpo.losses)]], tree_options=self.score.tree_plan
+        )
 
     def as_one_step(
         self, module: nn.Module, batches: Sequence[Any], device: torch.device, reduce: Reduce

@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -11,7 +11,21 @@ from torch import nn
 from tqdm import tqdm
 
 from dpo_wrapper.batches.token_level import check_wpo
-from dpo_wrapper.data import Entry, Fields, Message, Unit, encode_as, read_as, split_rows
+from dpo_wrapper.data import (
+    DatasetType,
+    Example,
+    ExampleError,
+    Fields,
+    Message,
+    TokenizedExample,
+    add_kl_completions,
+    check_ranking,
+    convert_examples,
+    read_examples,
+    split_examples,
+    tokenize_examples,
+)
+from dpo_wrapper.data.errors import OnError
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.evaluation.evaluate import complete
 from dpo_wrapper.evaluation.report import plot_curves, summary_table
@@ -22,7 +36,7 @@ from dpo_wrapper.reference.precompute import cache_reference
 from dpo_wrapper.reference.reference import place
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.run_folder import RunFolder
-from dpo_wrapper.training.stages import DPOStage, SFTStage
+from dpo_wrapper.training.stages import DATASET_TYPES, DPOStage, SFTStage
 from dpo_wrapper.training.trainer import Loop, Parts
 from dpo_wrapper.validation import check_ld_alpha
 
@@ -51,9 +65,24 @@ def check_reference(config: TrainConfig, losses: WeightedLosses) -> None:
         place(config.reference_device)
 
 
-def as_chat(row: Any) -> Any:
-    """A row whose plain prompt is one user turn."""
-    return replace(row, prompt=(Message("user", row.prompt),)) if isinstance(row.prompt, str) else row
+def as_chat(example: Example) -> Example:
+    """The example with a plain prompt as one user turn."""
+    prompt = example.prompt
+    return replace(example, prompt=(Message("user", prompt),)) if isinstance(prompt, str) else example
+
+
+def read_data(
+    path: Path, config: TrainConfig, dataset_type: DatasetType
+) -> tuple[list[Example], list[ExampleError]]:
+    """Read the examples of a file, converted to what the loss needs, and the errors of those left out."""
+    fields = Fields(prompt=config.prompt_field, chosen=config.chosen_field, rejected=config.rejected_field)
+    on_error: OnError = "skip" if config.skip_bad_rows else "raise"
+    examples, errors = read_examples(path, fields, on_error=on_error)
+    if path == config.data:
+        check_ranking(config.ranking, dataset_type, examples)
+    ranking = config.ranking or "all"
+    converted, conversion_errors = convert_examples(examples, dataset_type, ranking, on_error=on_error)
+    return converted, errors + conversion_errors
 
 
 def prepare(config: TrainConfig) -> Prepared:
@@ -65,18 +94,17 @@ def prepare(config: TrainConfig) -> Prepared:
     losses = parse_losses(config.loss)
     check_wpo(config.wpo, losses)
     check_ld_alpha(config.ld_alpha, losses)
-    unit = cast(Unit, unit_of(losses))
+    unit = unit_of(losses)
+    dataset_type = DATASET_TYPES[unit]
     check_reference(config, losses)
     run = RunFolder(config)
     run.check(config.resume)
-    fields = Fields(prompt=config.prompt_field, chosen=config.chosen_field, rejected=config.rejected_field)
-    on_error: Literal["raise", "skip"] = "skip" if config.skip_bad_rows else "raise"
-    rows, errors = read_as(unit, config.data, fields, on_error=on_error, ranking=config.ranking)
+    examples, errors = read_data(config.data, config, dataset_type)
     if config.eval_data is None:
-        parts = split_rows(rows, config.eval_fraction, config.seed)
+        parts = split_examples(examples, config.eval_fraction, config.seed)
     else:
-        held_out, more = read_as(unit, config.eval_data, fields, on_error=on_error, ranking=config.ranking)
-        parts, errors = (rows, held_out), [*errors, *more]
+        eval_examples, eval_errors = read_data(config.eval_data, config, dataset_type)
+        parts, errors = (examples, eval_examples), [*errors, *eval_errors]
 
     set_seed(config.seed)
     start = str(run.sft) if run.sft.is_dir() and run.progress.stage == "dpo" else config.model
@@ -87,35 +115,30 @@ def prepare(config: TrainConfig) -> Prepared:
         for loss, _ in losses
         if not loss.per_pair
     ]
-    entries: list[list[Any]] = []
+    entries: list[list[TokenizedExample]] = []
     for name, part in zip(("training", "held-out"), parts, strict=True):
-        encoded = encode_as(
-            unit,
-            [as_chat(row) if config.as_chat else row for row in part],
-            policy.tokenizer,
-            config.max_length,
-            on_error=on_error,
-            seed=config.seed,
-        )
-        errors = [*errors, *encoded.errors]
-        entries.append(encoded.entries)
-        if encoded.summary():
-            notes.append(f"{name}: {encoded.summary()}")
+        part = [as_chat(example) for example in part] if config.as_chat else part
+        on_error: OnError = "skip" if config.skip_bad_rows else "raise"
+        tokenized = tokenize_examples(part, policy.tokenizer, config.max_length, on_error=on_error)
+        errors = [*errors, *tokenized.errors]
+        entries.append(add_kl_completions(tokenized.examples, config.max_length, config.seed))
+        if tokenized.summary():
+            notes.append(f"{name}: {tokenized.summary()}")
     if errors:
         notes.append(f"{len(errors)} rows could not be read and are left out; the first: {errors[0]}")
     both = [entry for part in entries for entry in part]
     check_columns(
         losses,
-        margins=any(getattr(entry, "margin", None) is not None for entry in both),
+        margins=any(entry.margin is not None for entry in both),
         pair_weights=any(entry.weight is not None for entry in both),
     )
     if not entries[0]:
         raise ValueError(f"{config.data} leaves no {unit} to train on.")
-    if config.warm_up_epochs and not any(entry.wanted for entry in entries[0]):
+    if config.warm_up_epochs and not any(entry.sft_completion for entry in entries[0]):
         raise ValueError(
             "no row to train on is wanted, so there is nothing to warm up on: give --sft-epochs 0."
         )
-    if unit == "rows" and not all(any(entry.mismatched for entry in part) for part in entries if part):
+    if unit == "rows" and not all(any(entry.kl_completion for entry in part) for part in entries if part):
         raise ValueError(
             f"{type(losses[0][0]).__name__} estimates a KL from completions of other prompts, but all "
             "rows of a part have the same one: add rows, or hold none out (--eval-fraction 0)."
@@ -173,7 +196,7 @@ def run_prepared(prepared: Prepared) -> RunFolder:
         run.drop_checkpoint()
         plot_curves(run.records(), run.curves)
         say("\n" + before_and_after(run))
-        shown_one = next((entry for entry in (*data.held_out, *data.training) if entry.wanted), None)
+        shown_one = next((entry for entry in (*data.held_out, *data.training) if entry.sft_completion), None)
         if shown_one is not None:
             say("\n" + side_by_side(policy, dpo, shown_one))
         say(f"\nThe policy, its metrics and curves.png are in {run.path}")
@@ -184,7 +207,7 @@ def run_prepared(prepared: Prepared) -> RunFolder:
 def written(data: Parts) -> Parts:
     """What the warm-up learns to write: of rows with a label those that are wanted."""
     training, held_out = (
-        [entry for entry in part if entry.wanted] for part in (data.training, data.held_out)
+        [entry for entry in part if entry.sft_completion] for part in (data.training, data.held_out)
     )
     return Parts(training, held_out, data.unit)
 
@@ -231,7 +254,7 @@ def before_and_after(run: RunFolder) -> str:
     return summary_table(columns)
 
 
-def side_by_side(policy: Policy, dpo: DPO, entry: Entry) -> str:
+def side_by_side(policy: Policy, dpo: DPO, entry: TokenizedExample) -> str:
     """One prompt with what the reference and the policy make of it, each at its most likely."""
     tokenizer = policy.tokenizer
     lines = [f"prompt     {shown(tokenizer.decode(list(entry.prompt)), end=True)}"]
@@ -239,7 +262,7 @@ def side_by_side(policy: Policy, dpo: DPO, entry: Entry) -> str:
         if model is not None:
             ids = complete(model, list(entry.prompt), COMPLETION_TOKENS, tokenizer.eos_id)
             lines.append(f"{name.ljust(9)}  {shown(tokenizer.decode(ids))}")
-    lines.append(f"chosen     {shown(tokenizer.decode(list(entry.wanted or ())))}")
+    lines.append(f"chosen     {shown(tokenizer.decode(list(entry.sft_completion or ())))}")
     return "\n".join(lines)
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dpo_wrapper.data import Entry
-from dpo_wrapper.data.groups import micro_batches
+from dpo_wrapper.data.collate import group_by_tokens
+from dpo_wrapper.data.examples import TokenizedExample
 from dpo_wrapper.metrics import MetricSums
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.run_folder import RunFolder
@@ -52,8 +52,8 @@ def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
 class Parts:
     """What is trained on and what is held out; `unit` says what they are: pairs, lists or rows."""
 
-    training: Sequence[Entry]
-    held_out: Sequence[Entry]
+    training: Sequence[TokenizedExample]
+    held_out: Sequence[TokenizedExample]
     unit: str
 
 
@@ -61,7 +61,7 @@ class MicroBatches(Dataset[list[Any]]):
     """Of each list of rows, its entries in micro-batches, ready for a stage."""
 
     def __init__(
-        self, entries: Sequence[Entry], rows: Sequence[list[int]], prepare: Prepare, most: int
+        self, entries: Sequence[TokenizedExample], rows: Sequence[list[int]], prepare: Prepare, most: int
     ) -> None:
         self.entries, self.rows, self.prepare, self.most = entries, rows, prepare, most
 
@@ -70,7 +70,7 @@ class MicroBatches(Dataset[list[Any]]):
 
     def __getitem__(self, index: int) -> list[Any]:
         entries = [self.entries[k] for k in self.rows[index]]
-        return [self.prepare([entries[k] for k in group]) for group in micro_batches(entries, self.most)]
+        return [self.prepare([entries[k] for k in group]) for group in group_by_tokens(entries, self.most)]
 
 
 class Loop:
@@ -133,7 +133,11 @@ class Loop:
         accelerator.free_memory()
 
     def prepared(
-        self, accelerator: Accelerator, stage: Stage, entries: Sequence[Entry], steps: Sequence[list[int]]
+        self,
+        accelerator: Accelerator,
+        stage: Stage,
+        entries: Sequence[TokenizedExample],
+        steps: Sequence[list[int]],
     ) -> DataLoader[Any]:
         """This process's micro-batches of each step, made by other processes if there are workers."""
         # with fewer items than processes, a process still takes part in reducing gradients, with weight 0
