@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpo_wrapper.data import Tokenizer, load_tokenizer
+from dpo_wrapper.data.tokenizers import Tokenizer, load_tokenizer
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
