@@ -7,6 +7,7 @@ from dpo_wrapper.batches.ranked import RankedBatch
 from dpo_wrapper.batches.sequences import ScoredSequences, ScoredTreeTokens, SequenceLogProbs
 from dpo_wrapper.batches.sft import SFTBatch
 from dpo_wrapper.batches.unpaired import UnpairedBatch, kl_partner_indices
+from dpo_wrapper.prefix_tree.layout import TreeOptions
 
 __all__ = [
     "Batch",
@@ -17,6 +18,7 @@ __all__ = [
     "ScoredSequences",
     "ScoredTreeTokens",
     "SequenceLogProbs",
+    "TreeOptions",
     "UnpairedBatch",
     "batch_from_arguments",
     "kl_partner_indices",

@@ -10,10 +10,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dpo_wrapper.batches.ranked import RankedBatch, UnpairedBatch
-from dpo_wrapper.batches.sequences import PreferenceBatch, ScoredSequences, TreePlan
-from dpo_wrapper.batches.sft import SFTBatch
-from dpo_wrapper.batches.unpaired import kl_partner_indices
+from dpo_wrapper.batches import (
+    PreferenceBatch,
+    RankedBatch,
+    ScoredSequences,
+    SFTBatch,
+    TreeOptions,
+    UnpairedBatch,
+    kl_partner_indices,
+)
 from dpo_wrapper.data.dataset import PreferenceItemWithColumns
 from dpo_wrapper.data.examples import DatasetType, TokenizedExample
 
@@ -70,32 +75,32 @@ def scored_sequences(examples: Examples, max_tokens: int) -> list[ScoredSequence
 # The batches below come with whatever is worked out on the CPU: prefix trees by `tree_options`, and hashes.
 
 
-def collate_preference(examples: Examples, tree_options: TreePlan | None = None) -> PreferenceBatch:
+def collate_preference(examples: Examples, tree_options: TreeOptions | None = None) -> PreferenceBatch:
     """A batch of examples of two completions."""
     margins = [example.margin for example in examples]
     batch = PreferenceBatch.from_lists(
         [example.prompt for example in examples],
         [example.chosen for example in examples],
         [example.rejected for example in examples],
-        pair_weights=_weights(examples),
+        weights=_weights(examples),
         margins=None if set(margins) <= {None} else torch.tensor([margin or 0.0 for margin in margins]),
     )
-    batch.sequences.laid_out(tree_options).names()
+    batch.sequences.prebuild_tree(tree_options).content_hashes()
     return batch
 
 
-def collate_ranked(examples: Examples, tree_options: TreePlan | None = None) -> RankedBatch:
+def collate_ranked(examples: Examples, tree_options: TreeOptions | None = None) -> RankedBatch:
     """A batch of ranked lists."""
     prompts, completions = (
         [example.prompt for example in examples],
         [example.completions for example in examples],
     )
     batch = RankedBatch.from_lists(prompts, completions, _weights(examples))
-    batch.sequences.laid_out(tree_options).names()
+    batch.sequences.prebuild_tree(tree_options).content_hashes()
     return batch
 
 
-def collate_unpaired(examples: Examples, tree_options: TreePlan | None = None) -> UnpairedBatch:
+def collate_unpaired(examples: Examples, tree_options: TreeOptions | None = None) -> UnpairedBatch:
     """A batch of completions with a label."""
     batch = UnpairedBatch.from_lists(
         [example.prompt for example in examples],
@@ -104,16 +109,15 @@ def collate_unpaired(examples: Examples, tree_options: TreePlan | None = None) -
         [example.kl_completion for example in examples],
         _weights(examples),
     )
-    for sequences in (batch.sequences, batch.mismatched.sequences):
-        sequences.laid_out(tree_options).names()
+    for sequences in (batch.sequences, batch.kl_sequences):
+        sequences.prebuild_tree(tree_options).content_hashes()
     return batch
 
 
-def collate_sft(examples: Examples, tree_options: TreePlan | None = None) -> SFTBatch:
+def collate_sft(examples: Examples, tree_options: TreeOptions | None = None) -> SFTBatch:
     """Prompts with their best completions; the tokens of both are scored."""
-    batch = SFTBatch.from_lists([example.prompt + (example.sft_completion or ()) for example in examples])
-    batch.sequences.laid_out(tree_options)
-    return batch
+    rows = [example.prompt + (example.sft_completion or ()) for example in examples]
+    return SFTBatch(ScoredSequences.from_lists([()] * len(rows), rows).prebuild_tree(tree_options))
 
 
 COLLATE_FNS: dict[DatasetType, Callable[..., Any]] = {

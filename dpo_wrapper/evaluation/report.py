@@ -110,7 +110,7 @@ def format_completions(tokenizer: Tokenizer, models: Mapping[str, nn.Module | No
         if model is not None:
             ids = generate(model, prompt_ids, MAX_COMPLETION_TOKENS, tokenizer.eos_id)
             lines.append((name, shorten(tokenizer.decode(ids))))
-    lines.append(("chosen", shorten(tokenizer.decode(list(example.wanted or ())))))
+    lines.append(("chosen", shorten(tokenizer.decode(list(example.sft_completion or ())))))
     return "\n".join(f"{name:9}  {text}" for name, text in lines)
 
 

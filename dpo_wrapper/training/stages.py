@@ -1,30 +1,25 @@
-"""The two stages of training: supervised training and preference training.
+"""What a stage of training does with a micro-batch: supervised training, and preference training.
 
-A step may have several micro-batches, in several processes. The loss of each is divided by totals of the
-whole step, so that the gradients add up to those of the step as one batch.
+The loss of each micro-batch is divided by totals of the whole step, so that gradients add up to the same
+update however a step is split.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from dpo_wrapper.batches.ranked import RankedBatch, UnpairedBatch
-from dpo_wrapper.batches.sequences import PreferenceBatch, ScoredSequences, TreePlan
-from dpo_wrapper.data import Entry, TokenList, TokenPair
+from dpo_wrapper.batches import Reduce, SFTBatch, normalize_over_step
+from dpo_wrapper.data import COLLATE_FNS, TokenizedExample, collate_sft
 from dpo_wrapper.dpo import DPO
-from dpo_wrapper.evaluation.evaluate import evaluate, normalize_over_step
-from dpo_wrapper.losses import unit_of
-from dpo_wrapper.reference.cache import Recall
-from dpo_wrapper.running import Reduce
-from dpo_wrapper.scoring.fused_loss import Foretold
-from dpo_wrapper.scoring.scorer import Scorer
-from dpo_wrapper.tensor_dataclass import Movable
+from dpo_wrapper.evaluation.evaluate import evaluate
+from dpo_wrapper.log_probs import FusedLoss
+from dpo_wrapper.reference import LogProbCache
+from dpo_wrapper.scoring import Scorer
 
-CollateFn = Callable[[Sequence[Entry]], Any]
+CollateFn = Callable[[Sequence[TokenizedExample]], Any]
 
 
 class Stage(Protocol):
@@ -42,16 +37,16 @@ class Stage(Protocol):
     name: str
     title: str
     module: nn.Module
-    reference_cache: Recall | None
+    reference_cache: LogProbCache | None
 
     @property
     def collate_fn(self) -> CollateFn:
         """The function that makes a batch of examples. It holds no model: workers receive a copy of it."""
 
     def normalize_over_step(
-        self, module: nn.Module, batches: Sequence[Any], device: torch.device, reduce: Reduce
+        self, batches: Sequence[Any], device: torch.device, reduce: Reduce
     ) -> list[Any]:
-        """Attach the step's totals to its micro-batches."""
+        """Attach the step's totals to its micro-batches; `device` is where the module is."""
 
     def micro_batch_loss(self, module: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a micro-batch, divided by the totals of its step, and its metrics."""
@@ -67,116 +62,48 @@ class Stage(Protocol):
 
 
 class SFTModule(nn.Module):
-    """Supervised loss: minus the summed log-probs of sequences, divided by `tokens`."""
+    """Supervised loss: minus the mean log-prob of the scored tokens, in nats per token."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.score = Scorer(model, share="auto")
+        self.scorer = Scorer(model, share_prefix="auto")
 
-    def forward(self, sequences: ScoredSequences, tokens: int) -> Tensor:
-        """The loss in nats per token.
+    def forward(self, batch: SFTBatch) -> Tensor:
+        """The loss of a batch, divided by the scored tokens of its step."""
 
-        Args:
-            tokens: number of scored tokens of the whole step.
-        """
+        def loss_of_tokens(log_probs: Tensor) -> Tensor:
+            return -log_probs.sum() / batch.denominator
 
-        def loss(log_probs: Tensor) -> Tensor:
-            return -log_probs.sum() / max(1, tokens)
-
-        no_links = sequences.row.new_zeros(0, 2)  # the loss is a sum over sequences, which do not interact
-        return loss(self.score(sequences, Foretold(loss, no_links) if self.training else None))
-
-
-@dataclass(frozen=True)
-class WrittenBatch(Movable):
-    """Whole sequences, and how many tokens the step scores of which they are a part."""
-
-    sequences: ScoredSequences
-    step_tokens: int = 1
-
-
-def written_batch(plan: TreePlan | None, entries: Sequence[Entry]) -> WrittenBatch:
-    """Prompts and the completions that are wanted, all of them scored."""
-    whole = [entry.prompt + (entry.wanted or ()) for entry in entries]
-    return WrittenBatch(ScoredSequences.from_lists([()] * len(whole), whole).laid_out(plan))
-
-
-def ready(sequences: ScoredSequences, plan: TreePlan | None) -> None:
-    """Work out ahead what is needed of sequences while they are on the CPU."""
-    sequences.laid_out(plan).names()
-
-
-def weights_of(entries: Sequence[Entry]) -> Tensor | None:
-    """What the rows say of their losses' weights; 1 where only others say something."""
-    given = [entry.weight for entry in entries]
-    return None if set(given) <= {None} else torch.tensor([1.0 if w is None else w for w in given])
-
-
-def preference_batch(plan: TreePlan | None, entries: Sequence[TokenPair]) -> PreferenceBatch:
-    margins = [entry.margin for entry in entries]
-    batch = PreferenceBatch.from_lists(
-        [entry.prompt for entry in entries],
-        [entry.chosen for entry in entries],
-        [entry.rejected for entry in entries],
-        pair_weights=weights_of(entries),
-        margins=None if set(margins) <= {None} else torch.tensor([margin or 0.0 for margin in margins]),
-    )
-    ready(batch.sequences, plan)
-    return batch
-
-
-def ranked_batch(plan: TreePlan | None, entries: Sequence[TokenList]) -> RankedBatch:
-    prompts, completions = [entry.prompt for entry in entries], [entry.completions for entry in entries]
-    batch = RankedBatch.from_lists(prompts, completions, weights_of(entries))
-    ready(batch.sequences, plan)
-    return batch
-
-
-def unpaired_batch(plan: TreePlan | None, entries: Sequence[TokenList]) -> UnpairedBatch:
-    batch = UnpairedBatch.from_lists(
-        [entry.prompt for entry in entries],
-        [entry.completions[0] for entry in entries],
-        [bool(entry.label) for entry in entries],
-        [entry.mismatched for entry in entries],
-        weights_of(entries),
-    )
-    ready(batch.sequences, plan)
-    ready(batch.mismatched.sequences, plan)
-    return batch
-
-
-BATCHES: dict[str, Callable[..., Any]] = {
-    "pairs": preference_batch,
-    "lists": ranked_batch,
-    "rows": unpaired_batch,
-}
+        fused_loss = None
+        self.scorer.check(batch.sequences)
+        if self.training and self.scorer.trains_head:
+            fused_loss = FusedLoss(loss_of_tokens, batch.sequences.row)  # sequences do not meet in the loss
+        return -self.scorer(batch.sequences, fused_loss=fused_loss).sums.sum() / batch.denominator
 
 
 class SFTStage:
     """Supervised training: maximum likelihood of prompt and chosen completion, in nats per token."""
 
     name, title = "sft", "SFT"
-    reference_cache: Recall | None = None
+    reference_cache: LogProbCache | None = None
 
     def __init__(self, model: nn.Module) -> None:
         self.module: nn.Module = SFTModule(model)
-        self.score = self.module.score
+        self.scorer = self.module.scorer
 
     @property
     def collate_fn(self) -> CollateFn:
-        return partial(written_batch, self.score.tree_plan)
+        return partial(collate_sft, tree_options=self.scorer.tree_options)
 
     def normalize_over_step(
-        self, module: nn.Module, batches: Sequence[WrittenBatch], device: torch.device, reduce: Reduce
-    ) -> list[WrittenBatch]:
-        tokens = sum(int(batch.sequences.length.sum()) for batch in batches)
-        step_tokens = int(reduce(torch.tensor(tokens, device=device)))
-        return [replace(batch, step_tokens=step_tokens) for batch in batches]
+        self, batches: Sequence[SFTBatch], device: torch.device, reduce: Reduce
+    ) -> list[SFTBatch]:
+        return normalize_over_step(batches, reduce)
 
-    def micro_batch_loss(self, module: nn.Module, batch: WrittenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def micro_batch_loss(self, module: nn.Module, batch: SFTBatch) -> tuple[Tensor, dict[str, Tensor]]:
         module.train()
-        return module(batch.sequences, batch.step_tokens), {}
+        return module(batch), {}
 
     def end_step(self, reduce: Reduce) -> None:
         """Nothing is carried from step to step."""
@@ -187,9 +114,7 @@ class SFTStage:
     @torch.no_grad()
     def evaluate(self, module: nn.Module, batches: Sequence[Any], reduce: Reduce) -> dict[str, float]:
         module.eval()
-        device = batches[0].sequences.ids.device
-        normalized = self.normalize_over_step(module, batches, device, reduce)
-        loss = sum(float(module(batch.sequences, batch.step_tokens)) for batch in normalized)
+        loss = sum(float(module(batch)) for batch in normalize_over_step(batches, reduce))
         return {"loss": float(reduce(torch.tensor(loss, dtype=torch.float64)))}
 
 
@@ -207,17 +132,16 @@ class DPOStage:
         self.sync_steps, self.mixup_alpha = sync_steps, mixup_alpha
         self.dpo = dpo
         self.module: nn.Module = dpo
-        self.score = dpo.score_policy
-        self.reference_cache = dpo.reference.memory
+        self.reference_cache = dpo.reference.cache
 
     @property
     def collate_fn(self) -> CollateFn:
-        return partial(BATCHES[unit_of(self.dpo.losses)], self.score.tree_plan)
+        return partial(COLLATE_FNS[self.dpo.loss.dataset_type], tree_options=self.dpo.policy.tree_options)
 
     def normalize_over_step(
-        self, module: nn.Module, batches: Sequence[Any], device: torch.device, reduce: Reduce
+        self, batches: Sequence[Any], device: torch.device, reduce: Reduce
     ) -> list[Any]:
-        return normalize_over_step(module, batches, device, reduce)
+        return normalize_over_step(batches, reduce, lambda batch: self.dpo.kl_sums(batch.to(device)))
 
     def micro_batch_loss(self, module: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         return module(batch, return_metrics=True)

@@ -1,8 +1,8 @@
 """Train a model on a file of preferences: `train(TrainConfig(data = ...))`."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -10,24 +10,34 @@ from accelerate.utils import set_seed
 from torch import nn
 from tqdm import tqdm
 
-from dpo_wrapper.batches.token_level import check_wpo
-from dpo_wrapper.data import Fields, Message, Unit, encode_as, read_as, split_rows
+from dpo_wrapper.data import (
+    Example,
+    ExampleError,
+    Fields,
+    Message,
+    TokenizedExamples,
+    add_kl_completions,
+    check_ranking,
+    convert_examples,
+    read_examples,
+    scored_sequences,
+    split_examples,
+    tokenize_examples,
+)
+from dpo_wrapper.data.errors import OnError
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.evaluation.report import format_before_and_after, format_completions, plot_curves
-from dpo_wrapper.losses import WeightedLosses, check_columns, needs_reference, parse_losses, unit_of
+from dpo_wrapper.losses import CombinedLoss, parse_losses
 from dpo_wrapper.pretrained import PretrainedModel, load_pretrained, save_pretrained
-from dpo_wrapper.reference.cache import CachedReference
-from dpo_wrapper.reference.precompute import cache_reference
-from dpo_wrapper.reference.reference import place
+from dpo_wrapper.reference import CachedReference, precompute_ref_log_probs
+from dpo_wrapper.reference.build import parse_device
 from dpo_wrapper.training.config import TrainConfig, flag
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.stages import DPOStage, SFTStage
 from dpo_wrapper.training.trainer import Splits, Trainer, create_accelerator, progress_interval
-from dpo_wrapper.validation import check_ld_alpha
 
-Rows = Sequence[Any]
-"""Examples as text, of one dataset type."""
-
+UNITS = {"preference": "pairs", "ranked": "lists", "unpaired_preference": "rows"}
+"""What examples of each dataset type are called in what is printed and logged."""
 
 @dataclass(frozen=True)
 class TrainSetup:
@@ -62,36 +72,36 @@ def set_up_training(config: TrainConfig) -> TrainSetup:
     Raises:
         ValueError, TypeError, OSError, ImportError: one sentence about the setting or the row that is wrong.
     """
-    losses = parse_losses(config.loss)
-    check_options(config, losses)
+    loss = CombinedLoss(parse_losses(config.loss))
+    check_options(config, loss)
     run = RunFolder(config)
     run.check(config.resume)
-    train_rows, eval_rows, errors = read_splits(config, losses)
+    train_texts, eval_texts, errors = read_splits(config, loss)
 
     set_seed(config.seed)
     resumes_after_sft = run.sft_folder.is_dir() and run.progress.stage == "dpo"
     model_name = str(run.sft_folder) if resumes_after_sft else config.model
     pretrained = load_pretrained(model_name, config.tokenizer, config.max_length)
 
-    notes = batchwise_loss_notes(losses)
+    notes = batchwise_loss_notes(loss)
     examples: dict[str, list[Any]] = {}
-    for name, rows in (("train", train_rows), ("eval", eval_rows)):
-        encoded = encode_rows(config, losses, rows, pretrained)
-        examples[name] = encoded.entries
-        errors = [*errors, *encoded.errors]
-        if encoded.summary():
-            notes.append(f"{name}: {encoded.summary()}")
+    for name, texts in (("train", train_texts), ("eval", eval_texts)):
+        tokenized = tokenize(config, texts, pretrained)
+        examples[name] = add_kl_completions(tokenized.examples, config.max_length, config.seed)
+        errors = [*errors, *tokenized.errors]
+        if tokenized.summary():
+            notes.append(f"{name}: {tokenized.summary()}")
     if errors:
         notes.append(f"{len(errors)} rows could not be read and are left out; the first: {errors[0]}")
-    splits = Splits(**examples, unit=unit_of(losses))
-    check_splits(config, losses, splits)
+    splits = Splits(**examples, unit=UNITS[loss.dataset_type])
+    check_splits(config, loss, splits)
     return TrainSetup(config, run, pretrained, splits, tuple(notes))
 
 
-def check_options(config: TrainConfig, losses: WeightedLosses) -> None:
+def check_options(config: TrainConfig, loss: CombinedLoss) -> None:
     """Raise ValueError for options that have no effect with these losses or without a reference."""
-    check_wpo(config.wpo, losses)
-    check_ld_alpha(config.ld_alpha, losses)
+    loss.check_wpo(config.wpo)
+    loss.check_ld_alpha(config.ld_alpha)
     reference_options = (
         "precompute_ref_log_probs",
         "ref_model_sync_steps",
@@ -99,67 +109,72 @@ def check_options(config: TrainConfig, losses: WeightedLosses) -> None:
         "reference_device",
     )
     given = [flag(name) for name in reference_options if getattr(config, name)]
-    if given and (config.reference == "none" or not needs_reference(losses)):
+    if given and (config.reference == "none" or not loss.needs_reference):
         why = "--reference is none" if config.reference == "none" else f"--loss {config.loss} needs none"
         raise ValueError(f"{given[0]} is an option of the reference, but {why}: leave it out.")
     if config.reference_device is not None:
-        place(config.reference_device)
+        parse_device(config.reference_device)
 
 
-def read_splits(config: TrainConfig, losses: WeightedLosses) -> tuple[Rows, Rows, list[Any]]:
-    """Train rows, eval rows, and the errors of the rows that were left out."""
-    unit = cast(Unit, unit_of(losses))
-    fields = Fields(prompt=config.prompt_field, chosen=config.chosen_field, rejected=config.rejected_field)
-
-    def read(path: Any) -> tuple[Rows, list[Any]]:
-        return read_as(unit, path, fields, on_error=on_error(config), ranking=config.ranking)
-
-    rows, errors = read(config.data)
+def read_splits(
+    config: TrainConfig, loss: CombinedLoss
+) -> tuple[list[Example], list[Example], list[ExampleError]]:
+    """Train and eval examples as the losses need them, and the errors of the rows that were left out."""
+    examples, errors = read_data(config.data, config, loss.dataset_type)
     if config.eval_data is None:
-        train_rows, eval_rows = split_rows(rows, config.eval_fraction, config.seed)
-        return train_rows, eval_rows, errors
-    eval_rows, eval_errors = read(config.eval_data)
-    return rows, eval_rows, [*errors, *eval_errors]
+        train_examples, eval_examples = split_examples(examples, config.eval_fraction, config.seed)
+        return train_examples, eval_examples, errors
+    eval_examples, eval_errors = read_data(config.eval_data, config, loss.dataset_type)
+    return examples, eval_examples, [*errors, *eval_errors]
 
 
-def encode_rows(config: TrainConfig, losses: WeightedLosses, rows: Rows, pretrained: PretrainedModel) -> Any:
-    """The token ids of rows, each at most `config.max_length` tokens long."""
-    return encode_as(
-        cast(Unit, unit_of(losses)),
-        [as_chat(row) if config.as_chat else row for row in rows],
-        pretrained.tokenizer,
-        config.max_length,
-        on_error=on_error(config),
-        seed=config.seed,
+def read_data(
+    path: Path, config: TrainConfig, dataset_type: Any
+) -> tuple[list[Example], list[ExampleError]]:
+    """The examples of a file, converted to what the losses need, and the errors of the rows left out."""
+    fields = Fields(prompt=config.prompt_field, chosen=config.chosen_field, rejected=config.rejected_field)
+    examples, errors = read_examples(path, fields, on_error=on_error(config))
+    if path == config.data:
+        check_ranking(config.ranking, dataset_type, examples)
+    converted, conversion_errors = convert_examples(
+        examples, dataset_type, config.ranking or "all", on_error=on_error(config)
     )
+    return converted, errors + conversion_errors
 
 
-def on_error(config: TrainConfig) -> Literal["raise", "skip"]:
+def tokenize(config: TrainConfig, examples: list[Example], pretrained: PretrainedModel) -> TokenizedExamples:
+    """The examples as token ids, each sequence at most `config.max_length` tokens long."""
+    if config.as_chat:
+        examples = [as_chat(example) for example in examples]
+    return tokenize_examples(examples, pretrained.tokenizer, config.max_length, on_error=on_error(config))
+
+
+def on_error(config: TrainConfig) -> OnError:
+    """What happens to a row that cannot be used."""
     return "skip" if config.skip_bad_rows else "raise"
 
 
-def as_chat(row: Any) -> Any:
-    """The row with a plain-text prompt as a user turn."""
-    return replace(row, prompt=(Message("user", row.prompt),)) if isinstance(row.prompt, str) else row
+def as_chat(example: Example) -> Example:
+    """The example with a plain-text prompt as a user turn."""
+    if not isinstance(example.prompt, str):
+        return example
+    return replace(example, prompt=(Message("user", example.prompt),))
 
 
-def batchwise_loss_notes(losses: WeightedLosses) -> list[str]:
+def batchwise_loss_notes(loss: CombinedLoss) -> list[str]:
     return [
-        f"{type(loss).__name__} compares the pairs of one forward pass with one another: raise "
+        f"{type(term).__name__} compares the pairs of one forward pass with one another: raise "
         "--micro-batch-tokens if a step takes several passes"
-        for loss, _ in losses
-        if not loss.per_pair
+        for term, _ in loss.terms
+        if not term.is_per_pair
     ]
 
 
-def check_splits(config: TrainConfig, losses: WeightedLosses, splits: Splits) -> None:
+def check_splits(config: TrainConfig, loss: CombinedLoss, splits: Splits) -> None:
     """Raise ValueError if the examples are not what the losses and the supervised training need."""
     examples = (*splits.train, *splits.eval)
-    check_columns(
-        losses,
-        margins=any(getattr(example, "margin", None) is not None for example in examples),
-        pair_weights=any(example.weight is not None for example in examples),
-    )
+    has_margins = any(example.margin is not None for example in examples)
+    loss.check_columns(has_margins, has_weights=any(example.weight is not None for example in examples))
     if not splits.train:
         raise ValueError(
             f"--data should hold {splits.unit} to train on, but {config.data} leaves none: add rows, or "
@@ -171,21 +186,21 @@ def check_splits(config: TrainConfig, losses: WeightedLosses, splits: Splits) ->
             "--sft-epochs 0."
         )
     if splits.unit == "rows":
-        check_kl_completions(losses, splits)
+        check_kl_completions(loss, splits)
 
 
-def check_kl_completions(losses: WeightedLosses, splits: Splits) -> None:
+def check_kl_completions(loss: CombinedLoss, splits: Splits) -> None:
     for examples in (splits.train, splits.eval):
-        if examples and not any(example.mismatched for example in examples):
+        if examples and not any(example.kl_completion for example in examples):
             raise ValueError(
-                f"{type(losses[0][0]).__name__} estimates a KL from completions of other prompts, but all "
+                f"{type(loss.first).__name__} estimates a KL from completions of other prompts, but all "
                 "rows of a split have the same prompt: add rows, or evaluate on none (--eval-fraction 0)."
             )
 
 
 def select_sft_examples(splits: Splits) -> Splits:
     """The examples of supervised training: of rows with a label those that are desirable."""
-    train, eval = ([example for example in part if example.wanted] for part in (splits.train, splits.eval))
+    train, eval = ([example for example in part if example.sft_completion] for part in (splits.train, splits.eval))
     return Splits(train, eval, splits.unit)
 
 
@@ -239,41 +254,38 @@ def build_dpo(setup: TrainSetup, accelerator: Accelerator) -> DPO:
     needs_copy = config.ref_model_sync_steps or config.reference_dtype or config.reference_device
     reference: str | CachedReference = "copy" if needs_copy else config.reference
     if config.precompute_ref_log_probs:
-        reference = precompute_ref_log_probs(setup, accelerator)
+        reference = precompute_reference(setup, accelerator)
     return DPO(
         model,
         loss=parse_losses(config.loss),
         reference=reference,
         reference_dtype=getattr(torch, config.reference_dtype) if config.reference_dtype else None,
         reference_device=config.reference_device,
-        remember_reference=not config.ref_model_sync_steps,
+        cache_ref_log_probs=not config.ref_model_sync_steps,
         ld_alpha=config.ld_alpha,
         wpo=config.wpo,
     )
 
 
-def precompute_ref_log_probs(setup: TrainSetup, accelerator: Accelerator) -> CachedReference:
+def precompute_reference(setup: TrainSetup, accelerator: Accelerator) -> CachedReference:
     """The log-probs of all examples under the model as it is now, kept in the run folder."""
     config, splits, model = setup.config, setup.splits, setup.pretrained.model
     model.to(accelerator.device)
     per_token = config.ld_alpha < 1
     cached = CachedReference(per_token=per_token)
     for name, examples in (("train", splits.train), ("eval", splits.eval)):
+        sequences = scored_sequences(examples, config.micro_batch_tokens)
         bar = tqdm(
-            total=len(examples),
+            total=sum(len(batch.length) for batch in sequences),
             desc=f"reference, {name}",
-            unit=splits.unit.removesuffix("s"),
+            unit="sequence",
             mininterval=progress_interval(),
             disable=not accelerator.is_main_process,
         )
         with bar, accelerator.autocast():
-            cached |= cache_reference(
-                examples,
-                model,
-                setup.run.reference_folder / name,
-                token_scores=per_token,
-                max_tokens=config.micro_batch_tokens,
-                progress=bar.update,
+            folder = setup.run.reference_folder / name
+            cached |= precompute_ref_log_probs(
+                sequences, model, folder, per_token=per_token, progress=bar.update
             )
     return cached
 
@@ -284,7 +296,7 @@ def report(setup: TrainSetup, dpo: DPO) -> None:
     records = run.read_records()
     plot_curves(records, run.curves_file)
     print("\n" + format_before_and_after(records))
-    example = next((example for example in (*splits.eval, *splits.train) if example.wanted), None)
+    example = next((example for example in (*splits.eval, *splits.train) if example.sft_completion), None)
     if example is not None:
         models = {"reference": dpo.ref_model, "policy": dpo.policy_model}
         print("\n" + format_completions(setup.pretrained.tokenizer, models, example))

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dpo_wrapper.data import Entry
-from dpo_wrapper.data.groups import micro_batches
+from dpo_wrapper.data import TokenizedExample, group_by_tokens
 from dpo_wrapper.metrics import MetricSums
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.run_folder import RunFolder
@@ -31,8 +30,8 @@ MAX_TRAIN_EXAMPLES_EVALUATED = 512
 class Splits:
     """Examples to train and to evaluate on; `unit` is what they are: pairs, lists or rows."""
 
-    train: Sequence[Entry]
-    eval: Sequence[Entry]
+    train: Sequence[TokenizedExample]
+    eval: Sequence[TokenizedExample]
     unit: str
 
 
@@ -41,7 +40,7 @@ class MicroBatchDataset(Dataset[list[Any]]):
 
     def __init__(
         self,
-        examples: Sequence[Entry],
+        examples: Sequence[TokenizedExample],
         steps: Sequence[list[int]],
         collate_fn: CollateFn,
         micro_batch_tokens: int,
@@ -54,7 +53,7 @@ class MicroBatchDataset(Dataset[list[Any]]):
 
     def __getitem__(self, step: int) -> list[Any]:
         examples = [self.examples[index] for index in self.steps[step]]
-        groups = micro_batches(examples, self.micro_batch_tokens)
+        groups = group_by_tokens(examples, self.micro_batch_tokens)
         return [self.collate_fn([examples[index] for index in group]) for group in groups]
 
 
@@ -130,7 +129,7 @@ class Trainer:
             return self.sum_over_processes(sums * has_examples)
 
         loss, sums = torch.zeros((), device=accelerator.device), MetricSums()
-        batches = stage.normalize_over_step(self.module, batches, accelerator.device, reduce)
+        batches = stage.normalize_over_step(batches, accelerator.device, reduce)
         for batch in batches:
             with nullcontext() if batch is batches[-1] else accelerator.no_sync(self.module):
                 batch_loss, metrics = stage.micro_batch_loss(self.module, batch.to(accelerator.device))
@@ -178,7 +177,7 @@ class Trainer:
             generator=torch.Generator(),  # so that it draws no seed from the global generator
         )
 
-    def make_dataset(self, examples: Sequence[Entry], steps: Sequence[list[int]]) -> MicroBatchDataset:
+    def make_dataset(self, examples: Sequence[TokenizedExample], steps: Sequence[list[int]]) -> MicroBatchDataset:
         return MicroBatchDataset(examples, steps, self.stage.collate_fn, self.config.micro_batch_tokens)
 
     def create_progress_bar(self, steps_done: int) -> tqdm:
