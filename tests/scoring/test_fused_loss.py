@@ -29,7 +29,7 @@ class Watch:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
         self.parts: list[int] = []
         self.wrong = 0
-        of_ahead, again = ahead.Ahead.parts, ahead.gradients_of
+        of_ahead, again = ahead.FusedLoss.parts, ahead.gradients_of
 
         def parts(*args) -> list:
             found = of_ahead(*args)
@@ -40,7 +40,7 @@ class Watch:
             self.wrong += 1
             return again(*args)
 
-        monkeypatch.setattr(ahead.Ahead, "parts", parts)
+        monkeypatch.setattr(ahead.FusedLoss, "parts", parts)
         monkeypatch.setattr(ahead, "gradients_of", gradients_of)
         monkeypatch.setattr(chunked, "part_rows", lambda weight: tokens)
 
