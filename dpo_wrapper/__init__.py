@@ -7,6 +7,7 @@ from dpo_wrapper.losses import IPO, SFT, Loss, PairLogProbs, Sigmoid, SigmoidNor
 from dpo_wrapper.reference.cache import CachedReference
 from dpo_wrapper.reference.precompute import cache_reference
 from dpo_wrapper.scoring.scorer import sequence_log_probs
+from dpo_wrapper.version import __version__
 
 __all__ = [
     "DPO",
@@ -24,6 +25,7 @@ __all__ = [
     "SigmoidNorm",
     "SimPO",
     "UnpairedBatch",
+    "__version__",
     "cache_reference",
     "dpo_loss",
     "sequence_log_probs",
