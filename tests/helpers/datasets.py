@@ -1,7 +1,7 @@
 import torch
 
 from dpo_wrapper import PreferenceDataset
-from dpo_wrapper.data import TokenPair
+from dpo_wrapper.data import TokenizedExample
 
 
 def pairs(count=7, seed=0):
@@ -11,7 +11,7 @@ def pairs(count=7, seed=0):
         n = int(torch.randint(least, 5, (), generator=generator))
         return tuple(torch.randint(37, (n,), generator=generator).tolist())
 
-    return [TokenPair(ids(1), ids(1), ids(1)) for _ in range(count)]
+    return [TokenizedExample(ids(1), (ids(1), ids(1))) for _ in range(count)]
 
 
 def dataset(rows=None):

@@ -32,22 +32,25 @@ def records(folder, *drop):
     ]
 
 
-def run_twice(script, *arguments):
-    """A script in two processes of one accelerate launch."""
-    launch = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    launch += ["--main_process_port", str(20_000 + os.getpid() % 20_000), "--dynamo_backend", "no"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, script, *arguments]
+def run_in_two_processes(script, *arguments):
+    """A script in two processes, of which each has to say, at the end, that it was one of two.
+
+    `torch.distributed.run` starts them: `accelerate launch --cpu --num_processes 2` starts one (1.15).
+    """
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        list(map(str, command)),
+        list(map(str, [sys.executable, *launch, ROOT / "tests/helpers/rank.py", script, *arguments])),
         capture_output=True,
         text=True,
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [line for line in done.stdout.splitlines() if line.startswith("rank ")]
+    assert sorted(ranks) == ["rank 0 of 2", "rank 1 of 2"], done.stdout
 
 
-def train_twice(script, rows, out, loss=None):
+def train_in_two_processes(script, rows, out, loss=None):
     """A run of two processes with the settings of `config`."""
     more = "" if loss is None else f", loss={loss!r}"
     script.write_text(
@@ -61,7 +64,7 @@ def train_twice(script, rows, out, loss=None):
         "train(TrainConfig(data=Path(sys.argv[1]), out=Path(sys.argv[2]), sft_epochs=1, epochs=2,\n"
         f"      batch_size=4, max_length=128, cpu=True, save_every=0{more}))\n"
     )
-    run_twice(script, rows, out)
+    run_in_two_processes(script, rows, out)
 
 
 class Interrupted(Exception):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import dpo_wrapper.reference.precompute as cached_module
 from dpo_wrapper import DPO, PreferenceBatch, PreferenceCollator, Sigmoid, cache_reference
 from dpo_wrapper.batches.ranked import RankedBatch, UnpairedBatch
-from dpo_wrapper.data import TokenList, TokenPair
+from dpo_wrapper.data import TokenizedExample
 from dpo_wrapper.losses import KTO, PlackettLuce
 from dpo_wrapper.reference.cache import Recall
 from dpo_wrapper.scoring.scorer import Scorer
@@ -22,7 +22,7 @@ from dpo_wrapper.training.trainer import Loop
 from helpers.adapters import lora
 from helpers.datasets import dataset, pairs
 from helpers.models import ZOO
-from helpers.runs import Interrupted, config, records, run_twice
+from helpers.runs import Interrupted, config, records, run_in_two_processes
 
 
 @pytest.fixture(autouse=True)
@@ -98,8 +98,8 @@ def test_every_kind_of_reference_can_be_cached(tmp_path):
 def test_entries_of_any_kind_can_be_cached(tmp_path):
     policy, reference = ZOO["xt-rotary"](0), ZOO["xt-rotary"](1)
     rows = [
-        TokenList((1, 2), ((3, 4), (5,), (6, 7)), weight=2.0),
-        TokenList((8,), ((9,),), label=True, mismatched=(3, 4)),
+        TokenizedExample((1, 2), ((3, 4), (5,), (6, 7)), weight=2.0),
+        TokenizedExample((8,), ((9,),), label=True, kl_completion=(3, 4)),
     ]
     cached = cache_reference(rows, reference, tmp_path)
     assert len(cached) == 5 and len(cache_reference(pairs(), reference, tmp_path / "pairs")) == 14
@@ -110,7 +110,7 @@ def test_entries_of_any_kind_can_be_cached(tmp_path):
     for loss, batch in batches:
         expected = DPO(policy, loss=loss, reference=reference)(batch)
         torch.testing.assert_close(DPO(policy, loss=loss, reference=cached)(batch), expected)
-    moved = [*rows[:1], TokenList((8,), ((9,),), label=True, mismatched=(3, 5))]
+    moved = [*rows[:1], TokenizedExample((8,), ((9,),), label=True, kl_completion=(3, 5))]
     with pytest.raises(ValueError, match="was made with other token ids"):
         cache_reference(moved, reference, tmp_path)
 
@@ -130,25 +130,29 @@ def test_the_data_of_other_losses_can_be_remembered_as_well():
 
 
 def edited(rows, **changes):
-    return [TokenPair(**{**vars(rows[0]), **changes}), *rows[1:]]
+    return [TokenizedExample(**{**vars(rows[0]), **changes}), *rows[1:]]
 
 
 STALE = {
     "weights": lambda data, model: (data, ZOO["xt-rotary"](1)),
     "dtype": lambda data, model: (data, copy.deepcopy(model).double()),
-    "token ids": lambda data, model: (dataset(edited(data.pairs, chosen=(1, 2, 3))), model),
-    "scored tokens": lambda data, model: (dataset(moved_border(data.pairs)), model),
+    "token ids": lambda data, model: (
+        dataset(edited(data.examples, completions=((1, 2, 3), data.examples[0].rejected))),
+        model,
+    ),
+    "scored tokens": lambda data, model: (dataset(moved_border(data.examples)), model),
 }
 
 
 def moved_border(rows):
     """The same ids, of which another one is prompt: both sides must begin alike for that."""
-    return [TokenPair((5,), (6, 7), (6, 8)), *rows[1:]]
+    return [TokenizedExample((5,), ((6, 7), (6, 8))), *rows[1:]]
 
 
+@pytest.mark.pitfall(14)
 @pytest.mark.parametrize("key", [*STALE, "package version", "values"])
 def test_a_stale_cache_is_refused(key, tmp_path, monkeypatch):
-    rows = [TokenPair((5, 6), (7,), (8,)), *pairs()[1:]]
+    rows = [TokenizedExample((5, 6), ((7,), (8,))), *pairs()[1:]]
     data, model = dataset(rows), ZOO["xt-rotary"](0)
     cache_reference(data, model, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -331,6 +335,7 @@ def test_an_interrupted_run_with_a_cache_resumes(rows, tmp_path, monkeypatch, wh
     assert records(tmp_path / "out") == records(tmp_path / "whole")
 
 
+@pytest.mark.pitfall(22)
 def test_two_processes_cache_what_one_does(rows, tmp_path, without_memory):
     script = tmp_path / "script.py"
     script.write_text(
@@ -362,12 +367,13 @@ def test_two_processes_cache_what_one_does(rows, tmp_path, without_memory):
         "    if not ahead:\n"
         "        assert seen[len(seen) // 2 - 1] == seen[-1] > 0, seen\n"
     )
-    run_twice(script, rows, tmp_path)
+    run_in_two_processes(script, rows, tmp_path)
     for name in ("first", "ahead"):
         close(records(without_memory), records(tmp_path / name))
     assert len(list((tmp_path / "ahead" / "reference" / "training").iterdir())) == 8
 
 
+@pytest.mark.pitfall(25)
 def test_options_that_cannot_act_are_refused(rows, tmp_path):
     for options, why in (({"reference": "none"}, "--reference is none"), ({"loss": "simpo"}, "needs none")):
         with pytest.raises(ValueError, match=f"--precompute-reference is about a reference, but .*{why}"):

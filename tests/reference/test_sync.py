@@ -240,7 +240,7 @@ def test_devices_that_are_none(options, kind, message):
         DPO(ZOO["xt-tied"](0), **options)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.cuda
 def test_a_reference_on_the_cpu_beside_a_policy_on_cuda():
     dpo = DPO(ZOO["hf-llama"](0), reference_device="cpu").cuda()
     assert {p.device.type for p in dpo.ref_model.parameters()} == {"cpu"}
@@ -286,6 +286,7 @@ def test_the_training_command_updates_and_resumes(rows, tmp_path, monkeypatch):
     assert records(tmp_path / "out") == records(tmp_path / "whole")
 
 
+@pytest.mark.pitfall(25)
 def test_options_that_cannot_act_are_refused(rows, tmp_path):
     refused = [
         ({"sync_every": 2, "precompute_reference": True}, "--precompute-reference is for .* stays still"),

@@ -12,7 +12,7 @@ from dpo_wrapper.cli import main
 from dpo_wrapper.training.config import PRESETS
 from dpo_wrapper.training.train import train
 from dpo_wrapper.training.trainer import Loop
-from helpers.runs import BUNDLED, Interrupted, config, records, train_twice
+from helpers.runs import BUNDLED, Interrupted, config, records, train_in_two_processes
 
 TINY = {"dim": 32, "depth": 1, "heads": 1}
 
@@ -89,6 +89,7 @@ def test_it_trains_and_says_how_well(finished):
         assert any(r["kl"] != 0 for r in steps)
 
 
+@pytest.mark.pitfall(23)
 @pytest.mark.parametrize("size", [1, 250])
 def test_micro_batches_give_the_same_update(finished, tmp_path, size):
     loss, path, out = finished
@@ -124,9 +125,10 @@ def test_an_interrupted_run_resumes_to_the_same_result(finished, tmp_path, monke
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
 
+@pytest.mark.pitfall(22)
 def test_two_processes_report_what_one_does(finished, tmp_path):
     loss, path, out = finished
-    train_twice(tmp_path / "script.py", path, tmp_path / "out", loss)
+    train_in_two_processes(tmp_path / "script.py", path, tmp_path / "out", loss)
     close(records(out), records(tmp_path / "out"))
 
 

@@ -15,7 +15,7 @@ from dpo_wrapper.training.config import PRESETS, TrainConfig
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.train import train
 from dpo_wrapper.training.trainer import Loop, learning_rate_factor, micro_batches, step_indices
-from helpers.runs import ROOT, Interrupted, config, records, train_twice
+from helpers.runs import ROOT, Interrupted, config, records, train_in_two_processes
 
 
 @pytest.fixture(autouse=True)
@@ -120,8 +120,9 @@ def test_the_running_mean_of_a_loss_resumes(rows, tmp_path, monkeypatch):
     assert seen[3:] == whole[2:]  # step 3 was done once more, from the checkpoint after step 2
 
 
+@pytest.mark.pitfall(23)
 @pytest.mark.parametrize("size", [1, 250])
-def test_pitfall_23_micro_batches_give_the_same_update(finished, rows, tmp_path, size):
+def test_micro_batches_give_the_same_update(finished, rows, tmp_path, size):
     train(config(rows, tmp_path / "out", max_tokens=size))
     expected, got = (load_file(folder / "model.safetensors") for folder in (finished, tmp_path / "out"))
     for name in expected:
@@ -136,10 +137,11 @@ def test_batches_made_by_workers_are_the_same(finished, rows, tmp_path):
     assert records(tmp_path / "out") == records(finished)
 
 
-def test_pitfall_22_two_processes_report_what_one_does(finished, rows, tmp_path):
+@pytest.mark.pitfall(22)
+def test_two_processes_report_what_one_does(finished, rows, tmp_path):
     """Uneven: 21 training pairs in steps of 4 leave a step of one pair, for two processes."""
     out = tmp_path / "out"
-    train_twice(tmp_path / "script.py", rows, out)
+    train_in_two_processes(tmp_path / "script.py", rows, out)
     one, two = records(finished), records(out)
     assert len(one) == len(two)
     for a, b in zip(one, two, strict=True):
