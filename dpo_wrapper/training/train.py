@@ -101,17 +101,17 @@ def check_options(config: TrainConfig, losses: WeightedLosses) -> None:
     given = [flag(name) for name in reference_options if getattr(config, name)]
     if given and (config.reference == "none" or not needs_reference(losses)):
         why = "--reference is none" if config.reference == "none" else f"--loss {config.loss} needs none"
-        raise ValueError(f"{given[0]} is an option of the reference, but {why}: leave it out.")
+        raise ValueError(f"{given[0]} needs a reference, but {why}: leave it out.")
     if config.reference_device is not None:
         place(config.reference_device)
 
 
-def read_splits(config: TrainConfig, losses: WeightedLosses) -> tuple[Rows, Rows, list[Any]]:
+def read_splits(config: TrainConfig, losses: WeightedLosses) -> tuple[Rows, Rows, Sequence[Any]]:
     """Train rows, eval rows, and the errors of the rows that were left out."""
     unit = cast(Unit, unit_of(losses))
     fields = Fields(prompt=config.prompt_field, chosen=config.chosen_field, rejected=config.rejected_field)
 
-    def read(path: Any) -> tuple[Rows, list[Any]]:
+    def read(path: Any) -> tuple[list[Any], Sequence[Any]]:
         return read_as(unit, path, fields, on_error=on_error(config), ranking=config.ranking)
 
     rows, errors = read(config.data)
@@ -175,7 +175,8 @@ def check_splits(config: TrainConfig, losses: WeightedLosses, splits: Splits) ->
 
 
 def check_kl_completions(losses: WeightedLosses, splits: Splits) -> None:
-    for examples in (splits.train, splits.eval):
+    parts: tuple[Sequence[Any], ...] = (splits.train, splits.eval)
+    for examples in parts:
         if examples and not any(example.mismatched for example in examples):
             raise ValueError(
                 f"{type(losses[0][0]).__name__} estimates a KL from completions of other prompts, but all "
