@@ -91,8 +91,8 @@ def format_table(columns: Sequence[tuple[str, Record]]) -> str:
     rows = [["", *(heading for heading, _ in columns)]]
     for label, metric, template in TABLE_ROWS:
         if any(metric in record for _, record in columns):
-            cells = (template.format(record[metric]) if metric in record else "-" for _, record in columns)
-            rows.append([label, *cells])
+            values = (template.format(record[metric]) if metric in record else "-" for _, record in columns)
+            rows.append([label, *values])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for label, *cells in rows:

@@ -111,7 +111,7 @@ def check_options(config: TrainConfig, loss: CombinedLoss) -> None:
     given = [flag(name) for name in reference_options if getattr(config, name)]
     if given and (config.reference == "none" or not loss.needs_reference):
         why = "--reference is none" if config.reference == "none" else f"--loss {config.loss} needs none"
-        raise ValueError(f"{given[0]} is an option of the reference, but {why}: leave it out.")
+        raise ValueError(f"{given[0]} needs a reference, but {why}: leave it out.")
     if config.reference_device is not None:
         parse_device(config.reference_device)
 

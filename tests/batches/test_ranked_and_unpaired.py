@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor
 
 from dpo_wrapper import DPO, SFT, RankedBatch, Sigmoid, UnpairedBatch, sequence_log_probs
-from dpo_wrapper.batches.unpaired import kl_partner_indices
-from dpo_wrapper.evaluation.evaluate import as_one_step, evaluate
+from dpo_wrapper.batches.unpaired import partners
+from dpo_wrapper.evaluation.evaluate import evaluate, normalize_over_step
 from dpo_wrapper.losses import KTO, PlackettLuce, RankedLogProbs, UnpairedLogProbs, weighted
 from dpo_wrapper.metrics import MetricSums, list_metrics, row_metrics
 from helpers.models import ZOO
@@ -222,7 +222,7 @@ def test_a_step_in_parts_adds_up(data):
     loss, whole, parts = data()
     dpo = DPO(policy, loss=loss, reference=reference)
     expected, wanted = dpo(whole, return_metrics=True)
-    in_parts = as_one_step(dpo, parts, torch.device("cpu"))
+    in_parts = normalize_over_step(dpo, parts, torch.device("cpu"))
     assert len(in_parts) == len(parts)
     shares = [dpo(part) for part in in_parts]
     torch.testing.assert_close(sum(shares), expected)

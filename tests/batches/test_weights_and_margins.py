@@ -153,8 +153,9 @@ def test_columns_that_cannot_act_are_refused_before_a_forward_pass():
 def test_the_command_trains_on_columns(tmp_path: Path, monkeypatch):
     import json
 
-    from dpo_wrapper.training.config import PRESETS, TrainConfig
-    from dpo_wrapper.training.train import prepare, train
+    from dpo_wrapper.pretrained import PRESETS
+    from dpo_wrapper.training.config import TrainConfig
+    from dpo_wrapper.training.train import set_up_training, train
 
     monkeypatch.setitem(PRESETS, "tiny", {"dim": 16, "depth": 1, "heads": 1})
     data = tmp_path / "rows.jsonl"
@@ -162,7 +163,7 @@ def test_the_command_trains_on_columns(tmp_path: Path, monkeypatch):
     more = {"sft_epochs": 0, "epochs": 1, "eval_fraction": 0.0, "cpu": True, "max_length": 16}
     train(TrainConfig(data=data, out=tmp_path / "run", batch_size=3, **more))
     with pytest.raises(ValueError, match="margins have no meaning for IPO"):
-        prepare(TrainConfig(data=data, out=tmp_path / "other", loss="ipo", **more))
+        set_up_training(TrainConfig(data=data, out=tmp_path / "other", loss="ipo", **more))
 
 
 # what runs over steps

@@ -15,7 +15,7 @@ from dpo_wrapper.log_probs import fused_backward as ahead
 from dpo_wrapper.log_probs import torch_tile as chunked
 from dpo_wrapper.losses import ORPO, SFT, APODown, BetaDPO, DiscoPOP, PlackettLuce
 from dpo_wrapper.scoring.fused_loss import Foretold, groups
-from dpo_wrapper.training.stages import LikelihoodLoss
+from dpo_wrapper.training.stages import SFTModule
 from helpers.batches import random_batch
 from helpers.every_loss import EVERY, shown
 from helpers.log_prob_inputs import tiles
@@ -244,7 +244,7 @@ def test_pairs_that_are_scored_together_meet(watch: Watch):
 
 
 def test_supervised_warm_up(watch: Watch):
-    module = LikelihoodLoss(ZOO["hf-llama"](0).double())
+    module = SFTModule(ZOO["hf-llama"](0).double())
     sequences = ScoredSequences.from_lists([()] * 3, [[1, 2, 3], [4, 5, 6, 7], [1, 2, 8, 9]])
     compared(module, lambda: module(sequences, 17))
     assert not watch.wrong and min(watch.parts) > 1
