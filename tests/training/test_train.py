@@ -9,12 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpo_wrapper.data import TokenPair
 from dpo_wrapper.pretrained import load_policy
 from dpo_wrapper.training.config import PRESETS, TrainConfig
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.train import train
-from dpo_wrapper.training.trainer import Loop, learning_rate_factor, micro_batches, step_indices
+from dpo_wrapper.training.trainer import Loop, learning_rate_factor, step_indices
 from helpers.runs import ROOT, Interrupted, config, records, train_twice
 
 
@@ -164,18 +163,6 @@ def test_the_learning_rate_rises_and_falls():
     factors = [learning_rate_factor(step, 20, 0.1) for step in range(20)]
     assert factors[:3] == [0.5, 1.0, 1.0]
     assert all(a > b for a, b in pairwise(factors[2:])) and factors[-1] < 0.02
-
-
-def test_micro_batches_hold_so_many_unique_tokens_and_keep_prompts_together():
-    def pair(prompt, chosen, rejected):
-        return TokenPair(prompt, (7,) * chosen, (8,) * rejected)
-
-    pairs = [pair((1, 2, 3), 4, 4), pair((5,), 2, 2), pair((1, 2, 3), 1, 1), pair((1, 2, 4), 3, 3)]
-    # 11 and then 2 more, 7 with the prompt's last token; 5 on its own
-    assert micro_batches(pairs, 1000) == [[0, 2, 3, 1]]
-    assert micro_batches(pairs, 20) == [[0, 2, 3], [1]]
-    assert micro_batches(pairs, 13) == [[0, 2], [3], [1]]
-    assert micro_batches(pairs, 1) == [[0], [2], [3], [1]]
 
 
 def test_resume_is_refused_with_other_settings(rows, tmp_path, monkeypatch):
