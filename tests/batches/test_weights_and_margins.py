@@ -198,7 +198,7 @@ def test_a_step_in_parts_moves_the_running_mean_once():
         whole(given).backward()
         before = parts.gap.mean.clone()
         for rows in (given.pairs[:1], given.pairs[1:]):
-            parts(replace(given, pairs=rows).as_part_of(*given.counts())).backward()
+            parts(replace(given, pairs=rows).with_step_totals(*given.step_totals())).backward()
             assert torch.equal(parts.gap.mean, before)
         parts.end_step()
         torch.testing.assert_close(parts.gap.mean, whole.gap.mean)
@@ -220,7 +220,7 @@ def test_two_processes_move_it_as_one_does():
     one, given = made(BetaDPO(0.2)), batch()
     one(given)
     for share, rows in zip(shares, (given.pairs[:3], given.pairs[3:]), strict=True):
-        share(replace(given, pairs=rows).as_part_of(*given.counts()))
+        share(replace(given, pairs=rows).with_step_totals(*given.step_totals()))
     total = sum(torch.tensor(share.gap.sums) for share in shares)
     shares[0].end_step(lambda sums: total)
     torch.testing.assert_close(shares[0].gap.mean, one.gap.mean)
