@@ -23,7 +23,7 @@ from dpo_wrapper.losses import (
     weighted,
 )
 from dpo_wrapper.metrics import pair_metrics
-from dpo_wrapper.models.eval_mode import turn_off_dropout
+from dpo_wrapper.models.eval_mode import disable_dropout
 from dpo_wrapper.reference.cache import CachedReference
 from dpo_wrapper.reference.frozen_copy import copy_with_closures
 from dpo_wrapper.reference.reference import Reference
@@ -281,7 +281,7 @@ class DPO(nn.Module):
     def settle(self) -> None:
         """Bring policy and reference into the modes they are computed in."""
         if self.disable_dropout:
-            turn_off_dropout(self.policy_model)
+            disable_dropout(self.policy_model)
         if self.ref_model is not None:
             self.ref_model.eval()
 

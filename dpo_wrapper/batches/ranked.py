@@ -15,7 +15,7 @@ from dpo_wrapper.batches.sequences import Ids, PreferenceBatch, ScoredSequences
 from dpo_wrapper.batches.unpaired import partners
 from dpo_wrapper.losses import RankedLogProbs, UnpairedLogProbs
 from dpo_wrapper.metrics import list_metrics, row_metrics
-from dpo_wrapper.tensor_dataclass import Movable
+from dpo_wrapper.tensor_dataclass import TensorDataclass
 
 Score = Callable[[ScoredSequences], Tensor]
 ScoreOrNone = Callable[[ScoredSequences], Tensor | None]
@@ -23,7 +23,7 @@ ScoreOrNone = Callable[[ScoredSequences], Tensor | None]
 
 @jaxtyped(typechecker=beartype)
 @dataclass(frozen=True)
-class RankedBatch(Movable):
+class RankedBatch(TensorDataclass):
     """Sequences, and lists of them: row `l` of `ranks` holds the indices of a list, the best first, then -1.
 
         ranks   0  1  2     sequences 0 to 2 answer one prompt, 0 the best of them
@@ -121,7 +121,7 @@ class RankedBatch(Movable):
 
 
 @dataclass(frozen=True)
-class Mismatched(Movable):
+class Mismatched(TensorDataclass):
     """Prompts with completions of other prompts, which tell how far the policy is from the reference."""
 
     sequences: ScoredSequences
@@ -137,7 +137,7 @@ class Mismatched(Movable):
 
 @jaxtyped(typechecker=beartype)
 @dataclass(frozen=True)
-class UnpairedBatch(Movable):
+class UnpairedBatch(TensorDataclass):
     """Sequences with a label each, True where wanted, and `mismatched`, by which `KTO` estimates its KL.
 
     `weights` multiply the rows' losses. Where this batch is a part of an optimizer step, `step_rows` counts

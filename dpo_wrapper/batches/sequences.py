@@ -15,24 +15,15 @@ from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dpo_wrapper.prefix_tree.tree import PrefixTree, TreeLayout
-from dpo_wrapper.tensor_dataclass import Movable
+from dpo_wrapper.prefix_tree import PrefixTree, TreeLayout, TreeOptions
+from dpo_wrapper.tensor_dataclass import TensorDataclass
 
 Ids = Sequence[int]
 
 
-@dataclass(frozen=True)
-class TreePlan:
-    """How a model takes trees: in rows no wider than `max_positions`, by a kernel, which has a least size."""
-
-    max_positions: int | None = None
-    kernel: str = "own"
-    least: int | None = None
-
-
 @jaxtyped(typechecker=beartype)
 @dataclass(frozen=True)
-class ScoredSequences(Movable):
+class ScoredSequences(TensorDataclass):
     """Sequences as a model should see them, with their scored tokens listed.
 
     `ids` holds each sequence's real tokens, moved to the left, without those behind the last scored one:
@@ -90,22 +81,22 @@ class ScoredSequences(Movable):
         real = place < torch.tensor([[len(row)] for row in rows])
         return cls.from_padded(seqs, place >= torch.tensor([[len(x)] for x in prompts]), real)
 
-    def over_tree(self, plan: TreePlan) -> "ScoredTree":
+    def over_tree(self, plan: TreeOptions) -> "ScoredTree":
         """The same as a prefix tree, made once for each plan."""
         made = vars(self).setdefault("_trees", {})
         if plan not in made:
             made[plan] = ScoredTree.of(self, plan)
         return made[plan]
 
-    def laid_out(self, plan: TreePlan | None) -> "ScoredSequences":
+    def laid_out(self, plan: TreeOptions | None) -> "ScoredSequences":
         """The same with its tree made ahead, where tokens are still on the CPU."""
         if plan is not None and len(self.target):
             self.over_tree(plan)
         return self
 
-    def mapped(self, function: Callable[[Tensor], Tensor]) -> "ScoredSequences":
-        moved, made = super().mapped(function), vars(self).get("_trees", {})
-        vars(moved)["_trees"] = {key: tree.mapped(function) for key, tree in made.items()}
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "ScoredSequences":
+        moved, made = super().map_tensors(function), vars(self).get("_trees", {})
+        vars(moved)["_trees"] = {key: tree.map_tensors(function) for key, tree in made.items()}
         if "_names" in vars(self):
             vars(moved)["_names"] = vars(self)["_names"]
         return moved
@@ -158,7 +149,7 @@ class ScoredSequences(Movable):
 
 
 @dataclass(frozen=True)
-class ScoredTree(Movable):
+class ScoredTree(TensorDataclass):
     """Scored sequences as a tree of `unique` tokens: what is scored twice, after the same past, stands once.
 
     `source` is the token of the tree that a score is read at, `target` what is scored, and `entry` holds for
@@ -172,13 +163,13 @@ class ScoredTree(Movable):
     entry: Int[Tensor, "t"]
 
     @classmethod
-    def of(cls, sequences: ScoredSequences, plan: TreePlan) -> "ScoredTree":
+    def of(cls, sequences: ScoredSequences, plan: TreeOptions) -> "ScoredTree":
         device = sequences.ids.device
         tree = PrefixTree.from_sequences(sequences.inputs())
         row, place, target = (t.cpu() for t in (sequences.row, sequences.source, sequences.target))
         source = tree.path[tree.start[row] + place]
         scored, entry = torch.unique(torch.stack([source, target]), dim=1, return_inverse=True)
-        layout = TreeLayout.of(tree, plan.max_positions, kernel=plan.kernel, least=plan.least)
+        layout = TreeLayout.from_tree(tree, plan)
         return cls(layout, len(tree.ids), scored[0], scored[1], entry).to(device)
 
 
@@ -190,7 +181,7 @@ def sides_of(sequences: ScoredSequences) -> Int[Tensor, "p 2"]:
 
 @jaxtyped(typechecker=beartype)
 @dataclass(frozen=True)
-class PreferenceBatch(Movable):
+class PreferenceBatch(TensorDataclass):
     """Sequences and the pairs among them: row `k` of `pairs` holds the indices of chosen and rejected.
 
     `step_pairs`, `step_chosen_tokens` and `step_whole_tokens` count the valid pairs, their scored chosen

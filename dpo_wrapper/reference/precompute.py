@@ -14,7 +14,7 @@ from dpo_wrapper.batches.sequences import Ids, ScoredSequences
 from dpo_wrapper.data import Entry, PreferenceDataset, TokenList, TokenPair
 from dpo_wrapper.data.groups import micro_batches
 from dpo_wrapper.dpo import DPO
-from dpo_wrapper.models.eval_mode import quiet
+from dpo_wrapper.models.eval_mode import eval_mode
 from dpo_wrapper.reference.cache import CachedReference, Recall
 from dpo_wrapper.scoring.scorer import Scorer
 from dpo_wrapper.validation import kind
@@ -112,7 +112,7 @@ def scoring(model: nn.Module) -> Iterator[Score]:
         model.settle()
         scorer, context = model.score_reference, model.reference.still()
     else:
-        scorer, context = Scorer(model, share="auto"), quiet(model)
+        scorer, context = Scorer(model, share="auto"), eval_mode(model)
 
     def score(sequences: ScoredSequences) -> Tensor:
         scorer.check(sequences)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dpo_wrapper.batches.sequences import ScoredSequences
-from dpo_wrapper.models.eval_mode import quiet
+from dpo_wrapper.models.eval_mode import eval_mode
 from dpo_wrapper.reference.cache import CachedReference, Recall
 from dpo_wrapper.reference.frozen_copy import frozen_copy
 from dpo_wrapper.scoring.scorer import Scorer
@@ -212,7 +212,7 @@ class Reference:
             return
         trains = [(p, p.requires_grad) for p in self.adapter_of.parameters()]
         try:
-            with quiet(self.adapter_of), self.adapter_of.disable_adapter():
+            with eval_mode(self.adapter_of), self.adapter_of.disable_adapter():
                 yield
         finally:
             for parameter, flag in trains:  # PEFT lets all of an adapter train that it switches on again

@@ -7,8 +7,8 @@ from beartype import beartype
 from jaxtyping import Float, Int, jaxtyped
 from torch import Tensor, nn
 
-from dpo_wrapper.models.base import LanguageModel, OutputHead
-from dpo_wrapper.models.eval_mode import one_arithmetic, quiet
+from dpo_wrapper.models import LanguageModel, OutputHead
+from dpo_wrapper.models.eval_mode import eval_mode, reproducible_forward
 from dpo_wrapper.validation import kind
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -23,9 +23,13 @@ def look_at(model: LanguageModel, device: torch.device, apart_from: nn.Module | 
     known, n = model.vocab_size or 2, min(5, model.max_positions or 5)
     row = [(2 * k + 1) * known // (2 * n) for k in range(n)]  # spread out: small ids are often padding
     ids = torch.tensor([row, [*row[:-1], (row[-1] + 1) % known]], device=device)
-    head = model.head()
+    head = model.output_head()
     follows = apart_from is not None
-    with quiet(model.model), one_arithmetic(model.model), torch.set_grad_enabled(follows or head is not None):
+    with (
+        eval_mode(model.model),
+        reproducible_forward(model.model),
+        torch.set_grad_enabled(follows or head is not None),
+    ):
         logits = valid_logits(first_answer(model, ids), ids)
         if logits.isnan().any():
             raise ValueError(
@@ -57,7 +61,7 @@ def look_at(model: LanguageModel, device: torch.device, apart_from: nn.Module | 
 def first_answer(model: LanguageModel, ids: Int[Tensor, "b n"]) -> object:
     """What the model makes of ids; if it cannot take them, that is told with its own words."""
     try:
-        return model.logits(ids)
+        return model.forward_logits(ids)
     except Exception as error:
         devices = {p.device for p in model.model.parameters()}
         if devices and ids.device not in devices:
@@ -107,7 +111,7 @@ def why_not(model: LanguageModel, head: OutputHead, ids: Tensor, logits: Tensor)
     if hasattr(head.weight, "device_mesh"):
         return "its head is sharded, and whole inside the model alone"
     try:
-        got = head.logits(model.hidden(ids))
+        got = head.compute_logits(model.forward_hidden(ids))
     except Exception as error:  # whatever a model's code may raise, there is the plain path
         return f"its hidden states cannot be had ({type(error).__name__}: {error})"
     if got.shape != logits.shape:

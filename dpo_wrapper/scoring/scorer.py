@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dpo_wrapper.batches.sequences import ScoredSequences, TreePlan
+from dpo_wrapper.batches.sequences import ScoredSequences
 from dpo_wrapper.log_probs import Ahead, implementation, log_probs_of_rows, token_log_probs
-from dpo_wrapper.models.base import language_model
-from dpo_wrapper.models.eval_mode import one_arithmetic, quiet
-from dpo_wrapper.prefix_tree.attention import NotShareable
+from dpo_wrapper.models import language_model
+from dpo_wrapper.models.eval_mode import eval_mode, reproducible_forward
+from dpo_wrapper.prefix_tree import PrefixSharingError, TreeKernel, TreeOptions
 from dpo_wrapper.scoring.fused_loss import Foretold
 from dpo_wrapper.scoring.probe import difference, look_at, rounding, valid_logits
 from dpo_wrapper.validation import check_ids, check_mask, check_vocabulary, kind
@@ -25,12 +25,12 @@ _looking = threading.RLock()
 """A model is looked at by one thread at a time, while others wait for what it finds."""
 
 
-KERNELS = {
+KERNELS: dict[TreeKernel, str] = {
     "flex": "FlexAttention where attention is plain, else along each path",
     "branches": "torch's kernel on each long branch where attention is plain, else along each path",
-    "own": "the model's own attention along each path",
+    "model": "the model's own attention along each path",
 }
-FASTER = {"cuda": ("flex",), "cpu": ("branches",)}
+FASTER: dict[str, tuple[TreeKernel, ...]] = {"cuda": ("flex",), "cpu": ("branches",)}
 """What is better than a model's own attention if it gives the same, by kind of device."""
 
 
@@ -60,7 +60,7 @@ class Scorer:
         self.apart_from = apart_from
         self.share = share
         self.why_padded: str | None = "share_prefix is False"
-        self.kernel = "own"
+        self.kernel: TreeKernel = "model"
         self.least: int | None = None
         self.vocab_size: int | None = None
         self.looked_on: torch.device | None = None
@@ -87,7 +87,7 @@ class Scorer:
             ahead = None if foretold is None else partial(foretold.over_rows, sequences)
             return self.scores_at(partial(self.padded, sequences), where, sequences.target, extras, ahead)
         tree = sequences.over_tree(self.plan)
-        states = partial(self.language_model.over_tree, tree.layout)
+        states = partial(self.language_model.forward_tree, tree.layout)
         ahead = None if foretold is None else partial(foretold.over_tree, sequences, tree)
         scores, more = self.scores_at(states, tree.source, tree.target, extras, ahead)
         return scores.index_select(0, tree.entry), {
@@ -109,20 +109,20 @@ class Scorer:
         return f"{name} model; sequences are padded, for {self.why_padded}; {head}"
 
     @property
-    def plan(self) -> TreePlan:
+    def plan(self) -> TreeOptions:
         """How this model takes trees."""
-        return TreePlan(self.language_model.max_positions, self.kernel, self.least)
+        return TreeOptions(self.language_model.max_positions, self.kernel, self.least)
 
     @property
-    def tree_plan(self) -> TreePlan | None:
+    def tree_plan(self) -> TreeOptions | None:
         """How batches may be laid out ahead for this model; None if it takes padded rows."""
         shares = self.why_padded is None or (self.share and self.looked_on is None)
         return self.plan if shares else None
 
     def padded(self, sequences: ScoredSequences, hidden: bool) -> Float[Tensor, "s n _"]:
         if hidden:
-            return self.language_model.hidden(sequences.ids)
-        return valid_logits(self.language_model.logits(sequences.ids), sequences.ids)
+            return self.language_model.forward_hidden(sequences.ids)
+        return valid_logits(self.language_model.forward_logits(sequences.ids), sequences.ids)
 
     def scores_at(
         self,
@@ -134,8 +134,8 @@ class Scorer:
     ) -> Scores:
         """Log-probs of targets from the hidden states (or, if False is asked for, logits) at places of their
         rows, laid end to end; `ahead` is asked while the head trains."""
-        head = self.language_model.head()
-        with one_arithmetic(self.language_model.model):
+        head = self.language_model.output_head()
+        with reproducible_forward(self.language_model.model):
             if head is None or not self.head_applies:
                 found = log_probs_of_rows(states(False).flatten(0, 1), where, targets, extras)
                 return found if extras else (found, {})
@@ -179,11 +179,11 @@ class Scorer:
 
     def try_sharing(self, device: torch.device) -> None:
         """Share prefixes if the model's log-probs allow it; else say why not."""
-        self.kernel = "own"
+        self.kernel = "model"
         reason = self.why_not_shared(device)
         if reason is None:
-            for self.kernel in (*FASTER.get(device.type, ()), "own"):
-                if self.kernel == "own" or self.why_not_shared(device) is None:
+            for self.kernel in (*FASTER.get(device.type, ()), "model"):
+                if self.kernel == "model" or self.why_not_shared(device) is None:
                     break
         self.why_padded = reason
         name = self.language_model.name
@@ -201,7 +201,7 @@ class Scorer:
     def why_not_shared(self, device: torch.device) -> str | None:
         """Score two tiny pairs over a tree and over padded rows: None if they agree, else what happened."""
         model = self.language_model
-        if not model.reaches_attention:
+        if not model.can_share_prefix:
             return "the attention of a plain module cannot be reached"
         assert self.vocab_size is not None
         n = min(40, model.max_positions or 40)
@@ -212,10 +212,10 @@ class Scorer:
         scores = []
         self.least = 0  # so that the kernel is tried on short branches too
         try:
-            with quiet(model.model):
+            with eval_mode(model.model):
                 for self.why_padded in ("it is being tried", None):
                     scores.append(self.token_scores(sequences))
-        except NotShareable as error:
+        except PrefixSharingError as error:
             return str(error)
         except Exception as error:  # whatever a model's code may raise, there is the plain path
             return f"{type(error).__name__}: {error}"

@@ -13,16 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from dpo_wrapper.batches.ranked import RankedBatch, UnpairedBatch
-from dpo_wrapper.batches.sequences import PreferenceBatch, ScoredSequences, TreePlan
+from dpo_wrapper.batches.sequences import PreferenceBatch, ScoredSequences
 from dpo_wrapper.data import Entry, TokenList, TokenPair
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.evaluation.evaluate import as_one_step, evaluate
 from dpo_wrapper.losses import unit_of
+from dpo_wrapper.prefix_tree import TreeOptions
 from dpo_wrapper.reference.cache import Recall
 from dpo_wrapper.running import Reduce
 from dpo_wrapper.scoring.fused_loss import Foretold
 from dpo_wrapper.scoring.scorer import Scorer
-from dpo_wrapper.tensor_dataclass import Movable
+from dpo_wrapper.tensor_dataclass import TensorDataclass
 
 Prepare = Callable[[Sequence[Entry]], Any]
 
@@ -77,20 +78,20 @@ class LikelihoodLoss(nn.Module):
 
 
 @dataclass(frozen=True)
-class WrittenBatch(Movable):
+class WrittenBatch(TensorDataclass):
     """Whole sequences, and how many tokens the step scores of which they are a part."""
 
     sequences: ScoredSequences
     step_tokens: int = 1
 
 
-def written_batch(plan: TreePlan | None, entries: Sequence[Entry]) -> WrittenBatch:
+def written_batch(plan: TreeOptions | None, entries: Sequence[Entry]) -> WrittenBatch:
     """Prompts and the completions that are wanted, all of them scored."""
     whole = [entry.prompt + (entry.wanted or ()) for entry in entries]
     return WrittenBatch(ScoredSequences.from_lists([()] * len(whole), whole).laid_out(plan))
 
 
-def ready(sequences: ScoredSequences, plan: TreePlan | None) -> None:
+def ready(sequences: ScoredSequences, plan: TreeOptions | None) -> None:
     """Work out ahead what is needed of sequences while they are on the CPU."""
     sequences.laid_out(plan).names()
 
@@ -101,7 +102,7 @@ def weights_of(entries: Sequence[Entry]) -> Tensor | None:
     return None if set(given) <= {None} else torch.tensor([1.0 if w is None else w for w in given])
 
 
-def preference_batch(plan: TreePlan | None, entries: Sequence[TokenPair]) -> PreferenceBatch:
+def preference_batch(plan: TreeOptions | None, entries: Sequence[TokenPair]) -> PreferenceBatch:
     margins = [entry.margin for entry in entries]
     batch = PreferenceBatch.from_lists(
         [entry.prompt for entry in entries],
@@ -114,14 +115,14 @@ def preference_batch(plan: TreePlan | None, entries: Sequence[TokenPair]) -> Pre
     return batch
 
 
-def ranked_batch(plan: TreePlan | None, entries: Sequence[TokenList]) -> RankedBatch:
+def ranked_batch(plan: TreeOptions | None, entries: Sequence[TokenList]) -> RankedBatch:
     prompts, completions = [entry.prompt for entry in entries], [entry.completions for entry in entries]
     batch = RankedBatch.from_lists(prompts, completions, weights_of(entries))
     ready(batch.sequences, plan)
     return batch
 
 
-def unpaired_batch(plan: TreePlan | None, entries: Sequence[TokenList]) -> UnpairedBatch:
+def unpaired_batch(plan: TreeOptions | None, entries: Sequence[TokenList]) -> UnpairedBatch:
     batch = UnpairedBatch.from_lists(
         [entry.prompt for entry in entries],
         [entry.completions[0] for entry in entries],

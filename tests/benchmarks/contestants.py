@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dpo_wrapper import DPO, losses
 from dpo_wrapper.batches.sequences import PreferenceBatch
 from dpo_wrapper.cpu_matmul import product
-from dpo_wrapper.prefix_tree.tree import PrefixTree
+from dpo_wrapper.prefix_tree import PrefixTree
 
 Step = Callable[[], Tensor]
 BETA = 0.1
