@@ -1,23 +1,27 @@
-"""The command line, generated from the configurations: `dpo-wrapper train --help`."""
+"""The command line: `dpo-wrapper train --help`. A command's options are the fields of its configuration."""
 
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from dpo_wrapper.training.config import TrainConfig
-
-
-def refuse(error: object) -> NoReturn:
-    print(f"dpo-wrapper: {error}", file=sys.stderr)
-    sys.exit(2)
+if TYPE_CHECKING:
+    from dpo_wrapper.training.config import TrainConfig
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Exit status 0 on success, 2 (and one sentence on standard error) for bad input, 130 if interrupted."""
+    """Run one command.
+
+    The exit status is 0 on success, 2 (and one sentence on standard error) for bad input, and 130 if the
+    command is interrupted.
+    """
     try:
         import tyro
     except ImportError:
-        refuse("the command line needs more packages: pip install 'dpo-wrapper[train]'")
+        exit_with_error(
+            "the command line needs tyro, but it is not installed: pip install 'dpo-wrapper[train]'."
+        )
+    from dpo_wrapper.training.config import TrainConfig
+
     config = tyro.extras.subcommand_cli_from_dict(
         {"train": TrainConfig},
         prog="dpo-wrapper",
@@ -28,18 +32,24 @@ def main(args: Sequence[str] | None = None) -> None:
     train(config)
 
 
-def train(config: TrainConfig) -> None:
+def train(config: "TrainConfig") -> None:
     try:
-        from dpo_wrapper.training.train import prepare, run_prepared
+        from dpo_wrapper.training.train import run_training, set_up_training
 
-        prepared = prepare(config)
+        setup = set_up_training(config)
     except (ValueError, TypeError, OSError, ImportError) as error:
-        refuse(error)
+        exit_with_error(error)
     try:
-        run_prepared(prepared)
+        run_training(setup)
     except KeyboardInterrupt:
         print(
-            f"\ndpo-wrapper: interrupted; the same command with --resume goes on in {config.out}",
+            "\ndpo-wrapper: the run was interrupted; the same command with --resume continues it in "
+            f"{config.out}.",
             file=sys.stderr,
         )
         sys.exit(130)
+
+
+def exit_with_error(error: object) -> NoReturn:
+    print(f"dpo-wrapper: {error}", file=sys.stderr)
+    sys.exit(2)

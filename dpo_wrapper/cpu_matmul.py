@@ -1,14 +1,15 @@
-"""float32 matrix products on the CPU by oneDNN, where that is much faster than what torch takes by itself.
+"""float32 matrix products on the CPU through oneDNN, on processors where torch's own choice is slower.
 
-torch carries two libraries with such products and takes MKL, which on AMD's processors uses AVX2. Those from
-family 26 on (Zen 5) have AVX-512 units of twice that width: there oneDNN is about twice as fast, and the
-numbers differ by rounding alone. (On family 25, Zen 4, which does AVX-512 in two halves, both are alike.)
-`torch.backends.mkldnn.flags(enabled=False)` turns it off.
+torch ships two libraries for float32 matrix products, MKL and oneDNN, and takes MKL. On AMD processors MKL uses
+AVX2. From family 26 on (Zen 5) they have 512-bit AVX-512 units, with which oneDNN is about twice as fast. On
+family 25 (Zen 4), which splits AVX-512 into two halves, both libraries are equally fast. The results differ by
+rounding alone. `torch.backends.mkldnn.flags(enabled=False)` turns oneDNN off.
 """
 
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,113 +20,129 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-SMALLEST = 2**25
-"""Products of fewer multiplications stay with torch: oneDNN makes a kernel for each new shape, and that takes
-about a millisecond."""
+MIN_MULTIPLICATIONS = 2**25
+"""torch computes smaller products: oneDNN compiles a kernel for each new shape, which takes about 1 ms."""
 
-WHOLE_AVX512 = 26
-"""The first family of AMD's processors with AVX-512 units of 512 bits."""
-
-
-@lru_cache
-def processor() -> str:
-    """What the machine says of its processor."""
-    described = Path("/proc/cpuinfo")
-    return described.read_text() if described.exists() else platform.processor()
+MIN_AMD_FAMILY = 26
+"""The first family of AMD processors with 512-bit AVX-512 units."""
 
 
 @lru_cache
-def onednn_is_faster() -> bool:
-    """By the kind of machine, not by the clock: the same machine should give the same numbers each time."""
+def cpu_description() -> str:
+    """The system's description of the processor: /proc/cpuinfo where it exists."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else platform.processor()
+
+
+@lru_cache
+def is_onednn_faster() -> bool:
+    """Whether oneDNN is faster than MKL, by the model of the processor.
+
+    It is not timed, because the same machine should compute the same numbers each time.
+    """
     if not torch.backends.mkl.is_available() or not torch.backends.mkldnn.is_available():
         return False
-    family = re.search(r"^cpu family\s*: (\d+)$", processor(), flags=re.MULTILINE)
-    if "AuthenticAMD" not in processor() or family is None or int(family[1]) < WHOLE_AVX512:
+    family = re.search(r"^cpu family\s*: (\d+)$", cpu_description(), flags=re.MULTILINE)
+    if "AuthenticAMD" not in cpu_description() or family is None or int(family[1]) < MIN_AMD_FAMILY:
         return False
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     a, b = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0)).unbind()
     try:
-        return torch.allclose(_onednn(a, b), a @ b, atol=1e-4)
-    except (AttributeError, RuntimeError):  # it is no public part of torch
+        return torch.allclose(_onednn_matmul(a, b), a @ b, atol=1e-4)
+    except (AttributeError, RuntimeError):  # the operator is no public part of torch
         return False
 
 
-def _onednn(a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], bias: Tensor | None = None) -> Tensor:
+def _onednn_matmul(a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b.T, bias, "none", [], "")
 
 
-def suits(a: Tensor, b: Tensor, m: int) -> bool:
-    """Whether oneDNN should multiply an `m` rows high `a` and `b`, or the transpose of `b`."""
+def needs_onednn(a: Tensor, b: Tensor, m: int) -> bool:
+    """Whether oneDNN should compute `a @ b` or `a @ b.T`, where `a` has `m` rows."""
     return (
         a.dtype == b.dtype == torch.float32
         and a.device.type == b.device.type == "cpu"
-        and m * b.numel() >= SMALLEST
+        and m * b.numel() >= MIN_MULTIPLICATIONS
         and bool(torch.backends.mkldnn.enabled)
-        and onednn_is_faster()
+        and is_onednn_faster()
     )
 
 
-def product(
-    a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], room: Float[Tensor, "m n"] | None = None
+def matmul(
+    a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], buffer: Float[Tensor, "m n"] | None = None
 ) -> Float[Tensor, "m n"]:
-    """`a @ b` for tensors that need no gradient; either may be a transpose.
+    """`a @ b`, without gradients. Either factor may be a transpose.
 
-    `room` is memory that the result may be put into, which spares asking for other; oneDNN takes its own.
+    The result may be written into `buffer`, so that no memory is allocated. oneDNN allocates its own, so use
+    the tensor that is returned.
     """
-    return _onednn(a, b) if suits(a, b, len(a)) else torch.mm(a, b, out=room)
+    return _onednn_matmul(a, b) if needs_onednn(a, b, len(a)) else torch.mm(a, b, out=buffer)
 
 
-def add_product(total: Float[Tensor, "m n"], a: Float[Tensor, "m k"], b: Float[Tensor, "k n"]) -> None:
-    """`total += a @ b`, in one go where the library can."""
-    if total.dtype == a.dtype and not suits(a, b, len(a)):
-        torch.addmm(total, a, b, out=total)
+def add_matmul(
+    out: Float[Tensor, "m n"], a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], beta: float = 1.0
+) -> None:
+    """`out = beta * out + a @ b` in place, without gradients; with `beta = 0`, `out` may be uninitialized.
+
+    The product has the dtype of `a` and `b`. `out` may be wider, or, with `beta = 0`, narrower.
+    """
+    if out.dtype == a.dtype and not needs_onednn(a, b, len(a)):
+        torch.addmm(out, a, b, beta=beta, out=out)
+    elif beta == 0.0:
+        out.copy_(matmul(a, b))
     else:
-        total += product(a, b)
+        assert beta == 1.0, beta
+        out += matmul(a, b)
 
 
-class Linear(torch.autograd.Function):
-    """`x @ weight.T + bias`, in any order of derivatives."""
+class OneDNNLinear(torch.autograd.Function):
+    """`x @ weight.T + bias`, differentiable any number of times."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Float[Tensor, "m k"], weight: Float[Tensor, "n k"], bias: Float[Tensor, "n"] | None
     ) -> Float[Tensor, "m n"]:
         ctx.save_for_backward(x, weight)
-        return _onednn(x, weight.T, bias)
+        return _onednn_matmul(x, weight.T, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         return (
-            Linear.apply(grad, weight.T, None) if wants_x else None,
-            Linear.apply(grad.T, x.T, None) if wants_weight else None,
-            grad.sum(dim=0) if wants_bias else None,
+            OneDNNLinear.apply(grad, weight.T, None) if needs_x else None,
+            OneDNNLinear.apply(grad.T, x.T, None) if needs_weight else None,
+            grad.sum(dim=0) if needs_bias else None,
         )
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`, by oneDNN where that suits."""
-    plain = type(input) is Tensor and type(weight) in (Tensor, nn.Parameter)
-    matrices = input.ndim > 1 and weight.ndim == 2
+    """`F.linear`, through oneDNN where `needs_onednn` says so."""
+    is_plain = type(input) is Tensor and type(weight) in (Tensor, nn.Parameter)
     if (
-        not (plain and matrices)
-        or not suits(input, weight, input.numel() // max(1, input.shape[-1]))
+        not (is_plain and input.ndim > 1 and weight.ndim == 2)
+        or not needs_onednn(input, weight, input.numel() // max(1, input.shape[-1]))
         or torch.is_autocast_enabled("cpu")
-        # checkpointed layers run again in backward, without this: they must save the same tensors then
+        # A checkpointed layer runs again in backward, outside of `onednn_linear`, and has to save the same
+        # tensors there.
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     ):
         return F.linear(input, weight, bias)
-    return Linear.apply(input.flatten(0, -2), weight, bias).unflatten(0, input.shape[:-1])
+    return OneDNNLinear.apply(input.flatten(0, -2), weight, bias).unflatten(0, input.shape[:-1])
 
 
-class FastProducts(TorchFunctionMode):
-    """Within, linear layers on the CPU are computed by `linear`; nothing of a model is changed."""
-
+class _OneDNNLinearMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is F.linear and not torch.compiler.is_compiling():
             func = linear
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def onednn_linear() -> Iterator[None]:
+    """Compute `F.linear` by `linear`, in every module that is called within; no module is changed."""
+    with _OneDNNLinearMode():
+        yield

@@ -1,4 +1,4 @@
-"""Models by name or folder, and folders that this project, x-transformers and transformers can load again."""
+"""Load and save a model with its tokenizer, in a form that the model's own library can load."""
 
 import json
 from dataclasses import dataclass
@@ -8,126 +8,174 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpo_wrapper.data import Tokenizer, load_tokenizer
-from dpo_wrapper.training.config import PRESETS
+from dpo_wrapper.data.tokenizers import Tokenizer, load_tokenizer
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+
+PRESETS = {
+    "tiny": {"dim": 128, "depth": 4, "heads": 2},
+    "small": {"dim": 256, "depth": 6, "heads": 4},
+    "medium": {"dim": 512, "depth": 8, "heads": 8},
+}
+"""Sizes of the decoders that are built from scratch, by name."""
 
 
 @dataclass(frozen=True)
-class Policy:
-    """A language model with its tokenizer. `decoder` holds the arguments of x-transformers' classes."""
+class PretrainedModel:
+    """A language model with its tokenizer.
+
+    Attributes:
+        decoder_args: the arguments of an x-transformers decoder, as `build_decoder` takes them; None for a
+            Hugging Face model.
+    """
 
     model: nn.Module
     tokenizer: Tokenizer
     tokenizer_name: str
-    decoder: dict[str, Any] | None
+    decoder_args: dict[str, Any] | None
 
 
-def build_decoder(decoder: dict[str, Any]) -> nn.Module:
-    """`TransformerWrapper(**decoder, attn_layers = Decoder(**decoder['attn_layers']))`."""
-    from x_transformers import Decoder, TransformerWrapper
+def load_pretrained(name: str, tokenizer_name: str | None, max_length: int) -> PretrainedModel:
+    """Load or build a model in float32, with its tokenizer.
 
-    return TransformerWrapper(**{**decoder, "attn_layers": Decoder(**decoder["attn_layers"])})
-
-
-def preset(name: str, vocab_size: int, max_length: int) -> dict[str, Any]:
-    """Arguments of a small decoder: rotary positions, flash attention, RMSNorm and SwiGLU."""
-    layers = {
-        **PRESETS[name],
-        "attn_dim_head": PRESETS[name]["dim"] // PRESETS[name]["heads"],
-        "rotary_pos_emb": True,
-        "attn_flash": True,
-        "use_rmsnorm": True,
-        "ff_swish": True,
-        "ff_glu": True,
-        "ff_no_bias": True,
-    }
-    return {
-        "num_tokens": vocab_size,
-        "max_seq_len": max_length,
-        "use_abs_pos_emb": False,
-        "attn_layers": layers,
-    }
-
-
-def load_policy(name: str, tokenizer_name: str | None, max_length: int) -> Policy:
-    """A preset, a folder written by `save_policy`, or a Hugging Face model by folder or name, in float32.
+    Args:
+        name: one of `PRESETS`, which builds a new decoder; a folder that `save_pretrained` wrote; or a
+            Hugging Face causal LM by folder or name.
+        tokenizer_name: as in `load_tokenizer`; None for the model's own (bytes for a new decoder).
+        max_length: maximum sequence length of a new decoder, in tokens.
 
     Raises:
-        ValueError: a folder without a model, a name that cannot be fetched, a tokenizer with other ids than
+        ValueError: the folder holds no model, the model cannot be loaded, or the tokenizer has more ids than
             the model.
     """
     if name in PRESETS:
-        tokenizer_name = tokenizer_name or "bytes"
-        tokenizer = load_tokenizer(tokenizer_name)
-        decoder = preset(name, tokenizer.vocab_size, max_length)
-        return Policy(build_decoder(decoder), tokenizer, tokenizer_name, decoder)
-
-    config = Path(name) / CONFIG
-    if Path(name).is_dir() and not config.is_file():
-        raise ValueError(f"{name} holds no {CONFIG}: expected a run folder or a Hugging Face model folder.")
-    settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        return build_preset(name, tokenizer_name or "bytes", max_length)
+    settings = read_settings(name)
     if "x_transformers" in settings:
-        from safetensors.torch import load_model
+        pretrained = load_decoder(name, settings, tokenizer_name)
+    else:
+        pretrained = load_hugging_face(name, tokenizer_name)
+    check_vocab_size(pretrained)
+    return pretrained
 
-        decoder = settings["x_transformers"]
-        tokenizer_name = tokenizer_name or settings["tokenizer"]
-        if tokenizer_name != "bytes" and tokenizer_name == settings["tokenizer"]:
-            tokenizer_name = name
-        model = build_decoder(decoder)
-        load_model(model, Path(name) / WEIGHTS)
-        return checked(Policy(model, load_tokenizer(tokenizer_name), tokenizer_name, decoder))
 
+def build_preset(name: str, tokenizer_name: str, max_length: int) -> PretrainedModel:
+    """A new decoder with rotary positions, flash attention, RMSNorm and SwiGLU."""
+    tokenizer, size = load_tokenizer(tokenizer_name), PRESETS[name]
+    decoder_args = {
+        "num_tokens": tokenizer.vocab_size,
+        "max_seq_len": max_length,
+        "use_abs_pos_emb": False,
+        "attn_layers": {
+            **size,
+            "attn_dim_head": size["dim"] // size["heads"],
+            "rotary_pos_emb": True,
+            "attn_flash": True,
+            "use_rmsnorm": True,
+            "ff_swish": True,
+            "ff_glu": True,
+            "ff_no_bias": True,
+        },
+    }
+    return PretrainedModel(build_decoder(decoder_args), tokenizer, tokenizer_name, decoder_args)
+
+
+def build_decoder(decoder_args: dict[str, Any]) -> nn.Module:
+    """`TransformerWrapper(**decoder_args, attn_layers = Decoder(**decoder_args['attn_layers']))`."""
+    from x_transformers import Decoder, TransformerWrapper
+
+    return TransformerWrapper(**{**decoder_args, "attn_layers": Decoder(**decoder_args["attn_layers"])})
+
+
+def read_settings(name: str) -> dict[str, Any]:
+    """The config.json of a model folder; empty if `name` is no folder.
+
+    Raises:
+        ValueError: the folder holds no config.json, or a run that is not finished.
+    """
+    config_file = Path(name) / CONFIG_FILE
+    if not config_file.is_file():
+        if Path(name).is_dir():
+            raise ValueError(
+                f"--model should be a folder with a model, but {name} holds no {CONFIG_FILE}: name a run "
+                "folder or the folder of a Hugging Face model."
+            )
+        return {}
+    settings = json.loads(config_file.read_text(encoding="utf-8"))
     if set(settings) == {"dpo_wrapper"}:
-        raise ValueError(f"the run in {name} has not finished: resume it, or use the model in {name}/sft.")
+        raise ValueError(
+            f"--model should be a finished run, but the run in {name} has not finished: resume it, or use "
+            f"the model in {name}/sft."
+        )
+    return settings
 
+
+def load_decoder(folder: str, settings: dict[str, Any], tokenizer_name: str | None) -> PretrainedModel:
+    """The x-transformers decoder in a folder that `save_pretrained` wrote."""
+    from safetensors.torch import load_model
+
+    saved_name = settings["tokenizer"]
+    tokenizer_name = tokenizer_name or saved_name
+    if tokenizer_name == saved_name and saved_name != "bytes":
+        tokenizer_name = folder
+    decoder_args = settings["x_transformers"]
+    model = build_decoder(decoder_args)
+    load_model(model, Path(folder) / WEIGHTS_FILE)
+    return PretrainedModel(model, load_tokenizer(tokenizer_name), tokenizer_name, decoder_args)
+
+
+def load_hugging_face(name: str, tokenizer_name: str | None) -> PretrainedModel:
     from transformers import AutoModelForCausalLM
 
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"--model {name}: expected {', '.join(PRESETS)}, a run folder or a Hugging Face causal LM by "
-            f"folder or name, but it could not be loaded: {first}"
+            f"--model should be {', '.join(PRESETS)}, a run folder or a Hugging Face causal LM by folder or "
+            f"name, but {name} could not be loaded: {reason}"
         ) from error
     tokenizer_name = tokenizer_name or name
-    return checked(Policy(model, load_tokenizer(tokenizer_name), tokenizer_name, None))
+    return PretrainedModel(model, load_tokenizer(tokenizer_name), tokenizer_name, None)
 
 
-def checked(policy: Policy) -> Policy:
-    decoder = policy.decoder
-    size = decoder["num_tokens"] if decoder else policy.model.get_input_embeddings().num_embeddings  # type: ignore
-    if policy.tokenizer.vocab_size > size:
+def check_vocab_size(pretrained: PretrainedModel) -> None:
+    """Raise ValueError if the tokenizer has ids that the model has no embedding for."""
+    args, model, num_ids = pretrained.decoder_args, pretrained.model, pretrained.tokenizer.vocab_size
+    num_embeddings = args["num_tokens"] if args else model.get_input_embeddings().num_embeddings  # type: ignore
+    if num_ids > num_embeddings:
         raise ValueError(
-            f"the tokenizer {policy.tokenizer_name} has {policy.tokenizer.vocab_size} ids but the "
-            f"model "
-            f"only {size}: use the model's own tokenizer."
+            f"the tokenizer should have at most as many ids as the model, {num_embeddings}, but "
+            f"{pretrained.tokenizer_name} has {num_ids}: use the model's own tokenizer."
         )
-    return policy
 
 
-def save_policy(policy: Policy, model: nn.Module, folder: Path, training: dict[str, Any]) -> None:
-    """Write `model.safetensors`, `config.json` and the tokenizer, so that `load_policy(folder)` gives the
-    model back.
+def save_pretrained(
+    pretrained: PretrainedModel, model: nn.Module, folder: Path, training: dict[str, Any]
+) -> None:
+    """Write `model.safetensors`, `config.json` and the tokenizer; `load_pretrained(folder)` loads them again.
 
-    A decoder's weights go by the names that x-transformers has for them; its arguments stand in config.json
-    under "x_transformers". A Hugging Face model is saved by its own `save_pretrained`. How the model was
-    trained stands under "dpo_wrapper" in either.
+    The weights of an x-transformers decoder keep its names, and its arguments stand in config.json under
+    "x_transformers". A Hugging Face model is saved by its own `save_pretrained`.
+
+    Args:
+        pretrained: the tokenizer, and the kind of the model.
+        model: the model whose weights are saved.
+        training: settings of the training, which config.json holds under "dpo_wrapper".
     """
     from safetensors.torch import save_model
 
     folder.mkdir(parents=True, exist_ok=True)
-    if policy.decoder is not None:
-        save_model(model, str(folder / WEIGHTS))
+    config_file = folder / CONFIG_FILE
+    if pretrained.decoder_args is not None:
+        save_model(model, str(folder / WEIGHTS_FILE))
         settings: dict[str, Any] = {
-            "x_transformers": policy.decoder,
-            "tokenizer": "bytes" if policy.tokenizer_name == "bytes" else ".",
+            "x_transformers": pretrained.decoder_args,
+            "tokenizer": "bytes" if pretrained.tokenizer_name == "bytes" else ".",
         }
     else:
         model.save_pretrained(folder)  # type: ignore[operator]
-        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    policy.tokenizer.save(folder)
+        settings = json.loads(config_file.read_text(encoding="utf-8"))
+    pretrained.tokenizer.save(folder)
     settings["dpo_wrapper"] = training
-    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    config_file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What users get wrong in a call of `DPO`, said in one sentence before any forward pass."""
+"""Checks of ids, masks and options: each raises one sentence before any forward pass."""
 
 import math
 from collections.abc import Sequence
@@ -7,15 +7,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from dpo_wrapper.batches.ranked import Mismatched, RankedBatch, UnpairedBatch
-from dpo_wrapper.batches.sequences import PreferenceBatch
-from dpo_wrapper.losses import PairLogProbs, RankedLogProbs, UnpairedLogProbs, WeightedLosses, is_number
 
 Sides = tuple[Tensor, Tensor]
 SIDES = ("preferred_seq", "unpreferred_seq")
 
 
-def kind(value: object) -> str:
+def describe_type(value: object) -> str:
     of = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
     return "None" if value is None else f"a {type(value).__name__}{of}"
 
@@ -23,7 +20,9 @@ def kind(value: object) -> str:
 def check_ids(name: str, seq: object) -> Tensor:
     """The ids as int64."""
     if not isinstance(seq, Tensor):
-        raise TypeError(f"{name} should be a tensor of token ids, but it is {kind(seq)}: use torch.tensor.")
+        raise TypeError(
+            f"{name} should be a tensor of token ids, but it is {describe_type(seq)}: use torch.tensor."
+        )
     if seq.is_floating_point() or seq.is_complex() or seq.dtype == torch.bool:
         remedy = "is it a mask?" if seq.dtype == torch.bool else "use .long()."
         raise TypeError(f"{name} should hold token ids (int64), but its dtype is {seq.dtype}: {remedy}")
@@ -44,7 +43,7 @@ def check_ids(name: str, seq: object) -> Tensor:
 
 def check_mask(name: str, mask: object, like: Tensor, other: str, remedy: str = "") -> Tensor:
     if not isinstance(mask, Tensor):
-        raise TypeError(f"{name} should be a bool tensor, but it is {kind(mask)}: use torch.tensor.")
+        raise TypeError(f"{name} should be a bool tensor, but it is {describe_type(mask)}: use torch.tensor.")
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} should be bool, but its dtype is {mask.dtype}: use .bool().")
     if mask.shape != like.shape:
@@ -75,7 +74,7 @@ def check_both_sides(name: str, mask: object, seqs: Sides) -> Sides:
     """One mask for both sides, as wide as the wider of them, or a tuple with one mask for each."""
     if isinstance(mask, (tuple, list)):
         if len(mask) != 2:
-            raise ValueError(f"{name} should be one mask or a tuple of two, but it is {kind(mask)}.")
+            raise ValueError(f"{name} should be one mask or a tuple of two, but it is {describe_type(mask)}.")
         order = "the tuple holds the mask of preferred_seq, then that of unpreferred_seq."
         checked = [
             check_mask(f"{name}[{k}]", m, seq, side, order)
@@ -123,11 +122,11 @@ def check_ref_log_probs(ref_log_probs: object, pairs: int, device: torch.device)
     if not (isinstance(ref_log_probs, (tuple, list)) and len(ref_log_probs) == 2):
         raise TypeError(
             f"ref_log_probs should be a tuple (chosen, rejected) of tensors of shape ({pairs},), "
-            f"not {kind(ref_log_probs)}: give what sequence_log_probs says of each side."
+            f"not {describe_type(ref_log_probs)}: give what sequence_log_probs says of each side."
         )
     for side, sums in zip(("chosen", "rejected"), ref_log_probs, strict=True):
         if not (isinstance(sums, Tensor) and sums.is_floating_point()):
-            got = sums.dtype if isinstance(sums, Tensor) else kind(sums)
+            got = sums.dtype if isinstance(sums, Tensor) else describe_type(sums)
             raise TypeError(f"ref_log_probs for {side} should be a tensor of floats (nats), but it is {got}.")
         if sums.shape != (pairs,):
             raise ValueError(
@@ -143,12 +142,14 @@ def check_ref_log_probs(ref_log_probs: object, pairs: int, device: torch.device)
     return cast(Sides, tuple(ref_log_probs))
 
 
-def check_column(name: str, values: object, pairs: int, device: torch.device, least: float) -> Tensor | None:
+def check_column(
+    name: str, values: object, pairs: int, device: torch.device, minimum: float
+) -> Tensor | None:
     """What the data gives for each pair: weights, margins."""
     if values is None:
         return None
     if not (isinstance(values, Tensor) and values.is_floating_point()):
-        got = values.dtype if isinstance(values, Tensor) else kind(values)
+        got = values.dtype if isinstance(values, Tensor) else describe_type(values)
         raise TypeError(f"{name} should be a tensor of floats, one per pair, but it is {got}: use .float().")
     if values.shape != (pairs,):
         raise ValueError(
@@ -156,54 +157,15 @@ def check_column(name: str, values: object, pairs: int, device: torch.device, le
         )
     if values.device != device:
         raise ValueError(f"{name} is on {values.device} but the batch is on {device}: move one of them.")
-    if not (values.isfinite() & (values >= least)).all():
-        wanted = "finite" if least == -math.inf else "finite and not negative"
-        raise ValueError(f"{name} should be {wanted}, but one is not: correct or leave out that pair.")
+    if not (values.isfinite() & (values >= minimum)).all():
+        requirement = "finite" if minimum == -math.inf else "finite and not negative"
+        raise ValueError(f"{name} should be {requirement}, but one is not: correct or leave out that pair.")
     return values
-
-
-def check_columns_of(
-    pair_weights: object, margins: object, pairs: int, device: torch.device
-) -> tuple[Tensor | None, Tensor | None]:
-    return (
-        check_column("pair_weights", pair_weights, pairs, device, least=0.0),
-        check_column("margins", margins, pairs, device, least=-math.inf),
-    )
-
-
-DATA = {PairLogProbs: "pairs", RankedLogProbs: "ranked lists", UnpairedLogProbs: "rows with a label"}
-BATCHES = {RankedBatch: RankedLogProbs, UnpairedBatch: UnpairedLogProbs, Mismatched: UnpairedLogProbs}
-
-
-def check_data(losses: WeightedLosses, batch: object) -> None:
-    """Pairs for losses of pairs, lists for losses of lists."""
-    wanted, got = losses[0][0].data, BATCHES.get(type(batch), PairLogProbs)
-    if wanted is not got:
-        name = type(losses[0][0]).__name__
-        makes = next((kind.__name__ for kind, what in BATCHES.items() if what is wanted), "PreferenceBatch")
-        raise TypeError(
-            f"{name} learns from {DATA[wanted]}, but it was given {DATA[got]}: make a {makes} of them."
-        )
 
 
 def check_alone(beside: Sequence[object], name: str = "a ready-made batch") -> None:
     if any(argument is not None for argument in beside):
         raise TypeError(f"{name} holds ids and masks already: give it alone.")
-
-
-def check_batch(batch: PreferenceBatch, beside: Sequence[object]) -> PreferenceBatch:
-    """A ready-made batch, with none of the arguments that it replaces."""
-    check_alone(beside, "a PreferenceBatch")
-    if len(batch.pairs):
-        most = len(batch.sequences.length)
-        low, high = (int(bound) for bound in torch.aminmax(batch.pairs))
-        if low < 0 or high >= most:
-            raise ValueError(
-                f"pairs should hold indices in [0, {most}), the batch's sequences, but they reach from {low} "
-                f"to {high}: index into this batch alone."
-            )
-    check_columns_of(batch.pair_weights, batch.margins, len(batch.pairs), batch.pairs.device)
-    return batch
 
 
 def check_vocabulary(ids: Tensor, vocab_size: int) -> None:
@@ -217,28 +179,10 @@ def check_vocabulary(ids: Tensor, vocab_size: int) -> None:
         )
 
 
-def check_beta(beta: object, losses: Sequence[tuple[object, float]], given: bool) -> float:
-    """`dpo.beta`, the scale of the logged rewards: that of the first loss that has one."""
-    if not (is_number(beta) and beta > 0):
-        raise ValueError(f"beta should be a positive number, but it is {beta!r}.")
-    of_losses = [loss.beta for loss, _ in losses if hasattr(loss, "beta")]
-    own = of_losses[0] if of_losses else beta
-    if given and beta not in (0.1, own):
-        raise ValueError(
-            f"beta = {beta} has no effect beside a loss with beta = {own}: give it to the loss alone."
-        )
-    return float(own)
-
-
-def check_ld_alpha(ld_alpha: object, losses: WeightedLosses) -> float:
-    if not (is_number(ld_alpha) and 0 <= ld_alpha <= 1):
-        raise ValueError(f"ld_alpha should be a number from 0 to 1, but it is {ld_alpha!r}.")
-    if ld_alpha < 1 and losses[0][0].data is not PairLogProbs:
-        name = type(losses[0][0]).__name__
-        raise ValueError(
-            f"ld_alpha compares the two sides of a pair, and {name} learns from other data: leave it out."
-        )
-    return float(ld_alpha)
+def is_in_range(value: object, low: float, high: float) -> bool:
+    """Whether a value is a number with `low <= value <= high`, and finite."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and low <= value <= high and abs(value) < math.inf  # type: ignore[operator]
 
 
 def check_pad_id(pad_id: object) -> int | None:

@@ -6,6 +6,15 @@ import torch
 from helpers.runs import BUNDLED
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked `cuda` where there is no such device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Tiny models: a second thread costs more than it does, the more so where tests run side by side."""

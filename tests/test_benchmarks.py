@@ -40,4 +40,4 @@ def test_step(tmp_path):
     printed, written = run("step.py", options, tmp_path / "step.json")
     assert written["results"]["tree"]["seconds"] > 0
     assert written["floor"]["product_rate"] > 0
-    assert "dpo_wrapper.cpu_matmul.product" in printed
+    assert "dpo_wrapper.cpu_matmul.matmul" in printed

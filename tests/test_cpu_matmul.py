@@ -1,4 +1,4 @@
-"""Matrix products by oneDNN, also where the machine would not take it, against float64 and plain torch."""
+"""Matrix cpu_matmul by oneDNN, also where the machine would not take it, against float64 and plain torch."""
 
 import pytest
 import torch
@@ -6,15 +6,14 @@ import torch.nn.functional as F
 from torch import Generator, nn
 from torch.utils.checkpoint import checkpoint
 
-from dpo_wrapper import DPO
-from dpo_wrapper import cpu_matmul as products
+from dpo_wrapper import DPO, cpu_matmul
 from dpo_wrapper.models import eval_mode as modes
 from helpers.batches import random_batch
 from helpers.dpo_calls import arguments
 from helpers.models import ZOO
 
 try:
-    products._onednn(torch.ones(1, 1), torch.ones(1, 1))
+    cpu_matmul._onednn_matmul(torch.ones(1, 1), torch.ones(1, 1))
 except (AttributeError, RuntimeError):
     pytest.skip("this torch has no oneDNN", allow_module_level=True)
 
@@ -22,11 +21,11 @@ except (AttributeError, RuntimeError):
 @pytest.fixture
 def calls(monkeypatch):
     """oneDNN for every product; the list of those that it made."""
-    made, inner = [], products._onednn
-    monkeypatch.setattr(products, "SMALLEST", 1)
-    for module in (products, modes):
-        monkeypatch.setattr(module, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(products, "_onednn", lambda *a: made.append(tuple(a[0].shape)) or inner(*a))
+    made, inner = [], cpu_matmul._onednn_matmul
+    monkeypatch.setattr(cpu_matmul, "MIN_MULTIPLICATIONS", 1)
+    for module in (cpu_matmul, modes):
+        monkeypatch.setattr(module, "is_onednn_faster", lambda: True)
+    monkeypatch.setattr(cpu_matmul, "_onednn_matmul", lambda *a: made.append(tuple(a[0].shape)) or inner(*a))
     return made
 
 
@@ -42,7 +41,7 @@ def error(got, exact):
 def test_product_of_tensors_and_transposes(calls, m, k, n):
     for a in (drawn(m, k), drawn(k, m).T):
         for b in (drawn(k, n, seed=1), drawn(n, k, seed=1).T):
-            assert error(products.product(a, b), a.double() @ b.double()) < 1e-6
+            assert error(cpu_matmul.matmul(a, b), a.double() @ b.double()) < 1e-6
     assert len(calls) == 4
 
 
@@ -57,10 +56,10 @@ def numbers(layer, x, given, context):
 @pytest.mark.parametrize("shape", [(40,), (3, 40), (2, 5, 40), (0, 40)])
 def test_a_linear_layer_and_its_gradients(calls, bias, shape):
     layer, x, given = nn.Linear(40, 24, bias=bias), drawn(*shape).requires_grad_(), drawn(*shape[:-1], 24)
-    got = numbers(layer, x, given, products.FastProducts())
+    got = numbers(layer, x, given, cpu_matmul.onednn_linear())
     made = len(calls)
     layer.double()
-    exact = numbers(layer, x.detach().double().requires_grad_(), given, products.FastProducts())
+    exact = numbers(layer, x.detach().double().requires_grad_(), given, cpu_matmul.onednn_linear())
     assert made == (3 if len(shape) > 1 and x.numel() else 0) and len(calls) == made  # not for float64
     for one, other in zip(got, exact, strict=True):
         assert one.shape == other.shape and one.stride() == other.stride()
@@ -69,13 +68,13 @@ def test_a_linear_layer_and_its_gradients(calls, bias, shape):
 
 def test_only_wanted_gradients_are_computed(calls):
     layer = nn.Linear(8, 8).requires_grad_(False)
-    numbers(layer, drawn(3, 8).requires_grad_(), drawn(3, 8), products.FastProducts())
+    numbers(layer, drawn(3, 8).requires_grad_(), drawn(3, 8), cpu_matmul.onednn_linear())
     assert len(calls) == 2  # forward, and the gradient of the input
 
 
 def test_second_derivatives(calls):
     layer, results = nn.Linear(6, 6), []
-    for context in (products.FastProducts(), torch.enable_grad()):
+    for context in (cpu_matmul.onednn_linear(), torch.enable_grad()):
         x = drawn(4, 6).requires_grad_()
         with context:
             (grad,) = torch.autograd.grad(layer(x).tanh().sum(), x, create_graph=True)
@@ -86,7 +85,7 @@ def test_second_derivatives(calls):
 
 def test_what_is_left_to_torch(calls, monkeypatch):
     layer, x = nn.Linear(8, 8), drawn(3, 8)
-    with products.FastProducts():
+    with cpu_matmul.onednn_linear():
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16
         with torch.backends.mkldnn.flags(enabled=False):
@@ -95,19 +94,19 @@ def test_what_is_left_to_torch(calls, monkeypatch):
         layer.bfloat16()(x.bfloat16())
         F.linear(x, drawn(8))  # a vector
     layer.float()(x)
-    monkeypatch.setattr(products, "SMALLEST", 3 * 8 * 8 + 1)
-    with products.FastProducts():
+    monkeypatch.setattr(cpu_matmul, "MIN_MULTIPLICATIONS", 3 * 8 * 8 + 1)
+    with cpu_matmul.onednn_linear():
         layer(x)
     assert not calls
-    monkeypatch.setattr(products, "SMALLEST", 3 * 8 * 8)
-    with products.FastProducts():
+    monkeypatch.setattr(cpu_matmul, "MIN_MULTIPLICATIONS", 3 * 8 * 8)
+    with cpu_matmul.onednn_linear():
         layer(x)
     assert calls == [(3, 8)]
 
 
 def test_the_same_bits_each_time(calls):
     a, b = drawn(300, 200), drawn(200, 400, seed=1)
-    assert all(torch.equal(products.product(a, b), products.product(a, b)) for _ in range(5))
+    assert all(torch.equal(cpu_matmul.matmul(a, b), cpu_matmul.matmul(a, b)) for _ in range(5))
 
 
 def test_a_fresh_dpo_starts_at_ln_2_and_trains(calls):
@@ -133,9 +132,9 @@ def test_a_fresh_dpo_starts_at_ln_2_and_trains(calls):
 def test_the_kind_of_machine_decides(monkeypatch, vendor, family, capability, faster):
     described = f"processor\t: 0\nvendor_id\t: {vendor}\n"
     described += "" if family is None else f"cpu family\t: {family}\nmodel\t\t: 17\n"
-    monkeypatch.setattr(products, "processor", lambda: described)
+    monkeypatch.setattr(cpu_matmul, "cpu_description", lambda: described)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    assert products.onednn_is_faster.__wrapped__() == faster
-    monkeypatch.setattr(products, "_onednn", lambda *_: (_ for _ in ()).throw(AttributeError))
-    assert not products.onednn_is_faster.__wrapped__()
+    assert cpu_matmul.is_onednn_faster.__wrapped__() == faster
+    monkeypatch.setattr(cpu_matmul, "_onednn_matmul", lambda *_: (_ for _ in ()).throw(AttributeError))
+    assert not cpu_matmul.is_onednn_faster.__wrapped__()

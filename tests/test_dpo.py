@@ -34,6 +34,7 @@ def made(name: str, **kwargs) -> tuple[DPO, nn.Module]:
     return dpo, reference
 
 
+@pytest.mark.pitfall(2)
 @pytest.mark.parametrize("name", ZOO)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_loss_log_probs_and_gradients_equal_the_oracle(name, seed):
@@ -201,17 +202,20 @@ def test_pad_id_marks_leading_and_trailing_runs_only():
 
 
 def test_given_reference_log_probs_replace_the_reference():
+    """In float64 throughout: the sides are scored apart, so that rows of attention have other lengths, and
+    torch's float32 softmax rounds rows shorter than one vector register (8 or 16 columns) differently."""
     dpo, _ = made("xt-rotary")
     case = random_batch(Generator().manual_seed(4), b=3, odd=0)
-    loss, metrics = dpo(**arguments(case), return_metrics=True)
-    sums = [
-        sequence_log_probs(dpo.ref_model, seq, ~prompt, real)
-        for seq, prompt, real in zip(sides_of(case)[0], case.prompt_masks, case.seq_masks, strict=True)
-    ]
-    assert sums[0].requires_grad is False
-    calls = []
-    dpo.ref_model.attn_layers.register_forward_hook(lambda *_: calls.append(1))
-    assert abs(dpo(**arguments(case), ref_log_probs=tuple(sums)) - loss) < 1e-12
+    with ExactFloat64():
+        loss, metrics = dpo(**arguments(case), return_metrics=True)
+        sums = [
+            sequence_log_probs(dpo.ref_model, seq, ~prompt, real)
+            for seq, prompt, real in zip(sides_of(case)[0], case.prompt_masks, case.seq_masks, strict=True)
+        ]
+        assert sums[0].requires_grad is False
+        calls = []
+        dpo.ref_model.attn_layers.register_forward_hook(lambda *_: calls.append(1))
+        assert abs(dpo(**arguments(case), ref_log_probs=tuple(sums)) - loss) < 1e-12
     assert not calls
     assert abs(metrics["logps/ref_chosen"] - sums[0].mean()) < 1e-9
 

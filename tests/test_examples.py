@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_wrapper.data import read_rows, split_rows
+from dpo_wrapper.data import read_examples, split_examples
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -34,8 +34,8 @@ def test_bundled_data():
     assert len(records) == 256
     families = Counter(record["family"] for record in records)
     assert len(families) == 8 and set(families.values()) == {32}
-    rows, _ = read_rows(path)
-    training, held_out = split_rows(rows, 0.1, 0)
+    rows, _ = read_examples(path)
+    training, held_out = split_examples(rows, 0.1, 0)
     assert (len(training), len(held_out)) == (216, 40)
     assert not {row.prompt.lower() for row in training} & {row.prompt.lower() for row in held_out}
     assert sum(len(row.chosen) < len(row.rejected) for row in rows) >= 0.9 * len(rows)

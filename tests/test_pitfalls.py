@@ -1,4 +1,4 @@
-"""What bites users of other implementations, one test a line. Those about data are in tests/data."""
+"""Lines of docs/pitfalls.md. Other tests that guard some are marked with their numbers where they stand."""
 
 import math
 
@@ -31,8 +31,9 @@ class Bigram(nn.Module):
 NO_PROMPT = torch.zeros(1, 4, dtype=torch.bool)
 
 
+@pytest.mark.pitfall(1)
 @pytest.mark.parametrize("place", [1, 2, 3])
-def test_pitfall_1_one_scored_token_scores_that_token(place):
+def test_one_scored_token_scores_that_token(place):
     model, seq = Bigram(), torch.tensor([[1, 5, 2, 6]])
     scored = torch.zeros(1, 4, dtype=torch.bool)
     scored[0, place] = True
@@ -40,7 +41,8 @@ def test_pitfall_1_one_scored_token_scores_that_token(place):
     assert torch.allclose(sequence_log_probs(model, seq, scored), expected)
 
 
-def test_pitfall_1_x_transformers_scores_the_wrong_tokens():
+@pytest.mark.pitfall(1)
+def test_x_transformers_scores_the_wrong_tokens():
     """x-transformers 2.31 crops the mask as it crops the inputs, but what it masks are targets.
 
     Given a mask that is moved by one beforehand it agrees with `SigmoidNorm`; given the mask it asks for, it
@@ -66,13 +68,15 @@ def test_pitfall_1_x_transformers_scores_the_wrong_tokens():
     assert torch.allclose(wrong, ours(chosen, rejected, first_lost), atol=1e-6)
 
 
-def test_pitfall_2_logits_are_shifted():
+@pytest.mark.pitfall(2)
+def test_logits_are_shifted():
     model, seq = Bigram(), torch.tensor([[1, 5, 2, 6]])
     expected = sum(model.log_p(seq[0, i], seq[0, i + 1]) for i in range(3))
     assert torch.allclose(sequence_log_probs(model, seq, ~NO_PROMPT), expected)
 
 
-def test_pitfall_3_each_side_has_its_own_prompt():
+@pytest.mark.pitfall(3)
+def test_each_side_has_its_own_prompt():
     model = Bigram()
     dpo = DPO(model, reference=Bigram().requires_grad_(False), loss=SimPO(beta=1.0, gamma=0.0))
     chosen, rejected = torch.tensor([[1, 5, 2, 6]]), torch.tensor([[3, 4, 1, 0]])
@@ -82,7 +86,8 @@ def test_pitfall_3_each_side_has_its_own_prompt():
     assert torch.allclose(dpo(chosen, rejected, (one, three)), -(p_w - p_l).sigmoid().log())
 
 
-def test_pitfall_4_and_5_tied_heads_and_dropout():
+@pytest.mark.pitfall(4, 5)
+def test_tied_heads_and_dropout():
     """At length in test_reference.py and test_dpo.py; here both at once, in train mode."""
     from x_transformers import Decoder, TransformerWrapper
 
@@ -105,8 +110,9 @@ def gradients(dpo, **kwargs):
     return loss.detach(), metrics, [p.grad.clone() for p in dpo.policy_model.parameters()]
 
 
+@pytest.mark.pitfall(7, 8)
 @pytest.mark.parametrize("loss", [Sigmoid(), IPO(), SimPO(), [(Sigmoid(), 1.0), (SFT(), 0.7)]], ids=str)
-def test_pitfalls_7_and_8_a_pair_without_a_completion_changes_nothing(loss):
+def test_a_pair_without_a_completion_changes_nothing(loss):
     dpo = DPO(nudged(ZOO["xt-rotary"](0)), reference=ZOO["xt-rotary"](0), loss=loss)
     seqs = [torch.randint(1, 37, (3, n), generator=Generator().manual_seed(n)) for n in (8, 6)]
     prompts = [torch.arange(n).expand(3, -1) < 2 for n in (8, 6)]
@@ -140,8 +146,9 @@ def test_pitfalls_7_and_8_a_pair_without_a_completion_changes_nothing(loss):
             assert torch.allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.pitfall(7)
 @pytest.mark.parametrize("name", ["xt-tied", "hf-llama", "plain-gru"])
-def test_pitfall_7_no_valid_pair_is_a_zero_with_zero_gradients(name):
+def test_no_valid_pair_is_a_zero_with_zero_gradients(name):
     dpo = DPO(ZOO[name](0))
     case = random_batch(Generator().manual_seed(0), pattern="all")
     loss, metrics, grads = gradients(dpo, **arguments(case))
@@ -149,10 +156,11 @@ def test_pitfall_7_no_valid_pair_is_a_zero_with_zero_gradients(name):
     assert all(math.isfinite(value) for value in metrics.values())
 
 
+@pytest.mark.pitfall(16)
 @pytest.mark.parametrize(
     "loss", [Sigmoid(), SigmoidNorm(), IPO(), SimPO(), [(SFT(), 1.0), (IPO(), 1.0)]], ids=str
 )
-def test_pitfall_16_padding_changes_no_loss(loss):
+def test_padding_changes_no_loss(loss):
     dpo = DPO(nudged(ZOO["xt-absolute"](0)), reference=ZOO["xt-absolute"](0), loss=loss)
     chosen, rejected = torch.randint(1, 37, (2, 7)), torch.randint(1, 37, (2, 5))
     mask = torch.arange(12).expand(2, -1) < 2
@@ -162,7 +170,8 @@ def test_pitfall_16_padding_changes_no_loss(loss):
     assert torch.allclose(dpo(*padded, mask, reals), bare, atol=1e-7)
 
 
-def test_pitfall_17_finite_where_the_policy_is_certain_and_wrong():
+@pytest.mark.pitfall(17)
+def test_finite_where_the_policy_is_certain_and_wrong():
     """Logits of ±1e4: log-probs of 0 and of about -1e4 a token, in float32 and bfloat16."""
     for dtype in (torch.float32, torch.bfloat16):
         for loss in (Sigmoid(), SigmoidNorm(), IPO(), SimPO(), SFT()):
@@ -176,8 +185,9 @@ def test_pitfall_17_finite_where_the_policy_is_certain_and_wrong():
             assert value.isfinite() and model.table.grad.isfinite().all()
 
 
+@pytest.mark.pitfall(20)
 @pytest.mark.parametrize("name", ["xt-absolute", "hf-gpt2", "hf-opt", "plain-transformer"])
-def test_pitfall_20_left_padding_on_learned_positions(name):
+def test_left_padding_on_learned_positions(name):
     """Padding up to the last position of the table: a position counted from the padding would fall off it."""
     dpo = DPO(nudged(ZOO[name](0)), reference=ZOO[name](0))
     chosen, rejected = (torch.randint(2, 37, (2, n), generator=Generator().manual_seed(n)) for n in (6, 9))
@@ -190,7 +200,8 @@ def test_pitfall_20_left_padding_on_learned_positions(name):
     assert loss == bare and loss.isfinite()
 
 
-def test_pitfall_21_each_sides_log_prob_and_its_change_are_reported():
+@pytest.mark.pitfall(21)
+def test_each_sides_log_prob_and_its_change_are_reported():
     dpo = DPO(nudged(ZOO["xt-rotary"](0)), reference=ZOO["xt-rotary"](0), beta=0.2)
     metrics = dpo(**arguments(random_batch(Generator().manual_seed(0), odd=0)), return_metrics=True)[1]
     for side in ("chosen", "rejected"):
@@ -198,11 +209,12 @@ def test_pitfall_21_each_sides_log_prob_and_its_change_are_reported():
         assert torch.allclose(metrics[f"rewards/{side}"], 0.2 * change, atol=1e-6)
 
 
+@pytest.mark.pitfall(23)
 @pytest.mark.parametrize(
     "loss", [Sigmoid(), [(Sigmoid(), 1.0), (SFT(), 0.7)]], ids=["sigmoid", "sigmoid + sft"]
 )
 @pytest.mark.parametrize("sizes", [(4,), (1, 1, 1, 1), (3, 1), (1, 2, 1)])
-def test_pitfall_23_the_parts_of_a_step_add_up_to_the_step(loss, sizes):
+def test_the_parts_of_a_step_add_up_to_the_step(loss, sizes):
     """Pairs of quite different lengths, and one that is not valid, in one batch and in parts."""
     dpo = DPO(nudged(ZOO["xt-rotary"](0)), reference=ZOO["xt-rotary"](0), loss=loss)
     seqs = tuple(torch.randint(1, 37, (4, n), generator=Generator().manual_seed(n)) for n in (12, 9))
@@ -233,9 +245,10 @@ def test_pitfall_23_the_parts_of_a_step_add_up_to_the_step(loss, sizes):
         assert torch.allclose(p.grad, grad, atol=1e-6)
 
 
+@pytest.mark.pitfall(24)
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", ["hf-llama", "hf-gpt2", "hf-opt"])
-def test_pitfall_24_activation_checkpointing_changes_nothing(name, reentrant):
+def test_activation_checkpointing_changes_nothing(name, reentrant):
     plain, checkpointed = ZOO[name](0).train(), ZOO[name](0).train()
     checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:
@@ -253,7 +266,8 @@ def test_pitfall_24_activation_checkpointing_changes_nothing(name, reentrant):
         assert torch.allclose(a, b, atol=1e-6)
 
 
-def test_pitfall_24_checkpointing_in_a_plain_module():
+@pytest.mark.pitfall(24)
+def test_checkpointing_in_a_plain_module():
     class Checkpointed(nn.Module):
         def __init__(self, use):
             super().__init__()
@@ -271,7 +285,8 @@ def test_pitfall_24_checkpointing_in_a_plain_module():
         assert torch.equal(a, b)
 
 
-def test_pitfall_25_options_that_cannot_act_raise():
+@pytest.mark.pitfall(25)
+def test_options_that_cannot_act_raise():
     with pytest.raises(ValueError, match=r"prefixes are not shared.*use share_prefix = 'auto'"):
         DPO(Bigram(), share_prefix=True)(torch.ones(1, 4).long(), torch.zeros(1, 4).long(), NO_PROMPT)
     with pytest.raises((ValueError, ImportError), match="impl = 'triton' needs"):
@@ -280,7 +295,8 @@ def test_pitfall_25_options_that_cannot_act_raise():
         DPO(Bigram(), beta=0.3, loss=IPO(0.2))
 
 
-def test_pitfall_26_parameters_and_named_parameters_agree():
+@pytest.mark.pitfall(26)
+def test_parameters_and_named_parameters_agree():
     dpo = DPO(ZOO["xt-rotary"](0))
     assert type(dpo).parameters is nn.Module.parameters
     assert [id(p) for p in dpo.parameters()] == [id(p) for _, p in dpo.named_parameters()]

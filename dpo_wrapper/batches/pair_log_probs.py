@@ -1,91 +1,51 @@
-"""From scores of tokens to what the losses of pairs look at."""
-
-from dataclasses import dataclass, replace
-from functools import cached_property
+"""What pairs need of single tokens: the discounted sums of LD-DPO and the weights of WPO."""
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dpo_wrapper.batches.sequences import PreferenceBatch, ScoredSequences
-from dpo_wrapper.batches.token_level import desensitized, prompted_log_probs, weighted_by_policy
-from dpo_wrapper.losses import PairLogProbs, RunningGap
-from dpo_wrapper.running import GapState
+from dpo_wrapper.batches.sequences import ScoredSequences, SequenceLogProbs
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How a policy's scores of a batch are read, beside the reference's.
+def scored_positions(sequences: ScoredSequences) -> Int[Tensor, "t"]:
+    """Index of each scored token within its sequence, from 0."""
+    first = sequences.length.cumsum(dim=0) - sequences.length
+    return torch.arange(len(sequences.row), device=sequences.row.device) - first[sequences.row]
 
-    `reference` holds sums per sequence, `ref_scores` single tokens where `ld_alpha` is below 1. With
-    `prompted`, the chosen sequences of valid pairs are scored once more with their prompts.
+
+def discounted_sums(
+    sequences: ScoredSequences, pair_index: Int[Tensor, "p 2"], tokens: Float[Tensor, "t"], alpha: float
+) -> list[Float[Tensor, "p"]]:
+    """The sums of chosen and of rejected, in which tokens beyond the shorter completion count by `alpha`.
+
+    A side's sum is its first `min(n_w, n_l)` log-probs plus `alpha` times the others: LD-DPO, Liu 2024 (arXiv
+    2409.06411). `alpha = 1` gives the plain sums.
+
+    Args:
+        tokens: the log-prob of each scored token in nats.
     """
-
-    batch: PreferenceBatch
-    reference: Float[Tensor, "s"] | None
-    ref_scores: Float[Tensor, "t"] | None = None
-    gap: GapState | None = None
-    prompted: bool = False
-    ld_alpha: float = 1.0
-
-    @cached_property
-    def sequences(self) -> ScoredSequences:
-        """What the policy has to score."""
-        plain = self.batch.sequences
-        return plain.beside_whole(self.chosen) if self.prompted else plain
-
-    @property
-    def chosen(self) -> Int[Tensor, "p"]:
-        return self.batch.pairs[self.batch.valid, 0]
-
-    @property
-    def links(self) -> Int[Tensor, "k 2"]:
-        """Which of the sequences meet in a pair's loss."""
-        pairs, chosen = self.batch.pairs, self.chosen
-        if not self.prompted:
-            return pairs
-        whole = torch.arange(len(chosen), device=chosen.device) + len(self.batch.sequences.length)
-        return torch.cat([pairs, torch.stack([chosen, whole], dim=1)])
-
-    def pairs(self, scores: Float[Tensor, "t"], log_sum_p2: Float[Tensor, "t"] | None = None) -> PairLogProbs:
-        """Of the scores of all of `sequences`; with `log_sum_p2` pairs are weighted as WPO has it."""
-        batch, tokens = self.batch, len(self.batch.sequences.row)
-        policy = self.sequences.sums(scores)
-        count = len(batch.sequences.length)
-        gap = None if self.gap is None else self.gap.now(policy)
-        pairs = pair_log_probs(batch, policy[:count], self.reference, gap)
-        if self.prompted:
-            pairs = replace(pairs, prompted=prompted_log_probs(batch, policy[count:]))
-        if self.ld_alpha < 1:
-            pairs = desensitized(pairs, batch, self.ld_alpha, scores[:tokens], self.ref_scores)
-        if log_sum_p2 is not None:
-            pairs = weighted_by_policy(pairs, batch, scores[:tokens], log_sum_p2[:tokens])
-        return pairs
+    width = max(1, int(sequences.length.max())) if len(sequences.length) else 1
+    table = tokens.new_zeros(len(sequences.length), width)
+    table = table.index_put((sequences.row, scored_positions(sequences)), tokens)
+    shorter = sequences.length[pair_index].amin(dim=-1, keepdim=True)
+    is_shared = torch.arange(width, device=tokens.device) < shorter
+    weights = torch.where(is_shared, 1.0, alpha).to(tokens.dtype)
+    return [(table[side] * weights).sum(dim=-1) for side in pair_index.unbind(dim=-1)]
 
 
-def pair_log_probs(
-    batch: PreferenceBatch,
-    policy: Float[Tensor, "s"],
-    reference: Float[Tensor, "s"] | None,
-    gap: RunningGap | None = None,
-) -> PairLogProbs:
-    """Sums per sequence as sums per valid pair, with what the data says of these."""
-    valid = batch.valid
-    chosen, rejected = batch.pairs[valid].unbind(dim=-1)
-    lengths = batch.sequences.length
-    if batch.step_pairs is not None and batch.step_chosen_tokens is not None:
-        mean_length = policy.new_tensor(batch.step_chosen_tokens / max(1, batch.step_pairs))
-    else:
-        mean_length = lengths[chosen].to(policy.dtype).sum() / max(1, len(chosen))
-    return PairLogProbs(
-        chosen=policy[chosen],
-        rejected=policy[rejected],
-        ref_chosen=None if reference is None else reference[chosen].to(policy.dtype),
-        ref_rejected=None if reference is None else reference[rejected].to(policy.dtype),
-        chosen_length=lengths[chosen],
-        rejected_length=lengths[rejected],
-        mean_chosen_length=mean_length,
-        margins=None if batch.margins is None else batch.margins[valid].to(policy.dtype),
-        pair_weights=None if batch.pair_weights is None else batch.pair_weights[valid].to(policy.dtype),
-        gap=gap,
-    )
+@torch.no_grad()
+def wpo_weights(
+    sequences: ScoredSequences, pair_index: Int[Tensor, "p 2"], policy: SequenceLogProbs
+) -> Float[Tensor, "p"]:
+    """A weight for each pair, the larger the likelier the policy itself is to write it.
+
+    WPO, Zhou 2024 (arXiv 2406.11827): the product over both sides of `exp(mean_t[log p_t - log Σ_v p_v²])`,
+    without a gradient. A side without a scored token counts 1; such a pair is not valid anyhow.
+
+    Args:
+        policy: with `tokens` and the extra `log_sum_p2`, `log Σ_v p_v²` of the policy at each scored token.
+    """
+    assert policy.tokens is not None
+    relative = policy.tokens - policy.extras["log_sum_p2"]
+    means = sequences.sum_per_sequence(relative) / sequences.length.clamp(min=1)
+    return means[pair_index].sum(dim=-1).exp()

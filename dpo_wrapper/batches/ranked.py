@@ -1,8 +1,8 @@
-"""Batches of other data than pairs, for `dpo(batch)`: ranked lists, and single rows with a label."""
+"""Batches of ranked lists of completions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import ClassVar, Literal
 
 import torch
 from beartype import beartype
@@ -11,27 +11,26 @@ from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dpo_wrapper.batches.sequences import Ids, PreferenceBatch, ScoredSequences
-from dpo_wrapper.batches.unpaired import partners
-from dpo_wrapper.losses import RankedLogProbs, UnpairedLogProbs
-from dpo_wrapper.metrics import list_metrics, row_metrics
-from dpo_wrapper.tensor_dataclass import TensorDataclass
-
-Score = Callable[[ScoredSequences], Tensor]
-ScoreOrNone = Callable[[ScoredSequences], Tensor | None]
+from dpo_wrapper.batches.batch import Batch
+from dpo_wrapper.batches.preference import PreferenceBatch
+from dpo_wrapper.batches.sequences import Ids, ScoredSequences, SequenceLogProbs
+from dpo_wrapper.losses.inputs import RankedLogProbs
 
 
 @jaxtyped(typechecker=beartype)
 @dataclass(frozen=True)
-class RankedBatch(TensorDataclass):
+class RankedBatch(Batch):
     """Sequences, and lists of them: row `l` of `ranks` holds the indices of a list, the best first, then -1.
 
         ranks   0  1  2     sequences 0 to 2 answer one prompt, 0 the best of them
                 3  4 -1     3 and 4 another
 
-    `weights` multiply the lists' losses. `step_lists` counts the valid lists of a whole optimizer step, where
-    this batch is a part of it.
+    Attributes:
+        weights: factors of the lists' losses.
+        step_lists: number of valid lists in the whole optimizer step, if this batch is a part of it.
     """
+
+    dataset_type: ClassVar[str] = "ranked"
 
     sequences: ScoredSequences
     ranks: Int[Tensor, "l k"]
@@ -45,190 +44,74 @@ class RankedBatch(TensorDataclass):
         completions: Sequence[Sequence[Ids]],
         weights: Float[Tensor, "l"] | None = None,
     ) -> "RankedBatch":
-        """A list of completions, the best first, for each prompt, all as token ids."""
+        """A list of completions for each prompt, the best first, all as token ids."""
         if len(prompts) != len(completions):
-            counts = f"{len(prompts)} and {len(completions)}"
-            raise ValueError(f"each prompt needs a list of completions, but there are {counts}.")
-        owners = [x for x, ranked in zip(prompts, completions, strict=True) for _ in ranked]
-        sequences = ScoredSequences.from_lists(owners, [y for ranked in completions for y in ranked])
+            raise ValueError(
+                f"there should be a list of completions for each prompt, but there are {len(completions)} "
+                f"lists for {len(prompts)} prompts: give one list for each."
+            )
+        lists = list(zip(prompts, completions, strict=True))
+        sequences = ScoredSequences.from_lists(
+            [prompt for prompt, ranked in lists for _ in ranked],
+            [ids for ranked in completions for ids in ranked],
+        )
         ends = torch.tensor([len(ranked) for ranked in completions]).cumsum(dim=0).tolist()
         rows = [torch.arange(end - len(ranked), end) for ranked, end in zip(completions, ends, strict=True)]
         return cls(sequences, pad_sequence(rows, batch_first=True, padding_value=-1), weights)
 
     @property
-    def real(self) -> Bool[Tensor, "l k"]:
+    def is_real(self) -> Bool[Tensor, "l k"]:
         """Where there is a completion with a scored token."""
         return (self.ranks >= 0) & (self.sequences.length[self.ranks.clamp(min=0)] > 0)
 
     @property
     def valid(self) -> Bool[Tensor, "l"]:
-        """Lists that rank at least two completions."""
-        return self.real.sum(dim=-1) > 1
-
-    def prepared(self, policy: Score, reference: ScoreOrNone) -> "RankedBatch":
-        """With whatever else has to be scored before its sequences; nothing."""
-        return self
+        """Lists that rank at least two completions with a scored token."""
+        return self.is_real.sum(dim=-1) > 1
 
     @property
     def links(self) -> Int[Tensor, "q 2"]:
-        """Sequences that meet in a loss."""
+        """The best of each list with each of its completions."""
         best = self.ranks[:, :1].expand_as(self.ranks)
         return torch.stack([best, self.ranks], dim=-1)[self.ranks >= 0]
 
-    def log_probs(self, policy: Float[Tensor, "s"], reference: Float[Tensor, "s"] | None) -> RankedLogProbs:
-        """Of the valid lists, from sums per sequence."""
-        valid = self.valid
-        ranks = self.ranks.clamp(min=0)[valid]
-        return RankedLogProbs(
-            policy=policy[ranks],
-            reference=None if reference is None else reference[ranks].to(policy.dtype),
-            real=self.real[valid],
-            length=self.sequences.length[ranks],
-            weights=None if self.weights is None else self.weights[valid].to(policy.dtype),
-        )
-
     @property
     def step_count(self) -> int | None:
+        """Number of valid lists of the whole step."""
         return self.step_lists
 
-    def counts(self) -> tuple[int]:
-        """What `as_part_of` takes of a whole step: the number of valid lists."""
-        return (int(self.valid.sum()),)
+    def with_step_totals(self, *totals: int) -> "RankedBatch":
+        """The same lists as a part of a step with this number of valid lists."""
+        (lists,) = totals
+        return replace(self, step_lists=lists)
 
-    def as_part_of(self, step_lists: int) -> "RankedBatch":
-        return replace(self, step_lists=step_lists)
+    def log_probs(self, policy: SequenceLogProbs, reference: SequenceLogProbs | None) -> RankedLogProbs:
+        """The log-probs of the valid lists."""
+        valid, dtype = self.valid, policy.sums.dtype
+        ranks = self.ranks.clamp(min=0)[valid]
+        return RankedLogProbs(
+            policy=policy.sums[ranks],
+            reference=None if reference is None else reference.sums[ranks].to(dtype),
+            is_real=self.is_real[valid],
+            length=self.sequences.length[ranks],
+            weights=None if self.weights is None else self.weights[valid].to(dtype),
+        )
 
-    def pairs(self, which: str = "all") -> PreferenceBatch:
-        """The same as pairs, for the losses of pairs: 'all', or 'best' against each of the rest.
+    def to_preference_batch(self, ranking: Literal["all", "best"] = "all") -> PreferenceBatch:
+        """The lists as pairs: all of them, or the best completion with each of the others.
 
         Each sequence is scored once, however many pairs it stands in, and each pair has its list's weight.
         """
-        if which not in ("all", "best"):
-            raise ValueError(f"which should be 'all' or 'best', but it is {which!r}.")
+        if ranking not in ("all", "best"):
+            raise ValueError(
+                f"ranking should be 'all' or 'best', but it is {ranking!r}: choose one of the two."
+            )
         k = self.ranks.shape[1]
         better, worse = torch.triu_indices(k, k, offset=1, device=self.ranks.device)
-        if which == "best":
+        if ranking == "best":
             better, worse = better[better == 0], worse[better == 0]
-        pairs = rearrange(
-            torch.stack([self.ranks[:, better], self.ranks[:, worse]]), "side l q -> (l q) side"
-        )
-        real = (pairs >= 0).all(dim=-1)
-        weights = None if self.weights is None else self.weights.repeat_interleave(len(better))[real]
-        return PreferenceBatch(self.sequences, pairs[real], pair_weights=weights)
-
-    def metrics(self, data: Any, values: Tensor, beta: float) -> dict[str, Tensor]:
-        return list_metrics(self.sequences, data, values, beta)
-
-
-@dataclass(frozen=True)
-class Mismatched(TensorDataclass):
-    """Prompts with completions of other prompts, which tell how far the policy is from the reference."""
-
-    sequences: ScoredSequences
-
-    @torch.no_grad()
-    def log_ratios(self, policy: Score, reference: ScoreOrNone) -> Float[Tensor, "2"]:
-        """The sum of their log-ratios in nats, and how many they are."""
-        ratios, before = policy(self.sequences), reference(self.sequences)
-        ratios = ratios if before is None else ratios - before
-        real = self.sequences.length > 0
-        return torch.stack([ratios[real].sum(), real.sum().to(ratios.dtype)])
-
-
-@jaxtyped(typechecker=beartype)
-@dataclass(frozen=True)
-class UnpairedBatch(TensorDataclass):
-    """Sequences with a label each, True where wanted, and `mismatched`, by which `KTO` estimates its KL.
-
-    `weights` multiply the rows' losses. Where this batch is a part of an optimizer step, `step_rows` counts
-    the valid rows of the whole step, and `step_shift` is the whole step's estimate: the sum of what
-    `dpo(part.mismatched)` gives for its parts, the first number divided by the second. Without it each batch
-    makes its own.
-    """
-
-    sequences: ScoredSequences
-    mismatched: Mismatched
-    label: Bool[Tensor, "s"]
-    weights: Float[Tensor, "s"] | None = None
-    step_rows: int | None = None
-    step_shift: Float[Tensor, ""] | None = None
-
-    @classmethod
-    def from_lists(
-        cls,
-        prompts: Sequence[Ids],
-        completions: Sequence[Ids],
-        labels: Sequence[bool],
-        mismatched: Sequence[Ids] | None = None,
-        weights: Float[Tensor, "s"] | None = None,
-    ) -> "UnpairedBatch":
-        """One completion and one label for each prompt, and for its mismatch one of another prompt.
-
-        Without `mismatched` these are taken from the rows themselves. Empty ones do not count.
-        """
-        if not len(prompts) == len(completions) == len(labels):
-            lengths = f"{len(prompts)}, {len(completions)} and {len(labels)}"
-            raise ValueError(f"prompts, completions and labels should be as many, but there are {lengths}.")
-        if not all(isinstance(label, bool) for label in labels):
-            raise TypeError("labels should be True or False, one for each completion.")
-        if mismatched is None:
-            others = partners([tuple(prompt) for prompt in prompts])
-            if not any(other is not None for other in others):
-                raise ValueError(
-                    "expected rows of two prompts or more, of which each gets a completion of another, got "
-                    "one: make batches larger, or give mismatched completions."
-                )
-            mismatched = [() if other is None else completions[other] for other in others]
-        elif len(mismatched) != len(prompts):
-            counts = f"{len(mismatched)} for {len(prompts)}"
-            raise ValueError(f"each prompt needs a mismatched completion, but there are {counts}.")
-        apart = Mismatched(ScoredSequences.from_lists(prompts, mismatched))
-        labelled = torch.tensor(list(labels))
-        return cls(ScoredSequences.from_lists(prompts, completions), apart, labelled, weights)
-
-    @property
-    def valid(self) -> Bool[Tensor, "s"]:
-        """Rows with a scored token."""
-        return self.sequences.length > 0
-
-    def prepared(self, policy: Score, reference: ScoreOrNone) -> "UnpairedBatch":
-        """With an estimate of the KL, its own where the step has none."""
-        if self.step_shift is not None:
-            return self
-        total, count = self.mismatched.log_ratios(policy, reference)
-        return replace(self, step_shift=total / count.clamp(min=1))
-
-    @property
-    def links(self) -> Int[Tensor, "q 2"]:
-        """Sequences that meet in a loss: none."""
-        return self.sequences.row.new_zeros(0, 2)
-
-    def log_probs(self, policy: Float[Tensor, "s"], reference: Float[Tensor, "s"] | None) -> UnpairedLogProbs:
-        """Of the valid rows, from sums per sequence."""
-        valid, shift = self.valid, self.step_shift
-        assert shift is not None  # `prepared` has seen to it
-        return UnpairedLogProbs(
-            policy=policy[valid],
-            reference=None if reference is None else reference[valid].to(policy.dtype),
-            label=self.label[valid],
-            shift=shift.to(policy.dtype),
-            length=self.sequences.length[valid],
-            weights=None if self.weights is None else self.weights[valid].to(policy.dtype),
-        )
-
-    @property
-    def step_count(self) -> int | None:
-        return self.step_rows
-
-    def counts(self) -> tuple[int]:
-        """What `as_part_of` takes of a whole step: the number of valid rows."""
-        return (int(self.valid.sum()),)
-
-    def as_part_of(self, step_rows: int, step_shift: Float[Tensor, ""] | None = None) -> "UnpairedBatch":
-        return replace(self, step_rows=step_rows, step_shift=step_shift)
-
-    def metrics(self, data: Any, values: Tensor, beta: float) -> dict[str, Tensor]:
-        return row_metrics(self.sequences, data, values, beta)
-
-
-ListedBatch = RankedBatch | UnpairedBatch
+        sides = torch.stack([self.ranks[:, better], self.ranks[:, worse]])
+        pair_index = rearrange(sides, "side l q -> (l q) side")
+        exists = (pair_index >= 0).all(dim=-1)
+        weights = None if self.weights is None else self.weights.repeat_interleave(len(better))[exists]
+        return PreferenceBatch(self.sequences, pair_index[exists], weights)

@@ -1,27 +1,142 @@
-"""Prompts with completions of other prompts."""
+"""Batches of completions with a label each, and prompts with completions of other prompts."""
 
 import random
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from beartype import beartype
+from jaxtyping import Bool, Float, Int, jaxtyped
+from torch import Tensor
+
+from dpo_wrapper.batches.batch import Batch
+from dpo_wrapper.batches.sequences import Ids, ScoredSequences, SequenceLogProbs
+from dpo_wrapper.losses.inputs import UnpairedLogProbs
 
 
-def partners(prompts: Sequence[Hashable], seed: int = 0) -> list[int | None]:
-    """For each row another whose completion it takes as one that has nothing to do with its prompt.
+@jaxtyped(typechecker=beartype)
+@dataclass(frozen=True)
+class UnpairedBatch(Batch):
+    """Completions with a label each, and the sequences by which `KTO` estimates the KL divergence.
 
-    Rows of one prompt never take from one another. Each row gives its completion to one other; only if a
-    prompt has more than half of all rows do some of them find none left and get None.
-
-        prompts   a  a  b  c        rows in the order of their prompts, these shuffled by the seed, and
-        partner   2  3  0  1        turned by as many places as the most frequent prompt has rows
+    Attributes:
+        kl_sequences: each prompt with the completion of another prompt. They tell how far the policy is from
+            the reference.
+        label: True for a desirable completion, False for an undesirable one.
+        weights: factors of the rows' losses.
+        step_rows, step_kl: number of valid rows and estimate of the KL divergence in nats of the whole
+            optimizer step. Without `step_kl`, `DPO` makes an estimate from this batch alone.
     """
-    by_prompt: dict[Hashable, list[int]] = {}
-    for k, prompt in enumerate(prompts):
-        by_prompt.setdefault(prompt, []).append(k)
-    groups = list(by_prompt.values())
+
+    dataset_type: ClassVar[str] = "unpaired_preference"
+    needs_kl: ClassVar[bool] = True
+
+    sequences: ScoredSequences
+    kl_sequences: ScoredSequences
+    label: Bool[Tensor, "s"]
+    weights: Float[Tensor, "s"] | None = None
+    step_rows: int | None = None
+    step_kl: Float[Tensor, ""] | None = None
+
+    @classmethod
+    def from_lists(
+        cls,
+        prompts: Sequence[Ids],
+        completions: Sequence[Ids],
+        labels: Sequence[bool],
+        kl_completions: Sequence[Ids] | None = None,
+        weights: Float[Tensor, "s"] | None = None,
+    ) -> "UnpairedBatch":
+        """One completion and one label for each prompt, all as token ids.
+
+        Args:
+            kl_completions: for each prompt a completion of another one; an empty one does not count. Without
+                them they are taken from the batch itself.
+            weights: factors of the rows' losses.
+        """
+        if not len(prompts) == len(completions) == len(labels):
+            lengths = f"{len(prompts)}, {len(completions)} and {len(labels)}"
+            raise ValueError(
+                f"prompts, completions and labels should be as many, but there are {lengths}: give "
+                "one of each for every row."
+            )
+        if not all(isinstance(label, bool) for label in labels):
+            raise TypeError("labels should be True or False, but one is something else: give one bool a row.")
+        if kl_completions is None:
+            partners = kl_partner_indices([tuple(prompt) for prompt in prompts])
+            if all(partner is None for partner in partners):
+                raise ValueError(
+                    "rows should be of two prompts or more, so that each can get a completion of another "
+                    "one, but there is only one: make batches larger, or give kl_completions."
+                )
+            kl_completions = [() if partner is None else completions[partner] for partner in partners]
+        elif len(kl_completions) != len(prompts):
+            counts = f"{len(kl_completions)} for {len(prompts)} prompts"
+            raise ValueError(
+                f"there should be a kl_completion for each prompt, but there are {counts}: add one."
+            )
+        kl_sequences = ScoredSequences.from_lists(prompts, kl_completions)
+        sequences = ScoredSequences.from_lists(prompts, completions)
+        return cls(sequences, kl_sequences, torch.tensor(list(labels)), weights)
+
+    @property
+    def valid(self) -> Bool[Tensor, "s"]:
+        """Rows with a scored token."""
+        return self.sequences.length > 0
+
+    @property
+    def links(self) -> Int[Tensor, "0 2"]:
+        """None: each row has a value of its own."""
+        return self.sequences.row.new_zeros(0, 2)
+
+    @property
+    def step_count(self) -> int | None:
+        """Number of valid rows of the whole step."""
+        return self.step_rows
+
+    def with_step_totals(self, *totals: int) -> "UnpairedBatch":
+        """The same rows as a part of a step with this number of valid rows."""
+        (rows,) = totals
+        return replace(self, step_rows=rows)
+
+    def with_kl(self, sums: Float[Tensor, "2"]) -> "UnpairedBatch":
+        """The same rows with the KL estimate `sums[0] / sums[1]`, from the sum of `DPO.kl_sums`."""
+        total, count = sums
+        return replace(self, step_kl=total / count.clamp(min=1))
+
+    def log_probs(self, policy: SequenceLogProbs, reference: SequenceLogProbs | None) -> UnpairedLogProbs:
+        """The log-probs of the valid rows; the batch should have its KL estimate (`with_kl`)."""
+        assert self.step_kl is not None
+        valid, dtype = self.valid, policy.sums.dtype
+        return UnpairedLogProbs(
+            policy=policy.sums[valid],
+            reference=None if reference is None else reference.sums[valid].to(dtype),
+            label=self.label[valid],
+            kl=self.step_kl.to(dtype),
+            length=self.sequences.length[valid],
+            weights=None if self.weights is None else self.weights[valid].to(dtype),
+        )
+
+
+def kl_partner_indices(prompts: Sequence[Hashable], seed: int = 0) -> list[int | None]:
+    """For each row the index of a row with another prompt, whose completion it gets for the KL estimate.
+
+    Each row gives its completion to one other row. Only if one prompt has more than half of all rows, some of
+    them find no partner and get None.
+
+        prompts   a  a  b  c        the rows are sorted by prompt, prompts shuffled by the seed, and shifted
+        partner   2  3  0  1        by as many places as the most frequent prompt has rows
+    """
+    rows_of_prompt: dict[Hashable, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        rows_of_prompt.setdefault(prompt, []).append(row)
+    groups = list(rows_of_prompt.values())
     random.Random(seed).shuffle(groups)
-    rows = [k for group in groups for k in group]
-    turn = max(map(len, groups), default=0)
-    found: list[int | None] = [None] * len(rows)
-    for k, row in enumerate(rows):
-        other = rows[(k + turn) % len(rows)]
-        found[row] = other if prompts[other] != prompts[row] else None
-    return found
+    order = [row for group in groups for row in group]
+    shift = max(map(len, groups), default=0)
+    partners: list[int | None] = [None] * len(order)
+    for place, row in enumerate(order):
+        partner = order[(place + shift) % len(order)]
+        partners[row] = partner if prompts[partner] != prompts[row] else None
+    return partners

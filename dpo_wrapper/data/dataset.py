@@ -1,18 +1,20 @@
-"""Token pairs as a torch Dataset, and batches of them as the arguments of the model call."""
+"""Tokenized pairs -> a torch `Dataset`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .encode import EncodedRows, TokenPair, encode_rows
-from .files import OnError, PathLike, read_rows
-from .rows import DEFAULT_FIELDS, Fields, RowError
-from .tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
+from dpo_wrapper.data.convert import convert_examples
+from dpo_wrapper.data.encode import tokenize_examples
+from dpo_wrapper.data.errors import ExampleError, OnError
+from dpo_wrapper.data.examples import DEFAULT_FIELDS, Fields, TokenizedExample, TokenizedExamples
+from dpo_wrapper.data.readers import PathLike, read_examples
+from dpo_wrapper.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 
 
 class PreferenceItem(NamedTuple):
@@ -24,9 +26,9 @@ class PreferenceItem(NamedTuple):
 
 
 class PreferenceItemWithColumns(NamedTuple):
-    """The same of a data set with weights (1 where a row has none) or margins (0 there), each a Float[].
+    """A pair of a data set with weights (1 where a pair has none) or margins (0 there), each a Float[].
 
-    None for a column that no row has.
+    A column that no pair has is None.
     """
 
     preferred_seq: Tensor
@@ -37,40 +39,50 @@ class PreferenceItemWithColumns(NamedTuple):
 
 
 class PreferenceDataset(Dataset[PreferenceItem | PreferenceItemWithColumns]):
-    """Pairs as `PreferenceItem`s: int64 ids of one width, the longer side's, or `pad_to` where given.
+    """Pairs as `PreferenceItem`s: int64 ids of one width, that of the longer side or `pad_to`.
 
-    pad_id fills the right; -100 and other ids that are no token are welcome. A side that begins or ends
-    with pad_id as a token of its own is refused, so that a trailing run of pad_id is the padding, all of
-    it. With `pad_to` every item has the same width and torch's default collate makes batches of them. If any
-    row has a weight or a margin, the items are `PreferenceItemWithColumns`.
+    The right is filled with `pad_id`, which may be -100 or another id that is no token. A side that begins or
+    ends with `pad_id` as a token is refused, so that a trailing run of `pad_id` is padding, all of it. With
+    `pad_to` every item has the same width, and torch's default collate makes batches of them. If any pair has
+    a weight or a margin, the items are `PreferenceItemWithColumns`.
 
-    encoded: what `from_file` left out and shortened; None for a dataset made of pairs.
+    Args:
+        examples: of two completions each, the better first.
+        pad_id: the filler.
+        pad_to: width of every item.
 
-    ValueError for such pairs, for sides without a token, and for a pad_to below the longest side.
+    Attributes:
+        tokenized: what `from_file` left out and shortened; None for a dataset that was made of examples.
+
+    Raises:
+        ValueError: an example is no pair, has a side without a token, or begins or ends a side with `pad_id`;
+            or `pad_to` is below the longest side.
     """
 
-    def __init__(self, pairs: Sequence[TokenPair], pad_id: int, *, pad_to: int | None = None) -> None:
-        for pair in pairs:
-            problem = _pad_problem(pair, pad_id)
+    def __init__(
+        self, examples: Sequence[TokenizedExample], pad_id: int, *, pad_to: int | None = None
+    ) -> None:
+        for example in examples:
+            problem = _find_problem(example, pad_id)
             if problem:
-                raise ValueError(f"{pair.where}: {problem}" if pair.where else problem)
-        longest = max(map(_width, pairs), default=0)
+                raise ExampleError(problem, source=example.source)
+        longest = max(map(_width, examples), default=0)
         if pad_to is not None and pad_to < longest:
-            remedy = "raise pad_to or encode with a smaller max_length"
             raise ValueError(
-                f"expected pad_to to be at least the longest side, {longest}, got {pad_to}; {remedy}"
+                f"pad_to should be at least the longest side, {longest}, but it is {pad_to}: "
+                "raise pad_to or tokenize with a smaller max_length."
             )
-        self.pairs = pairs
-        self.weighted = any(pair.weight is not None for pair in pairs)
-        self.with_margins = any(pair.margin is not None for pair in pairs)
+        self.examples = examples
+        self.has_weights = any(example.weight is not None for example in examples)
+        self.has_margins = any(example.margin is not None for example in examples)
         self.pad_id = pad_id
         self.pad_to = pad_to
-        self.encoded: EncodedRows[TokenPair] | None = None
+        self.tokenized: TokenizedExamples | None = None
 
     @classmethod
     def from_file(
         cls,
-        path: PathLike | Sequence[PathLike],
+        paths: PathLike | Sequence[PathLike],
         tokenizer: Tokenizer | str | None = None,
         max_length: int = 1024,
         fields: Fields = DEFAULT_FIELDS,
@@ -79,148 +91,84 @@ class PreferenceDataset(Dataset[PreferenceItem | PreferenceItemWithColumns]):
         *,
         pad_to: int | None = None,
     ) -> "PreferenceDataset":
-        """Reads, encodes and wraps the pairs of a file.
+        """Read, tokenize and wrap the pairs of a file; a ranked list becomes all of its pairs.
 
-        tokenizer: None for bytes, a tokenizer, or what `load_tokenizer` takes. pad_id: the tokenizer's
-        unless given.
+        Args:
+            paths, fields, on_error: as in `read_examples`.
+            tokenizer: None for bytes, a tokenizer, or what `load_tokenizer` takes.
+            max_length: tokens of prompt and completion.
+            pad_id: the tokenizer's if None.
+            pad_to: width of every item.
 
-        ValueError for what `read_rows` and `encode_rows` refuse, a pad_id that is the EOS, or no usable pair.
+        Raises:
+            ValueError: whatever `read_examples`, `convert_examples` and `tokenize_examples` refuse; a
+                `pad_id` that is EOS or BOS; no pair is left.
         """
         if tokenizer is None or isinstance(tokenizer, (str, Path)):
             tokenizer = ByteTokenizer() if tokenizer is None else load_tokenizer(tokenizer)
         pad_id = tokenizer.pad_id if pad_id is None else pad_id
         if pad_id in (tokenizer.eos_id, tokenizer.bos_id):
-            wanted, remedy = "a pad_id that is neither EOS nor BOS", "use -100, which is no token"
-            raise ValueError(f"expected {wanted}, got {pad_id}, which would hide real tokens; {remedy}")
-        rows, errors = read_rows(path, fields, on_error=on_error)
-        encoded = encode_rows(rows, tokenizer, max_length, on_error=on_error)
-        errors += encoded.errors
+            raise ValueError(
+                f"pad_id should be neither EOS nor BOS, but it is {pad_id}, which would hide real tokens: "
+                "use -100, which is no token."
+            )
+        examples, errors = read_examples(paths, fields, on_error=on_error)
+        examples, conversion_errors = convert_examples(examples, "preference", on_error=on_error)
+        tokenized = tokenize_examples(examples, tokenizer, max_length, on_error=on_error)
+        errors += conversion_errors + tokenized.errors
+        pairs = tokenized.examples
         if on_error == "skip":
-            problems = [(pair, _pad_problem(pair, pad_id)) for pair in encoded.entries]
-            errors += [RowError(f"{pair.where}: {problem}") for pair, problem in problems if problem]
-            encoded = replace(encoded, entries=[pair for pair, problem in problems if not problem])
-        encoded = replace(encoded, errors=errors)
-        if not encoded.entries:
-            remedy = f"the first error is: {errors[0]}" if errors else "add rows whose two sides differ"
-            raise ValueError(f"expected pairs to train on, got none ({encoded.summary()[:-1]}); {remedy}")
-        dataset = cls(encoded.entries, pad_id, pad_to=pad_to)
-        dataset.encoded = encoded
+            problems = [_find_problem(pair, pad_id) for pair in pairs]
+            errors += [
+                ExampleError(p, source=pair.source) for pair, p in zip(pairs, problems, strict=True) if p
+            ]
+            pairs = [pair for pair, problem in zip(pairs, problems, strict=True) if not problem]
+        tokenized = replace(tokenized, examples=pairs, errors=errors)
+        if not pairs:
+            remedy = f"the first error is '{errors[0]}'" if errors else "add rows whose completions differ"
+            summary = tokenized.summary().removesuffix(".")
+            raise ValueError(f"there should be pairs to train on, but there are none ({summary}): {remedy}.")
+        dataset = cls(pairs, pad_id, pad_to=pad_to)
+        dataset.tokenized = tokenized
         return dataset
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.examples)
 
     def __getitem__(self, index: int) -> PreferenceItem | PreferenceItemWithColumns:
-        pair = self.pairs[index]
-        width = _width(pair) if self.pad_to is None else self.pad_to
+        example = self.examples[index]
+        width = _width(example) if self.pad_to is None else self.pad_to
         sides = torch.full((2, width), self.pad_id, dtype=torch.long)
-        for side, completion in zip(sides, (pair.chosen, pair.rejected), strict=True):
-            ids = pair.prompt + completion
+        for side, completion in zip(sides, example.completions, strict=True):
+            ids = example.prompt + completion
             side[: len(ids)] = torch.tensor(ids)
-        item = PreferenceItem(sides[0], sides[1], torch.arange(width) < len(pair.prompt))
-        if not (self.weighted or self.with_margins):
+        item = PreferenceItem(sides[0], sides[1], torch.arange(width) < len(example.prompt))
+        if not (self.has_weights or self.has_margins):
             return item
-        weight = torch.tensor(1.0 if pair.weight is None else pair.weight) if self.weighted else None
-        margin = torch.tensor(pair.margin or 0.0) if self.with_margins else None
+        weight = torch.tensor(1.0 if example.weight is None else example.weight) if self.has_weights else None
+        margin = torch.tensor(example.margin or 0.0) if self.has_margins else None
         return PreferenceItemWithColumns(*item, weight, margin)
 
 
-def _width(pair: TokenPair) -> int:
-    return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
+def _width(example: TokenizedExample) -> int:
+    return len(example.prompt) + max(map(len, example.completions))
 
 
-def _pad_problem(pair: TokenPair, pad_id: int) -> str | None:
-    for name, completion in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        ids = (*pair.prompt, *completion)
+def _find_problem(example: TokenizedExample, pad_id: int) -> str | None:
+    """Why an example cannot be an item; None if it can."""
+    if len(example.completions) != 2:
+        return (
+            f"an example should be a pair, but it has {len(example.completions)} completion(s): "
+            "convert the examples with convert_examples(examples, 'preference')."
+        )
+    for name, completion in (("chosen", example.chosen), ("rejected", example.rejected)):
+        ids = (*example.prompt, *completion)
         if not ids:
-            return f"expected at least one token in the {name} sequence, got none; leave the row out"
+            return f"the {name} sequence should have at least one token, but it has none: leave the row out."
         if pad_id in (ids[0], ids[-1]):
             end = "begin" if ids[0] == pad_id else "end"
-            wanted = f"a {name} sequence that does not {end} with the pad_id {pad_id}"
             return (
-                f"expected {wanted}, got it as a token there; choose a pad_id that is no token, such as -100"
+                f"the {name} sequence should not {end} with the pad_id {pad_id}, but it is a token there: "
+                "choose a pad_id that is no token, such as -100."
             )
     return None
-
-
-def _kind(dtype: torch.dtype) -> str:
-    return "bool" if dtype == torch.bool else "float" if dtype.is_floating_point else "int"
-
-
-def _columns(items: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
-    """Weights and margins of items that have them; the items of one dataset all have the same."""
-    rich = [item for item in items if isinstance(item, PreferenceItemWithColumns)]
-    if len(rich) < len(items):
-        return {}
-    columns = {"pair_weights": [x.pair_weight for x in rich], "margins": [x.margin for x in rich]}
-    full = {name: [x for x in column if x is not None] for name, column in columns.items()}
-    return {name: torch.stack(column) for name, column in full.items() if len(column) == len(items)}
-
-
-@dataclass(frozen=True)
-class PreferenceCollator:
-    """Items to the keyword arguments of the model call.
-
-    The trailing padding of each side is stripped, and each side padded to its own longest:
-        preferred_seq: Int[b n], unpreferred_seq: Int[b m],
-        prompt_mask: (Bool[b n], Bool[b m]), seq_mask: (Bool[b n], Bool[b m]), True on real tokens.
-    and, of items that have them, pair_weights: Float[b], margins: Float[b].
-    Padded places are False in both masks and hold pad_id, or 0 where that is no token (negative).
-
-    ValueError for an empty list, for items that are not three tensors of one length, and for an item that
-    begins with pad_id: items are padded on the right.
-    """
-
-    pad_id: int
-    padding_side: Literal["right", "left"] = "right"
-
-    def __post_init__(self) -> None:
-        if self.padding_side not in ("right", "left"):
-            raise ValueError(
-                f"expected padding_side 'right' or 'left', got {self.padding_side!r}; choose one of them"
-            )
-
-    def __call__(self, items: Sequence[Sequence[Any]]) -> dict[str, Any]:
-        if not items:
-            raise ValueError("expected at least one item, got none; collate batches that are not empty")
-        columns = _columns(items)
-        items = [item[:3] if isinstance(item, PreferenceItemWithColumns) else item for item in items]
-        for number, item in enumerate(items):
-            self._check(item, number)
-        preferred = self._side([(chosen, mask) for chosen, _, mask in items])
-        unpreferred = self._side([(rejected, mask) for _, rejected, mask in items])
-        seqs, prompt_masks, seq_masks = zip(preferred, unpreferred, strict=True)
-        return {
-            "preferred_seq": seqs[0],
-            "unpreferred_seq": seqs[1],
-            "prompt_mask": prompt_masks,
-            "seq_mask": seq_masks,
-            **columns,
-        }
-
-    def _check(self, item: Sequence[Tensor], number: int) -> None:
-        wanted = "(preferred_seq, unpreferred_seq, prompt_mask) of one length, integers, integers and bool"
-        got = [f"{tuple(t.shape)} {t.dtype}" if isinstance(t, Tensor) else type(t).__name__ for t in item]
-        tensors = len(item) == 3 and all(isinstance(part, Tensor) and part.dim() == 1 for part in item)
-        kinds = [_kind(part.dtype) for part in item] if tensors else []
-        if kinds != ["int", "int", "bool"] or len({len(part) for part in item}) != 1:
-            remedy = "collate the items of a PreferenceDataset"
-            raise ValueError(f"expected {wanted}, got {', '.join(got)} as item {number}; {remedy}")
-
-    def _side(self, sides: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-        lengths = [self._length(seq) for seq, _ in sides]
-        shape = (len(sides), max(*lengths, 1))
-        seqs = torch.full(shape, max(self.pad_id, 0), dtype=torch.long)
-        prompt_mask, seq_mask = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
-        for row, ((seq, mask), length) in enumerate(zip(sides, lengths, strict=True)):
-            start = 0 if self.padding_side == "right" else shape[1] - length
-            real = slice(start, start + length)
-            seqs[row, real], prompt_mask[row, real], seq_mask[row, real] = seq[:length], mask[:length], True
-        return seqs, prompt_mask, seq_mask
-
-    def _length(self, seq: Tensor) -> int:
-        real = (seq != self.pad_id).nonzero()
-        if len(real) and int(seq[0]) == self.pad_id:
-            remedy = "pad items on the right only, with an id that is no token"
-            raise ValueError(f"expected items that begin with a token, got pad_id {self.pad_id}; {remedy}")
-        return int(real[-1]) + 1 if len(real) else 0

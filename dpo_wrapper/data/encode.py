@@ -1,192 +1,96 @@
-"""Rows to pairs of token sequences of bounded length."""
+"""Examples -> token ids of bounded length."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, TypeVar
+from collections.abc import Iterable
 
-from .files import OnError, check_on_error
-from .rows import Row, RowError
-from .tokenizers import Tokenizer
-from .turns import Message
+from dpo_wrapper.data.errors import ExampleError, OnError, check_on_error
+from dpo_wrapper.data.examples import Example, TokenizedExample, TokenizedExamples
+from dpo_wrapper.data.tokenizers import Tokenizer
 
 MIN_LENGTH = 8
 
 
-@dataclass(frozen=True)
-class TokenPair:
-    """The ids of one pair. Both sides continue the same prompt; a side's sequence is prompt + completion.
+def tokenize_example(example: Example, tokenizer: Tokenizer, max_length: int) -> TokenizedExample:
+    """Tokenize an example, so that the prompt with each completion has at most `max_length` tokens.
 
-    prompt: Int[k], chosen: Int[i], rejected: Int[j]; the tokens of chosen and rejected are the scored ones.
-    weight, margin: what the row says of the pair's loss, or None.
+    A prompt that is too long loses tokens from its front first (BOS stays), down to a quarter of
+    `max_length`, alike for all completions; then completions lose their ends. A completion that is cut has no
+    EOS: it did not end there.
+
+    Raises:
+        ValueError: `max_length` is below 8, or the tokenizer refuses the text.
     """
-
-    prompt: tuple[int, ...]
-    chosen: tuple[int, ...]
-    rejected: tuple[int, ...]
-    where: str = ""
-    weight: float | None = None
-    margin: float | None = None
-
-    @property
-    def completions(self) -> tuple[tuple[int, ...], ...]:
-        return (self.chosen, self.rejected)
-
-    @property
-    def wanted(self) -> tuple[int, ...]:
-        return self.chosen
+    return _tokenize(example, tokenizer, max_length)[0]
 
 
-@dataclass(frozen=True)
-class TokenList:
-    """The ids of a ranked list, the best first, or, with a label, of one completion.
+def tokenize_examples(
+    examples: Iterable[Example], tokenizer: Tokenizer, max_length: int, *, on_error: OnError = "raise"
+) -> TokenizedExamples:
+    """Tokenize examples, leave out those that teach nothing, and count what happened.
 
-    All continue the same prompt. mismatched: the completion of another prompt, for rows with a label.
+    Args:
+        examples, tokenizer, max_length: see `tokenize_example`.
+        on_error: 'raise' raises the tokenizer's first error as an `ExampleError`, which names the example's
+            place; 'skip' leaves such examples out and keeps their errors.
     """
-
-    prompt: tuple[int, ...]
-    completions: tuple[tuple[int, ...], ...]
-    label: bool | None = None
-    where: str = ""
-    weight: float | None = None
-    mismatched: tuple[int, ...] = ()
-
-    @property
-    def wanted(self) -> tuple[int, ...] | None:
-        """The best completion, or the one; None where it is not wanted."""
-        return None if self.label is False else self.completions[0]
-
-
-Entry = TokenPair | TokenList
-E = TypeVar("E", TokenPair, TokenList)
-
-
-@dataclass(frozen=True)
-class EncodedRows(Generic[E]):
-    """Pairs (lists, rows with a label), and what became of the rows that are not among them.
-
-    identical: entries left out because all sides are the same tokens: nothing is preferred.
-    empty: entries left out because a side has no scored token; a list needs two that have.
-    prompts_shortened: kept entries whose prompt lost its beginning.
-    completions_cut: completions of kept entries that lost their end.
-    errors: of the rows that were skipped.
-    """
-
-    entries: list[E]
-    identical: int = 0
-    empty: int = 0
-    prompts_shortened: int = 0
-    completions_cut: int = 0
-    errors: list[RowError] = field(default_factory=list)
-
-    def summary(self) -> str:
-        """One sentence on what was left out or shortened; empty if nothing was."""
-        rows = len(self.entries) + self.identical + self.empty + len(self.errors)
-        left_out = [
-            (len(self.errors), "with an error"),
-            (self.identical, "with the same tokens on both sides"),
-            (self.empty, "with nothing to score"),
-        ]
-        cut = [
-            (self.prompts_shortened, "prompt", "at the front"),
-            (self.completions_cut, "completion", "at the end"),
-        ]
-        out = ", ".join(f"{count:,} {why}" for count, why in left_out if count)
-        fit = ", ".join(f"{count:,} {what}{'s' * (count > 1)} {end}" for count, what, end in cut if count)
-        clauses = [f"left out of {rows:,} rows: {out}"] * bool(out) + [f"cut to fit: {fit}"] * bool(fit)
-        return (text[0].upper() + text[1:] + ".") if (text := "; ".join(clauses)) else ""
+    _check_max_length(max_length)
+    check_on_error(on_error)
+    kept: list[TokenizedExample] = []
+    errors: list[ExampleError] = []
+    num_identical = num_unscored = num_shortened = num_truncated = 0
+    for example in examples:
+        try:
+            tokenized, is_shortened, truncated = _tokenize(example, tokenizer, max_length)
+        except ValueError as error:
+            located = ExampleError(str(error), source=example.source)
+            if on_error == "raise":
+                raise located from error
+            errors.append(located)
+            continue
+        completions = tokenized.completions
+        # The first token of a sequence is never scored.
+        num_scored = sum(len(completion) > (0 if tokenized.prompt else 1) for completion in completions)
+        if len(completions) > 1 and len(set(completions)) == 1:
+            num_identical += 1
+        elif num_scored < min(2, len(completions)):
+            num_unscored += 1
+        else:
+            kept.append(tokenized)
+            num_shortened += is_shortened
+            num_truncated += truncated
+    return TokenizedExamples(kept, num_identical, num_unscored, num_shortened, num_truncated, errors)
 
 
-def encode_row(row: Row, tokenizer: Tokenizer, max_length: int) -> TokenPair:
-    """The pair of a row, each side at most `max_length` tokens long.
-
-    What is too long loses tokens from the front of the prompt first (BOS stays), down to a quarter of
-    `max_length`; then from the ends of the completions, whose EOS is not put back: they did not end there.
-
-    ValueError for `max_length` below 8 and for text that the tokenizer refuses.
-    """
-    return _encode(row, tokenizer, max_length).entry
-
-
-class Encoded(NamedTuple):
-    """An entry, whether its prompt was shortened, and how many of its completions were cut."""
-
-    entry: Any
-    shortened: bool
-    cut: int
-
-
-def _encode(row: Row, tokenizer: Tokenizer, max_length: int) -> Encoded:
-    found = encode_completions(row.prompt, (row.chosen, row.rejected), tokenizer, max_length)
-    prompt, (chosen, rejected) = found.entry
-    return found._replace(entry=TokenPair(prompt, chosen, rejected, row.where, row.weight, row.margin))
-
-
-def encode_completions(
-    prompt: str | tuple[Message, ...], completions: Sequence[str], tokenizer: Tokenizer, max_length: int
-) -> Encoded:
-    """One prompt and all of its completions, shortened as in `encode_row`."""
-    check_max_length(max_length)
-    whole = tokenizer.prompt_ids(prompt)
-    sides = [tokenizer.completion_ids(prompt, text) for text in completions]
-    room = max_length - max(len(side) for side in sides)
+def _tokenize(example: Example, tokenizer: Tokenizer, max_length: int) -> tuple[TokenizedExample, bool, int]:
+    """The tokenized example, whether its prompt was shortened, and how many completions were truncated."""
+    _check_max_length(max_length)
+    prompt = tokenizer.prompt_ids(example.prompt)
+    completions = [tokenizer.completion_ids(example.prompt, text) for text in example.completions]
+    free = max_length - max(map(len, completions))
     # Never above the prompt's own length; and a long completion may not push the prompt out altogether.
-    keep = min(len(whole), max(room, max_length // 4))
-    cut = tuple(tuple(side[: max_length - keep]) for side in sides)
-    shorter = sum(len(a) < len(b) for a, b in zip(cut, sides, strict=True))
-    return Encoded((tuple(_last_tokens(whole, keep, tokenizer.bos_id)), cut), keep < len(whole), shorter)
+    prompt_length = min(len(prompt), max(free, max_length // 4))
+    tokenized = TokenizedExample(
+        prompt=tuple(_last_tokens(prompt, prompt_length, tokenizer.bos_id)),
+        completions=tuple(tuple(ids[: max_length - prompt_length]) for ids in completions),
+        label=example.label,
+        weight=example.weight,
+        margin=example.margin,
+        source=example.source,
+    )
+    truncated = sum(len(ids) > max_length - prompt_length for ids in completions)
+    return tokenized, prompt_length < len(prompt), truncated
 
 
-def _last_tokens(prompt: list[int], keep: int, bos_id: int | None) -> list[int]:
-    """The last `keep` tokens (1 or more), the first of them replaced by the BOS the prompt begins with."""
-    if len(prompt) <= keep:
+def _last_tokens(prompt: list[int], count: int, bos_id: int | None) -> list[int]:
+    """The last `count` tokens (1 or more); the first of them becomes the BOS if the prompt begins with it."""
+    if len(prompt) <= count:
         return prompt
-    last = prompt[-keep:]
+    last = prompt[-count:]
     return [bos_id, *last[1:]] if bos_id is not None and prompt[0] == bos_id else last
 
 
-def check_max_length(max_length: int) -> None:
-    """ValueError for a length below 8, which leaves no room for a prompt and an answer."""
+def _check_max_length(max_length: int) -> None:
     if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < MIN_LENGTH:
-        remedy = "choose how many tokens prompt and completion may have together"
         raise ValueError(
-            f"expected max_length to be an integer from {MIN_LENGTH}, got {max_length!r}; {remedy}"
+            f"max_length should be an integer of at least {MIN_LENGTH}, but it is {max_length!r}: "
+            "choose how many tokens prompt and completion may have together."
         )
-
-
-def encode_rows(
-    rows: Iterable[Row], tokenizer: Tokenizer, max_length: int, *, on_error: OnError = "raise"
-) -> EncodedRows[TokenPair]:
-    """The pairs of all rows, without those that teach nothing, and counts of what happened to them.
-
-    on_error: 'raise' raises the tokenizer's first error as a RowError that starts with the row's place;
-    'skip' collects them in `errors`.
-    """
-    check_max_length(max_length)
-    return collect(rows, lambda row: _encode(row, tokenizer, max_length), on_error)
-
-
-def collect(rows: Iterable[Any], encode: Callable[[Any], Encoded], on_error: OnError) -> EncodedRows[Any]:
-    """What `encode` makes of all rows, as `encode_rows` says."""
-    check_on_error(on_error)
-    kept: list[Encoded] = []
-    errors: list[RowError] = []
-    identical = empty = 0
-    for row in rows:
-        try:
-            found = encode(row)
-        except ValueError as error:
-            placed = RowError(f"{row.where}: {error}" if row.where else str(error))
-            if on_error == "raise":
-                raise placed from error
-            errors.append(placed)
-            continue
-        completions = found.entry.completions
-        scored = sum(len(completion) > (0 if found.entry.prompt else 1) for completion in completions)
-        if len(completions) > 1 and len(set(completions)) == 1:
-            identical += 1
-        elif scored < min(2, len(completions)):  # the first token of a sequence never is scored
-            empty += 1
-        else:
-            kept.append(found)
-    shortened, cut = sum(found.shortened for found in kept), sum(found.cut for found in kept)
-    return EncodedRows([found.entry for found in kept], identical, empty, shortened, cut, errors)

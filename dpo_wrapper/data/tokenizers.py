@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-from .huggingface import HuggingFaceTokenizer
-from .turns import Message
+from dpo_wrapper.data.chat import Message
+from dpo_wrapper.data.hugging_face_tokenizer import HuggingFaceTokenizer
 
 __all__ = ["ByteTokenizer", "HuggingFaceTokenizer", "Tokenizer", "load_tokenizer"]
 
@@ -15,9 +15,9 @@ _BYTES_FILE = "byte_tokenizer.json"
 
 
 class Tokenizer(Protocol):
-    """What data preparation asks of a tokenizer.
+    """What `dpo_wrapper.data` needs of a tokenizer.
 
-    Errors that lie in a row's text are ValueErrors without a place; `encode_rows` adds it.
+    Errors in a text are ValueErrors without a place; `tokenize_examples` adds it.
     """
 
     @property
@@ -50,7 +50,7 @@ class Tokenizer(Protocol):
         """A sha256 over all that determines the ids, the same in every process."""
 
     def save(self, folder: str | Path) -> None:
-        """Writes what `load_tokenizer(folder)` reads."""
+        """Write what `load_tokenizer(folder)` reads."""
 
 
 class ByteTokenizer:
@@ -84,21 +84,26 @@ class ByteTokenizer:
         return [*self.encode(completion), self.eos_id]
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(self._described(), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / _BYTES_FILE).write_text(json.dumps(self._described(), indent=2) + "\n")
+        (Path(folder) / _BYTES_FILE).write_text(json.dumps(self._identity(), indent=2) + "\n")
 
-    def _described(self) -> dict[str, object]:
+    def _identity(self) -> dict[str, object]:
         specials = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id, **self.role_ids}
         return {"tokenizer": "dpo_wrapper bytes", "version": 1, "specials": specials}
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
-    """'bytes' or a folder that a ByteTokenizer was saved in: a ByteTokenizer; else a Hugging Face tokenizer.
+    """Load a tokenizer.
 
-    ValueError if the folder holds no tokenizer or the name cannot be fetched.
+    Args:
+        name: 'bytes' or a folder that a `ByteTokenizer` was saved in; else the folder or the name of a
+            Hugging Face tokenizer.
+
+    Raises:
+        ValueError: the folder holds no tokenizer, or the name cannot be fetched.
     """
     if str(name) == "bytes" or (Path(name) / _BYTES_FILE).is_file():
         return ByteTokenizer()

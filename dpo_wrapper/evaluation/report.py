@@ -1,56 +1,29 @@
-"""From a run's metrics to something a person reads. No model code."""
+"""What a person reads of a run: curves, a table of metrics, and completions of one prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from dpo_wrapper.data import TokenizedExample, Tokenizer
+from dpo_wrapper.evaluation.generate import generate
+
 Record = dict[str, Any]
+
+MAX_COMPLETION_TOKENS = 120
 
 PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("loss", "loss (nats)", ("loss",)),
-    ("reward accuracy", "share", ("rewards/accuracies",)),
+    ("reward accuracy", "fraction", ("rewards/accuracies",)),
     ("reward margin", "β·((p_w − r_w) − (p_l − r_l))", ("rewards/margins",)),
     ("rewards", "β·(policy − reference)", ("rewards/chosen", "rewards/rejected")),
     ("log-prob of chosen", "nats per completion", ("logps/chosen", "logps/ref_chosen")),
     ("log-prob of rejected", "nats per completion", ("logps/rejected", "logps/ref_rejected")),
 )
+"""Title, unit and metrics of each plot."""
 
-
-def smoothed(values: Sequence[float], span: int) -> list[float]:
-    """Mean over the last `span` values."""
-    return [sum(part := values[max(0, k + 1 - span) : k + 1]) / len(part) for k in range(len(values))]
-
-
-def plot_curves(records: Sequence[Record], path: Path) -> None:
-    """Draw preference training: each step's metrics, smoothed, as lines, held-out values as dots on lines."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    steps = [r for r in records if r["stage"] == "dpo" and r["part"] == "step"]
-    held_out = [r for r in records if r["stage"] == "dpo" and r["part"] == "held-out"]
-    span = max(1, len(steps) // 25)
-    figure = Figure(figsize=(13, 7), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (title, unit, names) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
-        for color, name in zip(("C0", "C1"), names, strict=False):
-            label = name.split("/")[-1] if len(names) > 1 else "training"
-            drawn = [r for r in steps if name in r]
-            values = smoothed([r[name] for r in drawn], span)
-            axes.plot([r["step"] for r in drawn], values, color=color, alpha=0.55, lw=1.4, label=label)
-            drawn = [r for r in held_out if name in r]
-            label = f"{label}, held out" if len(names) > 1 else "held out"
-            axes.plot(
-                [r["step"] for r in drawn], [r[name] for r in drawn], "o-", color=color, ms=4, label=label
-            )
-        if title == "reward accuracy":
-            axes.set_ylim(0, 1.03)
-        axes.set(title=title, ylabel=unit, xlabel="step")
-        axes.grid(alpha=0.25)
-        axes.legend(fontsize=8, framealpha=0.6)
-    figure.savefig(path, dpi=110)
-
-
-TABLE = (
+TABLE_ROWS = (
     ("reward accuracy", "rewards/accuracies", "{:.1%}"),
     ("reward margin", "rewards/margins", "{:.3f}"),
     ("loss", "loss", "{:.4f}"),
@@ -60,22 +33,90 @@ TABLE = (
     ("lists", "lists/valid", "{:.0f}"),
     ("rows", "rows/valid", "{:.0f}"),
 )
+"""Label, metric and format of each row of the table."""
 
 
-def summary_table(columns: Sequence[tuple[str, Record]]) -> str:
+def select_records(records: Sequence[Record], part: str) -> list[Record]:
+    """The records of preference training that are of one part: step, eval or train."""
+    return [record for record in records if record["stage"] == "dpo" and record["part"] == part]
+
+
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """Mean over the last `window` values."""
+    windows = (values[max(0, end - window) : end] for end in range(1, len(values) + 1))
+    return [sum(part) / len(part) for part in windows]
+
+
+def plot_curves(records: Sequence[Record], path: Path) -> None:
+    """Plot preference training: smoothed metrics of the steps as lines, eval metrics as dots."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    step_records, eval_records = select_records(records, "step"), select_records(records, "eval")
+    window = max(1, len(step_records) // 25)
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, unit, metrics) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+        for color, metric in zip(("C0", "C1"), metrics, strict=False):
+            prefix = f"{metric.split('/')[-1]}, " if len(metrics) > 1 else ""
+            steps, values = extract_curve(step_records, metric)
+            label = f"{prefix}train"
+            axes.plot(steps, smooth(values, window), color=color, alpha=0.55, lw=1.4, label=label)
+            axes.plot(*extract_curve(eval_records, metric), "o-", color=color, ms=4, label=f"{prefix}eval")
+        if title == "reward accuracy":
+            axes.set_ylim(0, 1.03)
+        axes.set(title=title, ylabel=unit, xlabel="step")
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8, framealpha=0.6)
+    figure.savefig(path, dpi=110)
+
+
+def extract_curve(records: Sequence[Record], metric: str) -> tuple[list[int], list[float]]:
+    """Steps and values of the records that have a metric."""
+    records = [record for record in records if metric in record]
+    return [record["step"] for record in records], [record[metric] for record in records]
+
+
+def format_before_and_after(records: Sequence[Record]) -> str:
+    """A table of the eval and train metrics before and after preference training."""
+    columns = []
+    for part in ("eval", "train"):
+        if selected := select_records(records, part):
+            columns += [(f"{part} before", selected[0]), ("after", selected[-1])]
+    return format_table(columns)
+
+
+def format_table(columns: Sequence[tuple[str, Record]]) -> str:
     """A plain-text table with one column for each (heading, metrics)."""
     rows = [["", *(heading for heading, _ in columns)]]
-    for label, name, form in TABLE:
-        if not any(name in r for _, r in columns):
-            continue
-        rows.append([label, *(form.format(r[name]) if name in r else "-" for _, r in columns)])
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    for label, metric, template in TABLE_ROWS:
+        if any(metric in record for _, record in columns):
+            values = (template.format(record[metric]) if metric in record else "-" for _, record in columns)
+            rows.append([label, *values])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
-    for row in rows:
-        first, *rest = (
-            cell.ljust(w) if k == 0 else cell.rjust(w)
-            for k, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join([first, *rest]).rstrip())
+    for label, *cells in rows:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([label.ljust(widths[0]), *padded]).rstrip())
     lines.insert(1, "-" * max(map(len, lines)))
     return "\n".join(lines)
+
+
+def format_completions(tokenizer: Tokenizer, models: Mapping[str, nn.Module | None], example: TokenizedExample) -> str:
+    """A prompt, the greedy completion of each model that is not None, and the chosen completion."""
+    prompt_ids = list(example.prompt)
+    lines = [("prompt", shorten(tokenizer.decode(prompt_ids), keep_end=True))]
+    for name, model in models.items():
+        if model is not None:
+            ids = generate(model, prompt_ids, MAX_COMPLETION_TOKENS, tokenizer.eos_id)
+            lines.append((name, shorten(tokenizer.decode(ids))))
+    lines.append(("chosen", shorten(tokenizer.decode(list(example.sft_completion or ())))))
+    return "\n".join(f"{name:9}  {text}" for name, text in lines)
+
+
+def shorten(text: str, max_chars: int = 300, *, keep_end: bool = False) -> str:
+    """The text on one line; of a long text the beginning, or the end."""
+    line = " ".join(text.split())
+    if len(line) <= max_chars:
+        return line
+    return f"…{line[-max_chars:]}" if keep_end else f"{line[:max_chars]}…"

@@ -56,12 +56,12 @@ from dpo_wrapper.log_probs import eager
 from dpo_wrapper.log_probs import torch_tile as chunked
 from dpo_wrapper.log_probs.eager import EXTRAS, accumulation_dtype
 from dpo_wrapper.log_probs.from_logits import log_probs_of_rows
-from dpo_wrapper.log_probs.fused_backward import Ahead
+from dpo_wrapper.log_probs.fused_backward import FusedLoss
 from dpo_wrapper.log_probs.vocab_parallel import first_word, whole
 
 __all__ = [
     "EXTRAS",
-    "Ahead",
+    "FusedLoss",
     "Impl",
     "accumulation_dtype",
     "log_probs_from_logits",
@@ -72,7 +72,7 @@ __all__ = [
 Impl = Literal["auto", "triton", "chunked", "eager"]
 
 
-def implementation(impl: str, device: torch.device | None = None) -> Callable[..., tuple[Tensor, ...]]:
+def choose_impl(impl: str, device: torch.device | None = None) -> Callable[..., tuple[Tensor, ...]]:
     """The function behind a name; `'auto'` takes the best there is, a name that is not there raises."""
     if impl not in get_args(Impl):
         raise ValueError(f"impl should be one of {', '.join(get_args(Impl))}, but it is {impl!r}.")
@@ -104,7 +104,7 @@ def token_log_probs(
     softcap: float | None = None,
     impl: str = "auto",
     extras: Sequence[str] = (),
-    ahead: Ahead | None = None,
+    fused_loss: FusedLoss | None = None,
     vocab_group: Any = None,
 ) -> Any:
     """Log-probs of `targets` in nats, without ever holding all the logits. It equals
@@ -122,7 +122,7 @@ def token_log_probs(
         extras: names of what else is wanted, without gradients: `'entropy'` in nats, `'log_sum_p2'` (log Σ p²
             over the vocabulary), `'top1'` (Bool, whether no word is likelier than the target), `'greedy'`
             (the likeliest word's log-prob).
-        ahead: what the log-probs will be made into. While the head trains, gradients are then made in
+        fused_loss: what the log-probs will be made into. While the head trains, gradients are then made in
             forward, a few groups at a time, in much less memory; backward multiplies them, or computes them
             again where what comes back is something else. The numbers are the same, but for rounding.
         vocab_group: a torch.distributed group whose processes, in the order of their ranks, hold consecutive
@@ -143,10 +143,10 @@ def token_log_probs(
     if unknown or isinstance(extras, str):
         raise ValueError(f"extras should be among {', '.join(EXTRAS)}, as a list, but they are {extras!r}.")
     options: dict[str, Any] = {"extras": bool(extras)}
-    if ahead is not None:
-        check_ahead(ahead, targets)
+    if fused_loss is not None:
+        check_fused_loss(fused_loss, targets)
     if impl != "eager":
-        options["ahead"] = ahead
+        options["fused_loss"] = fused_loss
     vocabulary = len(weight)
     if vocab_group is not None:
         if impl == "eager":
@@ -157,7 +157,7 @@ def token_log_probs(
         outside = targets[(targets < 0) | (targets >= vocabulary)][0].item()
         raise ValueError(f"targets should be in [0, {vocabulary}), but one is {outside}.")
     softcap = None if softcap is None else float(softcap)
-    function = implementation(impl, hidden.device)
+    function = choose_impl(impl, hidden.device)
     log_probs, *found = function(hidden, weight, targets.long(), bias, float(logit_scale), softcap, **options)
     return (
         (log_probs, {name: dict(zip(EXTRAS, found, strict=True))[name] for name in extras})
@@ -206,11 +206,11 @@ def check(
         raise ValueError(f"softcap should be positive, but it is {softcap}.")
 
 
-def check_ahead(ahead: object, targets: Tensor) -> None:
-    if not isinstance(ahead, Ahead):
-        raise TypeError(f"ahead should be an Ahead, but it is a {type(ahead).__name__}.")
-    if ahead.groups is not None and ahead.groups.shape != targets.shape:
-        shapes = f"{tuple(ahead.groups.shape)} and {tuple(targets.shape)}"
+def check_fused_loss(fused_loss: object, targets: Tensor) -> None:
+    if not isinstance(fused_loss, FusedLoss):
+        raise TypeError(f"fused_loss should be a FusedLoss, but it is a {type(fused_loss).__name__}.")
+    if fused_loss.groups is not None and fused_loss.groups.shape != targets.shape:
+        shapes = f"{tuple(fused_loss.groups.shape)} and {tuple(targets.shape)}"
         raise ValueError(f"groups should be one number for each target, but their shapes are {shapes}.")
 
 

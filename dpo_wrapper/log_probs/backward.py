@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dpo_wrapper.cpu_matmul import add_product, product
+from dpo_wrapper.cpu_matmul import add_matmul, matmul
 from dpo_wrapper.log_probs.kept import Kept
 from dpo_wrapper.log_probs.statistics import Statistics, summed
 from dpo_wrapper.log_probs.tiles import Tiles
@@ -47,12 +47,12 @@ def gradients(
                 block = tiles.fold(rows, words, total=total[rows], at_target=at_target[rows]).block
             narrow = block.to(dtype)
             if grad_hidden is not None:
-                add_product(grad_hidden[rows], narrow, weight[words].to(dtype))
+                add_matmul(grad_hidden[rows], narrow, weight[words].to(dtype))
             if by_grad is not None and of_weight is None:
-                of_weight = product(narrow.T, by_grad[rows], room)
+                of_weight = matmul(narrow.T, by_grad[rows], room)
             elif by_grad is not None and of_weight is not None:
                 of_weight = of_weight.to(options.wide)
-                add_product(of_weight, narrow.T, by_grad[rows])
+                add_matmul(of_weight, narrow.T, by_grad[rows])
             if grad_bias is not None:
                 of_bias.sub_(grad[rows] @ block.to(options.wide))
             del known, block, narrow  # before the next is made

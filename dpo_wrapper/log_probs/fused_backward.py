@@ -25,24 +25,26 @@ from dpo_wrapper.log_probs.tiles import Options, Tiles
 
 
 @dataclass(frozen=True)
-class Ahead:
+class FusedLoss:
     """What log-probs will be made into.
 
     Args:
-        loss: from Float[t], log-probs as `token_log_probs` returns them, to Float[]. It is called several
+        fn: from Float[t], log-probs as `token_log_probs` returns them, to Float[]. It is called several
             times, with -1 for log-probs that are not known yet, and should give the same each time.
         groups: Int[t], a number for each log-prob: what the loss does with one group does not depend on the
             others, as with the tokens of one preference pair. Without it all are one group.
     """
 
-    loss: Callable[[Tensor], Tensor]
+    fn: Callable[[Tensor], Tensor]
     groups: Int[Tensor, "t"] | None = None
 
     def __post_init__(self) -> None:
-        if not callable(self.loss):
-            raise TypeError(f"the loss of Ahead should be a function, but it is {self.loss!r}.")
+        if not callable(self.fn):
+            raise TypeError(f"the loss of FusedLoss should be a function, but it is {self.fn!r}.")
         if self.groups is not None and (self.groups.ndim != 1 or self.groups.dtype != torch.int64):
-            raise TypeError("the groups of Ahead should be an int64 tensor, one number for each log-prob.")
+            raise TypeError(
+                "the groups of FusedLoss should be an int64 tensor, one number for each log-prob."
+            )
 
     def parts(self, t: int, most: int) -> list[Any]:
         """Which tokens are finished at once: whole groups, of at most `most` tokens if no group has more."""
@@ -65,9 +67,9 @@ class Ahead:
         plainly = saved_tensors_hooks(lambda x: x, lambda x: x)  # nothing runs again, as in a checkpoint
         with torch.enable_grad(), plainly:
             leaf = log_probs.detach().clone().requires_grad_()
-            loss = self.loss(leaf)
+            loss = self.fn(leaf)
             if not (isinstance(loss, Tensor) and loss.ndim == 0):
-                raise ValueError("the loss of Ahead should return a tensor without dimensions.")
+                raise ValueError("the loss of FusedLoss should return a tensor without dimensions.")
             if not loss.requires_grad:
                 return torch.zeros_like(leaf)
             (grad,) = torch.autograd.grad(loss, leaf, allow_unused=True)
@@ -83,8 +85,8 @@ def factor(grad: Float[Tensor, "t"], foretold: Float[Tensor, "t"]) -> float | No
     return float(scale) if ((grad - scale * foretold).abs() <= allowed).all() else None
 
 
-def parts_ahead(
-    ahead: Ahead | None,
+def split_for_fused_loss(
+    fused_loss: FusedLoss | None,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -98,12 +100,12 @@ def parts_ahead(
     on parts.
     """
     trained = [x for x in (weight, bias) if x is not None and x.requires_grad]
-    if ahead is None or not trained or not len(targets) or not options.differentiates:
+    if fused_loss is None or not trained or not len(targets) or not options.differentiates:
         return None
     if options.extras or options.group is not None:
         return None
     dtypes = {options.dtype, hidden.dtype, *(x.dtype for x in trained)}
-    parts = ahead.parts(len(targets), options.part_rows)
+    parts = fused_loss.parts(len(targets), options.part_rows)
     narrow = any(x.dtype != options.wide for x in trained)
     return None if torch.float16 in dtypes or (narrow and len(parts) > 1) else parts
 
@@ -117,7 +119,7 @@ def memory_of(parts: list[Any], tiles: Tiles) -> Tensor | None:
     return torch.empty(rows * words, dtype=options.dtype)
 
 
-class AheadLogProbs(torch.autograd.Function):
+class FusedLossLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -126,7 +128,7 @@ class AheadLogProbs(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         options: Options,
-        ahead: Ahead,
+        fused_loss: FusedLoss,
         parts: list[Any],
     ) -> Tensor:
         whole, wants = Tiles(hidden, weight, bias, targets, options), ctx.needs_input_grad[:3]
@@ -147,7 +149,7 @@ class AheadLogProbs(torch.autograd.Function):
             for of_all, of_part in zip(statistics, found, strict=True):
                 of_all[rows] = of_part
             log_probs[rows] = found.log_probs
-            foretold[rows] = ahead.gradient(log_probs)[rows]  # under autocast, as the loss will be
+            foretold[rows] = fused_loss.gradient(log_probs)[rows]  # under autocast, as the loss will be
             with torch.autocast(hidden.device.type, enabled=False):
                 new, of_weight, of_bias = gradients(
                     tiles, wants, foretold[rows], found, kept, (of_weight, of_bias)

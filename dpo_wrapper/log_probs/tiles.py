@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from dpo_wrapper.cpu_matmul import product
+from dpo_wrapper.cpu_matmul import matmul
 from dpo_wrapper.log_probs.eager import accumulation_dtype
 from dpo_wrapper.log_probs.statistics import Folded
 
@@ -81,7 +81,7 @@ class Tiles:
         if out is not None and out.dtype != options.wide:
             out = None  # computed wide, and narrowed when it is kept
         a, b = self.hidden[rows].to(options.dtype), self.weight[words].to(options.dtype).T
-        block = product(a, b, None if stays else self.room(len(a), b.shape[1]))
+        block = matmul(a, b, None if stays else self.room(len(a), b.shape[1]))
         local = self.local(rows, words)
         bias = None if self.bias is None else self.bias[words]
         return options.fold(block, local, bias, options.logit_scale, options.softcap, out=out, **kwargs)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dpo_wrapper.log_probs.backward import against
 from dpo_wrapper.log_probs.eager import accumulation_dtype, compute_dtype
-from dpo_wrapper.log_probs.fused_backward import Ahead, AheadLogProbs, parts_ahead
+from dpo_wrapper.log_probs.fused_backward import FusedLoss, FusedLossLogProbs, split_for_fused_loss
 from dpo_wrapper.log_probs.statistics import Folded
 from dpo_wrapper.log_probs.tiled import TiledLogProbs
 from dpo_wrapper.log_probs.tiles import Fold, Options
@@ -120,7 +120,7 @@ def token_log_probs(
     softcap: float | None,
     *,
     fold: Fold = fold,
-    ahead: Ahead | None = None,
+    fused_loss: FusedLoss | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, ...]:
     """Log-probs, and then extras; further arguments as `Options` has them."""
@@ -137,8 +137,8 @@ def token_log_probs(
         **kwargs,
     )
     given = (hidden, weight, bias, targets, options)
-    parts = parts_ahead(ahead, *given)
+    parts = split_for_fused_loss(fused_loss, *given)
     if parts is not None:
-        return (AheadLogProbs.apply(*given, ahead, parts),)
+        return (FusedLossLogProbs.apply(*given, fused_loss, parts),)
     with torch.autocast(device, enabled=False):
         return TiledLogProbs.apply(*given)

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dpo_wrapper.cpu_matmul import add_product
+from dpo_wrapper.cpu_matmul import add_matmul
 from dpo_wrapper.log_probs.statistics import Folded
 from dpo_wrapper.log_probs.tiles import Tiles
 
@@ -33,7 +33,7 @@ class Weighed:
             self.sum[rows].mul_(ratio(anchor, moved)[:, None])
             anchor.copy_(moved)
         block = folded.block.mul_(ratio(folded.lse, anchor).to(folded.block.dtype)[:, None])
-        add_product(self.sum[rows], block.to(dtype), self.tiles.weight[words].to(dtype))
+        add_matmul(self.sum[rows], block.to(dtype), self.tiles.weight[words].to(dtype))
 
     def against(self, total: Float[Tensor, "t"]) -> Float[Tensor, "t d"]:
         """The sum, weighed against the whole."""

@@ -1,119 +1,185 @@
 """Losses that compare the pairs of a batch with one another.
 
-The batch is what one call has: where an optimizer step is computed in parts (micro-batches, or shares of
-several processes), each part is sorted, or averaged, by itself, and the step is not what it would be in one.
+The batch is what one forward pass has. Where an optimizer step takes several forward passes (micro-batches,
+or several processes), each is sorted or averaged by itself, so the step differs from one in a single pass.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from dpo_wrapper.losses.base import Loss, PairLogProbs, RunningGap, not_negative, option, pull, smoothing
-from dpo_wrapper.losses.pairwise import smoothed
+from dpo_wrapper.losses.base import (
+    PairLoss,
+    beta_field,
+    label_smoothing_field,
+    nonnegative_field,
+    number_field,
+)
+from dpo_wrapper.losses.inputs import PairLogProbs
+from dpo_wrapper.losses.pairwise import logistic_loss
 
-MOMENTUM = 0.9
-"""How much of a running mean is kept at each step."""
-SMALLEST_BETA = 1e-3
+DECAY = 0.9
+"""How much of BetaDPO's running mean stays at each step."""
+MIN_BETA = 1e-3
+"""The smallest β that BetaDPO adapts to."""
 
 
 @dataclass(frozen=True)
-class AOT(Loss):
+class AOT(PairLoss):
     """`-(1 - ε) log σ(βd) - ε log σ(-βd)` with `d = sort(p_w - p_l) - sort(r_w - r_l)` over the batch.
 
-    Value k belongs to the k-th smallest differences, not to pair k. Sorted are the pairs of one forward pass.
+    Value k belongs to the k-th smallest differences, not to pair k. The pairs of one forward pass are sorted.
 
     Paper: Melnyk 2024 (arXiv 2406.05882)
     For: preferring chosen as a whole distribution; large batches
     """
 
-    per_pair: ClassVar[bool] = False
+    is_per_pair: ClassVar[bool] = False
 
-    beta: float = pull()
-    label_smoothing: float = smoothing()
+    beta: float = beta_field()
+    label_smoothing: float = label_smoothing_field()
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
-        gap = (pairs.chosen - pairs.rejected).sort().values
+        difference = (pairs.chosen - pairs.rejected).sort().values
         if pairs.ref_chosen is not None and pairs.ref_rejected is not None:
-            gap = gap - (pairs.ref_chosen - pairs.ref_rejected).sort().values
-        return smoothed(self.beta * gap, self.label_smoothing)
+            difference = difference - (pairs.ref_chosen - pairs.ref_rejected).sort().values
+        return logistic_loss(self.beta * difference, self.label_smoothing)
 
 
 @dataclass(frozen=True)
-class AOTUnpaired(Loss):
+class AOTUnpaired(PairLoss):
     """`-(1 - ε) log σ(βd) - ε log σ(-βd)` with `d = sort(a) - sort(b)` over the batch.
 
-    Value k belongs to the k-th smallest log-ratios, not to pair k. Sorted are the pairs of one forward pass.
+    Value k belongs to the k-th smallest log-ratios, not to pair k. The pairs of one forward pass are sorted.
 
     Paper: Melnyk 2024 (arXiv 2406.05882)
     For: the same where the two sides answer different prompts
     """
 
-    per_pair: ClassVar[bool] = False
+    is_per_pair: ClassVar[bool] = False
 
-    beta: float = pull()
-    label_smoothing: float = smoothing()
+    beta: float = beta_field()
+    label_smoothing: float = label_smoothing_field()
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
-        gap = pairs.chosen_logratio.sort().values - pairs.rejected_logratio.sort().values
-        return smoothed(self.beta * gap, self.label_smoothing)
+        difference = pairs.chosen_logratio.sort().values - pairs.rejected_logratio.sort().values
+        return logistic_loss(self.beta * difference, self.label_smoothing)
+
+
+def decay_towards(running: Tensor, value: Tensor) -> Tensor:
+    """The running mean after a step that had this value."""
+    return (1 - DECAY) * value + DECAY * running
+
+
+class RunningStatistics(nn.Module):
+    """Exponential running mean and standard deviation of `A = a - b` over optimizer steps, 0 at the start.
+
+    `add` collects the pairs of a step's forward passes and `end_step` moves the buffers once, however the
+    step was split. Checkpoints hold the buffers, and not the sums of a step that is under way.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("std", torch.zeros(()))
+        self.step_sums = [0.0, 0.0, 0.0]
+
+    @torch.no_grad()
+    def add(self, values: Float[Tensor, "p"]) -> None:
+        """Add values to the sums of the current step, taken relative to the mean against rounding."""
+        deviations = values.detach().double().cpu() - self.mean.double().cpu()
+        new = (float(len(deviations)), deviations.sum().item(), deviations.square().sum().item())
+        self.step_sums = [total + value for total, value in zip(self.step_sums, new, strict=True)]
+
+    @torch.no_grad()
+    def end_step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Move the buffers; `reduce` sums a tensor over processes. A step without pairs moves nothing."""
+        sums = torch.tensor(self.step_sums, dtype=torch.float32 if reduce is not None else torch.float64)
+        count, total, squares = (sums if reduce is None else reduce(sums)).tolist()
+        self.step_sums = [0.0, 0.0, 0.0]
+        if count == 0:
+            return
+        variance = max(0.0, squares - total * total / count) / max(1.0, count - 1)
+        mean = self.mean + total / count
+        self.std.copy_(decay_towards(self.std, torch.full_like(mean, variance**0.5)))
+        self.mean.copy_(decay_towards(self.mean, mean))
 
 
 @dataclass(frozen=True)
-class BetaDPO(Loss):
+class BetaDPO(PairLoss):
     """`-log σ(β'A)` with `A = a - b, β' = max(β(1 + k(mean(A) - M)), 0.001)`.
 
-    `M` is the running mean of A over the steps, this batch included (0.9 of it stays at each step; it starts
-    at 0, where a policy begins); `DPO` keeps it. `mean(A)` is over the pairs of one forward pass, and β' has
-    no gradient. With `drop` > 0, that part of the pairs is left out at random, unlikely ones first: a pair's
-    weight is the density at A of a normal distribution with mean M and the running standard deviation.
+    `M` is the running mean of A over the steps, this batch included: 0.9 of it stays at each step, and it
+    starts at 0. `mean(A)` is over the pairs of one forward pass, and β' has no gradient. With `drop` > 0,
+    that part of the pairs is left out at random, unlikely ones first: a pair's weight is the density at A of
+    a normal distribution with mean M and the running standard deviation.
+
+    The loss holds the running statistics, so give each `DPO` a loss of its own.
 
     Paper: Wu 2024 (arXiv 2407.08639), eq. 10, and its code
     For: data whose pairs are now close, now far apart
     """
 
-    takes_margin: ClassVar[bool] = True
-    per_pair: ClassVar[bool] = False
-    needs_gap: ClassVar[bool] = True
+    has_margin: ClassVar[bool] = True
+    is_per_pair: ClassVar[bool] = False
 
-    beta: float = pull()
-    k: float = not_negative(0.6, "how much β follows the gap of the batch")
-    drop: float = option(
+    beta: float = beta_field()
+    k: float = nonnegative_field(0.6, "how much β follows the mean of A over the batch")
+    drop: float = number_field(
         0.0, "part of the pairs left out, in [0, 1)", "be in [0, 1)", lambda value: 0 <= value < 1
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "statistics", RunningStatistics())
+
+    statistics: ClassVar[RunningStatistics]  # of each instance; no option, so no field
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Dropped pairs are drawn at random."""
+        return self.drop == 0
+
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
-        gap = pairs.chosen_logratio - pairs.rejected_logratio
-        if not len(gap):
-            return gap
-        fixed = gap.detach()
-        spread = fixed.std() if len(fixed) > 1 else torch.zeros_like(fixed[0])
-        running = updated(pairs.gap, fixed.mean(), spread)
-        kept = self.kept(fixed, running)
-        mean = (fixed * kept).sum() / kept.sum()
-        beta = (self.beta * (1 + self.k * (mean - running.mean))).clamp(min=SMALLEST_BETA)
-        return -F.logsigmoid(pairs.less_margin(beta * gap)) * kept * (len(kept) / kept.sum())
+        """One value per pair, 0 for those that are left out."""
+        differences = pairs.chosen_logratio - pairs.rejected_logratio
+        if not len(differences):
+            return differences
+        detached = differences.detach()
+        batch_std = detached.std() if len(detached) > 1 else torch.zeros_like(detached[0])
+        running_mean = decay_towards(self.statistics.mean.to(detached), detached.mean())
+        running_std = decay_towards(self.statistics.std.to(detached), batch_std)
+        is_kept = self.draw_kept_pairs(detached, running_mean, running_std)
+        mean = (detached * is_kept).sum() / is_kept.sum()
+        beta = (self.beta * (1 + self.k * (mean - running_mean))).clamp(min=MIN_BETA)
+        losses = -F.logsigmoid(pairs.subtract_margin(beta * differences))
+        return losses * is_kept * (len(is_kept) / is_kept.sum())
 
-    def pure(self) -> bool:
-        return self.drop == 0  # else it draws
+    def draw_kept_pairs(
+        self, differences: Float[Tensor, "p"], mean: Float[Tensor, ""], std: Float[Tensor, ""]
+    ) -> Float[Tensor, "p"]:
+        """1 for pairs that are kept and 0 for those that are left out."""
+        if self.drop == 0 or len(differences) == 1:
+            return torch.ones_like(differences)
+        std = std.clamp(min=torch.finfo(differences.dtype).eps)
+        log_weights = -0.5 * ((differences - mean) / std).square()
+        # the largest sums of log-weight and Gumbel noise are a draw without replacement
+        noise = -torch.empty_like(differences).exponential_().log()
+        count = max(1, int(len(differences) * (1 - self.drop)))
+        return torch.zeros_like(differences).scatter(0, (log_weights + noise).topk(count).indices, 1.0)
 
-    def kept(self, gap: Float[Tensor, "p"], running: RunningGap) -> Float[Tensor, "p"]:
-        """1 for pairs that stay and 0 for others."""
-        if self.drop == 0 or len(gap) == 1:
-            return torch.ones_like(gap)
-        spread = running.spread.clamp(min=torch.finfo(gap.dtype).eps)
-        log_weight = -0.5 * ((gap - running.mean) / spread).square()
-        noise = -torch.empty_like(gap).exponential_().log()  # the largest of weight + Gumbel noise are a draw
-        most = max(1, int(len(gap) * (1 - self.drop)))  # without replacement, of whatever small weights
-        return torch.zeros_like(gap).scatter(0, (log_weight + noise).topk(most).indices, 1.0)
+    def observe(self, pairs: PairLogProbs) -> None:
+        """Add the pairs of a forward pass to the running statistics' current step."""
+        self.statistics.add(pairs.chosen_logratio - pairs.rejected_logratio)
 
-
-def updated(before: RunningGap | None, mean: Float[Tensor, ""], spread: Float[Tensor, ""]) -> RunningGap:
-    """The running mean and standard deviation of `a - b` after a step with these, 0 before the first."""
-    mean, spread = (1 - MOMENTUM) * mean, (1 - MOMENTUM) * spread
-    if before is None:
-        return RunningGap(mean, spread)
-    return RunningGap(mean + MOMENTUM * before.mean, spread + MOMENTUM * before.spread)
+    def end_step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Move the running statistics by the pairs of the step."""
+        self.statistics.end_step(reduce)

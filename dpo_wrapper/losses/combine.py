@@ -1,4 +1,4 @@
-"""Sums of losses, and a user's own function as one."""
+"""Weighted sums of losses, and a user's own function as a loss."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,114 +6,217 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from dpo_wrapper.losses.base import Loss, Objective, PairLogProbs, is_number
+from dpo_wrapper.losses.base import Loss, PairLoss, is_number
+from dpo_wrapper.losses.inputs import PairLogProbs
 
-WeightedLosses = tuple[tuple[Objective, float], ...]
 PairFunction = Callable[[PairLogProbs], Tensor]
+WeightedLosses = tuple[tuple[Loss, float], ...]
+LossArgument = Loss | PairFunction | Sequence[tuple[Loss | PairFunction, float]]
+"""What users may give as a loss."""
+
+DATA = {
+    "preference": ("pairs", "PreferenceBatch"),
+    "ranked": ("ranked lists", "RankedBatch"),
+    "unpaired_preference": ("rows with a label", "UnpairedBatch"),
+}
+"""For each type of data its name in error messages, and the batch that holds it."""
 
 
 @dataclass(frozen=True)
-class Custom(Loss):
+class FunctionLoss(PairLoss):
     """A user's own function from `PairLogProbs` to Float[p], one value per pair.
 
-    It gets a reference unless it has an attribute `needs_reference` that is False, and margins of the data
-    are refused unless it has `takes_margin`. With an attribute `pure` that is True it may be called several
-    times on a batch (see `Objective.pure`), which spares memory while the head trains; `per_pair = False`
-    says that it compares the pairs of a batch with one another.
+    Attributes of the function tell what its class would: `needs_reference = False`, `has_margin = True`,
+    `is_per_pair = False`. With `is_deterministic = True`, `DPO` may call it ahead of time, which saves memory
+    while the output head trains (see `Loss.is_deterministic`).
     """
 
     function: PairFunction
 
-    def pure(self) -> bool:
-        return bool(getattr(self.function, "pure", False))
-
     def __post_init__(self) -> None:
-        for name in ("needs_reference", "takes_margin", "per_pair"):
-            object.__setattr__(self, name, bool(getattr(self.function, name, getattr(Loss, name))))
+        for name in ("needs_reference", "has_margin", "is_per_pair"):
+            object.__setattr__(self, name, bool(getattr(self.function, name, getattr(PairLoss, name))))
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether the function says so."""
+        return bool(getattr(self.function, "is_deterministic", False))
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
+        """One value per pair; ValueError if the function gives something else."""
         values = self.function(pairs)
         if not (isinstance(values, Tensor) and values.shape == pairs.chosen.shape):
-            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            received = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             name = getattr(self.function, "__name__", repr(self.function))
             raise ValueError(
                 f"a loss should give one value per pair, shape {tuple(pairs.chosen.shape)}, but {name} gave "
-                f"{got}: leave the mean to DPO."
+                f"{received}: leave the mean to DPO."
             )
         return values
 
 
-def as_loss(value: object) -> Objective | None:
-    """A loss as it is, a function as a `Custom` one, None for anything else."""
-    if isinstance(value, Objective):
+def as_loss(value: object) -> Loss | None:
+    """A loss as it is, a function as a `FunctionLoss`, None for anything else."""
+    if isinstance(value, Loss):
         return value
-    return Custom(value) if callable(value) and not isinstance(value, type) else None
+    return FunctionLoss(value) if callable(value) and not isinstance(value, type) else None
 
 
-def weighted(
-    loss: Objective | PairFunction | Sequence[tuple[Objective | PairFunction, float]],
-) -> WeightedLosses:
-    """One loss or a list of `(loss, weight)` as a checked tuple of `(loss, weight)`."""
+def as_weighted_losses(loss: LossArgument) -> WeightedLosses:
+    """One loss or a list of `(loss, weight)` as a checked tuple of `(loss, weight)`.
+
+    Raises:
+        TypeError: what is no loss, or losses of different types of data.
+        ValueError: a weight that is not positive.
+    """
     single = as_loss(loss)
-    given: Sequence[Any] = (
-        ((single, 1.0),) if single is not None else tuple(loss) if isinstance(loss, (list, tuple)) else ()
-    )
-    terms: list[tuple[Objective, float]] = []
-    for term in given:
-        each = as_loss(term[0]) if isinstance(term, (list, tuple)) and len(term) == 2 else None
-        if each is None:
+    if single is not None:
+        terms: tuple[Any, ...] = ((single, 1.0),)
+    else:
+        terms = tuple(loss) if isinstance(loss, (list, tuple)) else ()
+    checked: list[tuple[Loss, float]] = []
+    for term in terms:
+        term_loss = as_loss(term[0]) if isinstance(term, (list, tuple)) and len(term) == 2 else None
+        if term_loss is None:
             raise TypeError(f"a combined loss should be a list of (loss, weight), but it holds {term!r}.")
         if not (is_number(term[1]) and term[1] > 0):
-            raise ValueError(
-                f"the weight of {type(each).__name__} should be positive, but it is {term[1]!r}."
-            )
-        terms.append((each, float(term[1])))
-    if not terms:
+            name = type(term_loss).__name__
+            raise ValueError(f"the weight of {name} should be positive, but it is {term[1]!r}.")
+        checked.append((term_loss, float(term[1])))
+    if not checked:
         remedy = f": write {loss.__name__}()." if isinstance(loss, type) else "."
         raise TypeError(
             "loss should be one of dpo_wrapper.losses, a function or a list of (loss, weight), "
             f"but it is {loss!r}{remedy}"
         )
-    if len({each.data for each, _ in terms}) > 1:
-        raise TypeError(
-            f"{names([each for each, _ in terms])} learn from different data: combine losses of one kind."
-        )
-    return tuple(terms)
+    if len({term_loss.log_probs_type for term_loss, _ in checked}) > 1:
+        names = join_names([term_loss for term_loss, _ in checked])
+        raise TypeError(f"{names} learn from different data: combine losses of one kind.")
+    return tuple(checked)
 
 
-def needs_reference(terms: WeightedLosses) -> bool:
-    return any(loss.needs_reference for loss, _ in terms)
-
-
-def unit_of(terms: WeightedLosses) -> str:
-    """What they learn from: 'pairs', 'lists' (ranked) or 'rows' (with a label)."""
-    return terms[0][0].data.unit
-
-
-def names(losses: Sequence[Objective]) -> str:
+def join_names(losses: Sequence[Loss]) -> str:
+    """The losses' class names, for error messages."""
     return " and ".join(type(loss).__name__ for loss in losses)
 
 
-def check_columns(terms: WeightedLosses, *, margins: bool, pair_weights: bool) -> None:
-    """Refuse what the data gives for each pair where it could not act: ValueError."""
-    mixed = [loss for loss, _ in terms if not loss.per_pair]
-    if pair_weights and mixed:
-        raise ValueError(
-            f"weights of pairs have no meaning for {names(mixed)}, which compares the pairs of a batch with "
-            "one another: leave the weights out or take another loss."
-        )
-    if margins and not any(loss.takes_margin for loss, _ in terms):
-        raise ValueError(
-            f"margins have no meaning for {names([loss for loss, _ in terms])}, which has no logit to "
-            "subtract them from: leave the margins out or take a loss such as Sigmoid."
-        )
+class CombinedLoss(nn.Module):
+    """The weighted sum of losses, one value per pair, list or row, times the data's own weights.
 
+    A module, so that checkpoints hold the state of losses that have one (`BetaDPO`).
 
-def combined(terms: WeightedLosses, data: Any) -> Float[Tensor, "_"]:
-    """The weighted sum of the terms, per pair (or list, or row), times the data's own weights."""
-    if isinstance(data, PairLogProbs):
-        check_columns(terms, margins=data.margins is not None, pair_weights=data.weights is not None)
-    total = torch.stack([weight * loss(data) for loss, weight in terms]).sum(dim=0)
-    return total if data.weights is None else total * data.weights
+    Attributes:
+        terms: the losses and their weights.
+        dataset_type: 'preference', 'ranked' or 'unpaired_preference'.
+    """
+
+    def __init__(self, loss: LossArgument) -> None:
+        super().__init__()
+        self.terms = as_weighted_losses(loss)
+        states = [value for term, _ in self.terms for value in vars(term).values()]
+        self.states = nn.ModuleList(value for value in states if isinstance(value, nn.Module))
+        self.needs_reference = any(term.needs_reference for term, _ in self.terms)
+        self.is_deterministic = all(term.is_deterministic for term, _ in self.terms)
+        self.is_per_pair = all(term.is_per_pair for term, _ in self.terms)
+
+    @property
+    def first(self) -> Loss:
+        """The first of the losses; all take the same type of data."""
+        return self.terms[0][0]
+
+    @property
+    def dataset_type(self) -> str:
+        """The type of data that the losses take."""
+        return str(self.first.log_probs_type.dataset_type)
+
+    def forward(self, log_probs: Any) -> Float[Tensor, "_"]:
+        """One value per pair, list or row, in nats.
+
+        Args:
+            log_probs: `PairLogProbs`, `RankedLogProbs` or `UnpairedLogProbs`, as `dataset_type` says.
+        """
+        if isinstance(log_probs, PairLogProbs):
+            self.check_columns(log_probs.margins is not None, log_probs.weights is not None)
+        values = torch.stack([weight * term(log_probs) for term, weight in self.terms]).sum(dim=0)
+        return values if log_probs.weights is None else values * log_probs.weights
+
+    def check_columns(self, has_margins: bool, has_weights: bool) -> None:
+        """Raise ValueError for margins or weights of pairs that could not act."""
+        batchwise = [term for term, _ in self.terms if not term.is_per_pair]
+        if has_weights and batchwise:
+            raise ValueError(
+                f"weights of pairs have no meaning for {join_names(batchwise)}, which compares the pairs of "
+                "a batch with one another: leave the weights out or take another loss."
+            )
+        if has_margins and not any(term.has_margin for term, _ in self.terms):
+            names = join_names([term for term, _ in self.terms])
+            raise ValueError(
+                f"margins have no meaning for {names}, which has no logit to subtract them from: leave the "
+                "margins out or take a loss such as Sigmoid."
+            )
+
+    def observe(self, log_probs: Any, is_whole_step: bool) -> None:
+        """Let losses with a state see the log-probs of a forward pass, which may be the whole step."""
+        for term, _ in self.terms:
+            term.observe(log_probs)
+        if is_whole_step:
+            self.end_step()
+
+    def end_step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Let losses with a state end an optimizer step; `reduce` sums a tensor over processes."""
+        for term, _ in self.terms:
+            term.end_step(reduce)
+
+    # checks of DPO's options and data
+
+    def check_dataset_type(self, dataset_type: str) -> None:
+        """Raise TypeError for data of another type than the losses take."""
+        if dataset_type != self.dataset_type:
+            noun, batch_name = DATA[self.dataset_type]
+            received, _ = DATA.get(dataset_type, (dataset_type, ""))
+            raise TypeError(
+                f"{join_names([self.first])} learns from {noun}, but it was given {received}: make a "
+                f"{batch_name} of them."
+            )
+
+    def check_beta(self, beta: object, is_default: bool) -> float:
+        """`dpo.beta`, the scale of the logged rewards: that of the first loss that has one.
+
+        Args:
+            beta: what the user gave.
+            is_default: whether this is the default loss, which takes its β from it.
+        """
+        if not (is_number(beta) and beta > 0):
+            raise ValueError(f"beta should be a positive number, but it is {beta!r}.")
+        loss_beta = next((float(term.beta) for term, _ in self.terms if hasattr(term, "beta")), float(beta))
+        if not is_default and beta not in (0.1, loss_beta):
+            raise ValueError(
+                f"beta = {beta} has no effect beside a loss with beta = {loss_beta}: give it to the loss "
+                "alone."
+            )
+        return loss_beta
+
+    def check_ld_alpha(self, ld_alpha: object) -> float:
+        """The weight of tokens beyond the shorter completion; ValueError where it could not act."""
+        if not (is_number(ld_alpha) and 0 <= ld_alpha <= 1):
+            raise ValueError(f"ld_alpha should be a number from 0 to 1, but it is {ld_alpha!r}.")
+        if ld_alpha < 1 and self.dataset_type != "preference":
+            raise ValueError(
+                f"ld_alpha compares the two sides of a pair, and {join_names([self.first])} learns from "
+                "other data: leave it out."
+            )
+        return float(ld_alpha)
+
+    def check_wpo(self, wpo: object) -> bool:
+        """Whether pairs are weighted by WPO; TypeError or ValueError where they could not be."""
+        if not isinstance(wpo, bool):
+            raise TypeError(f"wpo should be True or False, but it is {wpo!r}.")
+        if wpo and self.dataset_type != "preference":
+            raise ValueError(
+                f"wpo weights pairs, and {join_names([self.first])} learns from other data: leave it out."
+            )
+        if wpo:
+            self.check_columns(has_margins=False, has_weights=True)
+        return wpo

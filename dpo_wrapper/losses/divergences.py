@@ -1,4 +1,4 @@
-"""f-divergences: what a log-ratio is worth, where policy and reference are held together by other than KL.
+"""f-divergences: scores of log-ratios, where another divergence than KL holds policy and reference together.
 
 f-DPO, Wang 2023 (arXiv 2309.16240): `βΔ = β(s(a) - s(b))` with the score `s = f'(e^a)`.
 """
@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from dpo_wrapper.losses.base import Configured, PairLogProbs, finite_exp, finite_expm1, option
+from dpo_wrapper.losses.base import ValidatedDataclass, finite_exp, finite_expm1, number_field
+from dpo_wrapper.losses.inputs import PairLogProbs
 
 LN2 = 0.6931471805599453
 
 
 @dataclass(frozen=True)
-class Divergence(Configured, ABC):
+class Divergence(ValidatedDataclass, ABC):
     """Called with log-ratios in nats it gives their scores, in the same shape."""
 
     @abstractmethod
@@ -55,38 +56,38 @@ class AlphaDivergence(Divergence):
     α = 1 is its limit, reverse KL; α = 0 is forward KL.
     """
 
-    alpha: float = option(0.5, "α of the divergence")
+    alpha: float = number_field(0.5, "α of the divergence")
 
     def __call__(self, logratio: Float[Tensor, "p"]) -> Float[Tensor, "p"]:
         power = self.alpha - 1
         return logratio if power == 0 else finite_expm1(power * logratio) / power
 
 
-def divergence() -> Any:
-    """The field of a loss that works on scores."""
+def divergence_field() -> Any:
+    """The dataclass field of a loss that is computed from scores."""
     return field(
         default=ReverseKL(),
         metadata={
             "help": "f-divergence that holds policy and reference together",
-            "wanted": "be a divergence, such as ForwardKL()",
-            "fits": lambda value: isinstance(value, Divergence),
-            "kind": Divergence,
+            "requirement": "be a divergence, such as ForwardKL()",
+            "is_valid": lambda value: isinstance(value, Divergence),
+            "type": Divergence,
         },
     )
 
 
-def scores(pairs: PairLogProbs, of: Divergence) -> tuple[Float[Tensor, "p"], Float[Tensor, "p"]]:
+def scores(pairs: PairLogProbs, divergence: Divergence) -> tuple[Float[Tensor, "p"], Float[Tensor, "p"]]:
     """`s_w` and `s_l`."""
-    return of(pairs.chosen_logratio), of(pairs.rejected_logratio)
+    return divergence(pairs.chosen_logratio), divergence(pairs.rejected_logratio)
 
 
-def delta(pairs: PairLogProbs, of: Divergence) -> Float[Tensor, "p"]:
-    """`Δ = s_w - s_l`"""
-    chosen, rejected = scores(pairs, of)
+def logit_difference(pairs: PairLogProbs, divergence: Divergence) -> Float[Tensor, "p"]:
+    """`Δ = s_w - s_l`."""
+    chosen, rejected = scores(pairs, divergence)
     return chosen - rejected
 
 
-def mean_delta(pairs: PairLogProbs, of: Divergence) -> Float[Tensor, "p"]:
-    """`s_w / n_w - s_l / n_l`"""
-    chosen, rejected = scores(pairs, of)
+def mean_logit_difference(pairs: PairLogProbs, divergence: Divergence) -> Float[Tensor, "p"]:
+    """`s_w / n_w - s_l / n_l`."""
+    chosen, rejected = scores(pairs, divergence)
     return chosen / pairs.chosen_length - rejected / pairs.rejected_length

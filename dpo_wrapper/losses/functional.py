@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dpo_wrapper.losses.base import PairLogProbs
+from dpo_wrapper.losses.inputs import PairLogProbs
 from dpo_wrapper.losses.pairwise import Sigmoid
 
 

@@ -10,26 +10,31 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dpo_wrapper.losses.base import (
-    Loss,
-    PairLogProbs,
+    PairLoss,
+    beta_field,
     finite_exp,
-    not_negative,
-    option,
-    positive,
-    pull,
-    smoothing,
+    label_smoothing_field,
+    nonnegative_field,
+    number_field,
+    positive_field,
 )
-from dpo_wrapper.losses.divergences import Divergence, delta, divergence, mean_delta
+from dpo_wrapper.losses.divergences import (
+    Divergence,
+    divergence_field,
+    logit_difference,
+    mean_logit_difference,
+)
+from dpo_wrapper.losses.inputs import PairLogProbs
 
 
-def smoothed(logits: Float[Tensor, "p"], label_smoothing: float) -> Float[Tensor, "p"]:
-    """`-(1 - ε) log σ(z) - ε log σ(-z)`"""
-    agree = -(1 - label_smoothing) * F.logsigmoid(logits)
-    return agree - label_smoothing * F.logsigmoid(-logits) if label_smoothing else agree
+def logistic_loss(logits: Float[Tensor, "p"], label_smoothing: float) -> Float[Tensor, "p"]:
+    """`-(1 - ε) log σ(z) - ε log σ(-z)`, for logits z and ε = `label_smoothing`."""
+    loss = -(1 - label_smoothing) * F.logsigmoid(logits)
+    return loss - label_smoothing * F.logsigmoid(-logits) if label_smoothing else loss
 
 
 @dataclass(frozen=True)
-class Sigmoid(Loss):
+class Sigmoid(PairLoss):
     """DPO: `-(1 - ε) log σ(βΔ) - ε log σ(-βΔ)`.
 
     ε > 0 is conservative DPO, for labels that are wrong with probability ε.
@@ -38,18 +43,19 @@ class Sigmoid(Loss):
     For: the usual choice; ε > 0 where labels are noisy
     """
 
-    takes_margin: ClassVar[bool] = True
+    has_margin: ClassVar[bool] = True
 
-    beta: float = pull()
-    label_smoothing: float = smoothing()
-    divergence: Divergence = divergence()
+    beta: float = beta_field()
+    label_smoothing: float = label_smoothing_field()
+    divergence: Divergence = divergence_field()
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
-        return smoothed(pairs.less_margin(self.beta * delta(pairs, self.divergence)), self.label_smoothing)
+        logits = pairs.subtract_margin(self.beta * logit_difference(pairs, self.divergence))
+        return logistic_loss(logits, self.label_smoothing)
 
 
 @dataclass(frozen=True)
-class SigmoidNorm(Loss):
+class SigmoidNorm(PairLoss):
     """DPO on scores per token: `-log σ(β(s_w / n_w - s_l / n_l))`.
 
     What x-transformers' `DPO` means to compute.
@@ -58,17 +64,17 @@ class SigmoidNorm(Loss):
     For: completions of very different lengths
     """
 
-    takes_margin: ClassVar[bool] = True
+    has_margin: ClassVar[bool] = True
 
-    beta: float = pull()
-    divergence: Divergence = divergence()
+    beta: float = beta_field()
+    divergence: Divergence = divergence_field()
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
-        return -F.logsigmoid(pairs.less_margin(self.beta * mean_delta(pairs, self.divergence)))
+        return -F.logsigmoid(pairs.subtract_margin(self.beta * mean_logit_difference(pairs, self.divergence)))
 
 
 @dataclass(frozen=True)
-class Robust(Loss):
+class Robust(PairLoss):
     """`(-(1 - ε) log σ(βΔ) + ε log σ(-βΔ)) / (1 - 2ε)`.
 
     Its mean over labels that are wrong with probability ε is the loss of the right labels. It has no lower
@@ -78,38 +84,38 @@ class Robust(Loss):
     For: labels that are wrong at a known rate ε
     """
 
-    takes_margin: ClassVar[bool] = True
+    has_margin: ClassVar[bool] = True
 
-    beta: float = pull()
-    label_smoothing: float = smoothing(0.1)
-    divergence: Divergence = divergence()
+    beta: float = beta_field()
+    label_smoothing: float = label_smoothing_field(0.1)
+    divergence: Divergence = divergence_field()
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
-        logits = pairs.less_margin(self.beta * delta(pairs, self.divergence))
+        logits = pairs.subtract_margin(self.beta * logit_difference(pairs, self.divergence))
         right, wrong = -F.logsigmoid(logits), -F.logsigmoid(-logits)
         wrong_rate = self.label_smoothing
         return ((1 - wrong_rate) * right - wrong_rate * wrong) / (1 - 2 * wrong_rate)
 
 
 @dataclass(frozen=True)
-class Hinge(Loss):
+class Hinge(PairLoss):
     """SLiC: `max(0, 1 - βΔ)`.
 
     Paper: Zhao 2023 (arXiv 2305.10425); Liu 2023 (arXiv 2309.06657)
     For: leaving pairs alone once they are far enough apart
     """
 
-    takes_margin: ClassVar[bool] = True
+    has_margin: ClassVar[bool] = True
 
-    beta: float = pull()
-    divergence: Divergence = divergence()
+    beta: float = beta_field()
+    divergence: Divergence = divergence_field()
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
-        return F.relu(1 - pairs.less_margin(self.beta * delta(pairs, self.divergence)))
+        return F.relu(1 - pairs.subtract_margin(self.beta * logit_difference(pairs, self.divergence)))
 
 
 @dataclass(frozen=True)
-class IPO(Loss):
+class IPO(PairLoss):
     """`(s_w / n_w - s_l / n_l - 1 / (2β))²`.
 
     Of means per token, as its authors have it; the margin aimed at is 1 / (2β).
@@ -118,40 +124,40 @@ class IPO(Loss):
     For: margins that do not run away
     """
 
-    beta: float = pull()
-    divergence: Divergence = divergence()
+    beta: float = beta_field()
+    divergence: Divergence = divergence_field()
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
-        return (mean_delta(pairs, self.divergence) - 1 / (2 * self.beta)).square()
+        return (mean_logit_difference(pairs, self.divergence) - 1 / (2 * self.beta)).square()
 
 
 @dataclass(frozen=True)
-class EXO(Loss):
+class EXO(PairLoss):
     """`σ(βΔ)(log σ(βΔ) - log(1 - ε)) + σ(-βΔ)(log σ(-βΔ) - log ε)`.
 
-    The KL divergence, in the reverse direction, from the smoothed labels (1 - ε, ε).
+    The KL divergence, in the reverse direction, from the logistic_loss labels (1 - ε, ε).
 
     Paper: Ji 2024 (arXiv 2402.00856), eq. 16
     For: a policy that keeps to the best answers instead of covering all
     """
 
-    beta: float = pull()
-    label_smoothing: float = option(
+    beta: float = beta_field()
+    label_smoothing: float = number_field(
         1e-3,
         "probability ε that a label is the wrong way round, in (0, 0.5)",
         "be in (0, 0.5)",
         lambda value: 0 < value < 0.5,
     )
-    divergence: Divergence = divergence()
+    divergence: Divergence = divergence_field()
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
-        logits = self.beta * delta(pairs, self.divergence)
+        logits = self.beta * logit_difference(pairs, self.divergence)
         right = torch.sigmoid(logits) * (F.logsigmoid(logits) - math.log1p(-self.label_smoothing))
         return right + torch.sigmoid(-logits) * (F.logsigmoid(-logits) - math.log(self.label_smoothing))
 
 
 @dataclass(frozen=True)
-class DiscoPOP(Loss):
+class DiscoPOP(PairLoss):
     """`-(1 - w) log σ(z) + w e^(-z)` with `z = βΔ, w = σ(z / τ)`.
 
     `w e^(-z)` is computed as one exponential, constant where that would overflow (which takes τ > 1).
@@ -160,19 +166,19 @@ class DiscoPOP(Loss):
     For: trying a loss that a language model found
     """
 
-    beta: float = pull()
-    tau: float = positive(0.05, "temperature τ of the blend of the two parts")
-    divergence: Divergence = divergence()
+    beta: float = beta_field()
+    tau: float = positive_field(0.05, "temperature τ of the blend of the two parts")
+    divergence: Divergence = divergence_field()
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
-        logits = self.beta * delta(pairs, self.divergence)
+        logits = self.beta * logit_difference(pairs, self.divergence)
         blend = logits / self.tau
         exponential = finite_exp(F.logsigmoid(blend) - logits)
         return exponential - torch.sigmoid(-blend) * F.logsigmoid(logits)
 
 
 @dataclass(frozen=True)
-class DPOP(Loss):
+class DPOP(PairLoss):
     """`-log σ(β(a - b - λ max(0, r_w - p_w)))`.
 
     The penalty is inside the sigmoid, as the paper has it.
@@ -181,12 +187,12 @@ class DPOP(Loss):
     For: pairs that differ in few tokens, where DPO lets the chosen log-prob fall
     """
 
-    takes_margin: ClassVar[bool] = True
+    has_margin: ClassVar[bool] = True
 
-    beta: float = pull()
-    penalty: float = not_negative(50.0, "λ, on what the chosen log-prob loses against the reference")
+    beta: float = beta_field()
+    penalty: float = nonnegative_field(50.0, "λ, on what the chosen log-prob loses against the reference")
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
         lost = F.relu(-pairs.chosen_logratio)
         gap = pairs.chosen_logratio - pairs.rejected_logratio
-        return -F.logsigmoid(pairs.less_margin(self.beta * (gap - self.penalty * lost)))
+        return -F.logsigmoid(pairs.subtract_margin(self.beta * (gap - self.penalty * lost)))

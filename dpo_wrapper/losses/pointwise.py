@@ -7,18 +7,19 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from dpo_wrapper.losses.base import Loss, PairLogProbs, pull
+from dpo_wrapper.losses.base import PairLoss, beta_field
+from dpo_wrapper.losses.inputs import PairLogProbs
 
 
 @dataclass(frozen=True)
-class NCA(Loss):
+class NCA(PairLoss):
     """`-log σ(βa) - ½ log σ(-βa) - ½ log σ(-βb)`.
 
     Paper: Chen 2024 (arXiv 2402.05369)
     For: keeping the chosen log-prob from falling
     """
 
-    beta: float = pull()
+    beta: float = beta_field()
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
         chosen, rejected = self.beta * pairs.chosen_logratio, self.beta * pairs.rejected_logratio
@@ -26,7 +27,7 @@ class NCA(Loss):
 
 
 @dataclass(frozen=True)
-class BCO(Loss):
+class BCO(PairLoss):
     """`-log σ(βa) - log σ(-βb)`.
 
     Of pairs, without the running shift δ of the paper.
@@ -35,7 +36,7 @@ class BCO(Loss):
     For: sides that are good and bad by themselves; a part of MPO
     """
 
-    beta: float = pull()
+    beta: float = beta_field()
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
         chosen, rejected = self.beta * pairs.chosen_logratio, self.beta * pairs.rejected_logratio
@@ -43,7 +44,7 @@ class BCO(Loss):
 
 
 @dataclass(frozen=True)
-class SPPO(Loss):
+class SPPO(PairLoss):
     """`(a - 1 / (2β))² + (b + 1 / (2β))²`.
 
     With hard labels: the winner wins with probability 1.
@@ -52,7 +53,7 @@ class SPPO(Loss):
     For: rounds of self-play
     """
 
-    beta: float = pull()
+    beta: float = beta_field()
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
         target = 1 / (2 * self.beta)
@@ -60,14 +61,14 @@ class SPPO(Loss):
 
 
 @dataclass(frozen=True)
-class APOZero(Loss):
+class APOZero(PairLoss):
     """`1 - σ(βa) + σ(βb)`.
 
     Paper: D'Oosterlinck 2024 (arXiv 2408.06266)
     For: chosen answers that are better than what the model writes
     """
 
-    beta: float = pull()
+    beta: float = beta_field()
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
         chosen, rejected = self.beta * pairs.chosen_logratio, self.beta * pairs.rejected_logratio
@@ -75,14 +76,14 @@ class APOZero(Loss):
 
 
 @dataclass(frozen=True)
-class APODown(Loss):
+class APODown(PairLoss):
     """`σ(βa) + 1 - σ(β(a - b))`.
 
     Paper: D'Oosterlinck 2024 (arXiv 2408.06266)
     For: chosen answers that are worse than what the model writes
     """
 
-    beta: float = pull()
+    beta: float = beta_field()
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
         chosen, rejected = self.beta * pairs.chosen_logratio, self.beta * pairs.rejected_logratio

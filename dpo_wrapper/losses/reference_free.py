@@ -8,21 +8,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dpo_wrapper.losses.base import (
-    Loss,
-    PairLogProbs,
+    PairLoss,
     finite_expm1,
-    flag,
+    label_smoothing_field,
     log1mexp,
-    not_negative,
-    option,
-    positive,
-    smoothing,
+    nonnegative_field,
+    number_field,
+    positive_field,
 )
-from dpo_wrapper.losses.pairwise import smoothed
+from dpo_wrapper.losses.inputs import PairLogProbs
+from dpo_wrapper.losses.pairwise import logistic_loss
 
 
 @dataclass(frozen=True)
-class SFT(Loss):
+class SFT(PairLoss):
     """`-p_w / mean(n_w)`.
 
     The mean over pairs is minus the mean log-prob of all scored chosen tokens.
@@ -38,7 +37,7 @@ class SFT(Loss):
 
 
 @dataclass(frozen=True)
-class ReferenceFree(Loss):
+class ReferenceFree(PairLoss):
     """`-(1 - ε) log σ(β(p_w - p_l)) - ε log σ(-β(p_w - p_l))`.
 
     The simplified form: DPO whose reference gives every answer the same probability.
@@ -48,18 +47,18 @@ class ReferenceFree(Loss):
     """
 
     needs_reference: ClassVar[bool] = False
-    takes_margin: ClassVar[bool] = True
+    has_margin: ClassVar[bool] = True
 
-    beta: float = positive(0.1, "scale of the log-probs")
-    label_smoothing: float = smoothing()
+    beta: float = positive_field(0.1, "scale of the log-probs")
+    label_smoothing: float = label_smoothing_field()
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
-        logits = pairs.less_margin(self.beta * (pairs.chosen - pairs.rejected))
-        return smoothed(logits, self.label_smoothing)
+        logits = pairs.subtract_margin(self.beta * (pairs.chosen - pairs.rejected))
+        return logistic_loss(logits, self.label_smoothing)
 
 
 @dataclass(frozen=True)
-class CPO(Loss):
+class CPO(PairLoss):
     """`-(1 - ε) log σ(β(p_w - p_l)) - ε log σ(-β(p_w - p_l)) - α p_w / mean(n_w)`.
 
     Paper: Xu 2024 (arXiv 2401.08417)
@@ -67,19 +66,19 @@ class CPO(Loss):
     """
 
     needs_reference: ClassVar[bool] = False
-    takes_margin: ClassVar[bool] = True
+    has_margin: ClassVar[bool] = True
 
-    beta: float = positive(0.1, "scale of the log-probs")
-    label_smoothing: float = smoothing()
-    alpha: float = not_negative(1.0, "weight α of the likelihood of chosen")
+    beta: float = positive_field(0.1, "scale of the log-probs")
+    label_smoothing: float = label_smoothing_field()
+    alpha: float = nonnegative_field(1.0, "weight α of the likelihood of chosen")
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
-        logits = pairs.less_margin(self.beta * (pairs.chosen - pairs.rejected))
-        return smoothed(logits, self.label_smoothing) + self.alpha * pairs.chosen_nll
+        logits = pairs.subtract_margin(self.beta * (pairs.chosen - pairs.rejected))
+        return logistic_loss(logits, self.label_smoothing) + self.alpha * pairs.chosen_nll
 
 
 @dataclass(frozen=True)
-class SimPO(Loss):
+class SimPO(PairLoss):
     """`-log σ(β(p_w / n_w - p_l / n_l) - γ)`.
 
     Paper: Meng 2024 (arXiv 2405.14734), eq. 6
@@ -87,18 +86,18 @@ class SimPO(Loss):
     """
 
     needs_reference: ClassVar[bool] = False
-    takes_margin: ClassVar[bool] = True
+    has_margin: ClassVar[bool] = True
 
-    beta: float = positive(2.0, "scale of the mean log-probs")
-    gamma: float = not_negative(0.5, "margin that chosen should keep over rejected")
+    beta: float = positive_field(2.0, "scale of the mean log-probs")
+    gamma: float = nonnegative_field(0.5, "margin that chosen should keep over rejected")
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
         logits = self.beta * (pairs.chosen_mean - pairs.rejected_mean) - self.gamma
-        return -F.logsigmoid(pairs.less_margin(logits))
+        return -F.logsigmoid(pairs.subtract_margin(logits))
 
 
 @dataclass(frozen=True)
-class AlphaPO(Loss):
+class AlphaPO(PairLoss):
     """`-log σ(β(f(p_w / n_w) - f(p_l / n_l)) - γ)` with `f(x) = (1 - e^(-αx)) / α`.
 
     α = 0 is SimPO. f is constant where the exponential would overflow.
@@ -108,26 +107,25 @@ class AlphaPO(Loss):
     """
 
     needs_reference: ClassVar[bool] = False
-    takes_margin: ClassVar[bool] = True
+    has_margin: ClassVar[bool] = True
 
-    beta: float = positive(2.0, "scale of the rewards")
-    gamma: float = not_negative(0.5, "margin that chosen should keep over rejected")
-    alpha: float = option(0.25, "α, the shape of the reward; 0 takes the mean log-prob itself")
+    beta: float = positive_field(2.0, "scale of the rewards")
+    gamma: float = nonnegative_field(0.5, "margin that chosen should keep over rejected")
+    alpha: float = number_field(0.25, "α, the shape of the reward; 0 takes the mean log-prob itself")
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
         logits = self.beta * (self.reward(pairs.chosen_mean) - self.reward(pairs.rejected_mean)) - self.gamma
-        return -F.logsigmoid(pairs.less_margin(logits))
+        return -F.logsigmoid(pairs.subtract_margin(logits))
 
     def reward(self, mean: Float[Tensor, "p"]) -> Float[Tensor, "p"]:
         return mean if self.alpha == 0 else -finite_expm1(-self.alpha * mean) / self.alpha
 
 
 @dataclass(frozen=True)
-class ORPO(Loss):
+class ORPO(PairLoss):
     """`-p_w / mean(n_w) - β log σ(o)` with `o = logit(e^(p_w / n_w)) - logit(e^(p_l / n_l))`.
 
-    `logit(e^x) = x - log(1 - e^x)`, the log-odds, is exact near e^x = 1. With `prompt` the first term is over
-    the tokens of prompt and completion, as TRL has it.
+    `logit(e^x) = x - log(1 - e^x)`, the log-odds, is accurate near e^x = 1.
 
     Paper: Hong 2024 (arXiv 2403.07691)
     For: supervised training and preferences in one
@@ -135,18 +133,9 @@ class ORPO(Loss):
 
     needs_reference: ClassVar[bool] = False
 
-    beta: float = positive(0.1, "weight of the odds ratio")
-    prompt: bool = flag("take the likelihood of prompt and completion, not of the completion alone")
-
-    def needs_prompt(self) -> bool:
-        return self.prompt
+    beta: float = positive_field(0.1, "weight of the odds ratio")
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
         chosen, rejected = pairs.chosen_mean, pairs.rejected_mean
         odds = (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
-        preference = -self.beta * F.logsigmoid(odds)
-        if not self.prompt:
-            return pairs.chosen_nll + preference
-        if pairs.prompted is None:
-            raise ValueError("ORPO: prompt is True, but there are no log-probs of prompts: fill `prompted`.")
-        return pairs.prompted.nll + preference
+        return pairs.chosen_nll - self.beta * F.logsigmoid(odds)

@@ -1,96 +1,170 @@
-"""Losses by name: what there is, and the text that they are read from."""
+"""Losses by name: the text that they are parsed from, their help, and the documentation's table."""
 
 import ast
+import inspect
+import re
 from collections.abc import Iterator
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from inspect import isabstract
 from typing import Any
 
-from dpo_wrapper.losses.base import Configured, Objective
-from dpo_wrapper.losses.combine import WeightedLosses, weighted
+from dpo_wrapper.losses.base import Loss, PairLoss, ValidatedDataclass
+from dpo_wrapper.losses.combine import WeightedLosses, as_weighted_losses
 from dpo_wrapper.losses.divergences import Divergence
 
-
-def by_name(kind: type[Configured]) -> dict[str, type[Any]]:
-    """Every class below `kind` that can be made from its defaults, under its lower-case name."""
-
-    def below(cls: type[Configured]) -> Iterator[type[Configured]]:
-        for each in cls.__subclasses__():
-            if not isabstract(each) and all(f.default is not MISSING for f in fields(each)):
-                yield each
-            yield from below(each)
-
-    return {cls.__name__.lower(): cls for cls in below(kind)}
+# names
 
 
-def losses_by_name() -> dict[str, type[Objective]]:
-    """Every loss under its lower-case name, for the command line; those of other data than pairs as well."""
-    return by_name(Objective)
+def subclasses_by_name(base: type[ValidatedDataclass]) -> dict[str, type[Any]]:
+    """Every class below `base` that can be made from its defaults, under its lower-case name."""
+
+    def iterate(parent: type[ValidatedDataclass]) -> Iterator[type[ValidatedDataclass]]:
+        for child in parent.__subclasses__():
+            if not isabstract(child) and all(option.default is not MISSING for option in fields(child)):
+                yield child
+            yield from iterate(child)
+
+    return {child.__name__.lower(): child for child in iterate(base)}
+
+
+def losses_by_name() -> dict[str, type[Loss]]:
+    """Every loss under its lower-case name, those of ranked and unpaired data among them."""
+    return subclasses_by_name(Loss)
 
 
 def divergences_by_name() -> dict[str, type[Divergence]]:
-    return by_name(Divergence)
+    """Every f-divergence under its lower-case name."""
+    return subclasses_by_name(Divergence)
+
+
+def builtin_losses() -> list[type[Loss]]:
+    """The package's own losses, those of pairs first; a user may have defined others."""
+    own = [loss for loss in losses_by_name().values() if loss.__module__.startswith("dpo_wrapper.")]
+    return sorted(own, key=lambda loss: not issubclass(loss, PairLoss))
+
+
+# from text
 
 
 def parse_losses(text: str) -> WeightedLosses:
-    """Read `"sigmoid(beta=0.1) + 0.5*sft"` as a list of weighted losses.
+    """Parse `"sigmoid(beta=0.1) + 0.5*sft"` into weighted losses.
 
-    A term is a loss's name, its options in brackets if they are not to be the default, and a factor in front
-    if its weight is not to be 1; a divergence is written in the same way, `sigmoid(divergence=forwardkl)`.
-    Raises ValueError with what may stand there.
+    A term is a loss's name with its options in brackets and, in front, a weight if it should not be 1. A
+    divergence is written in the same way: `sigmoid(divergence=forwardkl)`.
+
+    Raises:
+        ValueError: text that cannot be parsed, with what may stand there.
     """
     try:
         tree = ast.parse(text.strip(), mode="eval")
     except SyntaxError:
         raise ValueError(
-            f"cannot read the loss {text!r}: write it like 'sigmoid(beta=0.1) + 0.5*sft'."
+            f"the loss should be written like 'sigmoid(beta=0.1) + 0.5*sft', but it is {text!r}: correct it."
         ) from None
-    return weighted(list(_terms(tree.body, text)))
+    return as_weighted_losses(list(_parse_terms(tree.body, text)))
 
 
-def _terms(node: ast.expr, text: str) -> Iterator[tuple[Objective, float]]:
+def _parse_terms(node: ast.expr, text: str) -> Iterator[tuple[Loss, float]]:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        yield from _terms(node.left, text)
-        yield from _terms(node.right, text)
+        yield from _parse_terms(node.left, text)
+        yield from _parse_terms(node.right, text)
         return
     weight = 1.0
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-        weight, node = _number(node.left, text), node.right
-    yield _made(node, Objective, text), weight
+        weight, node = _parse_number(node.left, text), node.right
+    yield _parse_call(node, Loss, text), weight
 
 
-def _made(node: ast.expr, kind: type[Configured], text: str) -> Any:
-    """The loss or the divergence that a name, perhaps with options in brackets, stands for."""
+def _parse_call(node: ast.expr, base: type[ValidatedDataclass], text: str) -> Any:
+    """The loss or divergence that a name, perhaps with options in brackets, stands for."""
     call = node if isinstance(node, ast.Call) else ast.Call(func=node, args=[], keywords=[])
     name = call.func.id.lower() if isinstance(call.func, ast.Name) else ast.unparse(call.func)
-    known = by_name(kind)
+    known = subclasses_by_name(base)
     if name not in known:
-        what = "loss" if kind is Objective else kind.__name__.lower()
-        raise ValueError(f"unknown {what} {name!r} in {text!r}: there are {', '.join(known)}.")
-    options: dict[str, Any] = {f.name: f.metadata.get("kind") for f in fields(known[name])}
-    given = {str(keyword.arg): keyword.value for keyword in call.keywords}
-    if call.args or len(given) < len(call.keywords) or not set(given) <= set(options):
-        raise ValueError(f"{name} in {text!r} takes {', '.join(options) or 'no options'}, as name=value.")
-    return known[name](**{key: _value(value, options[key], text) for key, value in given.items()})
+        noun = base.__name__.lower()
+        raise ValueError(
+            f"the {noun} in {text!r} should be one of {', '.join(known)}, but it is {name!r}: correct it."
+        )
+    types: dict[str, Any] = {option.name: option.metadata.get("type") for option in fields(known[name])}
+    values = {str(keyword.arg): keyword.value for keyword in call.keywords}
+    if call.args or len(values) < len(call.keywords) or not set(values) <= set(types):
+        raise ValueError(
+            f"the options of {name} should be {', '.join(types) or 'left out'}, each as name=value, but the "
+            f"loss is {text!r}: correct it."
+        )
+    return known[name](**{option: _parse_value(node, types[option], text) for option, node in values.items()})
 
 
-def _value(node: ast.expr, kind: Any, text: str) -> Any:
-    """An option: a number, a switch, or something with a name of its own."""
-    if kind is None:
-        return _number(node, text)
-    if kind is not bool:
-        return _made(node, kind, text)
-    word = ast.unparse(node).lower()
-    if word not in ("true", "false"):
-        raise ValueError(f"expected true or false in {text!r}, got {ast.unparse(node)!r}.")
-    return word == "true"
+def _parse_value(node: ast.expr, base: Any, text: str) -> Any:
+    """The value of an option: a number, or a divergence by its name."""
+    return _parse_number(node, text) if base is None else _parse_call(node, base, text)
 
 
-def _number(node: ast.expr, text: str) -> float:
+def _parse_number(node: ast.expr, text: str) -> float:
     try:
         value = ast.literal_eval(node)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError
         return float(value)
     except (ValueError, TypeError, OverflowError):
-        raise ValueError(f"expected a number in {text!r}, got {ast.unparse(node)!r}.") from None
+        raise ValueError(
+            f"a number should stand in {text!r} in the place of {ast.unparse(node)!r}: correct it."
+        ) from None
+
+
+# in words
+
+
+@dataclass(frozen=True)
+class LossDescription:
+    """A loss in words; `constructor` is how it is made with its defaults."""
+
+    constructor: str
+    formula: str
+    paper: str
+    purpose: str
+
+
+def describe_loss(loss: type[ValidatedDataclass]) -> LossDescription:
+    """What a class's docstring says; a part that is missing there is empty."""
+    doc = inspect.getdoc(loss) or ""
+
+    def paragraph(name: str) -> str:
+        match = re.search(rf"^{name}: (.*?)(?:^\w+: |\n\n|\Z)", doc, flags=re.DOTALL | re.MULTILINE)
+        return " ".join(match[1].split()) if match else ""
+
+    match = re.search(r"`([^`]+)`(?: with `([^`]+)`)?", doc.split("\n\n")[0])
+    formulas = [part for part in match.groups() if part] if match else []
+    formula = ", ".join(" ".join(part.split()) for part in formulas)
+    return LossDescription(repr(loss()), formula, paragraph("Paper"), paragraph("For"))
+
+
+def losses_table() -> str:
+    """The documentation's table of losses, in Markdown."""
+    lines = ["| loss | formula | reference | paper | for |", "| --- | --- | --- | --- | --- |"]
+    for loss in builtin_losses():
+        words = describe_loss(loss)
+        reference = "yes" if loss.needs_reference else "no"
+        columns = (f"`{words.constructor}`", f"`{words.formula}`", reference, words.paper, words.purpose)
+        lines.append(f"| {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+def losses_help() -> str:
+    """Names and options, for the command line."""
+
+    def signature(loss: type[ValidatedDataclass]) -> str:
+        options = ", ".join(option.name for option in fields(loss))
+        return f"{loss.__name__.lower()}({options})" if options else loss.__name__.lower()
+
+    def signatures(dataset_type: str) -> str:
+        losses = [loss for loss in builtin_losses() if loss.log_probs_type.dataset_type == dataset_type]
+        return ", ".join(map(signature, losses))
+
+    divergences = ", ".join(map(signature, divergences_by_name().values()))
+    return (
+        "Sum of losses, each a name with its options, like 'sigmoid(beta=0.1) + 0.5*sft'. "
+        f"Losses of pairs: {signatures('preference')}; of ranked lists: {signatures('ranked')}; of "
+        f"completions with a label: {signatures('unpaired_preference')}. "
+        f"Divergences, as in sigmoid(divergence=forwardkl): {divergences}."
+    )

@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import nn
 
-from dpo_wrapper.cpu_matmul import FastProducts, onednn_is_faster
+from dpo_wrapper.cpu_matmul import is_onednn_faster, onednn_linear
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -46,7 +46,7 @@ def reproducible_forward(model: nn.Module) -> Iterator[None]:
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with FastProducts() if onednn_is_faster() and not is_compiled(model) else nullcontext():
+        with onednn_linear() if is_onednn_faster() and not is_compiled(model) else nullcontext():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)

@@ -1,21 +1,20 @@
-"""Log-probs that were computed before, found again by the sequences that they are of."""
+"""Log-probs that were computed before, looked up by the content of sequences."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from dpo_wrapper.batches.sequences import ScoredSequences
+from dpo_wrapper.batches.sequences import ScoredSequences, SequenceLogProbs
 
-NAME_BYTES = 16
+HASH_BYTES = 16
 
 
-class Recall:
-    """By the name of a sequence (`ScoredSequences.names`): the sum of its scores or, `per_token`, every one.
+class LogProbCache:
+    """For each sequence, by its content hash, the sum of its log-probs or, with `per_token`, each of them.
 
-    It does not matter which batch a sequence stands in, nor where its padding is.
+    The batch that a sequence stands in and its padding do not matter.
     """
 
     def __init__(self, per_token: bool = False) -> None:
@@ -26,50 +25,52 @@ class Recall:
     def __len__(self) -> int:
         return len(self.values)
 
-    def find(self, sequences: ScoredSequences) -> Float[Tensor, "_"] | None:
-        """One value per scored token (or per sequence) if all of the sequences are known, else None."""
-        found: list[Any] = [self.values.get(name) for name in sequences.names()]
-        if any(value is None for value in found):
+    def lookup(self, sequences: ScoredSequences) -> SequenceLogProbs | None:
+        """The log-probs of the sequences; None unless all of them are known."""
+        values: list[Any] = [self.values.get(content) for content in sequences.content_hashes()]
+        if any(value is None for value in values):
             return None
         if self.per_token:
-            return torch.cat(found).to(sequences.ids.device)
-        return torch.tensor(found, dtype=self.dtype, device=sequences.ids.device)
+            return sequences.log_probs(torch.cat(values).to(sequences.ids.device))
+        return SequenceLogProbs(torch.tensor(values, dtype=self.dtype, device=sequences.ids.device))
 
-    def keep(self, sequences: ScoredSequences, values: Float[Tensor, "_"]) -> None:
-        """Values as `find` gives them. A sequence that is known already keeps what it has."""
+    def store(self, sequences: ScoredSequences, log_probs: SequenceLogProbs) -> None:
+        """Keep the log-probs of the sequences. A sequence that is known keeps the value it has."""
+        values = log_probs.tokens if self.per_token else log_probs.sums
+        assert values is not None
         values = values.detach().cpu()
         self.dtype = values.dtype
         split = values.split(sequences.length.tolist()) if self.per_token else values.tolist()
-        for name, value in zip(sequences.names(), split, strict=True):
-            self.values.setdefault(name, value.clone() if self.per_token else value)
+        for content, value in zip(sequences.content_hashes(), split, strict=True):
+            self.values.setdefault(content, value.clone() if self.per_token else value)
 
     def clear(self) -> None:
+        """Forget everything."""
         self.values.clear()
 
     def state_dict(self) -> dict[str, Tensor]:
-        names = torch.frombuffer(bytearray(b"".join(self.values)), dtype=torch.uint8) if self.values else None
+        """All content hashes and values, as tensors for a file."""
+        hashes = torch.zeros(0, dtype=torch.uint8)
+        if self.values:
+            hashes = torch.frombuffer(bytearray(b"".join(self.values)), dtype=torch.uint8)
         lengths = [len(value) if self.per_token else 1 for value in self.values.values()]
-        parts = [*self.values.values()]
-        values = torch.cat(parts) if self.per_token and parts else torch.tensor(parts, dtype=self.dtype)
-        return {
-            "names": torch.zeros(0, dtype=torch.uint8) if names is None else names,
-            "lengths": torch.tensor(lengths, dtype=torch.long),
-            "values": values,
-        }
+        values = [*self.values.values()]
+        flat = torch.cat(values) if self.per_token and values else torch.tensor(values, dtype=self.dtype)
+        return {"hashes": hashes, "lengths": torch.tensor(lengths, dtype=torch.long), "values": flat}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Adds what the state holds to what is known."""
-        raw = state["names"].numpy().tobytes()
-        names = [raw[start : start + NAME_BYTES] for start in range(0, len(raw), NAME_BYTES)]
+        """Add what the state holds to what is known."""
+        raw = state["hashes"].numpy().tobytes()
+        hashes = [raw[start : start + HASH_BYTES] for start in range(0, len(raw), HASH_BYTES)]
         values: Any = state["values"].cpu()
         if len(values):
             self.dtype = values.dtype
         values = values.split(state["lengths"].tolist()) if self.per_token else values.tolist()
-        for name, value in zip(names, values, strict=True):
-            self.values.setdefault(name, value)
+        for content, value in zip(hashes, values, strict=True):
+            self.values.setdefault(content, value)
 
     def exchange(self) -> None:
-        """Let every process know what the others know."""
+        """Share what every process knows with all others."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             states: list[Any] = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(states, self.state_dict())
@@ -77,26 +78,29 @@ class Recall:
                 self.load_state_dict(state)
 
 
-class CachedReference(Recall):
-    """The reference's log-probs of the sequences of data sets, as `cache_reference` gives them.
+class CachedReference(LogProbCache):
+    """The reference's log-probs of the sequences of data sets, as `precompute_ref_log_probs` returns them.
 
-    `DPO(model, reference = cached)` needs no model for the reference.
+    `DPO(model, reference=cached)` needs no model for the reference.
     """
 
-    def of(self, sequences: ScoredSequences) -> Float[Tensor, "_"]:
-        """One value per scored token or per sequence; ValueError if a sequence is not known."""
-        found = self.find(sequences)
-        if found is None:
+    def log_probs(self, sequences: ScoredSequences) -> SequenceLogProbs:
+        """The log-probs of the sequences; ValueError if one is not known."""
+        log_probs = self.lookup(sequences)
+        if log_probs is None:
             raise ValueError(
                 f"the cached reference knows {len(self)} sequences, but not all of this batch: run "
-                "cache_reference over the data set that the batch comes from."
+                "precompute_ref_log_probs over the data set that the batch comes from."
             )
-        return found
+        return log_probs
 
     def __or__(self, other: "CachedReference") -> "CachedReference":
-        """What either of two knows."""
+        """What either of the two knows."""
         if self.per_token != other.per_token:
-            raise ValueError("one cache holds sums and the other single tokens: make both alike.")
+            raise ValueError(
+                "two caches should hold the same kind of values, but one holds sums and the other single "
+                "tokens: make both with the same per_token."
+            )
         both = CachedReference(self.per_token)
         both.dtype = self.dtype
         both.values = self.values | other.values

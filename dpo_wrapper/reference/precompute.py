@@ -1,181 +1,140 @@
-"""The reference's log-probs of a whole data set, computed once and kept in files that know what made them."""
+"""The reference's log-probs of a data set, computed once and kept in files that record what made them."""
 
 import hashlib
-from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dpo_wrapper.batches.sequences import Ids, ScoredSequences
-from dpo_wrapper.data import Entry, PreferenceDataset, TokenList, TokenPair
-from dpo_wrapper.data.groups import micro_batches
-from dpo_wrapper.dpo import DPO
-from dpo_wrapper.models.eval_mode import eval_mode
-from dpo_wrapper.reference.cache import CachedReference, Recall
+from dpo_wrapper.batches.sequences import ScoredSequences
+from dpo_wrapper.reference.cache import CachedReference, LogProbCache
+from dpo_wrapper.reference.reference import FrozenModel, ModelReference, Reference
 from dpo_wrapper.scoring.scorer import Scorer
-from dpo_wrapper.validation import kind
+from dpo_wrapper.validation import describe_type
 from dpo_wrapper.version import __version__
 
-PART = 256
-"""Entries in one file: no more than these are computed again after an interruption."""
-
-Score = Callable[[ScoredSequences], Tensor]
+SEQUENCES_PER_FILE = 512
+"""A file is written after so many sequences: no more are computed again after an interruption."""
 
 
 @torch.no_grad()
-def cache_reference(
-    dataset: PreferenceDataset | Sequence[Entry],
-    model: nn.Module,
+def precompute_ref_log_probs(
+    sequences: Sequence[ScoredSequences],
+    model: nn.Module | Reference,
     folder: str | Path,
     *,
-    token_scores: bool = False,
-    max_tokens: int = 16384,
+    per_token: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> CachedReference:
-    """The reference's log-probs of every sequence of a data set, from `folder` or, where missing, computed.
+    """The reference's log-probs of all sequences, read from the folder or else computed into it.
 
-    `DPO(policy, reference = cache_reference(...))` then trains without a reference in memory, with the losses
-    of the reference itself up to rounding. An interrupted call goes on where it stopped. With several
-    processes (`torch.distributed`) that share the folder, each computes a part.
+    `DPO(policy, reference=precompute_ref_log_probs(...))` then trains without a reference in memory, with the
+    losses of the reference itself up to rounding. An interrupted call goes on where it stopped. Several
+    processes (`torch.distributed`) that share the folder share the work.
 
     Args:
-        dataset: what will be trained or evaluated on: pairs, or what `dpo_wrapper.data` encodes of any kind.
-        model: the reference: a language model, as for `DPO`, or a `DPO`, whose reference it is then.
-        folder: where `part-*.safetensors` are kept, one for every 256 pairs.
-        token_scores: keep the log-prob of each scored token, for `ld_alpha`, and not only sums.
-        max_tokens: unique tokens per forward pass.
-        progress: called with the number of pairs after each part, whether computed or found.
+        sequences: all that will be trained or evaluated on, one forward pass each, as
+            `dpo_wrapper.data.scored_sequences` makes them.
+        model: the reference: a language model, as for `DPO`, or the attribute `reference` of a `DPO`.
+        folder: where `part-*.safetensors` are kept.
+        per_token: keep the log-prob of each scored token, for `ld_alpha`, and not only sums.
+        progress: called with the number of sequences after each file, whether computed or found.
 
     Raises:
-        ValueError: the folder was made with other weights, token ids, scored tokens, dtype, kind of values or
-            version of this package; or it cannot be read.
+        ValueError: the folder was made with other weights, sequences, dtype, kind of values or version of
+            this package, or it cannot be read.
     """
-    entries = dataset.pairs if isinstance(dataset, PreferenceDataset) else dataset
-    if not isinstance(entries, Sequence) or not all(isinstance(x, (TokenPair, TokenList)) for x in entries):
+    sequences = list(sequences) if isinstance(sequences, (list, tuple)) else sequences
+    if not isinstance(sequences, Sequence) or not all(isinstance(x, ScoredSequences) for x in sequences):
         raise TypeError(
-            f"cache_reference takes a PreferenceDataset or a list of what is in one, not {kind(dataset)}: "
-            "make one of the pairs."
+            f"sequences should be a list of ScoredSequences, but it is {describe_type(sequences)}: make them "
+            "by scored_sequences(examples, micro_batch_tokens)."
         )
-    weights, device = weights_of(model)
-    keys = {**keys_of(entries), "weights": weights, "dtype": dtype_of(model, device)}
-    keys |= {"values": "of tokens" if token_scores else "sums", "package version": __version__}
+    reference = model
+    if isinstance(model, nn.Module):
+        reference = FrozenModel(Scorer(model, share_prefix="auto"), model)
+    if not isinstance(reference, ModelReference):
+        raise ValueError("the reference should have a model to compute log-probs with: give one that has.")
+
+    device = next((p.device for p in reference.model.parameters()), torch.device("cpu"))
+    made_with = {
+        "weights": hash_tensors(reference.weights()),
+        "sequences": hash_sequences(sequences),
+        "dtype": describe_dtype(reference.model, device),
+        "values": "of tokens" if per_token else "sums",
+        "package version": __version__,
+    }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    starts = range(0, len(entries), PART)
-    files = [folder / f"part-{k:05d}.safetensors" for k in range(len(starts))]
+    parts = split_into_files(sequences)
+    files = [folder / f"part-{k:05d}.safetensors" for k in range(len(parts))]
     for file in sorted(folder.glob("part-*.safetensors")):
-        check_keys(file, keys)
+        check_file(file, made_with)
 
-    rank, processes = place_among_processes()
-    with scoring(model) as score:
-        for start, file in list(zip(starts, files, strict=True))[rank::processes]:
-            part = entries[start : start + PART]
-            if not file.exists():
-                write(file, computed(part, score, token_scores, max_tokens, device), keys)
-            if progress is not None:
-                progress(len(part))
+    rank, processes = get_rank()
+    for part, file in list(zip(parts, files, strict=True))[rank::processes]:
+        if not file.exists():
+            cache = LogProbCache(per_token)
+            for batch in part:
+                moved = batch.to(device)
+                cache.store(moved, reference.compute(moved))
+            write_file(file, cache, made_with)
+        if progress is not None:
+            progress(sum(len(batch.length) for batch in part))
     if processes > 1:
         torch.distributed.barrier()
-    cached = CachedReference(per_token=token_scores)
+    stored = CachedReference(per_token)
     for file in files:
-        cached.load_state_dict(read(file)[0])
-    return cached
+        stored.load_state_dict(read_file(file)[0])
+    return stored
 
 
-def computed(
-    entries: Sequence[Entry], score: Score, token_scores: bool, max_tokens: int, device: torch.device
-) -> Recall:
-    """The values of all sequences of some entries."""
-    found = Recall(per_token=token_scores)
-    for group in micro_batches(entries, max_tokens):
-        whole = [pair for k in group for pair in sequences_of(entries[k])]
-        sequences = ScoredSequences.from_lists(*zip(*whole, strict=True)).to(device)
-        scores = score(sequences)
-        found.keep(sequences, scores if token_scores else sequences.sums(scores))
-    return found
+def split_into_files(sequences: Sequence[ScoredSequences]) -> list[list[ScoredSequences]]:
+    """The batches of each file."""
+    parts: list[list[ScoredSequences]] = []
+    count = SEQUENCES_PER_FILE
+    for batch in sequences:
+        if count >= SEQUENCES_PER_FILE:
+            parts.append([])
+            count = 0
+        parts[-1].append(batch)
+        count += len(batch.length)
+    return parts
 
 
-def sequences_of(entry: Entry) -> list[tuple[Ids, Ids]]:
-    """A prompt with each of its completions, and with the one of another prompt where there is one."""
-    mismatched = [entry.mismatched] if isinstance(entry, TokenList) and entry.mismatched else []
-    return [(entry.prompt, completion) for completion in (*entry.completions, *mismatched)]
-
-
-@contextmanager
-def scoring(model: nn.Module) -> Iterator[Score]:
-    """What scores tokens under the reference, in eval mode."""
-    if isinstance(model, DPO):
-        model.settle()
-        scorer, context = model.score_reference, model.reference.still()
-    else:
-        scorer, context = Scorer(model, share="auto"), eval_mode(model)
-
-    def score(sequences: ScoredSequences) -> Tensor:
-        scorer.check(sequences)
-        return scorer.token_scores(sequences)
-
-    with context:
-        yield score
-
-
-# what made the values
-
-
-def weights_of(model: nn.Module) -> tuple[str, torch.device]:
-    """A hash of the reference's weights, and the device that they are on."""
-    left_out: set[str] = set()
-    if isinstance(model, DPO):
-        if model.ref_model is None and model.reference.adapter_of is None:
-            raise ValueError("this DPO has no reference model to compute log-probs with: give one that has.")
-        if model.ref_model is None:  # the policy without its adapter, which is all that trains
-            policy = model.policy_model
-            left_out = {name for name, p in policy.named_parameters() if p.requires_grad}
-            model = policy
-        else:
-            model = model.ref_model
-    state = {name: value for name, value in model.state_dict().items() if name not in left_out}
-    devices = [p.device for p in model.parameters()]
-    return hash_of(state), devices[0] if devices else torch.device("cpu")
-
-
-def hash_of(state: Mapping[str, Any]) -> str:
-    """A hash of names, dtypes, shapes and contents."""
+def hash_tensors(tensors: Mapping[str, Any]) -> str:
+    """A hash of names, dtypes, shapes and contents; sharded tensors are gathered."""
     digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(state):
-        value = state[name]
-        if isinstance(value, Tensor):
-            whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-            digest.update(f"{name} {whole.dtype} {tuple(whole.shape)};".encode())
-            raw: Any = whole.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-            digest.update(raw)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        if isinstance(tensor, Tensor):
+            full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            digest.update(f"{name} {full.dtype} {tuple(full.shape)};".encode())
+            content: Any = full.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+            digest.update(content)
     return digest.hexdigest()
 
 
-def keys_of(entries: Sequence[Entry]) -> dict[str, str]:
-    """Hashes of the ids of all sequences, and of which of them are scored."""
-    ids, scored = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
-    for entry in entries:
-        for prompt, completion in sequences_of(entry):
-            ids.update(array("q", [len(prompt) + len(completion), *prompt, *completion]).tobytes())
-            scored.update(array("q", [len(prompt)]).tobytes())
-    return {"token ids": ids.hexdigest(), "scored tokens": scored.hexdigest()}
+def hash_sequences(sequences: Sequence[ScoredSequences]) -> str:
+    """A hash of the ids and scored tokens of all sequences, in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for batch in sequences:
+        digest.update(b"".join(batch.content_hashes()))
+    return digest.hexdigest()
 
 
-def dtype_of(model: nn.Module, device: torch.device) -> str:
+def describe_dtype(model: nn.Module, device: torch.device) -> str:
     """What the model computes in: the dtypes of its weights, and autocast's."""
-    if isinstance(model, DPO):
-        model = model.policy_model if model.ref_model is None else model.ref_model
-    names = " and ".join(sorted({str(p.dtype) for p in model.parameters() if p.is_floating_point()}))
+    dtypes = " and ".join(sorted({str(p.dtype) for p in model.parameters() if p.is_floating_point()}))
     if torch.is_autocast_enabled(device.type):
-        names += f" under autocast to {torch.get_autocast_dtype(device.type)}"
-    return names
+        dtypes += f" under autocast to {torch.get_autocast_dtype(device.type)}"
+    return dtypes
 
 
-def place_among_processes() -> tuple[int, int]:
+def get_rank() -> tuple[int, int]:
+    """The index of this process, and how many there are."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
@@ -184,27 +143,30 @@ def place_among_processes() -> tuple[int, int]:
 # files
 
 
-def write(file: Path, values: Recall, keys: dict[str, str]) -> None:
-    """A whole file or none."""
-    library().save_file(values.state_dict(), str(unfinished := file.with_suffix(".new")), metadata=keys)
+def write_file(file: Path, cache: LogProbCache, made_with: dict[str, str]) -> None:
+    """Write a file completely or not at all."""
+    unfinished = file.with_suffix(".new")
+    import_safetensors().torch.save_file(cache.state_dict(), str(unfinished), metadata=made_with)
     unfinished.replace(file)
 
 
-def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    library()
-    from safetensors import SafetensorError, safe_open
-
+def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file, and what they were made with."""
+    safetensors = import_safetensors()
     try:
-        with safe_open(str(file), framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} cannot be read ({error}): delete it, and it is computed again.") from error
+        with safetensors.safe_open(str(file), framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            return tensors, opened.metadata() or {}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{file} should be a whole file, but {error}: delete it to compute it again."
+        ) from error
 
 
-def check_keys(file: Path, keys: dict[str, str]) -> None:
-    """Refuse a file that something else made."""
-    _, made = read(file)
-    changed = [name for name, value in keys.items() if made.get(name) != value]
+def check_file(file: Path, made_with: dict[str, str]) -> None:
+    """Raise ValueError for a file that something else made."""
+    _, metadata = read_file(file)
+    changed = [name for name, value in made_with.items() if metadata.get(name) != value]
     if changed:
         raise ValueError(
             f"the cached reference in {file.parent} was made with other {' and '.join(changed)}: delete the "
@@ -212,9 +174,12 @@ def check_keys(file: Path, keys: dict[str, str]) -> None:
         )
 
 
-def library() -> Any:
+def import_safetensors() -> Any:
+    """The library, or ImportError that names the extra to install."""
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ImportError("cache_reference needs safetensors: pip install 'dpo-wrapper[train]'.") from error
-    return safetensors.torch
+        raise ImportError(
+            "precompute_ref_log_probs needs safetensors: pip install 'dpo-wrapper[train]'."
+        ) from error
+    return safetensors

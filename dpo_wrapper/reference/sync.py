@@ -1,63 +1,64 @@
 """A reference that follows the policy from time to time: TR-DPO, Gorbatovski 2024 (arXiv 2404.09656)."""
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor, nn
 
-from dpo_wrapper.losses import is_number
-from dpo_wrapper.reference.reference import Reference
+from dpo_wrapper.reference.reference import AdapterDisabled, Reference, StoredReference
+from dpo_wrapper.validation import is_in_range
 
-
-def check_alpha(alpha: object, name: str = "alpha") -> float:
-    if not (is_number(alpha) and 0 < alpha <= 1):
-        raise ValueError(f"{name} should be above 0 and at most 1, but it is {alpha!r}.")
-    return float(alpha)
+NamedTensors = Callable[[], Iterator[tuple[str, Tensor]]]
 
 
 @torch.no_grad()
-def sync(reference: Reference, policy: nn.Module, alpha: float) -> None:
+def sync_reference(reference: Reference, policy: nn.Module, alpha: float) -> None:
     """`ref <- alpha * policy + (1 - alpha) * ref`, for all weights that the two do not share.
 
     Buffers of floats are mixed as well; others (counters) are taken over.
 
     Raises:
-        ValueError: there is no reference with weights of its own, or they are not of the policy's shapes.
+        ValueError: `alpha` outside (0, 1], or a reference without weights of the policy's shapes.
     """
-    module = model_of(reference)
-    pairs = [*matched(module.named_parameters, policy.named_parameters)]
-    pairs += matched(module.named_buffers, policy.named_buffers)
+    if not (is_in_range(alpha, 0, 1) and alpha > 0):
+        raise ValueError(f"alpha should be above 0 and at most 1, but it is {alpha!r}.")
+    module = check_has_weights(reference)
+    pairs = match_tensors(module.named_parameters, policy.named_parameters)
+    pairs += match_tensors(module.named_buffers, policy.named_buffers)
     for old, new in pairs:
         if old is new:
             continue
         if alpha == 1 or not old.is_floating_point():
             old.copy_(new)
         else:
-            wide = torch.promote_types(old.dtype, torch.float32)
-            old.copy_(old.to(wide).lerp(new.to(old.device, wide), alpha))
-    if reference.memory is not None:
-        reference.memory.clear()
+            dtype = torch.promote_types(old.dtype, torch.float32)
+            old.copy_(old.to(dtype).lerp(new.to(old.device, dtype), alpha))
+    if reference.cache is not None:
+        reference.cache.clear()
 
 
-def model_of(reference: Reference) -> nn.Module:
+def check_has_weights(reference: Reference) -> nn.Module:
     """The reference's own model; ValueError with a remedy if it has none."""
     if reference.module is not None:
         return reference.module
-    if reference.adapter_of is not None:
+    if isinstance(reference, AdapterDisabled):
         raise ValueError(
             "the reference is the policy with its adapter off and has no weights to update: use "
             "reference = 'copy', which copies the adapter alone."
         )
-    why = "log-probs computed before cannot be updated" if reference.cached is not None else "there is none"
-    raise ValueError(f"a reference with weights is expected, but {why}: use reference = 'copy'.")
+    stored = isinstance(reference, StoredReference)
+    reason = "log-probs computed before cannot be updated" if stored else "there is none"
+    raise ValueError(f"the reference should have weights of its own, but {reason}: use reference = 'copy'.")
 
 
-def matched(old: object, new: object) -> list[tuple[Tensor, Tensor]]:
+def match_tensors(old: NamedTensors, new: NamedTensors) -> list[tuple[Tensor, Tensor]]:
     """Tensors of the same names; ValueError unless all names and shapes are the same."""
-    before, after = dict(old()), dict(new())  # type: ignore[operator]
-    differ = [n for n in before.keys() | after.keys() if n not in before or n not in after]
-    differ = differ or [n for n in before if before[n].shape != after[n].shape]
-    if differ:
+    before, after = dict(old()), dict(new())
+    different = [name for name in before.keys() | after.keys() if name not in before or name not in after]
+    different = different or [name for name in before if before[name].shape != after[name].shape]
+    if different:
         raise ValueError(
-            f"the reference is of another architecture than the policy ({min(differ)} differs), so the "
-            "two cannot be mixed: use reference = 'copy'."
+            f"the reference should be of the policy's architecture, but {min(different)} differs, so the two "
+            "cannot be mixed: use reference = 'copy'."
         )
     return [(before[name], after[name]) for name in before]

@@ -1,57 +1,53 @@
-"""Which loss scores will be made into: knowing that, a trained head's gradients take less memory."""
+"""Groups of tokens that meet in one value of a loss, for the early gradients of a trained head.
 
-from collections.abc import Callable
-from dataclasses import dataclass
+`token_log_probs(..., fused_loss=FusedLoss(fn, groups))` computes gradients during the forward pass, group by
+group. The functions here find the groups.
+"""
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dpo_wrapper.batches.sequences import ScoredSequences, ScoredTree
-from dpo_wrapper.log_probs import Ahead
+from dpo_wrapper.batches.sequences import ScoredSequences
+from dpo_wrapper.log_probs import FusedLoss
 
 
-@dataclass(frozen=True)
-class Foretold:
-    """A loss from Float[t], one score for each scored token, to Float[]; and which sequences meet in it.
+def group_linked(links: Int[Tensor, "k 2"], count: int) -> Int[Tensor, "n"]:
+    """A number for each of `count` things, the same for all that are connected by links (union-find)."""
+    parent = list(range(count))
 
-    Each row of `links` holds the indices of two sequences that meet, such as the sides of a pair; None says
-    that all do. So do those that are linked by others, or by tokens that are scored once for several.
-    """
-
-    loss: Callable[[Tensor], Tensor]
-    links: Int[Tensor, "k 2"] | None
-
-    def over_rows(self, sequences: ScoredSequences) -> Ahead:
-        if self.links is None:
-            return Ahead(self.loss)
-        return Ahead(self.loss, groups(self.links, len(sequences.length))[sequences.row])
-
-    def over_tree(self, sequences: ScoredSequences, tree: ScoredTree) -> Ahead:
-        """For scores of the tree's entries."""
-        row, entry = sequences.row, tree.entry
-
-        def loss(scores: Tensor) -> Tensor:
-            return self.loss(scores.index_select(0, entry))
-
-        if self.links is None:
-            return Ahead(loss)
-        owner = row.new_zeros(len(tree.target)).scatter(0, entry, row)
-        shares = row != owner[entry]
-        shared = torch.stack([row[shares], owner[entry[shares]]], dim=1)
-        return Ahead(loss, groups(torch.cat([self.links, shared]), len(sequences.length))[owner])
-
-
-def groups(links: Int[Tensor, "k 2"], count: int) -> Int[Tensor, "s"]:
-    """A number for each of `count` things, the same for those that are linked, however far apart."""
-    above = list(range(count))
-
-    def first_of(k: int) -> int:
-        while above[k] != k:
-            above[k] = k = above[above[k]]
+    def find_root(k: int) -> int:
+        while parent[k] != k:
+            parent[k] = k = parent[parent[k]]
         return k
 
     for one, other in links.unique(dim=0).tolist():
-        first, second = sorted((first_of(one), first_of(other)))
-        above[second] = first
-    return torch.tensor([first_of(k) for k in range(count)], device=links.device)
+        first, second = sorted((find_root(one), find_root(other)))
+        parent[second] = first
+    return torch.tensor([find_root(k) for k in range(count)], device=links.device)
+
+
+def group_tokens(sequences: ScoredSequences, links: Int[Tensor, "k 2"]) -> Int[Tensor, "t"]:
+    """The group of each scored token, where linked sequences, such as the sides of a pair, meet in a loss."""
+    return group_linked(links, len(sequences.length))[sequences.row]
+
+
+def merge_shared_tokens(fused_loss: FusedLoss, entry: Int[Tensor, "t"], entries: int) -> FusedLoss:
+    """The same loss as a function of the entries of a tree, of which several scored tokens may share one.
+
+    Args:
+        fused_loss: a loss of `t` scored tokens.
+        entry: for each scored token its index among the `entries`.
+    """
+    fn, groups = fused_loss.fn, fused_loss.groups
+
+    def loss_of_entries(log_probs: Tensor) -> Tensor:
+        return fn(log_probs.index_select(0, entry))
+
+    if groups is None:
+        return FusedLoss(loss_of_entries)
+    owner = groups.new_zeros(entries).scatter(0, entry, groups)  # one of the groups that share an entry
+    is_shared = groups != owner[entry]
+    links = torch.stack([groups[is_shared], owner[entry[is_shared]]], dim=1)
+    merged = group_linked(links, int(groups.max()) + 1 if len(groups) else 0)
+    return FusedLoss(loss_of_entries, merged[owner])

@@ -1,73 +1,138 @@
-"""A first look at a model: whether it is what it should be, and whether its head may be called on its own."""
+"""The first look at a model: is it a causal language model, and which fast paths give its own log-probs?"""
 
 import warnings
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from beartype import beartype
 from jaxtyping import Float, Int, jaxtyped
 from torch import Tensor, nn
 
+from dpo_wrapper.batches.sequences import ScoredSequences
+from dpo_wrapper.log_probs import Impl
 from dpo_wrapper.models import LanguageModel, OutputHead
 from dpo_wrapper.models.eval_mode import eval_mode, reproducible_forward
-from dpo_wrapper.validation import kind
+from dpo_wrapper.prefix_tree import PrefixSharingError
+from dpo_wrapper.prefix_tree.layout import TreeOptions
+from dpo_wrapper.scoring.token_log_probs import ForwardOptions, check_logits, compute_token_log_probs
+
+SharePrefix = bool | Literal["auto"]
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Largest relative error that counts as rounding."""
+
+FAST_KERNELS = {"cuda": ("flex",), "cpu": ("branches",)}
+"""Kernels that are faster than a model's own attention, by kind of device."""
 
 
-def look_at(model: LanguageModel, device: torch.device, apart_from: nn.Module | None) -> tuple[int, bool]:
-    """The size of the vocabulary, and whether the head may be applied to scored positions alone.
+@dataclass(frozen=True)
+class Probe:
+    """What the first look at a model found.
 
-    Two rows of a few tokens, in eval mode. Refuses a model that sees ahead, that returns something else than
-    logits, or whose output depends on a parameter that trains in `apart_from`.
+    Attributes:
+        vocab_size: number of token ids.
+        forward: the paths that a forward pass takes.
+        why_padded: why prefixes are not shared; None where they are.
     """
-    known, n = model.vocab_size or 2, min(5, model.max_positions or 5)
-    row = [(2 * k + 1) * known // (2 * n) for k in range(n)]  # spread out: small ids are often padding
-    ids = torch.tensor([row, [*row[:-1], (row[-1] + 1) % known]], device=device)
+
+    vocab_size: int
+    forward: ForwardOptions
+    why_padded: str | None
+
+
+def probe_model(
+    model: LanguageModel,
+    device: torch.device,
+    impl: Impl,
+    share_prefix: SharePrefix,
+    policy: nn.Module | None = None,
+) -> Probe:
+    """Run the model on two short rows in eval mode, and try which fast paths give its own log-probs.
+
+    Args:
+        policy: for a reference, the model whose trained parameters its output should not depend on.
+
+    Raises:
+        TypeError, ValueError: a model that sees ahead, returns something else than logits, or depends on
+            the policy's trained parameters; prefixes that cannot be shared where `share_prefix` is True.
+    """
+    vocab_size, head_applies = probe_head(model, device, policy)
+    options = ForwardOptions(None, head_applies, impl)
+    if not share_prefix:
+        return Probe(vocab_size, options, "share_prefix is False")
+    tree = TreeOptions(model.max_positions)
+    reason = why_not_shared(model, device, vocab_size, replace(options, tree=tree))
+    if reason is None:
+        for kernel in FAST_KERNELS.get(device.type, ()):
+            faster = replace(tree, kernel=kernel)
+            if why_not_shared(model, device, vocab_size, replace(options, tree=faster)) is None:
+                tree = faster
+                break
+        return Probe(vocab_size, replace(options, tree=tree), None)
+    if share_prefix is True:
+        raise ValueError(
+            f"prefixes are not shared in the {model.name} model, for {reason}: use share_prefix = 'auto'."
+        )
+    if model.name != "module":
+        warnings.warn(
+            f"prefixes are not shared in the {model.name} model, for {reason}; its sequences are padded.",
+            stacklevel=2,
+        )
+    return Probe(vocab_size, options, reason)
+
+
+# the output head
+
+
+def probe_head(model: LanguageModel, device: torch.device, policy: nn.Module | None) -> tuple[int, bool]:
+    """The size of the vocabulary, and whether the head may be applied to scored positions alone."""
+    known_size, n = model.vocab_size or 2, min(5, model.max_positions or 5)
+    row = [(2 * k + 1) * known_size // (2 * n) for k in range(n)]  # spread out: small ids are often padding
+    ids = torch.tensor([row, [*row[:-1], (row[-1] + 1) % known_size]], device=device)
     head = model.output_head()
-    follows = apart_from is not None
-    with (
-        eval_mode(model.model),
-        reproducible_forward(model.model),
-        torch.set_grad_enabled(follows or head is not None),
-    ):
-        logits = valid_logits(first_answer(model, ids), ids)
+    needs_graph = policy is not None or head is not None
+    with eval_mode(model.model), reproducible_forward(model.model), torch.set_grad_enabled(needs_graph):
+        logits = check_logits(first_forward(model, ids), ids)
         if logits.isnan().any():
             raise ValueError(
-                "the model's logits are NaN: are its weights loaded, and is its dtype wide enough?"
+                "the model's logits should be numbers, but they are NaN: are its weights loaded, and is its "
+                "dtype wide enough?"
             )
-        if apart_from is not None:
-            trained = {id(p) for p in apart_from.parameters() if p.requires_grad}
-            if trained & reached_from(logits):
+        if policy is not None:
+            trained = {id(p) for p in policy.parameters() if p.requires_grad}
+            if trained & parameters_reached(logits):
                 raise ValueError(
-                    "the reference's output depends on parameters that train, so it would follow the policy: "
-                    "give a separately built model as reference = module."
+                    "the reference's output should not depend on parameters that train, but it does, so it "
+                    "would follow the policy: give a separately built model as reference = module."
                 )
-        # rounding alone may differ between the two rows, in float32 even inside float64 models
-        worst, _ = difference(logits[0, :-1], logits[1, :-1])
-        if worst > max(TOLERANCE[torch.float32], TOLERANCE.get(logits.dtype, 0.1)):
+        # the two rows may differ by rounding, which is that of float32 even inside float64 models
+        error, _ = relative_error(logits[0, :-1], logits[1, :-1])
+        if error > max(TOLERANCE[torch.float32], TOLERANCE.get(logits.dtype, 0.1)):
             raise ValueError(
-                "the model is not autoregressive, for changing a token changes the logits before it: "
-                "use a causal model (in x-transformers a Decoder)."
+                "the model should be autoregressive, but changing a token changes the logits before it: use "
+                "a causal model (in x-transformers a Decoder)."
             )
-        reason = (
-            "its head is no linear layer of its own" if head is None else why_not(model, head, ids, logits)
-        )
+        if head is None:
+            reason: str | None = "its head is no linear layer of its own"
+        else:
+            reason = why_head_differs(model, head, ids, logits)
     if reason is not None and model.name != "module":
-        warnings.warn(f"all logits of the {model.name} model are computed, for {reason}.", stacklevel=2)
-    size = min(logits.shape[-1], model.vocab_size or logits.shape[-1])
-    return size, head is not None and reason is None
+        warnings.warn(f"all logits of the {model.name} model are computed, for {reason}.", stacklevel=3)
+    vocab_size = min(logits.shape[-1], model.vocab_size or logits.shape[-1])
+    return vocab_size, head is not None and reason is None
 
 
-def first_answer(model: LanguageModel, ids: Int[Tensor, "b n"]) -> object:
-    """What the model makes of ids; if it cannot take them, that is told with its own words."""
+def first_forward(model: LanguageModel, ids: Int[Tensor, "b n"]) -> object:
+    """The model's output for ids; an error it raises is passed on in a sentence."""
     try:
         return model.forward_logits(ids)
     except Exception as error:
         devices = {p.device for p in model.model.parameters()}
         if devices and ids.device not in devices:
-            own = ", ".join(sorted(map(str, devices)))
+            names = ", ".join(sorted(map(str, devices)))
             raise ValueError(
-                f"the model is on {own} but the ids are on {ids.device}: move one of them."
+                f"the model is on {names} but the ids are on {ids.device}: move one of them."
             ) from error
         raise TypeError(
             f"the model should take ids of shape (b, n) and nothing else, but given {tuple(ids.shape)} it "
@@ -75,75 +140,86 @@ def first_answer(model: LanguageModel, ids: Int[Tensor, "b n"]) -> object:
         ) from error
 
 
-def valid_logits(logits: object, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n v"]:
-    """What a model has returned for ids, if it is logits."""
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        got = logits.dtype if isinstance(logits, Tensor) else kind(logits)
-        raise TypeError(
-            f"the model should return logits, a float tensor or an output with .logits, not {got}: give one "
-            "with a language-model head (AutoModelForCausalLM), or wrap it in a module that returns logits."
-        )
-    if logits.ndim != 3 or logits.shape[:2] != ids.shape:
-        raise TypeError(
-            f"the model should return logits of shape (b, n, v), for ids of shape {tuple(ids.shape)}, "
-            f"but their shape is {tuple(logits.shape)}: wrap it in a module that returns one row for each id."
-        )
-    if logits.device != ids.device:
-        raise ValueError(
-            f"the model's logits are on {logits.device} but the ids on {ids.device}: move the model there."
-        )
-    return logits
+def parameters_reached(output: Tensor) -> set[int]:
+    """The `id()` of each parameter that a gradient of the output reaches."""
+    reached, visited, queue = set(), set(), [output.grad_fn]
+    while queue:
+        if (node := queue.pop()) is not None and node not in visited:
+            visited.add(node)
+            reached |= {id(node.variable)} if hasattr(node, "variable") else set()
+            queue.extend(parent for parent, _ in node.next_functions)
+    return reached
 
 
-def reached_from(output: Tensor) -> set[int]:
-    """Ids of the parameters that a gradient of the output would reach."""
-    found, seen, waiting = set(), set(), [output.grad_fn]
-    while waiting:
-        if (node := waiting.pop()) is not None and node not in seen:
-            seen.add(node)
-            found |= {id(node.variable)} if hasattr(node, "variable") else set()
-            waiting.extend(parent for parent, _ in node.next_functions)
-    return found
-
-
-def why_not(model: LanguageModel, head: OutputHead, ids: Tensor, logits: Tensor) -> str | None:
+def why_head_differs(model: LanguageModel, head: OutputHead, ids: Tensor, logits: Tensor) -> str | None:
     """Why the head may not be applied to hidden states outside the model; None if it may."""
     if hasattr(head.weight, "device_mesh"):
         return "its head is sharded, and whole inside the model alone"
     try:
-        got = head.compute_logits(model.forward_hidden(ids))
-    except Exception as error:  # whatever a model's code may raise, there is the plain path
+        head_logits = head.compute_logits(model.forward_hidden(ids))
+    except Exception as error:  # whatever a model's code may raise, its own logits remain
         return f"its hidden states cannot be had ({type(error).__name__}: {error})"
-    if got.shape != logits.shape:
-        return f"its head gives logits of shape {tuple(got.shape)} instead of {tuple(logits.shape)}"
-    worst, differs = difference(got, logits)
+    if head_logits.shape != logits.shape:
+        return f"its head gives logits of shape {tuple(head_logits.shape)} instead of {tuple(logits.shape)}"
+    error, differs = relative_error(head_logits, logits)
     if differs:
-        return f"its head alone gives other logits (relative difference {worst:.1e})"
-    differ = reached_from(got) ^ reached_from(logits)  # beside parameters, what hooks made leaves of
-    trained = any(id(p) in differ for p in model.model.parameters())
-    return "its head alone leaves out trained parameters" if trained else None
+        return f"its head alone gives other logits (relative difference {error:.1e})"
+    # hooks may compute a weight anew: it is a leaf of the graph, but no parameter
+    differing = parameters_reached(head_logits) ^ parameters_reached(logits)
+    leaves_out_trained = any(id(p) in differing for p in model.model.parameters())
+    return "its head alone leaves out trained parameters" if leaves_out_trained else None
 
 
-def rounding(device: torch.device, model: nn.Module) -> torch.dtype:
+# shared prefixes
+
+
+@torch.no_grad()
+def why_not_shared(
+    model: LanguageModel, device: torch.device, vocab_size: int, options: ForwardOptions
+) -> str | None:
+    """Why the model may not compute prefixes once; None if short pairs get the log-probs of padded rows."""
+    if not model.can_share_prefix:
+        return "the attention of a plain module cannot be reached"
+    assert options.tree is not None
+    n = min(40, model.max_positions or 40)
+    ids = torch.randint(vocab_size, (4, n), generator=torch.Generator().manual_seed(0))
+    ids[1, : n // 2], ids[3, : n // 4] = ids[0, : n // 2], ids[2, : n // 4]
+    all_true = torch.ones_like(ids, dtype=torch.bool)
+    sequences = ScoredSequences.from_padded(ids, all_true, all_true).to(device)
+    every_size = replace(options.tree, min_branch_numel=0)  # the kernel is tried on short branches too
+    try:
+        with eval_mode(model.model):
+            padded, _ = compute_token_log_probs(model, sequences, replace(options, tree=None))
+            shared, _ = compute_token_log_probs(model, sequences, replace(options, tree=every_size))
+    except PrefixSharingError as error:
+        return str(error)
+    except Exception as error:  # whatever a model's code may raise, padded rows remain
+        return f"{type(error).__name__}: {error}"
+    error, differs = relative_error(shared, padded, narrowest_dtype(model.model, device))
+    return f"its log-probs would differ (by {error:.1e}, relatively)" if differs else None
+
+
+def narrowest_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
     """The narrowest dtype that a model computes in: autocast's where it is on, else that of its weights."""
     if torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
-    floats = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    return max(floats, key=lambda dtype: TOLERANCE.get(dtype, 0.1), default=torch.float64)
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return max(dtypes, key=lambda dtype: TOLERANCE.get(dtype, 0.1), default=torch.float64)
 
 
 @jaxtyped(typechecker=beartype)
-def difference(
-    got: Float[Tensor, "*n"], expected: Float[Tensor, "*n"], inside: torch.dtype = torch.float64
+def relative_error(
+    values: Float[Tensor, "*n"], expected: Float[Tensor, "*n"], dtype: torch.dtype = torch.float64
 ) -> tuple[float, bool]:
     """The largest difference relative to the largest expected value, and whether it is more than rounding.
 
-    `inside` is the dtype of what they were computed with, if that is narrower than their own. Values that
-    stand for minus infinity (masked tokens of a vocabulary) are no scale for the others.
+    Args:
+        dtype: what the values were computed in, if that is narrower than their own dtype. Values that stand
+            for minus infinity (masked tokens of a vocabulary) are no scale for the others.
     """
-    tolerance = max(TOLERANCE.get(dtype, 0.1) for dtype in (got.dtype, expected.dtype, inside))
+    tolerance = max(TOLERANCE.get(each, 0.1) for each in (values.dtype, expected.dtype, dtype))
     scale = expected.detach().abs()
     scale = scale.masked_fill(scale > torch.finfo(scale.dtype).max / 2, 0.0).double().max().clamp(min=1.0)
-    gap = (got.double() - expected.double()).abs().masked_fill(got == expected, 0.0)
-    worst = (gap.max() / scale).item()
-    return worst, not worst <= tolerance  # NaN counts as a difference
+    difference = (values.double() - expected.double()).abs().masked_fill(values == expected, 0.0)
+    error = (difference.max() / scale).item()
+    return error, not error <= tolerance  # NaN counts as a difference

@@ -1,250 +1,162 @@
 """Log-probs of sequences under a model: hidden states of the scored positions, then the fused gather."""
 
 import threading
-import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from dpo_wrapper.batches.sequences import ScoredSequences
-from dpo_wrapper.log_probs import Ahead, implementation, log_probs_of_rows, token_log_probs
+from dpo_wrapper.batches.sequences import ScoredSequences, SequenceLogProbs
+from dpo_wrapper.log_probs import FusedLoss, Impl, choose_impl
 from dpo_wrapper.models import language_model
-from dpo_wrapper.models.eval_mode import eval_mode, reproducible_forward
-from dpo_wrapper.prefix_tree import PrefixSharingError, TreeKernel, TreeOptions
-from dpo_wrapper.scoring.fused_loss import Foretold
-from dpo_wrapper.scoring.probe import difference, look_at, rounding, valid_logits
-from dpo_wrapper.validation import check_ids, check_mask, check_vocabulary, kind
+from dpo_wrapper.prefix_tree.layout import TreeOptions
+from dpo_wrapper.scoring.probe import Probe, SharePrefix, probe_model
+from dpo_wrapper.scoring.token_log_probs import compute_token_log_probs
+from dpo_wrapper.validation import check_ids, check_mask, check_vocabulary, describe_type
 
-Scores = tuple[Tensor, dict[str, Tensor]]
-"""One log-prob for each scored token, and by name what else was asked for."""
-
-_looking = threading.RLock()
-"""A model is looked at by one thread at a time, while others wait for what it finds."""
-
-
-KERNELS: dict[TreeKernel, str] = {
+KERNELS = {
     "flex": "FlexAttention where attention is plain, else along each path",
     "branches": "torch's kernel on each long branch where attention is plain, else along each path",
     "model": "the model's own attention along each path",
 }
-FASTER: dict[str, tuple[TreeKernel, ...]] = {"cuda": ("flex",), "cpu": ("branches",)}
-"""What is better than a model's own attention if it gives the same, by kind of device."""
+"""The kernels of attention over a tree, for `explain`."""
+
+_probing = threading.RLock()
+"""A model is probed by one thread at a time; others wait for the result."""
 
 
 class Scorer:
-    """Scores sequences under one model, after looking once on each device at how the model behaves.
+    """Computes log-probs of sequences under one model.
 
-    That look refuses what is no causal language model, and it decides whether the output head may be applied
-    to scored positions alone: only if `head(hidden)` reproduces the model's own logits and trains what they
-    train. It also refuses a reference that is not `apart_from` the policy, or has another vocabulary.
+    The first call on each device probes the model: see `probe_model`.
+
+    Args:
+        model: any autoregressive model, as for `DPO`.
+        impl: as in `token_log_probs`.
+        policy_scorer: for a reference, the policy's scorer: the two should have one vocabulary, and the
+            reference's output should not depend on parameters that train in the policy.
+        share_prefix: as in `DPO`.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        impl: str = "auto",
+        impl: Impl = "auto",
         *,
-        apart_from: "Scorer | None" = None,
-        share: str | bool = False,
+        policy_scorer: "Scorer | None" = None,
+        share_prefix: SharePrefix = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
-                f"a model should be a torch.nn.Module, but it is {kind(model)}: load or build it first."
+                f"a model should be a torch.nn.Module, but it is {describe_type(model)}: load or build it "
+                "first."
             )
-        implementation(impl)
+        choose_impl(impl)
         self.language_model = language_model(model)
         self.impl = impl
-        self.apart_from = apart_from
-        self.share = share
-        self.why_padded: str | None = "share_prefix is False"
-        self.kernel: TreeKernel = "model"
-        self.least: int | None = None
-        self.vocab_size: int | None = None
-        self.looked_on: torch.device | None = None
-        self.head_applies = False
+        self.policy_scorer = policy_scorer
+        self.share_prefix = share_prefix
+        self.probe: Probe | None = None
+        self.probed_device: torch.device | None = None
 
-    def __call__(self, sequences: ScoredSequences, foretold: Foretold | None = None) -> Float[Tensor, "s"]:
-        """Sum of the scored tokens' log-probs for each sequence, in nats."""
-        self.check(sequences)
-        return sequences.sums(self.token_scores(sequences, foretold))
-
-    def token_scores(
-        self, sequences: ScoredSequences, foretold: Foretold | None = None
-    ) -> Float[Tensor, "t"]:
-        """The log-prob of each scored token, over a tree or over padded rows, for sequences that have been
-        checked; `foretold` is what the scores of all of them will be made into."""
-        return self.token_scores_and(sequences, (), foretold)[0]
-
-    def token_scores_and(
-        self, sequences: ScoredSequences, extras: Sequence[str], foretold: Foretold | None = None
-    ) -> Scores:
-        """The same, and by name what else `token_log_probs` says of each scored token, without gradients."""
-        if self.why_padded is not None or not len(sequences.target):
-            where = sequences.row * sequences.ids.shape[1] + sequences.source
-            ahead = None if foretold is None else partial(foretold.over_rows, sequences)
-            return self.scores_at(partial(self.padded, sequences), where, sequences.target, extras, ahead)
-        tree = sequences.over_tree(self.plan)
-        states = partial(self.language_model.forward_tree, tree.layout)
-        ahead = None if foretold is None else partial(foretold.over_tree, sequences, tree)
-        scores, more = self.scores_at(states, tree.source, tree.target, extras, ahead)
-        return scores.index_select(0, tree.entry), {
-            name: values.index_select(0, tree.entry) for name, values in more.items()
-        }
-
-    def explain(self) -> str:
-        """Which paths are in use, and why not the others."""
-        name = self.language_model.name
-        if self.looked_on is None:
-            return f"{name} model, not looked at before the first call"
-        head = (
-            "the head is applied to scored positions alone"
-            if self.head_applies
-            else "all logits are computed"
-        )
-        if self.why_padded is None:
-            return f"{name} model; shared prefixes are computed once, by {KERNELS[self.kernel]}; {head}"
-        return f"{name} model; sequences are padded, for {self.why_padded}; {head}"
-
-    @property
-    def plan(self) -> TreeOptions:
-        """How this model takes trees."""
-        return TreeOptions(self.language_model.max_positions, self.kernel, self.least)
-
-    @property
-    def tree_plan(self) -> TreeOptions | None:
-        """How batches may be laid out ahead for this model; None if it takes padded rows."""
-        shares = self.why_padded is None or (self.share and self.looked_on is None)
-        return self.plan if shares else None
-
-    def padded(self, sequences: ScoredSequences, hidden: bool) -> Float[Tensor, "s n _"]:
-        if hidden:
-            return self.language_model.forward_hidden(sequences.ids)
-        return valid_logits(self.language_model.forward_logits(sequences.ids), sequences.ids)
-
-    def scores_at(
+    def __call__(
         self,
-        states: Callable[[bool], Tensor],
-        where: Int[Tensor, "t"],
-        targets: Int[Tensor, "t"],
-        extras: Sequence[str],
-        ahead: Callable[[], Ahead] | None = None,
-    ) -> Scores:
-        """Log-probs of targets from the hidden states (or, if False is asked for, logits) at places of their
-        rows, laid end to end; `ahead` is asked while the head trains."""
-        head = self.language_model.output_head()
-        with reproducible_forward(self.language_model.model):
-            if head is None or not self.head_applies:
-                found = log_probs_of_rows(states(False).flatten(0, 1), where, targets, extras)
-                return found if extras else (found, {})
-            hidden = states(True).flatten(0, 1).index_select(0, where)
-        trains = torch.is_grad_enabled() and head.weight.requires_grad
-        told = ahead() if ahead is not None and trains else None
-        options = {"impl": self.impl, "extras": extras, "ahead": told, **head.options}
-        found = token_log_probs(hidden, head.weight, targets, **options)
-        return found if extras else (found, {})
+        sequences: ScoredSequences,
+        extras: Sequence[str] = (),
+        fused_loss: FusedLoss | None = None,
+    ) -> SequenceLogProbs:
+        """Log-probs of the sequences, after `check`.
 
-    def check(self, sequences: ScoredSequences) -> None:
-        """Everything that can be said before the model runs on these sequences."""
-        device = sequences.ids.device
-        with _looking:
-            if device != self.looked_on:
-                self.look(device)
-                self.looked_on = device
-        assert self.vocab_size is not None
-        check_vocabulary(sequences.ids, self.vocab_size)
-        check_vocabulary(sequences.target, self.vocab_size)
-        longest, most = sequences.ids.shape[1], self.language_model.max_positions
-        if most is not None and longest > most:
+        Args:
+            extras: names of further values of each scored token, as in `token_log_probs`.
+            fused_loss: the loss that the log-probs of all scored tokens will go into.
+        """
+        probe = self.check(sequences)
+        model = self.language_model
+        return sequences.log_probs(
+            *compute_token_log_probs(model, sequences, probe.forward, extras, fused_loss)
+        )
+
+    def check(self, sequences: ScoredSequences) -> Probe:
+        """Probe the model where needed, and raise what can be said before it runs on these sequences."""
+        probe = self._probe(sequences.ids.device)
+        check_vocabulary(sequences.ids, probe.vocab_size)
+        check_vocabulary(sequences.target, probe.vocab_size)
+        longest, limit = sequences.ids.shape[1], self.language_model.max_positions
+        if limit is not None and longest > limit:
             raise ValueError(
                 f"a sequence has {longest} tokens before its last, but the model's table of positions ends "
-                f"at {most}: shorten the sequences."
+                f"at {limit}: shorten the sequences."
             )
+        return probe
 
-    def look(self, device: torch.device) -> None:
-        """Find out how the model behaves on a device."""
-        implementation(self.impl, device)  # raises if that cannot be there
-        other = None if self.apart_from is None else self.apart_from.language_model.model
-        size, self.head_applies = look_at(self.language_model, device, other)
-        if self.apart_from is not None and self.apart_from.vocab_size not in (None, size):
-            raise ValueError(
-                f"the reference has a vocabulary of {size} tokens but the policy one of "
-                f"{self.apart_from.vocab_size}: give a reference with the policy's tokenizer."
-            )
-        self.vocab_size = size
-        if self.share:
-            self.try_sharing(device)
+    def _probe(self, device: torch.device) -> Probe:
+        """What the first look at the model on this device found."""
+        with _probing:
+            if self.probe is not None and device == self.probed_device:
+                return self.probe
+            choose_impl(self.impl, device)  # raises where it is not available
+            policy = self.policy_scorer
+            policy_model = None if policy is None else policy.language_model.model
+            probe = probe_model(self.language_model, device, self.impl, self.share_prefix, policy_model)
+            if policy is not None and policy.probe and policy.probe.vocab_size != probe.vocab_size:
+                raise ValueError(
+                    f"the reference has a vocabulary of {probe.vocab_size} tokens but the policy one of "
+                    f"{policy.probe.vocab_size}: give a reference with the policy's tokenizer."
+                )
+            self.probe, self.probed_device = probe, device
+            return probe
 
-    def try_sharing(self, device: torch.device) -> None:
-        """Share prefixes if the model's log-probs allow it; else say why not."""
-        self.kernel = "model"
-        reason = self.why_not_shared(device)
-        if reason is None:
-            for self.kernel in (*FASTER.get(device.type, ()), "model"):
-                if self.kernel == "model" or self.why_not_shared(device) is None:
-                    break
-        self.why_padded = reason
+    @property
+    def trains_head(self) -> bool:
+        """Whether gradients are needed of an output head that is applied outside the model."""
+        applies = self.probe is not None and self.probe.forward.head_applies
+        head = self.language_model.output_head() if applies else None
+        return head is not None and head.weight.requires_grad and torch.is_grad_enabled()
+
+    @property
+    def tree_options(self) -> TreeOptions | None:
+        """How trees may be built ahead of the forward pass; None if sequences are padded."""
+        if self.probe is not None:
+            return self.probe.forward.tree
+        return TreeOptions(self.language_model.max_positions) if self.share_prefix else None
+
+    def explain(self) -> str:
+        """Which paths are in use and why not the others, in plain words."""
         name = self.language_model.name
-        if reason is not None and self.share is True:
-            raise ValueError(
-                f"prefixes are not shared in the {name} model, for {reason}: use share_prefix = 'auto'."
-            )
-        if reason is not None and name != "module":
-            warnings.warn(
-                f"prefixes are not shared in the {name} model, for {reason}; its sequences are padded.",
-                stacklevel=2,
-            )
-
-    @torch.no_grad()
-    def why_not_shared(self, device: torch.device) -> str | None:
-        """Score two tiny pairs over a tree and over padded rows: None if they agree, else what happened."""
-        model = self.language_model
-        if not model.can_share_prefix:
-            return "the attention of a plain module cannot be reached"
-        assert self.vocab_size is not None
-        n = min(40, model.max_positions or 40)
-        ids = torch.randint(self.vocab_size, (4, n), generator=torch.Generator().manual_seed(0))
-        ids[1, : n // 2], ids[3, : n // 4] = ids[0, : n // 2], ids[2, : n // 4]
-        everything = torch.ones_like(ids, dtype=torch.bool)
-        sequences = ScoredSequences.from_padded(ids, everything, everything).to(device)
-        scores = []
-        self.least = 0  # so that the kernel is tried on short branches too
-        try:
-            with eval_mode(model.model):
-                for self.why_padded in ("it is being tried", None):
-                    scores.append(self.token_scores(sequences))
-        except PrefixSharingError as error:
-            return str(error)
-        except Exception as error:  # whatever a model's code may raise, there is the plain path
-            return f"{type(error).__name__}: {error}"
-        finally:
-            self.least = None
-        worst, differs = difference(scores[1], scores[0], rounding(device, model.model))
-        return f"its log-probs would differ (by {worst:.1e}, relatively)" if differs else None
+        if self.probe is None:
+            return f"{name} model, not probed before the first call"
+        options = self.probe.forward
+        head = "the head is applied to scored positions alone"
+        if not options.head_applies:
+            head = "all logits are computed"
+        if options.tree is None:
+            return f"{name} model; sequences are padded, for {self.probe.why_padded}; {head}"
+        kernel = KERNELS[options.tree.kernel]
+        return f"{name} model; shared prefixes are computed once, by {kernel}; {head}"
 
 
 def sequence_log_probs(
     model: nn.Module, seq: Tensor, scored_mask: Tensor, seq_mask: Tensor | None = None
 ) -> Float[Tensor, "b"]:
-    """Sum of the log-probs of each row's scored tokens, in nats.
+    """Sum of the log-probs of each row's scored tokens, in nats. Differentiable.
 
     That is `log p(scored tokens | the real tokens before them)`, the `log π(y | x)` of Rafailov et al. 2023
-    (arXiv 2305.18290), eq. 7. Differentiable.
+    (arXiv 2305.18290), eq. 7.
 
     Args:
-        model: any autoregressive model, as for `DPO`; dropout is as the model has it at the moment.
+        model: any autoregressive model, as for `DPO`. Its dropout stays as it is.
         seq: Int[b n] token ids.
         scored_mask: Bool[b n], True on tokens to be scored, in any pattern; the first real token never is.
-        seq_mask: Bool[b n], True on real tokens; padding may stand anywhere. All are real without it.
+        seq_mask: Bool[b n], True on real tokens; padding may stand anywhere. Without it all are real.
 
     Raises:
-        TypeError, ValueError: what does not fit, before any forward pass.
+        TypeError, ValueError: arguments that do not fit, before any forward pass.
     """
     seq = check_ids("seq", seq)
     scored_mask = check_mask("scored_mask", scored_mask, seq, "seq")
     if seq_mask is None:
         seq_mask = torch.ones_like(scored_mask)
     sequences = ScoredSequences.from_padded(seq, scored_mask, check_mask("seq_mask", seq_mask, seq, "seq"))
-    return Scorer(model)(sequences)
+    return Scorer(model)(sequences).sums

@@ -1,157 +1,179 @@
-"""What a training run may be told. The command line is generated from this; it imports nothing heavy."""
+"""Settings of a training run. The command line is generated from them."""
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from typing_extensions import Doc
+import tyro
 
-from dpo_wrapper.losses.describe import help_text
-
-PRESETS = {
-    "tiny": {"dim": 128, "depth": 4, "heads": 2},
-    "small": {"dim": 256, "depth": 6, "heads": 4},
-    "medium": {"dim": 512, "depth": 8, "heads": 8},
-}
-"""Decoders built from scratch, by name."""
+from dpo_wrapper.losses.registry import losses_help
+from dpo_wrapper.pretrained import PRESETS
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a language model on preference pairs: from a file of them to a folder with the better model."""
+    """Train a language model on human preferences: read them from a file, write the model to a folder."""
 
     data: Path
-    """File of preferences: .jsonl, .json (either may be gzipped) or .parquet. Rows are pairs, ranked lists of
-    completions or, for KTO, completions with a label."""
+    """File of preferences: .jsonl, .json (either may be gzipped) or .parquet. A row holds a pair, a ranked
+    list of completions or, for KTO, one completion with a label."""
     out: Path = Path("runs/dpo")
-    """Run folder; it must be new or empty, unless --resume is given."""
+    """Run folder, where the results are written. It must be new or empty, unless --resume is given."""
     eval_data: Path | None = None
-    """File of held-out preferences. Without it they come from --data: rows whose column `split` says test,
-    or else a part of the prompts."""
+    """File of preferences to evaluate on. By default they are taken from --data: the rows whose column
+    `split` says test or, if there is no such column, those of a fraction of the prompts."""
     eval_fraction: float = 0.1
-    """Part of the rows held out where no row has a split and there is no --eval-data; 0 holds out none."""
+    """Fraction of the rows to evaluate on, if no row has a split and --eval-data is not given; 0 for none."""
     prompt_field: str | None = None
-    """Field with the prompt; by default prompt, text, conversations or messages, whichever is there."""
+    """Field with the prompt; by default prompt, text, conversations or messages, whichever a row has."""
     chosen_field: str = "chosen"
     """Field with the preferred completion."""
     rejected_field: str = "rejected"
     """Field with the other completion."""
     ranking: Literal["all", "best"] | None = None
-    """Which pairs a ranked list gives to a loss of pairs: all (the default), or the best with each other."""
+    """Which pairs a loss of pairs makes of a ranked list: all (the default), or the best completion with each
+    of the others."""
     as_chat: bool = False
-    """Take a prompt that is plain text for one user turn of a dialogue."""
+    """Treat a plain-text prompt as the user turn of a dialogue."""
     skip_bad_rows: bool = False
-    """Leave out rows that cannot be read, and say how many, instead of stopping at the first."""
+    """Leave out rows that cannot be read, and print their number, instead of stopping at the first."""
 
     model: str = "tiny"
-    """tiny, small or medium (a new x-transformers decoder), a folder that this command wrote, or a Hugging
-    Face model by folder or name."""
+    """tiny, small or medium (a new x-transformers decoder), a run folder, or a Hugging Face model by folder
+    or name."""
     tokenizer: str | None = None
-    """bytes, or a Hugging Face tokenizer by folder or name; by default the model's own (if new, bytes)."""
+    """bytes, or a Hugging Face tokenizer by folder or name. By default the model's own; a new model uses
+    bytes."""
     max_length: int = 512
-    """Longest sequence in tokens: prompts are shortened from the front first, then completions are cut."""
+    """Maximum sequence length in tokens. Longer sequences lose the front of the prompt first, then the end of
+    the completion."""
 
-    loss: Annotated[str, Doc(help_text())] = "sigmoid(beta=0.1) + 1.0*sft"
+    loss: Annotated[str, tyro.conf.arg(help=losses_help())] = "sigmoid(beta=0.1) + 1.0*sft"
     reference: Literal["auto", "copy", "none"] = "auto"
-    """What the policy is held against: a frozen copy of where it starts, or nothing."""
+    """Reference model: a frozen copy of the policy as it is before preference training, or none. auto makes a
+    copy if the loss needs one."""
     reference_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """What the copy is kept in, if not in the policy's dtype; half the memory in bfloat16."""
+    """Dtype of the frozen copy; by default the policy's. bfloat16 takes half the memory of float32."""
     reference_device: str | None = None
-    """Where the copy is kept, if not beside the policy: cpu spares an accelerator's memory."""
-    precompute_reference: bool = False
-    """Compute the reference's log-probs of all data before training, into the folder `reference` of --out,
-    and train without a reference in memory. Without this the first epoch computes them as it goes."""
-    sync_every: int = 0
-    """TR-DPO: steps between updates of the reference from the policy; 0 leaves it where it is."""
-    sync_alpha: float = 0.6
-    """TR-DPO: the policy's part in each such update; 1 takes the policy over."""
+    """Device of the frozen copy; by default the policy's. cpu saves an accelerator's memory."""
+    precompute_ref_log_probs: bool = False
+    """Compute the reference's log-probs of all data before training, store them in the run folder, and train
+    without a reference in memory. By default the first epoch computes them and keeps them in memory."""
+    ref_model_sync_steps: int = 0
+    """TR-DPO: number of steps between updates of the reference from the policy; 0 never updates it."""
+    ref_model_mixup_alpha: float = 0.6
+    """TR-DPO: weight of the policy in each update of the reference; 1 copies the policy."""
 
     ld_alpha: float = 1.0
-    """LD-DPO: below 1, what the longer side of a pair has more than the other counts only so much."""
+    """LD-DPO: weight of the tokens beyond the length of the shorter completion of a pair."""
     wpo: bool = False
-    """WPO: each pair counts as much as its completions are like what the policy writes itself."""
+    """WPO: weight each pair by the probability of its completions under the policy."""
 
     sft_epochs: int | None = None
-    """Epochs of warm-up on prompt and chosen, before preferences; by default 10 for a new model, else 0."""
-    sft_lr: float | None = None
-    """Highest learning rate of the warm-up; by default 2e-3 for a new model and 1e-5 for others."""
+    """Epochs of supervised training on prompt and chosen completion before preference training; by default 10
+    for a new model, else 0."""
+    sft_learning_rate: float | None = None
+    """Peak learning rate of supervised training; by default 2e-3 for a new model and 1e-5 for others."""
     epochs: int = 3
     """Epochs of preference training."""
-    lr: float | None = None
-    """Highest learning rate of preference training; by default 1e-4 for a new model and 1e-6 for others."""
+    learning_rate: Annotated[float | None, tyro.conf.arg(aliases=["--lr"])] = None
+    """Peak learning rate of preference training; by default 1e-4 for a new model and 1e-6 for others."""
     batch_size: int = 16
     """Pairs (lists, rows) per optimizer step, over all processes."""
-    max_tokens: int = 16384
-    """Unique tokens per forward pass (tokens that pairs share count once): what fits in memory. A step takes
-    as many passes as it needs, with the same result."""
-    workers: int = 0
-    """Processes that make batches ahead of training; 0 makes them in between."""
-    warmup: float = 0.1
-    """Part of the steps in which the learning rate rises; then it falls to zero along a cosine."""
+    micro_batch_tokens: int = 16384
+    """Maximum number of tokens per forward pass (a prefix that several sequences share counts once): what
+    fits in memory. A step runs as many passes as it needs, with the same result."""
+    num_workers: int = 0
+    """Number of processes that load batches; 0 loads them in the main process."""
+    warmup_ratio: float = 0.1
+    """Fraction of the steps over which the learning rate rises linearly. It then falls to zero along a
+    cosine."""
     weight_decay: float = 0.0
     """Decoupled weight decay (AdamW)."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Maximum norm of the gradients; larger ones are scaled down to it."""
 
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision of the forward and backward pass."""
     cpu: bool = False
     """Train on the CPU even if there is an accelerator."""
     seed: int = 0
-    """Seed of initialisation, order and held-out part."""
-    eval_every: int | None = None
-    """Steps between evaluations on the held-out part; by default about eight over the run."""
-    save_every: int = 200
-    """Steps between checkpoints to resume from; 0 for none."""
+    """Random seed of the initial weights, the order of the rows and the choice of eval rows."""
+    eval_steps: int | None = None
+    """Number of steps between evaluations; by default an eighth of all steps."""
+    save_steps: int = 200
+    """Number of steps between checkpoints; 0 for none."""
     resume: bool = False
-    """Continue an interrupted run in --out; everything else must be as it was."""
+    """Continue an interrupted run in --out, with the settings that it began with."""
 
     def __post_init__(self) -> None:
-        for name in ("sft_epochs", "epochs", "save_every", "workers", "sync_every"):
+        for name in ("sft_epochs", "epochs", "save_steps", "num_workers", "ref_model_sync_steps"):
             self._check(name, lambda value: value >= 0, "0 or more")
-        for name in ("batch_size", "max_tokens", "eval_every"):
+        for name in ("batch_size", "micro_batch_tokens", "eval_steps"):
             self._check(name, lambda value: value >= 1, "at least 1")
-        for name in ("lr", "sft_lr", "max_grad_norm"):
+        for name in ("learning_rate", "sft_learning_rate", "max_grad_norm"):
             self._check(name, lambda value: value > 0 and math.isfinite(value), "a positive number")
         self._check("ld_alpha", lambda value: 0 <= value <= 1, "from 0 to 1")
-        self._check("sync_alpha", lambda value: 0 < value <= 1, "above 0 and at most 1")
-        if self.sync_every and self.precompute_reference:
-            raise ValueError(
-                "--precompute-reference is for a reference that stays still, and --sync-every moves it: "
-                "leave one of them out."
-            )
-        if self.precompute_reference and (self.reference_dtype or self.reference_device):
-            raise ValueError(
-                "--reference-dtype and --reference-device are about a copy that stays in memory, and "
-                "--precompute-reference keeps none: leave one of them out."
-            )
-        if self.sync_alpha != 0.6 and not self.sync_every:
-            raise ValueError("--sync-alpha has no effect without --sync-every: give both, or neither.")
-        self._check("weight_decay", lambda value: 0 <= value < 1, "in [0, 1)")
+        self._check("ref_model_mixup_alpha", lambda value: 0 < value <= 1, "above 0 and at most 1")
+        self._check_reference_options()
         self._check("max_length", lambda value: value >= 8, "at least 8")
-        for name in ("eval_fraction", "warmup"):
+        for name in ("weight_decay", "eval_fraction", "warmup_ratio"):
             self._check(name, lambda value: 0 <= value < 1, "in [0, 1)")
         if self.eval_data is not None and self.eval_data == self.data:
             raise ValueError(
-                "--eval-data is the same file as --data: leave it out to hold out a part of --data."
+                "--eval-data should be another file than --data, but it is the same file: leave it out to "
+                "evaluate on a fraction of --data."
             )
 
-    def _check(self, name: str, fits: Any, expected: str) -> None:
+    def _check(self, name: str, is_valid: Callable[[Any], bool], expected: str) -> None:
         value = getattr(self, name)
-        if value is not None and not fits(value):
-            raise ValueError(f"--{name.replace('_', '-')} should be {expected}, but it is {value}.")
+        if value is not None and not is_valid(value):
+            raise ValueError(f"{flag(name)} should be {expected}, but it is {value}.")
+
+    def _check_reference_options(self) -> None:
+        if self.precompute_ref_log_probs and self.ref_model_sync_steps:
+            raise ValueError(
+                "--precompute-ref-log-probs needs a reference that does not change, but "
+                "--ref-model-sync-steps updates it: leave one of them out."
+            )
+        if self.precompute_ref_log_probs and (self.reference_dtype or self.reference_device):
+            raise ValueError(
+                "--reference-dtype and --reference-device are options of a frozen copy, but "
+                "--precompute-ref-log-probs keeps none in memory: leave one of them out."
+            )
+        if self.ref_model_mixup_alpha != 0.6 and not self.ref_model_sync_steps:
+            raise ValueError(
+                "--ref-model-mixup-alpha should be given together with --ref-model-sync-steps, but that is "
+                "0: give both, or neither."
+            )
 
     @property
-    def fresh(self) -> bool:
-        """Whether the model is made anew."""
+    def is_new_model(self) -> bool:
+        """Whether the model is built from scratch."""
         return self.model in PRESETS
 
     @property
-    def warm_up_epochs(self) -> int:
-        return self.sft_epochs if self.sft_epochs is not None else 10 if self.fresh else 0
+    def num_sft_epochs(self) -> int:
+        if self.sft_epochs is not None:
+            return self.sft_epochs
+        return 10 if self.is_new_model else 0
+
+    @property
+    def peak_sft_learning_rate(self) -> float:
+        return self.sft_learning_rate or (2e-3 if self.is_new_model else 1e-5)
+
+    @property
+    def peak_learning_rate(self) -> float:
+        return self.learning_rate or (1e-4 if self.is_new_model else 1e-6)
 
     def as_json(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def flag(field_name: str) -> str:
+    """The command line's flag for a field of `TrainConfig`."""
+    return f"--{field_name.replace('_', '-')}"

@@ -1,12 +1,12 @@
-"""The run folder: settings, the log of metrics, and the checkpoint that an interrupted run goes on from.
+"""The run folder: settings, logged metrics, and the checkpoint that an interrupted run resumes from.
 
-config.json         how it was trained (and, once done, what model it is)
-metrics.jsonl       one line for each step and evaluation
-curves.png          the same, drawn
-reference/          the reference's log-probs, if they are computed ahead
-sft/                the model after the warm-up, where preference training starts
-checkpoint/         the latest state, while the run is under way
-model.safetensors   the trained policy, when the run is done
+config.json         the settings (and, once training is done, the model's architecture)
+metrics.jsonl       one line for each step and each evaluation
+curves.png          a plot of these metrics
+reference/          the reference's log-probs, if they are precomputed
+sft/                the model after supervised training, where preference training starts
+checkpoint/         the latest checkpoint, until training is done
+model.safetensors   the trained policy, once training is done
 """
 
 import json
@@ -15,16 +15,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_wrapper.training.config import TrainConfig
+from dpo_wrapper.training.config import TrainConfig, flag
 
 Record = dict[str, Any]
-FREE = ("resume", "out", "save_every", "cpu")
-"""Options that may differ when a run is resumed."""
+CHANGEABLE_SETTINGS = ("resume", "out", "save_steps", "cpu")
+"""Settings that may change when a run is resumed."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: `step` steps of `stage` are done, and the log was `log_bytes` long then."""
+    """Position of a run: `step` steps of `stage` are done, and the log had `log_bytes` bytes by then."""
 
     stage: str = "sft"
     step: int = 0
@@ -32,73 +32,105 @@ class Progress:
 
 
 class RunFolder:
+    """Paths and files of one run.
+
+    Attributes:
+        progress: where the run stands: at its beginning, or at its latest checkpoint.
+    """
+
     def __init__(self, config: TrainConfig) -> None:
         self.path = Path(config.out)
-        self.config = self.path / "config.json"
-        self.metrics = self.path / "metrics.jsonl"
-        self.curves = self.path / "curves.png"
-        self.sft = self.path / "sft"
-        self.reference = self.path / "reference"
-        self.checkpoint = self.path / "checkpoint"
+        self.config_file = self.path / "config.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.curves_file = self.path / "curves.png"
+        self.sft_folder = self.path / "sft"
+        self.reference_folder = self.path / "reference"
+        self.checkpoint_folder = self.path / "checkpoint"
+        self.new_checkpoint_folder = self.path / "checkpoint.new"
         self.settings = config.as_json()
         self.progress = Progress()
 
     def check(self, resume: bool) -> None:
-        """Raise ValueError if the folder cannot be begun, or cannot be resumed with these settings."""
+        """Check that a run can start, or resume, in this folder; a resumed run reads its progress.
+
+        Raises:
+            ValueError: the folder is in use, or it holds no unfinished run with these settings.
+        """
         if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"--out {self.path} is a file: name a new folder.")
-        if not resume:
-            if self.path.exists() and any(self.path.iterdir()):
-                raise ValueError(
-                    f"--out {self.path} is not empty: name a new folder, or add --resume to go on."
-                )
-            return
-        if not self.config.is_file():
-            raise ValueError(f"--resume: {self.path} holds no run that could go on.")
-        before = json.loads(self.config.read_text(encoding="utf-8")).get("dpo_wrapper", {})
-        changed = [key for key in self.settings if key not in FREE and self.settings[key] != before.get(key)]
-        if changed:
-            was = ", ".join(f"--{key.replace('_', '-')} {before.get(key)}" for key in changed)
-            raise ValueError(f"--resume goes on with the settings the run began with, but it had {was}.")
-        if (self.path / "model.safetensors").exists():
-            raise ValueError(f"--resume: the run in {self.path} is finished.")
-        if (self.checkpoint / "progress.json").is_file():
-            self.progress = Progress(
-                **json.loads((self.checkpoint / "progress.json").read_text(encoding="utf-8"))
+            raise ValueError(f"--out should be a folder, but {self.path} is a file: name a new folder.")
+        if resume:
+            self._check_resumable()
+            self._read_progress()
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise ValueError(
+                f"--out should be a new or empty folder, but {self.path} is not empty: name a new folder, or "
+                "add --resume to continue the run in it."
             )
 
+    def _check_resumable(self) -> None:
+        if not self.config_file.is_file():
+            raise ValueError(
+                f"--resume needs an unfinished run, but {self.path} holds no run: leave --resume out."
+            )
+        before = json.loads(self.config_file.read_text(encoding="utf-8")).get("dpo_wrapper", {})
+        changed = [
+            name
+            for name, value in self.settings.items()
+            if name not in CHANGEABLE_SETTINGS and value != before.get(name)
+        ]
+        if changed:
+            settings = ", ".join(f"{flag(name)} {before.get(name)}" for name in changed)
+            raise ValueError(f"--resume needs the settings that the run began with, but it had {settings}.")
+        if (self.path / "model.safetensors").exists():
+            raise ValueError(
+                f"--resume needs an unfinished run, but the run in {self.path} is finished: name a new "
+                "folder."
+            )
+
+    def _read_progress(self) -> None:
+        file = self.checkpoint_folder / "progress.json"
+        if file.is_file():
+            self.progress = Progress(**json.loads(file.read_text(encoding="utf-8")))
+
     def open(self) -> None:
-        """Begin the folder, or take the log back to where the checkpoint stands."""
+        """Create the folder and write the settings, or truncate the log to where the checkpoint stands."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self.config.write_text(json.dumps({"dpo_wrapper": self.settings}, indent=2) + "\n", encoding="utf-8")
-        self.metrics.touch()
-        with self.metrics.open("r+b") as log:
+        text = json.dumps({"dpo_wrapper": self.settings}, indent=2) + "\n"
+        self.config_file.write_text(text, encoding="utf-8")
+        self.metrics_file.touch()
+        with self.metrics_file.open("r+b") as log:
             log.truncate(self.progress.log_bytes)
 
-    def log(self, stage: str, part: str, step: int, values: dict[str, float]) -> None:
-        with self.metrics.open("a", encoding="utf-8") as log:
+    def log_metrics(self, stage: str, part: str, step: int, values: dict[str, float]) -> None:
+        """Append one line to the log; `part` is "step" for a training step, or the split evaluated on."""
+        with self.metrics_file.open("a", encoding="utf-8") as log:
             log.write(json.dumps({"stage": stage, "part": part, "step": step, **values}) + "\n")
 
-    def records(self) -> list[Record]:
-        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+    def read_records(self) -> list[Record]:
+        lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
 
-    def pass_to(self, stage: str) -> None:
-        """Note that the stages before are done; their model is in the folder."""
-        new = self.path / "checkpoint.new"
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
-        self.replace_checkpoint(new, stage, 0)
+    def start_stage(self, stage: str) -> None:
+        """Record that `stage` starts from the model in the folder, and that all stages before it are done."""
+        self.create_new_checkpoint()
+        self.replace_checkpoint(stage, 0)
 
-    def replace_checkpoint(self, new: Path, stage: str, step: int) -> None:
-        """Put a complete checkpoint in the place of the one before, so that there is always a whole one."""
-        self.progress = Progress(stage, step, self.metrics.stat().st_size)
-        (new / "progress.json").write_text(json.dumps(asdict(self.progress)), encoding="utf-8")
+    def create_new_checkpoint(self) -> None:
+        """Create an empty folder for the files of the next checkpoint."""
+        shutil.rmtree(self.new_checkpoint_folder, ignore_errors=True)
+        self.new_checkpoint_folder.mkdir()
+
+    def replace_checkpoint(self, stage: str, step: int) -> None:
+        """Put the new, complete checkpoint in the place of the previous one, which is kept until then."""
+        self.progress = Progress(stage, step, self.metrics_file.stat().st_size)
+        progress_file = self.new_checkpoint_folder / "progress.json"
+        progress_file.write_text(json.dumps(asdict(self.progress)), encoding="utf-8")
         old = self.path / "checkpoint.old"
         shutil.rmtree(old, ignore_errors=True)
-        if self.checkpoint.exists():
-            self.checkpoint.rename(old)
-        new.rename(self.checkpoint)
+        if self.checkpoint_folder.exists():
+            self.checkpoint_folder.rename(old)
+        self.new_checkpoint_folder.rename(self.checkpoint_folder)
         shutil.rmtree(old, ignore_errors=True)
 
-    def drop_checkpoint(self) -> None:
-        shutil.rmtree(self.checkpoint, ignore_errors=True)
+    def delete_checkpoint(self) -> None:
+        shutil.rmtree(self.checkpoint_folder, ignore_errors=True)

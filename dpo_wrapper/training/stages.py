@@ -1,215 +1,157 @@
-"""What a stage of training does with a micro-batch: supervised warm-up, and preferences.
+"""What a stage of training does with a micro-batch: supervised training, and preference training.
 
-Every micro-batch gives its share of the step's loss, divided by counts of the whole step, so that gradients
-add up to the same update however a step is split.
+The loss of each micro-batch is divided by totals of the whole step, so that gradients add up to the same
+update however a step is split.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from dpo_wrapper.batches.ranked import RankedBatch, UnpairedBatch
-from dpo_wrapper.batches.sequences import PreferenceBatch, ScoredSequences
-from dpo_wrapper.data import Entry, TokenList, TokenPair
+from dpo_wrapper.batches import Reduce, SFTBatch, normalize_over_step
+from dpo_wrapper.data import COLLATE_FNS, TokenizedExample, collate_sft
 from dpo_wrapper.dpo import DPO
-from dpo_wrapper.evaluation.evaluate import as_one_step, evaluate
-from dpo_wrapper.losses import unit_of
-from dpo_wrapper.prefix_tree import TreeOptions
-from dpo_wrapper.reference.cache import Recall
-from dpo_wrapper.running import Reduce
-from dpo_wrapper.scoring.fused_loss import Foretold
-from dpo_wrapper.scoring.scorer import Scorer
-from dpo_wrapper.tensor_dataclass import TensorDataclass
+from dpo_wrapper.evaluation.evaluate import evaluate
+from dpo_wrapper.log_probs import FusedLoss
+from dpo_wrapper.reference import LogProbCache
+from dpo_wrapper.scoring import Scorer
 
-Prepare = Callable[[Sequence[Entry]], Any]
+CollateFn = Callable[[Sequence[TokenizedExample]], Any]
 
 
 class Stage(Protocol):
-    """A stage: the module that is trained, and what it makes of a list of entries."""
+    """What `Trainer` calls: the module that is trained, and how its loss and metrics are computed.
+
+    In all methods `module` is `self.module`, perhaps wrapped (by DDP), and `reduce` sums a tensor over
+    processes.
+
+    Attributes:
+        name: identifies the stage in the log and in checkpoints.
+        title: label of the progress bar.
+        reference_cache: log-probs that the first epoch computes and later ones look up, or None.
+    """
 
     name: str
     title: str
     module: nn.Module
-    memory: Recall | None
-    """What is computed in the first epoch alone."""
+    reference_cache: LogProbCache | None
 
-    def prepares(self) -> Prepare:
-        """What makes a batch of entries. It can be sent to another process, for it holds no model."""
+    @property
+    def collate_fn(self) -> CollateFn:
+        """The function that makes a batch of examples. It holds no model: workers receive a copy of it."""
 
-    def as_one_step(
-        self, module: nn.Module, batches: Sequence[Any], device: torch.device, reduce: Reduce
+    def normalize_over_step(
+        self, batches: Sequence[Any], device: torch.device, reduce: Reduce
     ) -> list[Any]:
-        """The batches as parts of one step, over all processes, whose sums `reduce` gives.
+        """Attach the step's totals to its micro-batches; `device` is where the module is."""
 
-        `module` is `self.module`, perhaps wrapped.
-        """
-
-    def share(self, module: nn.Module, part: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """This part's share of the step's loss, and metrics."""
+    def micro_batch_loss(self, module: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a micro-batch, divided by the totals of its step, and its metrics."""
 
     def end_step(self, reduce: Reduce) -> None:
-        """Called after the last share of each step; `reduce` sums over processes."""
+        """Called after the last micro-batch of each step."""
 
-    def after(self, step: int) -> None:
-        """Called after so many steps, of this run and those that it goes on from."""
+    def on_step_end(self, step: int) -> None:
+        """Called after each step; `step` counts from 1, also in a run that is resumed."""
 
-    def held_out(self, module: nn.Module, batches: Sequence[Any], reduce: Reduce) -> dict[str, float]:
-        """Metrics over held-out batches, of which other processes have others."""
+    def evaluate(self, module: nn.Module, batches: Sequence[Any], reduce: Reduce) -> dict[str, float]:
+        """Metrics over the batches of all processes."""
 
 
-class LikelihoodLoss(nn.Module):
-    """Minus the summed log-prob of sequences, divided by `tokens`."""
+class SFTModule(nn.Module):
+    """Supervised loss: minus the mean log-prob of the scored tokens, in nats per token."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.score = Scorer(model, share="auto")
+        self.scorer = Scorer(model, share_prefix="auto")
 
-    def forward(self, sequences: ScoredSequences, tokens: int) -> Tensor:
-        def loss(scores: Tensor) -> Tensor:
-            return -scores.sum() / max(1, tokens)
+    def forward(self, batch: SFTBatch) -> Tensor:
+        """The loss of a batch, divided by the scored tokens of its step."""
 
-        apart = sequences.row.new_zeros(0, 2)  # no sequence's share of a sum depends on the others
-        return loss(self.score(sequences, Foretold(loss, apart) if self.training else None))
+        def loss_of_tokens(log_probs: Tensor) -> Tensor:
+            return -log_probs.sum() / batch.denominator
 
-
-@dataclass(frozen=True)
-class WrittenBatch(TensorDataclass):
-    """Whole sequences, and how many tokens the step scores of which they are a part."""
-
-    sequences: ScoredSequences
-    step_tokens: int = 1
-
-
-def written_batch(plan: TreeOptions | None, entries: Sequence[Entry]) -> WrittenBatch:
-    """Prompts and the completions that are wanted, all of them scored."""
-    whole = [entry.prompt + (entry.wanted or ()) for entry in entries]
-    return WrittenBatch(ScoredSequences.from_lists([()] * len(whole), whole).laid_out(plan))
-
-
-def ready(sequences: ScoredSequences, plan: TreeOptions | None) -> None:
-    """Work out ahead what is needed of sequences while they are on the CPU."""
-    sequences.laid_out(plan).names()
-
-
-def weights_of(entries: Sequence[Entry]) -> Tensor | None:
-    """What the rows say of their losses' weights; 1 where only others say something."""
-    given = [entry.weight for entry in entries]
-    return None if set(given) <= {None} else torch.tensor([1.0 if w is None else w for w in given])
-
-
-def preference_batch(plan: TreeOptions | None, entries: Sequence[TokenPair]) -> PreferenceBatch:
-    margins = [entry.margin for entry in entries]
-    batch = PreferenceBatch.from_lists(
-        [entry.prompt for entry in entries],
-        [entry.chosen for entry in entries],
-        [entry.rejected for entry in entries],
-        pair_weights=weights_of(entries),
-        margins=None if set(margins) <= {None} else torch.tensor([margin or 0.0 for margin in margins]),
-    )
-    ready(batch.sequences, plan)
-    return batch
-
-
-def ranked_batch(plan: TreeOptions | None, entries: Sequence[TokenList]) -> RankedBatch:
-    prompts, completions = [entry.prompt for entry in entries], [entry.completions for entry in entries]
-    batch = RankedBatch.from_lists(prompts, completions, weights_of(entries))
-    ready(batch.sequences, plan)
-    return batch
-
-
-def unpaired_batch(plan: TreeOptions | None, entries: Sequence[TokenList]) -> UnpairedBatch:
-    batch = UnpairedBatch.from_lists(
-        [entry.prompt for entry in entries],
-        [entry.completions[0] for entry in entries],
-        [bool(entry.label) for entry in entries],
-        [entry.mismatched for entry in entries],
-        weights_of(entries),
-    )
-    ready(batch.sequences, plan)
-    ready(batch.mismatched.sequences, plan)
-    return batch
-
-
-BATCHES: dict[str, Callable[..., Any]] = {
-    "pairs": preference_batch,
-    "lists": ranked_batch,
-    "rows": unpaired_batch,
-}
+        fused_loss = None
+        self.scorer.check(batch.sequences)
+        if self.training and self.scorer.trains_head:
+            fused_loss = FusedLoss(loss_of_tokens, batch.sequences.row)  # sequences do not meet in the loss
+        return -self.scorer(batch.sequences, fused_loss=fused_loss).sums.sum() / batch.denominator
 
 
 class SFTStage:
-    """Supervised warm-up: maximum likelihood of prompt and chosen, in nats per token."""
+    """Supervised training: maximum likelihood of prompt and chosen completion, in nats per token."""
 
     name, title = "sft", "SFT"
-    memory: Recall | None = None
+    reference_cache: LogProbCache | None = None
 
     def __init__(self, model: nn.Module) -> None:
-        self.module: nn.Module = LikelihoodLoss(model)
-        self.score = self.module.score
+        self.module: nn.Module = SFTModule(model)
+        self.scorer = self.module.scorer
 
-    def prepares(self) -> Prepare:
-        return partial(written_batch, self.score.tree_plan)
+    @property
+    def collate_fn(self) -> CollateFn:
+        return partial(collate_sft, tree_options=self.scorer.tree_options)
 
-    def as_one_step(
-        self, module: nn.Module, batches: Sequence[WrittenBatch], device: torch.device, reduce: Reduce
-    ) -> list[WrittenBatch]:
-        tokens = sum(int(batch.sequences.length.sum()) for batch in batches)
-        total = int(reduce(torch.tensor(tokens, device=device)))
-        return [replace(batch, step_tokens=total) for batch in batches]
+    def normalize_over_step(
+        self, batches: Sequence[SFTBatch], device: torch.device, reduce: Reduce
+    ) -> list[SFTBatch]:
+        return normalize_over_step(batches, reduce)
 
-    def share(self, module: nn.Module, part: WrittenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def micro_batch_loss(self, module: nn.Module, batch: SFTBatch) -> tuple[Tensor, dict[str, Tensor]]:
         module.train()
-        return module(part.sequences, part.step_tokens), {}
+        return module(batch), {}
 
     def end_step(self, reduce: Reduce) -> None:
-        """Nothing runs over steps."""
+        """Nothing is carried from step to step."""
 
-    def after(self, step: int) -> None:
+    def on_step_end(self, step: int) -> None:
         """Nothing changes between steps."""
 
     @torch.no_grad()
-    def held_out(self, module: nn.Module, batches: Sequence[Any], reduce: Reduce) -> dict[str, float]:
+    def evaluate(self, module: nn.Module, batches: Sequence[Any], reduce: Reduce) -> dict[str, float]:
         module.eval()
-        device = batches[0].sequences.ids.device
-        parts = self.as_one_step(module, batches, device, reduce)
-        loss = sum(float(module(part.sequences, part.step_tokens)) for part in parts)
+        loss = sum(float(module(batch)) for batch in normalize_over_step(batches, reduce))
         return {"loss": float(reduce(torch.tensor(loss, dtype=torch.float64)))}
 
 
 class DPOStage:
-    """Preference training, with the reference moved by `sync_alpha` every so many steps (0 for never)."""
+    """Preference training.
+
+    Args:
+        sync_steps: number of steps between updates of the reference; 0 never updates it (TR-DPO).
+        mixup_alpha: weight of the policy in each update.
+    """
 
     name, title = "dpo", "DPO"
 
-    def __init__(self, dpo: DPO, *, sync_every: int = 0, sync_alpha: float = 0.6) -> None:
-        self.sync_every, self.sync_alpha = sync_every, sync_alpha
+    def __init__(self, dpo: DPO, *, sync_steps: int = 0, mixup_alpha: float = 0.6) -> None:
+        self.sync_steps, self.mixup_alpha = sync_steps, mixup_alpha
         self.dpo = dpo
         self.module: nn.Module = dpo
-        self.score = dpo.score_policy
-        self.memory = dpo.reference.memory
+        self.reference_cache = dpo.reference.cache
 
-    def prepares(self) -> Prepare:
-        return partial(BATCHES[unit_of(self.dpo.losses)], self.score.tree_plan)
+    @property
+    def collate_fn(self) -> CollateFn:
+        return partial(COLLATE_FNS[self.dpo.loss.dataset_type], tree_options=self.dpo.policy.tree_options)
 
-    def as_one_step(
-        self, module: nn.Module, batches: Sequence[Any], device: torch.device, reduce: Reduce
+    def normalize_over_step(
+        self, batches: Sequence[Any], device: torch.device, reduce: Reduce
     ) -> list[Any]:
-        return as_one_step(module, batches, device, reduce)
+        return normalize_over_step(batches, reduce, lambda batch: self.dpo.kl_sums(batch.to(device)))
 
-    def share(self, module: nn.Module, part: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        return module(part, return_metrics=True)
+    def micro_batch_loss(self, module: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        return module(batch, return_metrics=True)
 
     def end_step(self, reduce: Reduce) -> None:
         self.dpo.end_step(reduce)
 
-    def after(self, step: int) -> None:
-        if self.sync_every and step % self.sync_every == 0:
-            self.dpo.sync_reference(self.sync_alpha)
+    def on_step_end(self, step: int) -> None:
+        if self.sync_steps and step % self.sync_steps == 0:
+            self.dpo.sync_reference(self.mixup_alpha)
 
-    def held_out(self, module: nn.Module, batches: Sequence[Any], reduce: Reduce) -> dict[str, float]:
+    def evaluate(self, module: nn.Module, batches: Sequence[Any], reduce: Reduce) -> dict[str, float]:
         return evaluate(module, batches, reduce)

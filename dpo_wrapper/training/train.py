@@ -1,8 +1,8 @@
-"""From a file of preferences to a better model: `train(TrainConfig(data = ...))`."""
+"""Train a model on a file of preferences: `train(TrainConfig(data = ...))`."""
 
-import sys
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -10,242 +10,299 @@ from accelerate.utils import set_seed
 from torch import nn
 from tqdm import tqdm
 
-from dpo_wrapper.batches.token_level import check_wpo
-from dpo_wrapper.data import Entry, Fields, Message, Unit, encode_as, read_as, split_rows
+from dpo_wrapper.data import (
+    Example,
+    ExampleError,
+    Fields,
+    Message,
+    TokenizedExamples,
+    add_kl_completions,
+    check_ranking,
+    convert_examples,
+    read_examples,
+    scored_sequences,
+    split_examples,
+    tokenize_examples,
+)
+from dpo_wrapper.data.errors import OnError
 from dpo_wrapper.dpo import DPO
-from dpo_wrapper.evaluation.evaluate import complete
-from dpo_wrapper.evaluation.report import plot_curves, summary_table
-from dpo_wrapper.losses import WeightedLosses, check_columns, needs_reference, parse_losses, unit_of
-from dpo_wrapper.pretrained import Policy, load_policy, save_policy
-from dpo_wrapper.reference.cache import CachedReference
-from dpo_wrapper.reference.precompute import cache_reference
-from dpo_wrapper.reference.reference import place
-from dpo_wrapper.training.config import TrainConfig
+from dpo_wrapper.evaluation.report import format_before_and_after, format_completions, plot_curves
+from dpo_wrapper.losses import CombinedLoss, parse_losses
+from dpo_wrapper.pretrained import PretrainedModel, load_pretrained, save_pretrained
+from dpo_wrapper.reference import CachedReference, precompute_ref_log_probs
+from dpo_wrapper.reference.build import parse_device
+from dpo_wrapper.training.config import TrainConfig, flag
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.stages import DPOStage, SFTStage
-from dpo_wrapper.training.trainer import Loop, Parts
-from dpo_wrapper.validation import check_ld_alpha
+from dpo_wrapper.training.trainer import Splits, Trainer, create_accelerator, progress_interval
 
-COMPLETION_TOKENS = 120
-
+UNITS = {"preference": "pairs", "ranked": "lists", "unpaired_preference": "rows"}
+"""What examples of each dataset type are called in what is printed and logged."""
 
 @dataclass(frozen=True)
-class Prepared:
-    """Everything a run needs, checked: nothing a user can get wrong is left to find out later."""
+class TrainSetup:
+    """Everything that a run needs, read and checked before training starts.
+
+    Attributes:
+        notes: sentences for the user, such as how many rows were left out.
+    """
 
     config: TrainConfig
     run: RunFolder
-    policy: Policy
-    data: Parts
+    pretrained: PretrainedModel
+    splits: Splits
     notes: tuple[str, ...]
 
 
-def check_reference(config: TrainConfig, losses: WeightedLosses) -> None:
-    """Refuse what is said of a reference where there is none."""
-    options = ("precompute_reference", "sync_every", "reference_dtype", "reference_device")
-    asked = [f"--{name.replace('_', '-')}" for name in options if getattr(config, name)]
-    if asked and (config.reference == "none" or not needs_reference(losses)):
-        why = "--reference is none" if config.reference == "none" else f"--loss {config.loss} needs none"
-        raise ValueError(f"{asked[0]} is about a reference, but {why}: leave it out.")
-    if config.reference_device is not None:
-        place(config.reference_device)
-
-
-def as_chat(row: Any) -> Any:
-    """A row whose plain prompt is one user turn."""
-    return replace(row, prompt=(Message("user", row.prompt),)) if isinstance(row.prompt, str) else row
-
-
-def prepare(config: TrainConfig) -> Prepared:
-    """Read and check everything before a model is trained.
+def train(config: TrainConfig) -> RunFolder:
+    """Train a model as `dpo-wrapper train` does; the run folder holds the result.
 
     Raises:
-        ValueError, TypeError, OSError, ImportError: one sentence about what does not fit.
+        ValueError, TypeError, OSError, ImportError: as in `set_up_training`.
     """
-    losses = parse_losses(config.loss)
-    check_wpo(config.wpo, losses)
-    check_ld_alpha(config.ld_alpha, losses)
-    unit = cast(Unit, unit_of(losses))
-    check_reference(config, losses)
+    return run_training(set_up_training(config))
+
+
+# set-up
+
+
+def set_up_training(config: TrainConfig) -> TrainSetup:
+    """Read and check everything before training starts.
+
+    Raises:
+        ValueError, TypeError, OSError, ImportError: one sentence about the setting or the row that is wrong.
+    """
+    loss = CombinedLoss(parse_losses(config.loss))
+    check_options(config, loss)
     run = RunFolder(config)
     run.check(config.resume)
-    fields = Fields(prompt=config.prompt_field, chosen=config.chosen_field, rejected=config.rejected_field)
-    on_error: Literal["raise", "skip"] = "skip" if config.skip_bad_rows else "raise"
-    rows, errors = read_as(unit, config.data, fields, on_error=on_error, ranking=config.ranking)
-    if config.eval_data is None:
-        parts = split_rows(rows, config.eval_fraction, config.seed)
-    else:
-        held_out, more = read_as(unit, config.eval_data, fields, on_error=on_error, ranking=config.ranking)
-        parts, errors = (rows, held_out), [*errors, *more]
+    train_texts, eval_texts, errors = read_splits(config, loss)
 
     set_seed(config.seed)
-    start = str(run.sft) if run.sft.is_dir() and run.progress.stage == "dpo" else config.model
-    policy = load_policy(start, config.tokenizer, config.max_length)
-    notes = [
-        f"{type(loss).__name__} compares the pairs of one forward pass with one another: raise --max-tokens "
-        "if a step takes several"
-        for loss, _ in losses
-        if not loss.per_pair
-    ]
-    entries: list[list[Any]] = []
-    for name, part in zip(("training", "held-out"), parts, strict=True):
-        encoded = encode_as(
-            unit,
-            [as_chat(row) if config.as_chat else row for row in part],
-            policy.tokenizer,
-            config.max_length,
-            on_error=on_error,
-            seed=config.seed,
-        )
-        errors = [*errors, *encoded.errors]
-        entries.append(encoded.entries)
-        if encoded.summary():
-            notes.append(f"{name}: {encoded.summary()}")
+    resumes_after_sft = run.sft_folder.is_dir() and run.progress.stage == "dpo"
+    model_name = str(run.sft_folder) if resumes_after_sft else config.model
+    pretrained = load_pretrained(model_name, config.tokenizer, config.max_length)
+
+    notes = batchwise_loss_notes(loss)
+    examples: dict[str, list[Any]] = {}
+    for name, texts in (("train", train_texts), ("eval", eval_texts)):
+        tokenized = tokenize(config, texts, pretrained)
+        examples[name] = add_kl_completions(tokenized.examples, config.max_length, config.seed)
+        errors = [*errors, *tokenized.errors]
+        if tokenized.summary():
+            notes.append(f"{name}: {tokenized.summary()}")
     if errors:
         notes.append(f"{len(errors)} rows could not be read and are left out; the first: {errors[0]}")
-    both = [entry for part in entries for entry in part]
-    check_columns(
-        losses,
-        margins=any(getattr(entry, "margin", None) is not None for entry in both),
-        pair_weights=any(entry.weight is not None for entry in both),
+    splits = Splits(**examples, unit=UNITS[loss.dataset_type])
+    check_splits(config, loss, splits)
+    return TrainSetup(config, run, pretrained, splits, tuple(notes))
+
+
+def check_options(config: TrainConfig, loss: CombinedLoss) -> None:
+    """Raise ValueError for options that have no effect with these losses or without a reference."""
+    loss.check_wpo(config.wpo)
+    loss.check_ld_alpha(config.ld_alpha)
+    reference_options = (
+        "precompute_ref_log_probs",
+        "ref_model_sync_steps",
+        "reference_dtype",
+        "reference_device",
     )
-    if not entries[0]:
-        raise ValueError(f"{config.data} leaves no {unit} to train on.")
-    if config.warm_up_epochs and not any(entry.wanted for entry in entries[0]):
+    given = [flag(name) for name in reference_options if getattr(config, name)]
+    if given and (config.reference == "none" or not loss.needs_reference):
+        why = "--reference is none" if config.reference == "none" else f"--loss {config.loss} needs none"
+        raise ValueError(f"{given[0]} needs a reference, but {why}: leave it out.")
+    if config.reference_device is not None:
+        parse_device(config.reference_device)
+
+
+def read_splits(
+    config: TrainConfig, loss: CombinedLoss
+) -> tuple[list[Example], list[Example], list[ExampleError]]:
+    """Train and eval examples as the losses need them, and the errors of the rows that were left out."""
+    examples, errors = read_data(config.data, config, loss.dataset_type)
+    if config.eval_data is None:
+        train_examples, eval_examples = split_examples(examples, config.eval_fraction, config.seed)
+        return train_examples, eval_examples, errors
+    eval_examples, eval_errors = read_data(config.eval_data, config, loss.dataset_type)
+    return examples, eval_examples, [*errors, *eval_errors]
+
+
+def read_data(
+    path: Path, config: TrainConfig, dataset_type: Any
+) -> tuple[list[Example], list[ExampleError]]:
+    """The examples of a file, converted to what the losses need, and the errors of the rows left out."""
+    fields = Fields(prompt=config.prompt_field, chosen=config.chosen_field, rejected=config.rejected_field)
+    examples, errors = read_examples(path, fields, on_error=on_error(config))
+    if path == config.data:
+        check_ranking(config.ranking, dataset_type, examples)
+    converted, conversion_errors = convert_examples(
+        examples, dataset_type, config.ranking or "all", on_error=on_error(config)
+    )
+    return converted, errors + conversion_errors
+
+
+def tokenize(config: TrainConfig, examples: list[Example], pretrained: PretrainedModel) -> TokenizedExamples:
+    """The examples as token ids, each sequence at most `config.max_length` tokens long."""
+    if config.as_chat:
+        examples = [as_chat(example) for example in examples]
+    return tokenize_examples(examples, pretrained.tokenizer, config.max_length, on_error=on_error(config))
+
+
+def on_error(config: TrainConfig) -> OnError:
+    """What happens to a row that cannot be used."""
+    return "skip" if config.skip_bad_rows else "raise"
+
+
+def as_chat(example: Example) -> Example:
+    """The example with a plain-text prompt as a user turn."""
+    if not isinstance(example.prompt, str):
+        return example
+    return replace(example, prompt=(Message("user", example.prompt),))
+
+
+def batchwise_loss_notes(loss: CombinedLoss) -> list[str]:
+    return [
+        f"{type(term).__name__} compares the pairs of one forward pass with one another: raise "
+        "--micro-batch-tokens if a step takes several passes"
+        for term, _ in loss.terms
+        if not term.is_per_pair
+    ]
+
+
+def check_splits(config: TrainConfig, loss: CombinedLoss, splits: Splits) -> None:
+    """Raise ValueError if the examples are not what the losses and the supervised training need."""
+    examples = (*splits.train, *splits.eval)
+    has_margins = any(example.margin is not None for example in examples)
+    loss.check_columns(has_margins, has_weights=any(example.weight is not None for example in examples))
+    if not splits.train:
         raise ValueError(
-            "no row to train on is wanted, so there is nothing to warm up on: give --sft-epochs 0."
+            f"--data should hold {splits.unit} to train on, but {config.data} leaves none: add rows, or "
+            "lower --eval-fraction."
         )
-    if unit == "rows" and not all(any(entry.mismatched for entry in part) for part in entries if part):
+    if config.num_sft_epochs and not select_sft_examples(splits).train:
         raise ValueError(
-            f"{type(losses[0][0]).__name__} estimates a KL from completions of other prompts, but all "
-            "rows of a part have the same one: add rows, or hold none out (--eval-fraction 0)."
+            "supervised training needs rows with a desirable completion, but there is none to train on: give "
+            "--sft-epochs 0."
         )
-    return Prepared(config, run, policy, Parts(entries[0], entries[1], unit), tuple(notes))
+    if splits.unit == "rows":
+        check_kl_completions(loss, splits)
 
 
-def train(config: TrainConfig) -> RunFolder:
-    """Run the whole of `dpo-wrapper train`; the run folder holds the result."""
-    return run_prepared(prepare(config))
+def check_kl_completions(loss: CombinedLoss, splits: Splits) -> None:
+    for examples in (splits.train, splits.eval):
+        if examples and not any(example.kl_completion for example in examples):
+            raise ValueError(
+                f"{type(loss.first).__name__} estimates a KL from completions of other prompts, but all "
+                "rows of a split have the same prompt: add rows, or evaluate on none (--eval-fraction 0)."
+            )
 
 
-def run_prepared(prepared: Prepared) -> RunFolder:
-    config, run, policy = prepared.config, prepared.run, prepared.policy
-    data, loop = prepared.data, Loop(config, run)
-    accelerator = loop.accelerator()
-    say = accelerator.print
+def select_sft_examples(splits: Splits) -> Splits:
+    """The examples of supervised training: of rows with a label those that are desirable."""
+    train, eval = ([example for example in part if example.sft_completion] for part in (splits.train, splits.eval))
+    return Splits(train, eval, splits.unit)
+
+
+# run
+
+
+def run_training(setup: TrainSetup) -> RunFolder:
+    """Run supervised training (if there are epochs of it) and preference training; report the result."""
+    config, run, splits, model = setup.config, setup.run, setup.splits, setup.pretrained.model
+    accelerator = create_accelerator(config)
     if accelerator.is_main_process:
         run.open()
+    sizes = f"{len(splits.train)} train and {len(splits.eval)} eval {splits.unit}"
+    accelerator.print(f"{describe_model(model)}, {sizes}")
+    for note in setup.notes:
+        accelerator.print(note)
 
-    model = policy.model
-    sizes = f"{len(data.training)} training and {len(data.held_out)} held-out {data.unit}"
-    say(f"{describe_size(model)}, {sizes}")
-    for note in prepared.notes:
-        say(note)
-    if config.warm_up_epochs and run.progress.stage == "sft":
-        loop.stage(
-            SFTStage(model),
-            written(data),
-            config.warm_up_epochs,
-            config.sft_lr or (2e-3 if config.fresh else 1e-5),
-        )
-        if accelerator.is_main_process:
-            save_policy(policy, model, run.sft, run.settings)
-            run.pass_to("dpo")
+    if config.num_sft_epochs and run.progress.stage == "sft":
+        train_sft(setup, accelerator)
+    dpo = build_dpo(setup, accelerator)
+    stage = DPOStage(dpo, sync_steps=config.ref_model_sync_steps, mixup_alpha=config.ref_model_mixup_alpha)
+    epochs, learning_rate = config.epochs, config.peak_learning_rate
+    Trainer(config, run, stage, splits, epochs=epochs, learning_rate=learning_rate).train()
+    if accelerator.is_main_process:
+        save_pretrained(setup.pretrained, dpo.policy_model, run.path, run.settings)
+        run.delete_checkpoint()
+        report(setup, dpo)
+    accelerator.wait_for_everyone()
+    return run
 
-    asked = config.sync_every or config.reference_dtype or config.reference_device
-    reference: str | CachedReference = "copy" if asked else config.reference
-    if config.precompute_reference:
-        reference = precomputed(config, run, model, data, accelerator)
-    dpo = DPO(
+
+def train_sft(setup: TrainSetup, accelerator: Accelerator) -> None:
+    """Supervised training on prompt and chosen completion; the model is saved in the run folder."""
+    config, run, model = setup.config, setup.run, setup.pretrained.model
+    Trainer(
+        config,
+        run,
+        SFTStage(model),
+        select_sft_examples(setup.splits),
+        epochs=config.num_sft_epochs,
+        learning_rate=config.peak_sft_learning_rate,
+    ).train()
+    if accelerator.is_main_process:
+        save_pretrained(setup.pretrained, model, run.sft_folder, run.settings)
+        run.start_stage("dpo")
+
+
+def build_dpo(setup: TrainSetup, accelerator: Accelerator) -> DPO:
+    """The policy with its reference, which is the model as it is now."""
+    config, model = setup.config, setup.pretrained.model
+    needs_copy = config.ref_model_sync_steps or config.reference_dtype or config.reference_device
+    reference: str | CachedReference = "copy" if needs_copy else config.reference
+    if config.precompute_ref_log_probs:
+        reference = precompute_reference(setup, accelerator)
+    return DPO(
         model,
         loss=parse_losses(config.loss),
         reference=reference,
         reference_dtype=getattr(torch, config.reference_dtype) if config.reference_dtype else None,
         reference_device=config.reference_device,
-        remember_reference=not config.sync_every,
+        cache_ref_log_probs=not config.ref_model_sync_steps,
         ld_alpha=config.ld_alpha,
         wpo=config.wpo,
     )
-    stage = DPOStage(dpo, sync_every=config.sync_every, sync_alpha=config.sync_alpha)
-    loop.stage(stage, data, config.epochs, config.lr or (1e-4 if config.fresh else 1e-6))
-    if accelerator.is_main_process:
-        save_policy(policy, dpo.policy_model, run.path, run.settings)
-        run.drop_checkpoint()
-        plot_curves(run.records(), run.curves)
-        say("\n" + before_and_after(run))
-        shown_one = next((entry for entry in (*data.held_out, *data.training) if entry.wanted), None)
-        if shown_one is not None:
-            say("\n" + side_by_side(policy, dpo, shown_one))
-        say(f"\nThe policy, its metrics and curves.png are in {run.path}")
-    accelerator.wait_for_everyone()
-    return run
 
 
-def written(data: Parts) -> Parts:
-    """What the warm-up learns to write: of rows with a label those that are wanted."""
-    training, held_out = (
-        [entry for entry in part if entry.wanted] for part in (data.training, data.held_out)
-    )
-    return Parts(training, held_out, data.unit)
-
-
-def precomputed(
-    config: TrainConfig, run: RunFolder, model: nn.Module, data: Parts, accelerator: Accelerator
-) -> CachedReference:
-    """What the model as it is now says of all the data, from the run folder or else computed into it."""
+def precompute_reference(setup: TrainSetup, accelerator: Accelerator) -> CachedReference:
+    """The log-probs of all examples under the model as it is now, kept in the run folder."""
+    config, splits, model = setup.config, setup.splits, setup.pretrained.model
     model.to(accelerator.device)
-    of_tokens = config.ld_alpha < 1
-    cached = CachedReference(per_token=of_tokens)
-    for name, entries in (("training", data.training), ("held-out", data.held_out)):
+    per_token = config.ld_alpha < 1
+    cached = CachedReference(per_token=per_token)
+    for name, examples in (("train", splits.train), ("eval", splits.eval)):
+        sequences = scored_sequences(examples, config.micro_batch_tokens)
         bar = tqdm(
-            total=len(entries),
+            total=sum(len(batch.length) for batch in sequences),
             desc=f"reference, {name}",
-            unit=data.unit.removesuffix("s"),
-            mininterval=0.2 if sys.stderr.isatty() else 10.0,
+            unit="sequence",
+            mininterval=progress_interval(),
             disable=not accelerator.is_main_process,
         )
         with bar, accelerator.autocast():
-            cached |= cache_reference(
-                entries,
-                model,
-                run.reference / name,
-                token_scores=of_tokens,
-                max_tokens=config.max_tokens,
-                progress=bar.update,
+            folder = setup.run.reference_folder / name
+            cached |= precompute_ref_log_probs(
+                sequences, model, folder, per_token=per_token, progress=bar.update
             )
     return cached
 
 
-def describe_size(model: nn.Module) -> str:
-    count = sum(p.numel() for p in model.parameters())
-    return f"{type(model).__name__} with {count / 1e6:.1f}M parameters"
+def report(setup: TrainSetup, dpo: DPO) -> None:
+    """Plot the curves; print metrics before and after training, and completions of one prompt."""
+    run, splits = setup.run, setup.splits
+    records = run.read_records()
+    plot_curves(records, run.curves_file)
+    print("\n" + format_before_and_after(records))
+    example = next((example for example in (*splits.eval, *splits.train) if example.sft_completion), None)
+    if example is not None:
+        models = {"reference": dpo.ref_model, "policy": dpo.policy_model}
+        print("\n" + format_completions(setup.pretrained.tokenizer, models, example))
+    print(f"\nThe policy, its metrics and curves.png are in {run.path}")
 
 
-def before_and_after(run: RunFolder) -> str:
-    """Held-out and training metrics at both ends of preference training, as a table."""
-    columns = []
-    for part in ("held-out", "training"):
-        ends = [record for record in run.records() if record["stage"] == "dpo" and record["part"] == part]
-        if ends:
-            columns += [(f"{part} before", ends[0]), ("after", ends[-1])]
-    return summary_table(columns)
-
-
-def side_by_side(policy: Policy, dpo: DPO, entry: Entry) -> str:
-    """One prompt with what the reference and the policy make of it, each at its most likely."""
-    tokenizer = policy.tokenizer
-    lines = [f"prompt     {shown(tokenizer.decode(list(entry.prompt)), end=True)}"]
-    for name, model in (("reference", dpo.ref_model), ("policy", dpo.policy_model)):
-        if model is not None:
-            ids = complete(model, list(entry.prompt), COMPLETION_TOKENS, tokenizer.eos_id)
-            lines.append(f"{name.ljust(9)}  {shown(tokenizer.decode(ids))}")
-    lines.append(f"chosen     {shown(tokenizer.decode(list(entry.wanted or ())))}")
-    return "\n".join(lines)
-
-
-def shown(text: str, most: int = 300, *, end: bool = False) -> str:
-    """Text on one line; of a long one its beginning, or its end."""
-    line = " ".join(text.split())
-    if len(line) <= most:
-        return line
-    return f"…{line[-most:]}" if end else f"{line[:most]}…"
+def describe_model(model: nn.Module) -> str:
+    num_parameters = sum(p.numel() for p in model.parameters())
+    return f"{type(model).__name__} with {num_parameters / 1e6:.1f}M parameters"

@@ -122,6 +122,7 @@ def test_from_padded_is_the_naive_loop(grid: list[list[Token]]):
     assert all(getattr(got, field.name).dtype == torch.long for field in fields(got))
 
 
+@pytest.mark.pitfall(16, 20)
 @given(grids(), st.randoms(use_true_random=False), st.integers(0, 3))
 @SLOW
 def test_padding_changes_nothing(grid: list[list[Token]], randomness: random.Random, more: int):
@@ -388,6 +389,7 @@ def test_sums_by_hand():
     assert all(torch.equal(one[name], part(1.0, 3.0, 10.0)[name]) for name in one)  # none was changed
 
 
+@pytest.mark.pitfall(23)
 @given(
     batches(least=1), st.integers(0, 9), st.integers(1, 3), st.booleans(), st.randoms(use_true_random=False)
 )
@@ -418,6 +420,7 @@ def test_sums_equal_one_big_batch(given, seed: int, size: int, reference: bool, 
     assert added(*parts) == pytest.approx(added(*parts[::-1]), rel=1e-12, abs=1e-12)
 
 
+@pytest.mark.pitfall(22)
 def test_sums_over_processes():
     # each of three processes has one part, and sees the sum of all
     parts = [scored_by_hand(one_batch(), seed) for seed in range(3)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dpo_wrapper import DPO, IPO, PreferenceBatch, PreferenceCollator, PreferenceDataset, Sigmoid, SimPO
-from dpo_wrapper.data import ByteTokenizer, encode_rows, normalize
+from dpo_wrapper.data import ByteTokenizer, to_example, tokenize_examples
 from dpo_wrapper.losses import AOT, BetaDPO
 from helpers.models import ZOO
 
@@ -22,8 +22,10 @@ ROWS = [
 
 
 def dataset(rows: list[dict]) -> PreferenceDataset:
-    pairs = encode_rows([normalize(row, where="here") for row in rows], ByteTokenizer(), 32).entries
-    return PreferenceDataset(pairs, ByteTokenizer().pad_id)
+    examples = [to_example(row, source="here") for row in rows]
+    return PreferenceDataset(
+        tokenize_examples(examples, ByteTokenizer(), 32).examples, ByteTokenizer().pad_id
+    )
 
 
 def collated(rows: list[dict]) -> dict:
@@ -49,15 +51,23 @@ def test_rows_reach_the_collator():
 @pytest.mark.parametrize(
     "column, value, message",
     [
-        ("weight", -1, "here, field 'weight': expected a weight that is not negative, got the number -1"),
-        ("weight", "2", "here, field 'weight': expected a finite number, got '2'; correct it or rename"),
-        ("margin", True, "here, field 'margin': expected a finite number, got true"),
-        ("margin", math.nan, "here, field 'margin': expected a finite number, got the number nan|a number"),
+        ("weight", -1, "here, field 'weight': the weight should not be negative, but it is the number -1"),
+        (
+            "weight",
+            "2",
+            "here, field 'weight': the value should be a finite number, but it is '2': correct it or rename",
+        ),
+        ("margin", True, "here, field 'margin': the value should be a finite number, but it is true"),
+        (
+            "margin",
+            math.nan,
+            "here, field 'margin': the value should be a finite number, but it is (the number nan|a number)",
+        ),
     ],
 )
 def test_columns_that_are_no_numbers(column: str, value, message: str):
     with pytest.raises(ValueError, match=message):
-        normalize(ROWS[0] | {column: value}, where="here")
+        to_example(ROWS[0] | {column: value}, source="here")
 
 
 def batch(pairs: int = 4, **columns: Tensor) -> PreferenceBatch:
@@ -143,8 +153,9 @@ def test_columns_that_cannot_act_are_refused_before_a_forward_pass():
 def test_the_command_trains_on_columns(tmp_path: Path, monkeypatch):
     import json
 
-    from dpo_wrapper.training.config import PRESETS, TrainConfig
-    from dpo_wrapper.training.train import prepare, train
+    from dpo_wrapper.pretrained import PRESETS
+    from dpo_wrapper.training.config import TrainConfig
+    from dpo_wrapper.training.train import set_up_training, train
 
     monkeypatch.setitem(PRESETS, "tiny", {"dim": 16, "depth": 1, "heads": 1})
     data = tmp_path / "rows.jsonl"
@@ -152,7 +163,7 @@ def test_the_command_trains_on_columns(tmp_path: Path, monkeypatch):
     more = {"sft_epochs": 0, "epochs": 1, "eval_fraction": 0.0, "cpu": True, "max_length": 16}
     train(TrainConfig(data=data, out=tmp_path / "run", batch_size=3, **more))
     with pytest.raises(ValueError, match="margins have no meaning for IPO"):
-        prepare(TrainConfig(data=data, out=tmp_path / "other", loss="ipo", **more))
+        set_up_training(TrainConfig(data=data, out=tmp_path / "other", loss="ipo", **more))
 
 
 # what runs over steps
@@ -203,6 +214,7 @@ def test_a_step_in_parts_moves_the_running_mean_once():
     assert twin.gap.mean != whole.gap.mean
 
 
+@pytest.mark.pitfall(22)
 def test_two_processes_move_it_as_one_does():
     shares = [made(BetaDPO(0.2)) for _ in range(2)]
     one, given = made(BetaDPO(0.2)), batch()

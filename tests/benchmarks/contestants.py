@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from dpo_wrapper import DPO, losses
 from dpo_wrapper.batches.sequences import PreferenceBatch
-from dpo_wrapper.cpu_matmul import product
-from dpo_wrapper.prefix_tree import PrefixTree
+from dpo_wrapper.cpu_matmul import matmul
+from dpo_wrapper.prefix_tree.tree import PrefixTree
 
 Step = Callable[[], Tensor]
 BETA = 0.1
@@ -224,7 +224,7 @@ def measure(args: Namespace, lengths: Lengths) -> Generator[None, None, dict[str
         step = CONTESTANTS[args.contestant](model, batch, args)
     except Missing as missing:
         return {"missing": str(missing)}
-    gemm_rate(), gemm_rate(multiply=product)  # their own buffers, and the threads, are there now
+    gemm_rate(), gemm_rate(multiply=matmul)  # their own buffers, and the threads, are there now
 
     weighs = can_weigh()
     before = status("VmRSS") if weighs else 0
@@ -233,7 +233,7 @@ def measure(args: Namespace, lengths: Lengths) -> Generator[None, None, dict[str
     for run in range(args.runs + 1):
         model.zero_grad(set_to_none=True)
         rates["gemm_rates"].append(gemm_rate())
-        rates["product_rates"].append(gemm_rate(multiply=product))
+        rates["product_rates"].append(gemm_rate(multiply=matmul))
         if weighs:
             forget_peak()
         began = time.perf_counter()

@@ -16,8 +16,8 @@ from measure import Missing, can_weigh, forget_peak, gemm_rate, status, tidy, ti
 from torch import Tensor
 
 from dpo_wrapper import token_log_probs
-from dpo_wrapper.cpu_matmul import product
-from dpo_wrapper.log_probs import Ahead
+from dpo_wrapper.cpu_matmul import matmul
+from dpo_wrapper.log_probs import FusedLoss
 
 BETA = 0.1
 SAMPLE = 16
@@ -98,8 +98,8 @@ def ahead() -> Contestant:
             chosen, rejected = sums - sums.detach()
             return -torch.nn.functional.logsigmoid(BETA * (chosen - rejected)).sum()
 
-        told = Ahead(loss, torch.cat([side, side]))
-        scores = token_log_probs(hidden, weight, of.targets, ahead=told)
+        told = FusedLoss(loss, torch.cat([side, side]))
+        scores = token_log_probs(hidden, weight, of.targets, fused_loss=told)
         return loss(scores), torch.ones((), device=hidden.device), scores
 
     return run
@@ -302,6 +302,6 @@ def measure(args: Namespace) -> Generator[None, None, dict[str, Any]]:
             found["modes"][mode] = known
             yield
     if args.device == "cpu":
-        rate(multiply=product)
-        found["product_rate"] = rate(multiply=product)
+        rate(multiply=matmul)
+        found["product_rate"] = rate(multiply=matmul)
     return found

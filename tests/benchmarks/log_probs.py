@@ -22,7 +22,7 @@ is no longer used has been handed back to the system.
 
 Floor: the time of the matrix products alone, each of 2*t*d*v FLOPs: 1 forward, 2 with the head frozen, 3 with
 it trained, at the rate of torch.mm, measured before and after each run in the same process, on up to 2048
-tokens and 16,384 words. Where `dpo_wrapper.cpu_matmul.product` is faster than torch.mm (on some processors
+tokens and 16,384 words. Where `dpo_wrapper.cpu_matmul.matmul` is faster than torch.mm (on some processors
 oneDNN is), ours may exceed 100%.
 
 Errors: the largest of 16 tokens, relative to float64: of log-probs, and of gradients of hidden states. The
@@ -132,7 +132,7 @@ def report(results: dict[str, dict[str, Any]]) -> None:
             if rates
             else ""
         )
-        print(f"\ndpo_wrapper.cpu_matmul.product multiplies at {median(products) / 1e9:.1f} GFLOP/s{mm}")
+        print(f"\ndpo_wrapper.cpu_matmul.matmul multiplies at {median(products) / 1e9:.1f} GFLOP/s{mm}")
 
 
 def failed(result: dict[str, Any]) -> bool:

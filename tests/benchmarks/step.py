@@ -18,7 +18,7 @@ Floor: the time of the step's matrix products alone, if every unique token is co
 twice that backward, reference forward; linear layers, the causal half of both attention products, and the
 head where something is scored), at the rate at which this machine multiplies float32 matrices (4096x512 by
 512x2048, same threads, measured before each run): by torch.mm, which the shares in the table are of, and by
-`dpo_wrapper.cpu_matmul.product`, which is faster on some processors, so that a share may exceed 100%.
+`dpo_wrapper.cpu_matmul.matmul`, which is faster on some processors, so that a share may exceed 100%.
 """
 
 import argparse
@@ -132,7 +132,7 @@ def report(results: dict[str, dict[str, Any]]) -> dict[str, float]:
         f"{floor['seconds'] * cached:.3f} s with a cached reference"
     )
     print(
-        f"at {fast / 1e9:.1f} GFLOP/s by dpo_wrapper.cpu_matmul.product: {floor['product_seconds']:.3f} s; "
+        f"at {fast / 1e9:.1f} GFLOP/s by dpo_wrapper.cpu_matmul.matmul: {floor['product_seconds']:.3f} s; "
         f"{floor['product_seconds'] * cached:.3f} s with a cached reference"
     )
     return floor

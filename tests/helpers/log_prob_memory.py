@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from dpo_wrapper import token_log_probs
-from dpo_wrapper.log_probs import Ahead
+from dpo_wrapper.log_probs import FusedLoss
 from dpo_wrapper.log_probs import torch_tile as chunked
 
 THREADS = 2
@@ -56,13 +56,13 @@ def forward_and_backward(way: str, t: int, d: int, v: int) -> dict[str, str | in
     trained = [x for x in (hidden, weight) if x.requires_grad]
     impl = "eager" if way == "eager" else "chunked"
     groups = {"ahead": torch.arange(t) * 8 // t, "uneven": torch.arange(t) * 9 // (8 * t)}
-    told = Ahead(torch.sum, groups[way]) if way in groups else None
+    told = FusedLoss(torch.sum, groups[way]) if way in groups else None
     if way in ("kept", "again"):
         chunked.keep_bytes = lambda weight: 2**40 if way == "kept" else 0
 
     method, before = start()
     began = time.perf_counter()
-    scores = token_log_probs(hidden, weight, targets, impl=impl, ahead=told)
+    scores = token_log_probs(hidden, weight, targets, impl=impl, fused_loss=told)
     grads = torch.autograd.grad(scores.sum(), trained)
     seconds, extra = time.perf_counter() - began, peak(method) - before
     assert all(grad.isfinite().all() for grad in grads)

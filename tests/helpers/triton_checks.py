@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 
-from dpo_wrapper.log_probs import EXTRAS, Ahead
+from dpo_wrapper.log_probs import EXTRAS, FusedLoss
 from dpo_wrapper.log_probs import torch_tile as chunked
 from dpo_wrapper.log_probs import triton_tile as triton_kernels
 from helpers.log_prob_inputs import (
@@ -116,9 +116,9 @@ def test_gradients_made_ahead(dtype: torch.dtype, options: dict):
     given = cpu.to(DEVICE)
     expected, eager = truth(cpu, **options), with_grads(cpu.scores(impl="eager", **options), cpu)
     for parts in (4, 1):
-        told = Ahead(weighted, torch.arange(13, device=DEVICE) // 4 % parts)
+        told = FusedLoss(weighted, torch.arange(13, device=DEVICE) // 4 % parts)
         with tiles(7, 23), parts_of(0):
-            fast = with_grads(given.scores(impl="triton", ahead=told, **options), given)
+            fast = with_grads(given.scores(impl="triton", fused_loss=told, **options), given)
         for one, plain, true in zip(fast, eager, expected, strict=True):
             assert one.dtype == plain.dtype
             assert error(one.cpu(), true) < max(3 * error(plain, true), 1e-6)

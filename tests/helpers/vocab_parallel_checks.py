@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from dpo_wrapper.log_probs import EXTRAS, Ahead, token_log_probs
+from dpo_wrapper.log_probs import EXTRAS, FusedLoss, token_log_probs
 from helpers.log_prob_inputs import (
     OPTIONS,
     Inputs,
@@ -67,8 +67,8 @@ def check_parts(sizes: tuple[int, int], t: int = 9, **options: Any) -> None:
             with tiles(2, 3), keeps(kept):
                 got = with_grads(mine.scores(vocab_group=group, **options), mine)
                 with parts_of(0):
-                    told = Ahead(weighted, torch.arange(t) // 2)
-                    ahead = with_grads(mine.scores(vocab_group=group, ahead=told, **options), mine)
+                    told = FusedLoss(weighted, torch.arange(t) // 2)
+                    ahead = with_grads(mine.scores(vocab_group=group, fused_loss=told, **options), mine)
                 scores, extras = mine.scores(vocab_group=group, extras=EXTRAS, **options)
                 with torch.no_grad():
                     assert torch.equal(mine.scores(vocab_group=group, **options), got[0])
@@ -138,8 +138,8 @@ def check_sharded(weight: DTensor, bias: DTensor | None, whole: Inputs) -> None:
     batches = [inputs(7, 13, 4, seed=seed) for seed in (1, 2)]
     expected = [truth(Inputs(batch.hidden, *whole[1:3], batch.targets)) for batch in batches]
     mine = batches[dist.get_rank()]
-    told = Ahead(weighted, torch.arange(7) // 2)
-    for options in ({}, {"impl": "eager"}, {"ahead": told}):
+    told = FusedLoss(weighted, torch.arange(7) // 2)
+    for options in ({}, {"impl": "eager"}, {"fused_loss": told}):
         weight.grad = None
         with tiles(2, 3), parts_of(0):
             scores = token_log_probs(mine.hidden, weight, mine.targets, bias=bias, **options)

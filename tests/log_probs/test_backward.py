@@ -220,6 +220,7 @@ def test_without_gradients(impl: str, mode):
     assert not frozen.scores(impl=impl).requires_grad
 
 
+@pytest.mark.pitfall(24)
 def test_inside_activation_checkpointing(impl: str):
     given = inputs(5, 7, 3)
     with tiles(2, 3):

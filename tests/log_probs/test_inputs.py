@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dpo_wrapper import token_log_probs
-from dpo_wrapper.log_probs import implementation
+from dpo_wrapper.log_probs import choose_impl
 from dpo_wrapper.log_probs import torch_tile as chunked
 from helpers.log_prob_inputs import (
     OPTIONS,
@@ -109,7 +109,7 @@ def test_an_integer_is_a_number(impl: str):  # as a model's config may hold it
 
 
 def test_auto_is_bounded_in_memory():
-    assert implementation("auto") is implementation("auto", torch.device("cpu")) is chunked.token_log_probs
+    assert choose_impl("auto") is choose_impl("auto", torch.device("cpu")) is chunked.token_log_probs
     given = inputs(5, 7, 3)
     assert torch.equal(given.scores(), given.scores(impl="chunked"))
 

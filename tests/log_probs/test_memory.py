@@ -27,6 +27,7 @@ def measured(way: str, t: int, d: int, v: int) -> int:
 
 
 # all logits are 128, 128 and 256 MiB: far more than what is allowed where they are not kept
+@pytest.mark.pitfall(18)
 @pytest.mark.parametrize("t, d, v", ((512, 64, 65536), (2048, 128, 16384), (8192, 32, 8192)))
 @pytest.mark.parametrize("way", ("kept", "again", "frozen", "default"))
 def test_beside_inputs_and_gradients_there_are_a_few_tiles(way: str, t: int, d: int, v: int):

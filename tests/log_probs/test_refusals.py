@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dpo_wrapper import token_log_probs
-from dpo_wrapper.log_probs import implementation
+from dpo_wrapper.log_probs import choose_impl
 from dpo_wrapper.log_probs import torch_tile as chunked
 
 H, W, T = torch.zeros(3, 4), torch.zeros(5, 4), torch.tensor([0, 1, 4])
@@ -124,7 +124,7 @@ def test_triton_that_is_not_installed_is_named(monkeypatch):
     with pytest.raises(ImportError) as caught:
         token_log_probs(H, W, T, impl="triton")
     assert str(caught.value) == "impl = 'triton' needs triton: pip install triton."
-    assert implementation("auto", torch.device("cuda")) is chunked.token_log_probs
+    assert choose_impl("auto", torch.device("cuda")) is chunked.token_log_probs
 
 
 MORE = {

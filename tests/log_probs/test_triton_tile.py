@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
 
 TESTS = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
@@ -41,6 +40,6 @@ def test_interpreted():
     assert passed and int(passed[1]) > 90
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.cuda
 def test_compiled():
     assert re.search(r"\d+ passed", run_checks())

@@ -40,6 +40,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
+@pytest.mark.pitfall(19)
 @pytest.mark.parametrize("name", CHECKS)
 def test_two_processes(found: list[dict[str, str | None]], name: str):
     for rank, wrong in enumerate(found):

@@ -113,6 +113,7 @@ EXTREMES = (0.0, -1e-30, -1e-8, -1.0, -88.8, -104.0, -745.2, -1e4)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+@pytest.mark.pitfall(17)
 @pytest.mark.parametrize("loss", EVERY, ids=shown)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_finite_at_the_extremes(loss: Loss, dtype: torch.dtype):
@@ -147,6 +148,7 @@ def test_direction_at_the_reference(loss: Loss):
 # through the whole of DPO
 
 
+@pytest.mark.pitfall(13, 16)
 @pytest.mark.parametrize("loss", EVERY, ids=shown)
 def test_prefix_tree_and_padding_change_nothing(loss: Loss):
     case = random_batch(Generator().manual_seed(11), b=4)

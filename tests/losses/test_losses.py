@@ -55,6 +55,7 @@ def test_sigmoid_norm_by_hand():
     assert is_close(chosen, [-log(3) / 2 / 4 / 2]) and is_close(rejected, [log(3) / 2 / 4 / 4])
 
 
+@pytest.mark.pitfall(16)
 def test_ipo_by_hand():
     # (a / 2 - b / 4 - 1 / (2 beta))^2 = (2 - 1/2)^2
     assert is_close(IPO(beta=1.0)(ONE()), [9 / 4])
@@ -66,6 +67,7 @@ def test_ipo_by_hand():
     # over sums it would be (6 - 2)^2 (pitfall 16)
 
 
+@pytest.mark.pitfall(16)
 def test_simpo_by_hand():
     # p_w / 2 - p_l / 4 = -2 + 9/4 = 1/4; beta/4 - gamma = 4 ln 3 / 4 - ln 3 / 2 = ln 3 / 2
     loss = SimPO(beta=4 * log(3), gamma=log(3) / 2)
@@ -187,6 +189,7 @@ def test_no_pairs():
 EXTREMES = (0.0, -1e-30, -1e-8, -1.0, -88.8, -104.0, -745.2, -1e4)
 
 
+@pytest.mark.pitfall(17)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 @pytest.mark.parametrize(
     "loss", [*ALL, Sigmoid(10.0), Sigmoid(1.0, 0.49), SigmoidNorm(10.0), IPO(10.0), SimPO(50.0, 9.0)]
@@ -422,6 +425,7 @@ def test_dpo_loss_refuses(sides: tuple, reference: tuple, message: str):
     assert str(caught.value) == message
 
 
+@pytest.mark.pitfall(16)
 def test_padding_changes_no_loss():
     """Pitfall 16: lengths are those of scored tokens, whatever the width of the rows."""
 

@@ -288,6 +288,7 @@ HEADS: dict[str, Callable[[Tied], Any]] = {
 }
 
 
+@pytest.mark.pitfall(4)
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
 @pytest.mark.parametrize("head", HEADS)
 def test_a_copy_reads_nothing_of_the_original(head):
@@ -396,6 +397,7 @@ ADAPTERS: dict[str, tuple[Callable[[], nn.Module], bool, bool]] = {
 }
 
 
+@pytest.mark.pitfall(5, 6)
 @pytest.mark.filterwarnings("ignore:.*all logits|.*tie_word_embeddings|.*tied")
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapters_start_at_their_reference(name):
@@ -410,6 +412,7 @@ def test_adapters_start_at_their_reference(name):
     assert trained and all(p.grad is not None for p in trained)
 
 
+@pytest.mark.pitfall(19)
 @pytest.mark.filterwarnings("ignore:.*all logits|.*tie_word_embeddings|.*tied|.*prefixes are not shared")
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapters_get_the_gradients_of_the_models_own_logits(name):
@@ -463,6 +466,7 @@ def test_what_is_frozen_in_an_adapter_stays_so():
     assert {name.split(".")[-3] for name, p in policy.named_parameters() if p.requires_grad} == {"lora_B"}
 
 
+@pytest.mark.pitfall(24)
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("reference", ["adapter", "copy"])
 def test_adapters_get_the_same_gradients_with_activation_checkpointing(reference, reentrant):
@@ -494,7 +498,10 @@ def test_a_dpo_changes_its_dtype_as_a_whole(name, dtype):
     before = of_reference(dpo)
     nudged(dpo.policy_model, 0.05)
     assert of_reference(dpo) == before
-    assert abs(dpo(**ARGUMENTS).item() - LN2) > 1e-5
+    # the margins of three pairs may cancel in the loss (in bfloat16 a rounding of the attention decides);
+    # the log-probs of a side, by 0.1 nats or more, show that the policy is not the reference
+    metrics = dpo(**ARGUMENTS, return_metrics=True)[1]
+    assert max(abs(metrics["rewards/chosen"]), abs(metrics["rewards/rejected"])) > 0.01  # beta = 0.1
 
 
 @pytest.mark.parametrize("name", ["xt-rotary", "hf-llama", "plain-transformer", "plain-tied"])
@@ -601,6 +608,7 @@ def test_a_subclass_of_a_wrapper_is_of_its_family():
     assert dpo.score_policy.head_applies
 
 
+@pytest.mark.pitfall(19)
 @pytest.mark.filterwarnings("ignore:all logits")
 @pytest.mark.parametrize("of_policy", [True, False], ids=["policy", "dpo"])
 @pytest.mark.parametrize("name", ["hf-llama", "xt-tied"])

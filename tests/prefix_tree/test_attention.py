@@ -160,8 +160,9 @@ def test_models_that_mix_tokens_elsewhere_fall_back(name):
         made(make)(**arguments(CASES[1]))
 
 
+@pytest.mark.pitfall(13)
 @pytest.mark.parametrize("name", ["xt-absolute", "xt-rotary", "xt-polar", "llama-eager", "hf-gpt2", "hf-opt"])
-def test_pitfall_13_positions_that_are_not_reset_are_caught(name, monkeypatch):
+def test_positions_that_are_not_reset_are_caught(name, monkeypatch):
     right = TreeLayout.from_tree
 
     def wrong(tree, options):
@@ -175,8 +176,9 @@ def test_pitfall_13_positions_that_are_not_reset_are_caught(name, monkeypatch):
         made(SHAREABLE[name])(**arguments(CASES[1]))
 
 
+@pytest.mark.pitfall(13)
 @pytest.mark.parametrize("name", ["xt-no-positions", "xt-alibi", "xt-rotary-flash", "hf-llama", "gemma2"])
-def test_pitfall_13_branches_that_see_one_another_are_caught(name, monkeypatch):
+def test_branches_that_see_one_another_are_caught(name, monkeypatch):
     for hooks in (hugging_face_attention, x_transformers):
         monkeypatch.setattr(
             hooks, "attend_along_paths", lambda layout, q, k, v, attention: attention(q, k, v)
@@ -211,10 +213,11 @@ def test_nothing_is_left_behind(name):
     assert_equal(numbers(dpo, CASES[1]), expected, 0)
 
 
+@pytest.mark.pitfall(24)
 @pytest.mark.usefixtures("each_kernel")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", ["hf-llama", "hf-gpt2", "gemma2", "mistral"])
-def test_pitfall_24_gradient_checkpointing(name, reentrant):
+def test_gradient_checkpointing(name, reentrant):
     dpo = made(SHAREABLE[name])
     model, ids = dpo.policy_model, CASES[1].preferred_seq
     expected, logits = numbers(dpo, CASES[1]), model(input_ids=ids).logits
@@ -235,9 +238,10 @@ def test_pitfall_24_gradient_checkpointing(name, reentrant):
     assert "dpo_wrapper" not in model.config.to_json_string()
 
 
+@pytest.mark.pitfall(24)
 @pytest.mark.filterwarnings("ignore:prefixes are not shared")
 @pytest.mark.parametrize("name", ["hf-llama", "xt-rotary"])
-def test_pitfall_24_layers_wrapped_for_checkpointing(name):
+def test_layers_wrapped_for_checkpointing(name):
     expected = numbers(made(ZOO[name]), CASES[1])
     policy = nudged(ZOO[name](0), 0.05)
     layers = ("LlamaDecoderLayer", "Attention")

@@ -25,7 +25,7 @@ def inputs(u, heads, width=8, dtype=torch.float64):
     return [t.requires_grad_() for t in drawn]
 
 
-def test_the_find_branches_the_tree_in_the_docstring():
+def test_the_branches_of_the_tree_in_the_docstring():
     tree = PrefixTree.from_sequences([[1, 2, 3, 4], [1, 2, 24, 25], [5, 6]])
     expected = ((slice(0, 4), ()), (slice(4, 6), (slice(0, 2),)), (slice(6, 8), ()))
     assert find_branches(tree.position) == expected

@@ -12,8 +12,6 @@ from helpers.dpo_calls import arguments, nudged
 from helpers.models import ZOO, x_transformer
 from helpers.trees import random_tree
 
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
-
 
 @given(st.integers(0, 10_000), st.integers(1, 8), st.sampled_from([3, 40, 200, 500]))
 @settings(max_examples=40, deadline=None)
@@ -91,7 +89,7 @@ def test_log_probs_of_whole_models(name, monkeypatch):
         assert torch.allclose(got[metric], expected[metric], atol=1e-4), metric
 
 
-@cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_on_cuda(name):
     from helpers.batches import random_batch

@@ -12,17 +12,17 @@ from safetensors.torch import load_file
 import dpo_wrapper.reference.precompute as cached_module
 from dpo_wrapper import DPO, PreferenceBatch, PreferenceCollator, Sigmoid, cache_reference
 from dpo_wrapper.batches.ranked import RankedBatch, UnpairedBatch
-from dpo_wrapper.data import TokenList, TokenPair
+from dpo_wrapper.data import TokenizedExample
 from dpo_wrapper.losses import KTO, PlackettLuce
+from dpo_wrapper.pretrained import PRESETS
 from dpo_wrapper.reference.cache import Recall
 from dpo_wrapper.scoring.scorer import Scorer
-from dpo_wrapper.training.config import PRESETS
 from dpo_wrapper.training.train import train
-from dpo_wrapper.training.trainer import Loop
+from dpo_wrapper.training.trainer import Trainer
 from helpers.adapters import lora
 from helpers.datasets import dataset, pairs
 from helpers.models import ZOO
-from helpers.runs import Interrupted, config, records, run_twice
+from helpers.runs import Interrupted, interrupt_training, make_config, read_metrics, run_in_two_processes
 
 
 @pytest.fixture(autouse=True)
@@ -98,8 +98,8 @@ def test_every_kind_of_reference_can_be_cached(tmp_path):
 def test_entries_of_any_kind_can_be_cached(tmp_path):
     policy, reference = ZOO["xt-rotary"](0), ZOO["xt-rotary"](1)
     rows = [
-        TokenList((1, 2), ((3, 4), (5,), (6, 7)), weight=2.0),
-        TokenList((8,), ((9,),), label=True, mismatched=(3, 4)),
+        TokenizedExample((1, 2), ((3, 4), (5,), (6, 7)), weight=2.0),
+        TokenizedExample((8,), ((9,),), label=True, kl_completion=(3, 4)),
     ]
     cached = cache_reference(rows, reference, tmp_path)
     assert len(cached) == 5 and len(cache_reference(pairs(), reference, tmp_path / "pairs")) == 14
@@ -110,7 +110,7 @@ def test_entries_of_any_kind_can_be_cached(tmp_path):
     for loss, batch in batches:
         expected = DPO(policy, loss=loss, reference=reference)(batch)
         torch.testing.assert_close(DPO(policy, loss=loss, reference=cached)(batch), expected)
-    moved = [*rows[:1], TokenList((8,), ((9,),), label=True, mismatched=(3, 5))]
+    moved = [*rows[:1], TokenizedExample((8,), ((9,),), label=True, kl_completion=(3, 5))]
     with pytest.raises(ValueError, match="was made with other token ids"):
         cache_reference(moved, reference, tmp_path)
 
@@ -130,25 +130,29 @@ def test_the_data_of_other_losses_can_be_remembered_as_well():
 
 
 def edited(rows, **changes):
-    return [TokenPair(**{**vars(rows[0]), **changes}), *rows[1:]]
+    return [TokenizedExample(**{**vars(rows[0]), **changes}), *rows[1:]]
 
 
 STALE = {
     "weights": lambda data, model: (data, ZOO["xt-rotary"](1)),
     "dtype": lambda data, model: (data, copy.deepcopy(model).double()),
-    "token ids": lambda data, model: (dataset(edited(data.pairs, chosen=(1, 2, 3))), model),
-    "scored tokens": lambda data, model: (dataset(moved_border(data.pairs)), model),
+    "token ids": lambda data, model: (
+        dataset(edited(data.examples, completions=((1, 2, 3), data.examples[0].rejected))),
+        model,
+    ),
+    "scored tokens": lambda data, model: (dataset(moved_border(data.examples)), model),
 }
 
 
 def moved_border(rows):
     """The same ids, of which another one is prompt: both sides must begin alike for that."""
-    return [TokenPair((5,), (6, 7), (6, 8)), *rows[1:]]
+    return [TokenizedExample((5,), ((6, 7), (6, 8))), *rows[1:]]
 
 
+@pytest.mark.pitfall(14)
 @pytest.mark.parametrize("key", [*STALE, "package version", "values"])
 def test_a_stale_cache_is_refused(key, tmp_path, monkeypatch):
-    rows = [TokenPair((5, 6), (7,), (8,)), *pairs()[1:]]
+    rows = [TokenizedExample((5, 6), ((7,), (8,))), *pairs()[1:]]
     data, model = dataset(rows), ZOO["xt-rotary"](0)
     cache_reference(data, model, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -262,39 +266,39 @@ def without_memory(rows, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "tiny", {"dim": 32, "depth": 1, "heads": 1})
         patch.setattr(Recall, "find", lambda self, sequences: None)
-        train(config(rows, out))
+        train(make_config(rows, out))
     return out
 
 
 def test_from_the_second_epoch_on_the_reference_is_not_called(rows, tmp_path, monkeypatch, without_memory):
-    counts, step, seen = calls_of(monkeypatch), Loop.step, []
+    counts, step, seen = calls_of(monkeypatch), Trainer.train_step, []
 
-    def watched(self, accelerator, stage, *args):
-        values = step(self, accelerator, stage, *args)
-        if stage.name == "dpo":
-            seen.append(counts.get(id(stage.dpo.score_reference), 0))
+    def watched(self, *args):
+        values = step(self, *args)
+        if self.stage.name == "dpo":
+            seen.append(counts.get(id(self.stage.dpo.score_reference), 0))
         return values
 
-    monkeypatch.setattr(Loop, "step", watched)
-    train(config(rows, tmp_path / "out"))
+    monkeypatch.setattr(Trainer, "train_step", watched)
+    train(make_config(rows, tmp_path / "out"))
     half = len(seen) // 2
     assert seen[half - 1] == seen[-1] > 0
-    close(records(tmp_path / "out"), records(without_memory))
+    close(read_metrics(tmp_path / "out"), read_metrics(without_memory))
 
 
 def test_precomputation_trains_alike_without_a_reference(rows, tmp_path, monkeypatch, without_memory):
-    stages, step = [], Loop.step
+    stages, step = [], Trainer.train_step
 
-    def watched(self, accelerator, stage, *args):
-        stages.append(stage)
-        return step(self, accelerator, stage, *args)
+    def watched(self, *args):
+        stages.append(self.stage)
+        return step(self, *args)
 
-    monkeypatch.setattr(Loop, "step", watched)
+    monkeypatch.setattr(Trainer, "train_step", watched)
     out = tmp_path / "out"
-    train(config(rows, out, precompute_reference=True))
+    train(make_config(rows, out, precompute_ref_log_probs=True))
     assert stages[-1].dpo.ref_model is None
-    close(records(out), records(without_memory))
-    parts = [len(list((out / "reference" / name).iterdir())) for name in ("training", "held-out")]
+    close(read_metrics(out), read_metrics(without_memory))
+    parts = [len(list((out / "reference" / name).iterdir())) for name in ("train", "eval")]
     assert parts == [8, 2]
     assert (
         load_file(out / "model.safetensors").keys() == load_file(without_memory / "model.safetensors").keys()
@@ -303,9 +307,9 @@ def test_precomputation_trains_alike_without_a_reference(rows, tmp_path, monkeyp
 
 @pytest.mark.parametrize("where", ["precomputation", "training"])
 def test_an_interrupted_run_with_a_cache_resumes(rows, tmp_path, monkeypatch, where):
-    options = {"precompute_reference": True, "save_every": 2, "ld_alpha": 0.5}
-    train(config(rows, tmp_path / "whole", **options))
-    computed, step = cached_module.computed, Loop.step
+    options = {"precompute_ref_log_probs": True, "save_steps": 2, "ld_alpha": 0.5}
+    train(make_config(rows, tmp_path / "whole", **options))
+    computed = cached_module.computed
 
     def breaks(*args):
         breaks.left -= 1
@@ -313,24 +317,22 @@ def test_an_interrupted_run_with_a_cache_resumes(rows, tmp_path, monkeypatch, wh
             raise Interrupted
         return computed(*args)
 
-    def steps(self, accelerator, stage, *args):
-        steps.left -= stage.name == "dpo"
-        if steps.left == 0:
-            raise Interrupted
-        return step(self, accelerator, stage, *args)
-
-    breaks.left, steps.left = (4, 99) if where == "precomputation" else (99, 6)
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(cached_module, "computed", breaks)
-        patch.setattr(Loop, "step", steps)
-        train(config(rows, tmp_path / "out", **options))
+    if where == "training":
+        with interrupt_training("dpo", after_steps=5):
+            train(make_config(rows, tmp_path / "out", **options))
+    else:
+        breaks.left = 4
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr(cached_module, "computed", breaks)
+            train(make_config(rows, tmp_path / "out", **options))
     monkeypatch.setattr(cached_module, "computed", breaks)
     breaks.left = 0
-    train(config(rows, tmp_path / "out", resume=True, **options))
+    train(make_config(rows, tmp_path / "out", resume=True, **options))
     assert -breaks.left == (7 if where == "precomputation" else 0)  # of 10 parts, 3 were there
-    assert records(tmp_path / "out") == records(tmp_path / "whole")
+    assert read_metrics(tmp_path / "out") == read_metrics(tmp_path / "whole")
 
 
+@pytest.mark.pitfall(22)
 def test_two_processes_cache_what_one_does(rows, tmp_path, without_memory):
     script = tmp_path / "script.py"
     script.write_text(
@@ -338,43 +340,45 @@ def test_two_processes_cache_what_one_does(rows, tmp_path, without_memory):
         "from pathlib import Path\n"
         "import torch\n"
         "import dpo_wrapper.reference.precompute as cached\n"
-        "from dpo_wrapper.training.config import PRESETS, TrainConfig\n"
-        "from dpo_wrapper.training.trainer import Loop\n"
+        "from dpo_wrapper.pretrained import PRESETS\n"
+        "from dpo_wrapper.training.config import TrainConfig\n"
+        "from dpo_wrapper.training.trainer import Trainer\n"
         "from dpo_wrapper.scoring.scorer import Scorer\n"
         "from dpo_wrapper.training.train import train\n"
         "torch.set_num_threads(1)\n"
         "cached.PART = 3\n"
         "PRESETS['tiny'] = {'dim': 32, 'depth': 1, 'heads': 1}\n"
         "data, out = map(Path, sys.argv[1:])\n"
-        "score, step, seen, calls = Scorer.token_scores_and, Loop.step, [], {}\n"
+        "score, step, seen, calls = Scorer.token_scores_and, Trainer.train_step, [], {}\n"
         "def counted(self, *args):\n"
         "    calls[id(self)] = calls.get(id(self), 0) + 1\n"
         "    return score(self, *args)\n"
-        "def watched(self, accelerator, stage, *args):\n"
-        "    values = step(self, accelerator, stage, *args)\n"
-        "    if stage.name == 'dpo':\n"
-        "        seen.append(calls.get(id(stage.dpo.score_reference), 0))\n"
+        "def watched(self, *args):\n"
+        "    values = step(self, *args)\n"
+        "    if self.stage.name == 'dpo':\n"
+        "        seen.append(calls.get(id(self.stage.dpo.score_reference), 0))\n"
         "    return values\n"
-        "Scorer.token_scores_and, Loop.step = counted, watched\n"
+        "Scorer.token_scores_and, Trainer.train_step = counted, watched\n"
         "for name, ahead in (('first', False), ('ahead', True)):\n"
         "    train(TrainConfig(data=data, out=out / name, sft_epochs=1, epochs=2, batch_size=4,\n"
-        "          max_length=128, cpu=True, save_every=0, precompute_reference=ahead))\n"
+        "          max_length=128, cpu=True, save_steps=0, precompute_ref_log_probs=ahead))\n"
         "    if not ahead:\n"
         "        assert seen[len(seen) // 2 - 1] == seen[-1] > 0, seen\n"
     )
-    run_twice(script, rows, tmp_path)
+    run_in_two_processes(script, rows, tmp_path)
     for name in ("first", "ahead"):
-        close(records(without_memory), records(tmp_path / name))
-    assert len(list((tmp_path / "ahead" / "reference" / "training").iterdir())) == 8
+        close(read_metrics(without_memory), read_metrics(tmp_path / name))
+    assert len(list((tmp_path / "ahead" / "reference" / "train").iterdir())) == 8
 
 
+@pytest.mark.pitfall(25)
 def test_options_that_cannot_act_are_refused(rows, tmp_path):
     for options, why in (({"reference": "none"}, "--reference is none"), ({"loss": "simpo"}, "needs none")):
-        with pytest.raises(ValueError, match=f"--precompute-reference is about a reference, but .*{why}"):
-            train(config(rows, tmp_path / "out", precompute_reference=True, **options))
+        with pytest.raises(ValueError, match=f"--precompute-ref-log-probs needs a reference, but .*{why}"):
+            train(make_config(rows, tmp_path / "out", precompute_ref_log_probs=True, **options))
     assert not (tmp_path / "out").exists()
     with pytest.raises(TypeError, match="remember_reference should be True or False"):
         DPO(ZOO["xt-rotary"](0), remember_reference=1)
     assert DPO(ZOO["xt-rotary"](0), loss=Sigmoid()).reference.memory is None
-    settings = json.dumps(config(rows, Path("x")).as_json())
-    assert '"precompute_reference": false' in settings
+    settings = json.dumps(make_config(rows, Path("x")).as_json())
+    assert '"precompute_ref_log_probs": false' in settings

@@ -31,6 +31,7 @@ def train(dpo, case, optimizer, steps):
         optimizer.zero_grad()
 
 
+@pytest.mark.pitfall(4)
 @pytest.mark.parametrize("name", HEADS)
 def test_log_probs_are_bit_identical_after_50_optimizer_steps(name):
     dpo = DPO(ZOO[name](0))
@@ -143,8 +144,9 @@ def test_auto_switches_a_fresh_adapter_off():
     assert after["logps/chosen"] != before["logps/chosen"]
 
 
+@pytest.mark.pitfall(6)
 @pytest.mark.parametrize("kwargs", [{}, {"modules_to_save": ["lm_head"]}])
-def test_pitfall_6_a_trained_adapter_is_part_of_the_reference(kwargs):
+def test_a_trained_adapter_is_part_of_the_reference(kwargs):
     policy = lora(ZOO["hf-llama"](0), **kwargs)
     with torch.no_grad():
         for name, p in policy.named_parameters():

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .turns import Message
+from dpo_wrapper.data.chat import Message
 
 _TEXT_ROLES = {"system": "System", "user": "Human", "assistant": "Assistant", "tool": "Tool"}
 
@@ -14,44 +14,49 @@ _TEXT_ROLES = {"system": "System", "user": "Human", "assistant": "Assistant", "t
 class HuggingFaceTokenizer:
     r"""A Hugging Face tokenizer as a `Tokenizer`.
 
-    Plain rows: prompt and completion are tokenised apart, so that no token straddles the border between
-    them. Dialogue rows: the chat template renders the prompt with its generation prompt, and the whole
-    dialogue; the completion is what the whole has after the prompt. Without a template: `\n\nHuman:` and
-    `\n\nAssistant:` turns.
+    Plain text: prompt and completion are tokenized separately, so that no token straddles the border between
+    them. Dialogues: the chat template renders the prompt with its generation prompt, and the whole dialogue;
+    the completion is what the whole dialogue has after the prompt. Without a template, dialogues are written
+    as `\n\nHuman:` and `\n\nAssistant:` turns.
 
-    ValueError at construction for a tokenizer without an EOS token.
+    Args:
+        tokenizer: a tokenizer of transformers.
+
+    Raises:
+        ValueError: the tokenizer has no EOS token.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         if getattr(tokenizer, "eos_token_id", None) is None:
             raise ValueError(
-                f"expected a tokenizer with an EOS token, got a {type(tokenizer).__name__} without one; set "
-                "its eos_token to the token that ends an answer"
+                f"the tokenizer should have an EOS token, but this {type(tokenizer).__name__} has none: set "
+                "its eos_token to the token that ends an answer."
             )
         self.tokenizer = tokenizer
         self.eos_id: int = tokenizer.eos_token_id
         self.bos_id: int | None = tokenizer.bos_token_id
         # A pad token that also stands for something else cannot tell padding from text.
-        taken = (None, self.bos_id, self.eos_id, tokenizer.unk_token_id)
-        self.pad_id: int = -100 if tokenizer.pad_token_id in taken else tokenizer.pad_token_id
+        other_ids = (None, self.bos_id, self.eos_id, tokenizer.unk_token_id)
+        self.pad_id: int = -100 if tokenizer.pad_token_id in other_ids else tokenizer.pad_token_id
         self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
 
     @classmethod
     def load(cls, name_or_folder: str | Path) -> "HuggingFaceTokenizer":
-        """The tokenizer of a folder or of a model on the hub; ValueError if none can be had there."""
+        """Load the tokenizer of a folder or of a model on the hub; ValueError if there is none."""
         try:
             from transformers import AutoTokenizer
         except ImportError as error:
-            needs = "Hugging Face tokenizers need transformers: pip install 'dpo-wrapper[train]'"
-            raise ImportError(needs) from error
+            raise ImportError(
+                "Hugging Face tokenizers need transformers: pip install 'dpo-wrapper[train]'."
+            ) from error
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(name_or_folder))
         except Exception as error:  # OSError, ValueError, KeyError and more, by what is missing or broken
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(
-                "expected a folder with a tokenizer or the name of a model on the hub, got "
-                f"'{name_or_folder}' ({reason}); save a tokenizer there with save_pretrained, check the "
-                "name, or use 'bytes'"
+                "the tokenizer should be a folder that holds one or the name of a model on the hub, but "
+                f"'{name_or_folder}' is neither ({reason}): save a tokenizer there with save_pretrained, "
+                "check the name, or use 'bytes'."
             ) from error
         return cls(tokenizer)
 
@@ -81,8 +86,8 @@ class HuggingFaceTokenizer:
         ):
             if id_ in ids:
                 raise ValueError(
-                    f"expected a completion without the {name} token inside, got {token!r} in it; remove it "
-                    "from the text"
+                    f"the completion should not hold the {name} token, but {token!r} is in it: remove it "
+                    "from the text."
                 )
         if isinstance(prompt, str):
             return [*ids, self.eos_id]
@@ -92,21 +97,21 @@ class HuggingFaceTokenizer:
 
     def _templated_completion(self, prompt: tuple[Message, ...], answer: str) -> list[int]:
         opening = self._prompt_text(prompt)
-        whole = self._render((*prompt, Message("assistant", answer)), add_generation_prompt=False)
-        if not whole.startswith(opening):
+        dialogue = self._render((*prompt, Message("assistant", answer)), add_generation_prompt=False)
+        if not dialogue.startswith(opening):
             raise ValueError(
-                "expected a chat template under which a dialogue begins with its prompt and generation "
-                "prompt, got one under which it does not; use another template or plain text rows"
+                "the chat template should render a dialogue that begins with its prompt and generation "
+                "prompt, but it does not: use another template or plain text rows."
             )
-        rest = whole[len(opening) :]
+        rest = dialogue[len(opening) :]
         ids = self.encode(rest)
         end = ids.index(self.eos_id) if self.eos_id in ids else len(ids)
         # White space aside, the answer has to be there in full: some templates drop the reasoning in it.
-        told = rest.split(self.tokenizer.eos_token)[0]
-        if "".join(answer.split()) not in "".join(told.split()):
+        rendered = rest.split(self.tokenizer.eos_token)[0]
+        if "".join(answer.split()) not in "".join(rendered.split()):
             raise ValueError(
-                "expected a chat template that keeps the answer whole, got a dialogue without a part of it; "
-                "use another template or plain text rows"
+                "the chat template should keep the answer whole, but a part of it is missing: use another "
+                "template or plain text rows."
             )
         # After the EOS a template may begin the next turn (a line break): nothing to learn from.
         return [*ids[:end], self.eos_id]
@@ -127,13 +132,13 @@ class HuggingFaceTokenizer:
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except ImportError as error:
-            raise ImportError("chat templates need jinja2: pip install 'dpo-wrapper[train]'") from error
+            raise ImportError("chat templates need jinja2: pip install 'dpo-wrapper[train]'.") from error
         except Exception as error:  # a template is a program: it may raise anything
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             roles = ", ".join(turn.role for turn in turns)
             raise ValueError(
-                f"expected a dialogue that the chat template takes, got its error '{reason}' for the roles "
-                f"{roles}; change the roles or leave the row out"
+                f"the chat template should take the dialogue, but it raises '{reason}' for the roles {roles}"
+                ": change the roles or leave the row out."
             ) from error
         return str(text)
 
@@ -146,8 +151,8 @@ class HuggingFaceTokenizer:
         else:
             model = {"class": type(self.tokenizer).__name__, "vocab": self.tokenizer.get_vocab()}
         specials = [self.bos_id, self.eos_id, self.pad_id]
-        described = {"model": model, "specials": specials, "template": self.tokenizer.chat_template}
-        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+        identity = {"model": model, "specials": specials, "template": self.tokenizer.chat_template}
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
         self.tokenizer.save_pretrained(str(folder))

@@ -1,0 +1,99 @@
+"""What all batches have in common, and the totals of an optimizer step that takes several batches."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dpo_wrapper.batches.sequences import ScoredSequences, SequenceLogProbs
+from dpo_wrapper.tensor_dataclass import TensorDataclass
+
+Reduce = Callable[[Tensor], Tensor]
+"""Sums a tensor over processes."""
+B = TypeVar("B", bound="Batch")
+
+
+@dataclass(frozen=True)
+class Batch(TensorDataclass, ABC):
+    """Sequences, and how they meet in a loss.
+
+    Where an optimizer step takes several micro-batches, `with_step_totals` gives each the totals of the whole
+    step. Losses are then divided by these, so that the micro-batches' losses add up to the step's loss.
+    """
+
+    dataset_type: ClassVar[str]
+    needs_kl: ClassVar[bool] = False
+    """Whether its loss needs an estimate of the KL divergence of policy and reference (`with_kl`)."""
+
+    sequences: ScoredSequences
+
+    def check(self) -> None:
+        """Raise TypeError or ValueError if what the batch holds does not fit together."""
+
+    @property
+    @abstractmethod
+    def valid(self) -> Bool[Tensor, "_"]:
+        """Which pairs (lists, rows) have enough scored tokens to enter the loss."""
+
+    @property
+    @abstractmethod
+    def links(self) -> Int[Tensor, "k 2"]:
+        """Indices of sequences that meet in one value of the loss, two a row."""
+
+    @property
+    @abstractmethod
+    def step_count(self) -> int | None:
+        """Number of valid pairs (lists, rows) of the whole step; None if this batch is the whole step."""
+
+    @property
+    def denominator(self) -> int:
+        """What the sum of the losses is divided by: the number of valid pairs (lists, rows) of the step."""
+        return max(1, int(self.valid.sum()) if self.step_count is None else self.step_count)
+
+    def step_totals(self) -> tuple[int, ...]:
+        """What this batch adds to the totals of its step, as `with_step_totals` takes them."""
+        return (int(self.valid.sum()),)
+
+    @abstractmethod
+    def with_step_totals(self: B, *totals: int) -> B:
+        """The same batch as a part of a step with these totals, sums of `step_totals` over its batches."""
+
+    def with_kl(self: B, sums: Float[Tensor, "2"]) -> B:
+        """The same batch with the step's estimate of the KL divergence, from the sum of `DPO.kl_sums`."""
+        return self
+
+    def given_log_probs(self, ref_log_probs: object) -> SequenceLogProbs:
+        """Given reference log-probs by sequence; TypeError where the batch holds no pairs."""
+        name = type(self).__name__
+        raise TypeError(f"ref_log_probs are for pairs, but the batch is a {name}: leave them out.")
+
+    @abstractmethod
+    def log_probs(self, policy: SequenceLogProbs, reference: SequenceLogProbs | None) -> Any:
+        """The log-probs of the valid pairs (lists, rows), as losses take them."""
+
+
+def normalize_over_step(
+    batches: Sequence[B],
+    reduce: Reduce | None = None,
+    kl_sums: Callable[[B], Float[Tensor, "2"]] | None = None,
+) -> list[B]:
+    """Attach the step's totals to each micro-batch, so that their losses add up to the loss of the step.
+
+    Args:
+        batches: all of one class, at least one on each process.
+        reduce: sums a tensor over processes.
+        kl_sums: `DPO.kl_sums`, for batches that need an estimate of the KL divergence.
+    """
+    reduce = reduce or (lambda sums: sums)
+    device = batches[0].sequences.ids.device
+    totals = torch.tensor([batch.step_totals() for batch in batches], device=device).sum(dim=0)
+    parts = [batch.with_step_totals(*reduce(totals).tolist()) for batch in batches]
+    if not batches[0].needs_kl:
+        return parts
+    assert kl_sums is not None
+    sums = reduce(torch.stack([kl_sums(batch) for batch in batches]).sum(dim=0))
+    return [part.with_kl(sums) for part in parts]

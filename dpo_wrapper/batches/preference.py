@@ -1,0 +1,168 @@
+"""Batches of preference pairs."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from beartype import beartype
+from einops import rearrange
+from jaxtyping import Bool, Float, Int, jaxtyped
+from torch import Tensor
+
+from dpo_wrapper.batches.batch import Batch
+from dpo_wrapper.batches.pair_log_probs import discounted_sums, wpo_weights
+from dpo_wrapper.batches.sequences import Ids, ScoredSequences, SequenceLogProbs
+from dpo_wrapper.losses.inputs import PairLogProbs
+from dpo_wrapper.validation import check_column, check_ref_log_probs
+
+
+@jaxtyped(typechecker=beartype)
+@dataclass(frozen=True)
+class PreferenceBatch(Batch):
+    """Sequences, and the pairs among them.
+
+    Attributes:
+        pair_index: row `k` holds the indices of the chosen and the rejected sequence of pair `k`.
+        weights: factors of the pairs' losses.
+        margins: nats that losses with a margin subtract inside their sigmoid or hinge.
+        ld_alpha: weight of the tokens beyond the length of the shorter completion (LD-DPO).
+        step_pairs, step_chosen_tokens: numbers of valid pairs and of their scored chosen tokens in the whole
+            optimizer step, if this batch is a part of it.
+    """
+
+    dataset_type: ClassVar[str] = "preference"
+
+    sequences: ScoredSequences
+    pair_index: Int[Tensor, "p 2"]
+    weights: Float[Tensor, "p"] | None = None
+    margins: Float[Tensor, "p"] | None = None
+    ld_alpha: float = 1.0
+    step_pairs: int | None = None
+    step_chosen_tokens: int | None = None
+
+    @classmethod
+    def from_padded(
+        cls,
+        seqs: tuple[Int[Tensor, "b n"], Int[Tensor, "b m"]],
+        prompt_masks: tuple[Bool[Tensor, "b n"], Bool[Tensor, "b m"]],
+        seq_masks: tuple[Bool[Tensor, "b n"], Bool[Tensor, "b m"]],
+        weights: Float[Tensor, "b"] | None = None,
+        margins: Float[Tensor, "b"] | None = None,
+    ) -> "PreferenceBatch":
+        """Chosen and rejected rows, each side with its prompt mask and padding mask."""
+        width = max(seqs[0].shape[1], seqs[1].shape[1])
+
+        def stack_sides(sides: tuple[Tensor, Tensor]) -> Tensor:
+            return torch.cat([F.pad(side, (0, width - side.shape[1])) for side in sides])
+
+        is_scored = ~stack_sides(prompt_masks)
+        sequences = ScoredSequences.from_padded(stack_sides(seqs), is_scored, stack_sides(seq_masks))
+        return cls(sequences, index_stacked_sides(sequences), weights, margins)
+
+    @classmethod
+    def from_lists(
+        cls,
+        prompts: Sequence[Ids],
+        chosen: Sequence[Ids],
+        rejected: Sequence[Ids],
+        weights: Float[Tensor, "b"] | None = None,
+        margins: Float[Tensor, "b"] | None = None,
+    ) -> "PreferenceBatch":
+        """Two completions for each prompt, all as token ids."""
+        sequences = ScoredSequences.from_lists([*prompts, *prompts], [*chosen, *rejected])
+        return cls(sequences, index_stacked_sides(sequences), weights, margins)
+
+    def check(self) -> None:
+        """Raise TypeError or ValueError if indices, weights or margins do not fit the sequences."""
+        if len(self.pair_index):
+            count = len(self.sequences.length)
+            low, high = (int(bound) for bound in torch.aminmax(self.pair_index))
+            if low < 0 or high >= count:
+                raise ValueError(
+                    f"pair_index should hold indices in [0, {count}), the batch's sequences, but they reach "
+                    f"from {low} to {high}: index into this batch alone."
+                )
+        pairs, device = len(self.pair_index), self.pair_index.device
+        check_column("weights", self.weights, pairs, device, minimum=0.0)
+        check_column("margins", self.margins, pairs, device, minimum=-math.inf)
+
+    @property
+    def valid(self) -> Bool[Tensor, "p"]:
+        """Pairs both of whose sides have a scored token."""
+        return (self.sequences.length[self.pair_index] > 0).all(dim=-1)
+
+    @property
+    def links(self) -> Int[Tensor, "p 2"]:
+        """The two sides of each pair."""
+        return self.pair_index
+
+    @property
+    def step_count(self) -> int | None:
+        """Number of valid pairs of the whole step."""
+        return self.step_pairs
+
+    def step_totals(self) -> tuple[int, int]:
+        """Numbers of valid pairs, and of the scored tokens on their chosen sides."""
+        chosen = self.pair_index[self.valid, 0]
+        return len(chosen), int(self.sequences.length[chosen].sum())
+
+    def with_step_totals(self, *totals: int) -> "PreferenceBatch":
+        """The same pairs as a part of a step with these totals."""
+        pairs, chosen_tokens = totals
+        return replace(self, step_pairs=pairs, step_chosen_tokens=chosen_tokens)
+
+    def log_probs(self, policy: SequenceLogProbs, reference: SequenceLogProbs | None) -> PairLogProbs:
+        """The log-probs of the valid pairs.
+
+        With `ld_alpha` below 1 both need `tokens`. With the extra `log_sum_p2`, pairs are weighted by WPO.
+        """
+        valid, lengths, dtype = self.valid, self.sequences.length, policy.sums.dtype
+        chosen, rejected = self.pair_index[valid].unbind(dim=-1)
+        if self.step_pairs is not None and self.step_chosen_tokens is not None:
+            mean_length = policy.sums.new_tensor(self.step_chosen_tokens / max(1, self.step_pairs))
+        else:
+            mean_length = lengths[chosen].to(dtype).sum() / max(1, len(chosen))
+
+        def sides(log_probs: SequenceLogProbs) -> list[Tensor]:
+            if self.ld_alpha == 1:
+                return [log_probs.sums[chosen].to(dtype), log_probs.sums[rejected].to(dtype)]
+            assert log_probs.tokens is not None
+            tokens = log_probs.tokens.to(dtype)
+            return discounted_sums(self.sequences, self.pair_index[valid], tokens, self.ld_alpha)
+
+        weights = None if self.weights is None else self.weights[valid].to(dtype)
+        if "log_sum_p2" in policy.extras:
+            wpo = wpo_weights(self.sequences, self.pair_index, policy)[valid]
+            weights = wpo if weights is None else weights * wpo
+        ref_chosen, ref_rejected = (None, None) if reference is None else sides(reference)
+        return PairLogProbs(
+            *sides(policy),
+            ref_chosen,
+            ref_rejected,
+            lengths[chosen],
+            lengths[rejected],
+            mean_length,
+            margins=None if self.margins is None else self.margins[valid].to(dtype),
+            weights=weights,
+            unweighted_chosen=None if self.ld_alpha == 1 else policy.sums[chosen],
+        )
+
+    def given_log_probs(self, ref_log_probs: object) -> SequenceLogProbs:
+        """Given reference log-probs of chosen and rejected, (Float[p], Float[p]), by sequence."""
+        pairs, device = len(self.pair_index), self.pair_index.device
+        if self.ld_alpha < 1:
+            raise ValueError(
+                "ref_log_probs are sums of all tokens, but ld_alpha needs single ones: give one of the two."
+            )
+        values = torch.cat(check_ref_log_probs(ref_log_probs, pairs, device))
+        sums = values.new_zeros(self.sequences.length.shape)
+        return SequenceLogProbs(sums.index_put((self.pair_index.T.flatten(),), values))
+
+
+def index_stacked_sides(sequences: ScoredSequences) -> Int[Tensor, "p 2"]:
+    """The pairs of a stack of all chosen sequences and then all rejected ones."""
+    rows = torch.arange(len(sequences.ids), device=sequences.ids.device)
+    return rearrange(rows, "(side p) -> p side", side=2)

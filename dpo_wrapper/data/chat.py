@@ -1,0 +1,155 @@
+"""Dialogues, written as messages or as one text."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_wrapper.data.errors import ExampleError, describe_value
+
+ROLES = ("system", "user", "assistant", "tool")
+
+# The names of these roles in ShareGPT and similar data sets.
+_ROLE_ALIASES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "function": "tool",
+    "observation": "tool",
+}
+
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_TEXT_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a dialogue. ValueError unless `role` is 'system', 'user', 'assistant' or 'tool'."""
+
+    role: str
+    content: str
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ValueError(_role_problem(self.role))
+
+
+Turns = tuple[Message, ...]
+
+
+def _role_problem(role: Any) -> str:
+    return f"the role should be one of {', '.join(ROLES)}, but it is {describe_value(role)}: rename the role."
+
+
+def check_unicode(text: str, field: str, message: int = 0) -> str:
+    """Return `text`; ExampleError for half of a surrogate pair: JSON can spell it, no tokenizer reads it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}, half of a surrogate pair"
+        raise ExampleError(
+            f"the text should be Unicode, but character {error.start + 1} is {half}: remove or replace it.",
+            field,
+            message,
+        ) from None
+    return text
+
+
+def parse_messages(value: Any, field: str) -> Turns:
+    """The messages of a list of {role, content} or {from, value} objects, or of one such object.
+
+    Raises:
+        ExampleError: the value is anything else, or an empty list.
+    """
+    items = value if isinstance(value, (list, tuple)) else [value]
+    if not items:
+        raise ExampleError("there should be at least one message, but the list is empty: add some.", field)
+    return tuple(_parse_message(item, field, number) for number, item in enumerate(items, 1))
+
+
+def _parse_message(item: Any, field: str, number: int) -> Message:
+    def error(received: str, remedy: str) -> ExampleError:
+        form = "an object with 'role' and 'content' (or 'from' and 'value')"
+        return ExampleError(f"a message should be {form}, but it {received}: {remedy}.", field, number)
+
+    if not isinstance(item, Mapping):
+        raise error(f"is {describe_value(item)}", "write every message as such an object")
+    # Parquet fills the keys that a message does not have with nulls, so null counts as absent.
+    role = item.get("role") if item.get("role") is not None else item.get("from")
+    content = item.get("content") if item.get("content") is not None else item.get("value")
+    if role is None:
+        raise error(f"is {describe_value(item)} without a role", "add the role")
+    if content is None:
+        raise error("has no content", "add the text or leave the row out")
+    if not isinstance(content, str):
+        raise error(f"has {describe_value(content)} as its content", "write the content as plain text")
+    name = _ROLE_ALIASES.get(role.lower(), role.lower()) if isinstance(role, str) else None
+    if name not in ROLES:
+        raise ExampleError(_role_problem(role), field, number)
+    return Message(name, check_unicode(content, field, number))
+
+
+def parse_dialogue(text: str) -> Turns:
+    r"""The turns of a dialogue that is written as one text.
+
+    Turns begin with `\n\nHuman:` or `\n\nAssistant:`; the first may lack the blank lines. Contents are
+    stripped of surrounding white space. Text before the first turn is a system message. Successive turns of
+    one speaker (hh-rlhf has them) become one turn, its parts a blank line apart.
+    """
+    preamble, *parts = _TURN.split("\n\n" + text.strip())
+    turns = [Message("system", preamble.strip())] if preamble.strip() else []
+    for name, content in zip(parts[::2], (part.strip() for part in parts[1::2]), strict=True):
+        if turns and turns[-1].role == _TEXT_ROLES[name]:
+            content = "\n\n".join(filter(None, (turns.pop().content, content)))
+        turns.append(Message(_TEXT_ROLES[name], content))
+    return tuple(turns)
+
+
+def has_turns(text: str) -> bool:
+    """Whether a turn begins anywhere in the text."""
+    return _TURN.search("\n\n" + text.strip()) is not None
+
+
+def is_dialogue(text: str, prompt: str) -> bool:
+    """Whether the text is a whole dialogue rather than a completion of the prompt.
+
+    It is if it has an answer, and begins with a human turn or with a prompt that is a dialogue itself.
+    """
+    text = text.strip()
+    is_start = text.startswith("Human:") or (is_open_dialogue(prompt) and text.startswith(prompt.strip()))
+    return is_start and "\n\nAssistant:" in text
+
+
+def is_open_dialogue(text: str) -> bool:
+    """Whether the text is a dialogue that ends where the assistant is about to speak."""
+    text = "\n\n" + text.strip()
+    return text.endswith("\n\nAssistant:") and "\n\nHuman:" in text
+
+
+def join_turns(prompt: Turns, turns: Turns) -> Turns | None:
+    """`prompt` followed by `turns`, without what `turns` repeats; None if the two contradict each other.
+
+    White space around contents does not count in the comparison, nor does a system message that only one has.
+    """
+    if _strip_turns(turns[: len(prompt)]) == _strip_turns(prompt):
+        return turns
+    if len(prompt) == 1 and _strip_turns(prompt)[0] in _strip_turns(turns):
+        return turns  # the prompt column repeats a later question of the dialogue
+    prompt_system, questions = _split_system(prompt)
+    system, others = _split_system(turns)
+    if questions and _strip_turns(others[: len(questions)]) == _strip_turns(questions):
+        return None if prompt_system and system else prompt_system + system + others
+    if questions and others and questions[-1].role == others[0].role == "user":
+        return None
+    return prompt + turns
+
+
+def _strip_turns(turns: Turns) -> list[tuple[str, str]]:
+    return [(turn.role, turn.content.strip()) for turn in turns]
+
+
+def _split_system(turns: Turns) -> tuple[Turns, Turns]:
+    """The system messages at the beginning, and the other turns."""
+    count = next((k for k, turn in enumerate(turns) if turn.role != "system"), len(turns))
+    return turns[:count], turns[count:]

@@ -1,0 +1,227 @@
+"""Tokenized examples, or items of a dataset -> batches.
+
+The only file of `dpo_wrapper.data` that imports batches.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dpo_wrapper.batches import (
+    PreferenceBatch,
+    RankedBatch,
+    ScoredSequences,
+    SFTBatch,
+    TreeOptions,
+    UnpairedBatch,
+    kl_partner_indices,
+)
+from dpo_wrapper.data.dataset import PreferenceItemWithColumns
+from dpo_wrapper.data.examples import DatasetType, TokenizedExample
+
+Examples = Sequence[TokenizedExample]
+
+
+def group_by_tokens(examples: Examples, max_tokens: int) -> list[list[int]]:
+    """Indices of examples, in groups of at most `max_tokens` unique tokens, or of one example.
+
+    Examples are taken in the order of their prompts, so that those with long common prefixes, whose tokens
+    count once, come together.
+    """
+    groups: list[list[int]] = []
+    free = 0
+    previous: tuple[int, ...] = ()
+    for k in sorted(range(len(examples)), key=lambda k: (examples[k].prompt, k)):
+        prompt = examples[k].prompt
+        tokens = len(prompt) + sum(map(len, examples[k].completions))
+        shared = next((n for n, (a, b) in enumerate(zip(prompt, previous, strict=False)) if a != b), None)
+        shared = min(len(prompt), len(previous)) if shared is None else shared
+        if groups and tokens - shared <= free:
+            groups[-1].append(k)
+            free -= tokens - shared
+        else:
+            groups.append([k])
+            free = max_tokens - tokens
+        previous = prompt
+    return groups
+
+
+def add_kl_completions(examples: Examples, max_length: int, seed: int = 0) -> list[TokenizedExample]:
+    """Give each labelled example the completion of another prompt, by which `KTO` estimates its KL.
+
+    Completions are drawn by the seed from the labelled examples, and cut so that the prompt with the KL
+    completion has at most `max_length` tokens.
+    """
+    completed = list(examples)
+    labelled = [k for k, example in enumerate(examples) if example.label is not None]
+    partners = kl_partner_indices([examples[k].prompt for k in labelled], seed)
+    for k, partner in zip(labelled, partners, strict=True):
+        if partner is not None:
+            ids = examples[labelled[partner]].completions[0][: max_length - len(examples[k].prompt)]
+            completed[k] = replace(examples[k], kl_completion=ids)
+    return completed
+
+
+def scored_sequences(examples: Examples, max_tokens: int) -> list[ScoredSequences]:
+    """All sequences of the examples, KL completions included, in groups by `group_by_tokens`."""
+    groups = ([examples[k] for k in group] for group in group_by_tokens(examples, max_tokens))
+    sequences = ([pair for example in group for pair in example.sequences] for group in groups)
+    return [ScoredSequences.from_lists(*zip(*pairs, strict=True)) for pairs in sequences]
+
+
+# The batches below come with whatever is worked out on the CPU: prefix trees by `tree_options`, and hashes.
+
+
+def collate_preference(examples: Examples, tree_options: TreeOptions | None = None) -> PreferenceBatch:
+    """A batch of examples of two completions."""
+    margins = [example.margin for example in examples]
+    batch = PreferenceBatch.from_lists(
+        [example.prompt for example in examples],
+        [example.chosen for example in examples],
+        [example.rejected for example in examples],
+        weights=_weights(examples),
+        margins=None if set(margins) <= {None} else torch.tensor([margin or 0.0 for margin in margins]),
+    )
+    batch.sequences.prebuild_tree(tree_options).content_hashes()
+    return batch
+
+
+def collate_ranked(examples: Examples, tree_options: TreeOptions | None = None) -> RankedBatch:
+    """A batch of ranked lists."""
+    prompts, completions = (
+        [example.prompt for example in examples],
+        [example.completions for example in examples],
+    )
+    batch = RankedBatch.from_lists(prompts, completions, _weights(examples))
+    batch.sequences.prebuild_tree(tree_options).content_hashes()
+    return batch
+
+
+def collate_unpaired(examples: Examples, tree_options: TreeOptions | None = None) -> UnpairedBatch:
+    """A batch of completions with a label."""
+    batch = UnpairedBatch.from_lists(
+        [example.prompt for example in examples],
+        [example.completions[0] for example in examples],
+        [bool(example.label) for example in examples],
+        [example.kl_completion for example in examples],
+        _weights(examples),
+    )
+    for sequences in (batch.sequences, batch.kl_sequences):
+        sequences.prebuild_tree(tree_options).content_hashes()
+    return batch
+
+
+def collate_sft(examples: Examples, tree_options: TreeOptions | None = None) -> SFTBatch:
+    """Prompts with their best completions; the tokens of both are scored."""
+    rows = [example.prompt + (example.sft_completion or ()) for example in examples]
+    return SFTBatch(ScoredSequences.from_lists([()] * len(rows), rows).prebuild_tree(tree_options))
+
+
+COLLATE_FNS: dict[DatasetType, Callable[..., Any]] = {
+    "preference": collate_preference,
+    "ranked": collate_ranked,
+    "unpaired_preference": collate_unpaired,
+}
+
+
+def _weights(examples: Examples) -> Tensor | None:
+    """The weights of the examples' losses, 1 for an example without one; None if no example has one."""
+    weights = [example.weight for example in examples]
+    return None if set(weights) <= {None} else torch.tensor([1.0 if w is None else w for w in weights])
+
+
+@dataclass(frozen=True)
+class PreferenceCollator:
+    """Items of a `PreferenceDataset` -> the keyword arguments of `DPO.forward`.
+
+    The trailing padding of each side is stripped, and each side padded to its own longest:
+        preferred_seq: Int[b n], unpreferred_seq: Int[b m],
+        prompt_mask: (Bool[b n], Bool[b m]), seq_mask: (Bool[b n], Bool[b m]), True on real tokens,
+    and, if items have them, pair_weights: Float[b], margins: Float[b].
+    Padding is False in both masks and holds `pad_id`, or 0 where that is no token (negative).
+
+    Args:
+        pad_id: what the items are padded with.
+        padding_side: where the batch has its padding.
+
+    Raises:
+        ValueError: there is no item, an item is not three tensors of one length, or it begins with `pad_id`:
+            items are padded on the right.
+    """
+
+    pad_id: int
+    padding_side: Literal["right", "left"] = "right"
+
+    def __post_init__(self) -> None:
+        if self.padding_side not in ("right", "left"):
+            raise ValueError(
+                f"padding_side should be 'right' or 'left', but it is {self.padding_side!r}: choose one."
+            )
+
+    def __call__(self, items: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        if not items:
+            raise ValueError(
+                "there should be at least one item, but there is none: collate a batch that has some."
+            )
+        columns = _stack_columns(items)
+        items = [item[:3] if isinstance(item, PreferenceItemWithColumns) else item for item in items]
+        for number, item in enumerate(items):
+            _check_item(item, number)
+        preferred = self._pad([(chosen, mask) for chosen, _, mask in items])
+        unpreferred = self._pad([(rejected, mask) for _, rejected, mask in items])
+        seqs, prompt_masks, seq_masks = zip(preferred, unpreferred, strict=True)
+        return {
+            "preferred_seq": seqs[0],
+            "unpreferred_seq": seqs[1],
+            "prompt_mask": prompt_masks,
+            "seq_mask": seq_masks,
+            **columns,
+        }
+
+    def _pad(self, sides: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+        lengths = [self._real_length(seq) for seq, _ in sides]
+        shape = (len(sides), max(*lengths, 1))
+        seqs = torch.full(shape, max(self.pad_id, 0), dtype=torch.long)
+        prompt_mask, seq_mask = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+        for row, ((seq, mask), length) in enumerate(zip(sides, lengths, strict=True)):
+            start = 0 if self.padding_side == "right" else shape[1] - length
+            real = slice(start, start + length)
+            seqs[row, real], prompt_mask[row, real], seq_mask[row, real] = seq[:length], mask[:length], True
+        return seqs, prompt_mask, seq_mask
+
+    def _real_length(self, seq: Tensor) -> int:
+        real = (seq != self.pad_id).nonzero()
+        if len(real) and int(seq[0]) == self.pad_id:
+            raise ValueError(
+                f"an item should begin with a token, but it begins with the pad_id {self.pad_id}: "
+                "pad items on the right only, with an id that is no token."
+            )
+        return int(real[-1]) + 1 if len(real) else 0
+
+
+def _check_item(item: Sequence[Any], number: int) -> None:
+    is_tensors = len(item) == 3 and all(isinstance(part, Tensor) and part.dim() == 1 for part in item)
+    kinds = [_dtype_kind(part.dtype) for part in item] if is_tensors else []
+    if kinds != ["int", "int", "bool"] or len({len(part) for part in item}) != 1:
+        parts = [f"{tuple(t.shape)} {t.dtype}" if isinstance(t, Tensor) else type(t).__name__ for t in item]
+        raise ValueError(
+            f"item {number} should be (preferred_seq, unpreferred_seq, prompt_mask) of one length, integers, "
+            f"integers and bool, but it is {', '.join(parts)}: collate the items of a PreferenceDataset."
+        )
+
+
+def _dtype_kind(dtype: torch.dtype) -> str:
+    return "bool" if dtype == torch.bool else "float" if dtype.is_floating_point else "int"
+
+
+def _stack_columns(items: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
+    """Weights and margins, if all items have them; the items of one dataset all have the same columns."""
+    if not all(isinstance(item, PreferenceItemWithColumns) for item in items):
+        return {}
+    columns = {"pair_weights": [item[3] for item in items], "margins": [item[4] for item in items]}
+    return {
+        name: torch.stack(column) for name, column in columns.items() if all(x is not None for x in column)
+    }

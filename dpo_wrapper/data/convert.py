@@ -1,0 +1,92 @@
+"""Examples -> examples of the type that a loss learns from."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import combinations
+
+from dpo_wrapper.data.errors import ExampleError, OnError, check_on_error
+from dpo_wrapper.data.examples import DatasetType, Example, Ranking
+
+
+def convert_examples(
+    examples: Iterable[Example],
+    dataset_type: DatasetType,
+    ranking: Ranking = "all",
+    *,
+    on_error: OnError = "raise",
+) -> tuple[list[Example], list[ExampleError]]:
+    """Convert examples to what a loss needs, and return the errors of those that were skipped.
+
+    'preference': a ranked list becomes pairs, in the order (0, 1), (0, 2), ..., (1, 2), ...
+    'ranked': a pair is a list of two.
+    'unpaired_preference': a pair becomes one desirable and one undesirable completion.
+
+    Args:
+        examples: pairs, ranked lists and completions with a label.
+        dataset_type: what the loss learns from.
+        ranking: which pairs a ranked list becomes: 'all', or the 'best' completion with each of the others.
+        on_error: 'raise' stops at the first example that cannot be converted; 'skip' leaves such ones out.
+
+    Raises:
+        ExampleError: an example has a label or a list where the loss has no use for it, or a margin although
+            it is no pair.
+    """
+    check_on_error(on_error)
+    converted: list[Example] = []
+    errors: list[ExampleError] = []
+    for example in examples:
+        try:
+            converted += _convert(example, dataset_type, ranking)
+        except ExampleError as error:
+            located = error.with_source(example.source)
+            if on_error == "raise":
+                raise located from error
+            errors.append(located)
+    return converted, errors
+
+
+def check_ranking(ranking: Ranking | None, dataset_type: DatasetType, examples: Iterable[Example]) -> None:
+    """Refuse a ranking where it has no effect, because no ranked list becomes pairs: ValueError."""
+    if ranking is None:
+        return
+    if dataset_type != "preference":
+        reason = f"the loss takes {dataset_type} data"
+    elif all(len(example.completions) < 3 for example in examples):
+        reason = "no row has more than two completions"
+    else:
+        return
+    raise ValueError(
+        f"ranking should be given only where ranked lists become pairs, but it is '{ranking}' and {reason}: "
+        "leave the ranking out."
+    )
+
+
+def _convert(example: Example, dataset_type: DatasetType, ranking: Ranking) -> list[Example]:
+    count = len(example.completions)
+    if example.margin is not None and (dataset_type != "preference" or count != 2):
+        raise ExampleError(
+            f"the margin should be that of a pair, but it is {example.margin} for other data: leave it out, "
+            "or write pairs and take a loss of pairs."
+        )
+    if dataset_type == "unpaired_preference":
+        if example.label is not None:
+            return [example]
+        if count != 2:
+            raise ExampleError(
+                f"a row should have one completion with a label, but it has a ranked list of {count}: say of "
+                "each completion whether it is desirable, or take a loss of lists or of pairs."
+            )
+        sides = ((example.chosen, True), (example.rejected, False))
+        return [replace(example, completions=(text,), label=label) for text, label in sides]
+    if example.label is not None:
+        need = "two completions to compare" if dataset_type == "preference" else "completions to rank"
+        raise ExampleError(
+            f"a row should have {need}, but it has one with a label: write pairs or ranked lists, or take a "
+            "loss of completions with a label (KTO)."
+        )
+    if dataset_type == "ranked":
+        return [example]
+    pairs = list(combinations(example.completions, 2))
+    return [
+        replace(example, completions=pair) for pair in (pairs if ranking == "all" else pairs[: count - 1])
+    ]

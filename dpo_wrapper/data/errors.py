@@ -1,0 +1,59 @@
+"""Errors that name the place of an example in its file, and values in the words of an error message."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+OnError = Literal["raise", "skip"]
+
+
+class ExampleError(ValueError):
+    """An example that cannot be used, "prefs.jsonl, line 12, field 'prompt', message 2: <problem>".
+
+    Args:
+        problem: "X should be A, but it is B: remedy."
+        field: the field of the record, or None for the whole record.
+        message: the number of the message within the field, from 1; 0 for none.
+        source: the example's place in its file.
+    """
+
+    def __init__(self, problem: str, field: str | None = None, message: int = 0, *, source: str = "") -> None:
+        self.problem, self.field, self.message = problem, field, message
+        parts = [source, f"field '{field}'" if field else "", f"message {message}" if message else ""]
+        place = ", ".join(part for part in parts if part)
+        super().__init__(f"{place}: {problem}" if place else problem)
+
+    def with_source(self, source: str) -> "ExampleError":
+        return ExampleError(self.problem, self.field, self.message, source=source)
+
+
+def check_on_error(on_error: str) -> None:
+    """Raise ValueError for anything but 'raise' and 'skip'."""
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error should be 'raise' or 'skip', but it is {on_error!r}: choose one of them.")
+
+
+def describe_value(value: Any) -> str:
+    """A value in the words of an error message; the length of a long text instead of the text."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "true" if value else "false"
+        case int() | float():
+            return f"the number {value}" if abs(value) < 1e12 else "a number"
+        case "":
+            return "an empty string"
+        case str():
+            return repr(value) if len(value) <= 40 else f"a string of {len(value)} characters"
+        case list() | tuple():
+            return f"a list of {len(value)}" if value else "an empty list"
+        case Mapping():
+            return f"an object with {quote_keys(value)}" if value else "an empty object"
+        case _:
+            return f"a value of type {type(value).__name__}"
+
+
+def quote_keys(record: Mapping[Any, Any]) -> str:
+    """The first twelve keys of a record, quoted; 'no fields' for an empty record."""
+    keys = [f"'{key}'" for key in record]
+    return ", ".join(keys[:12] + ["..."] * (len(keys) > 12)) or "no fields"

@@ -1,0 +1,84 @@
+"""Examples -> a training part and an evaluation part."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+
+from dpo_wrapper.data.chat import Message
+from dpo_wrapper.data.examples import Example
+
+
+def split_examples(
+    examples: Sequence[Example], fraction: float, seed: int = 0
+) -> tuple[list[Example], list[Example]]:
+    """Split examples into those to train on and those to evaluate on, both in the order of `examples`.
+
+    Where any example has a split, the data decides, whatever the fraction: 'test' is for evaluation, all else
+    is for training. Otherwise about `fraction` of the examples is for evaluation, all examples of one prompt
+    together, so that no prompt stands in both parts. The choice depends on the prompts and the seed alone,
+    not on the order of the examples or on the process.
+
+    Args:
+        examples: at least one.
+        fraction: from 0 (no evaluation part) to below 1 (at least one example in either part).
+        seed: of the choice.
+
+    Raises:
+        ValueError: there is no example, the fraction is out of range, nothing is left to train on, or, unless
+            the fraction is 0, nothing is left to evaluate on or there is only one prompt.
+    """
+    if not isinstance(fraction, (int, float)) or not 0 <= fraction < 1:
+        raise ValueError(
+            f"the fraction should be from 0 to below 1, but it is {fraction!r}: take 0.1 for a tenth."
+        )
+    if not examples:
+        raise ValueError("there should be examples to split, but there are none: read some first.")
+    if any(example.split for example in examples):
+        train = [example for example in examples if example.split != "test"]
+        test = [example for example in examples if example.split == "test"]
+        if not train:
+            raise ValueError(
+                "some rows should be for training, but all are marked as test: "
+                "mark some as 'train' or remove the split field."
+            )
+        if fraction and not test:
+            raise ValueError(
+                "some rows should be for evaluation, but all are marked as train: "
+                "mark some as 'test', remove the split field, or split off a fraction of 0."
+            )
+        return train, test
+    if fraction == 0:
+        return list(examples), []
+    keys = [_prompt_key(example.prompt) for example in examples]
+    test_keys = _choose_keys(keys, fraction, seed)
+    parts: tuple[list[Example], list[Example]] = ([], [])
+    for example, key in zip(examples, keys, strict=True):
+        parts[key in test_keys].append(example)
+    return parts
+
+
+def _prompt_key(prompt: str | tuple[Message, ...]) -> str:
+    """One text per prompt; plain text is the same prompt as a dialogue of that one question."""
+    turns = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+    return json.dumps([(turn.role, turn.content) for turn in turns])
+
+
+def _choose_keys(keys: list[str], fraction: float, seed: int) -> set[str]:
+    """The prompts for evaluation."""
+    sizes = Counter(keys)
+    if len(sizes) < 2:
+        raise ValueError(
+            "there should be at least two different prompts to split off some, but there is one: "
+            "add rows or split off a fraction of 0."
+        )
+    order = sorted(sizes, key=lambda key: hashlib.sha256(f"{seed}\n{key}".encode()).digest())
+    target = fraction * len(keys)
+    chosen: set[str] = set()
+    count = 0
+    for key in order[:-1]:  # the last one is always for training
+        # A prompt is taken where that comes closer to the target; one with very many examples is passed over.
+        if abs(count + sizes[key] - target) < abs(count - target):
+            chosen.add(key)
+            count += sizes[key]
+    return chosen or {min(order, key=lambda key: sizes[key])}
