@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -73,7 +73,7 @@ def set_up_training(config: TrainConfig) -> TrainSetup:
     model_name = str(run.sft_folder) if resumes_after_sft else config.model
     pretrained = load_pretrained(model_name, config.tokenizer, config.max_length)
 
-    notes = batchwise_loss_notes(losses)
+    notes = describe_batchwise_losses(losses)
     examples: dict[str, list[Any]] = {}
     for name, rows in (("train", train_rows), ("eval", eval_rows)):
         encoded = encode_rows(config, losses, rows, pretrained)
@@ -112,7 +112,7 @@ def read_splits(config: TrainConfig, losses: WeightedLosses) -> tuple[Rows, Rows
     fields = Fields(prompt=config.prompt_field, chosen=config.chosen_field, rejected=config.rejected_field)
 
     def read(path: Any) -> tuple[list[Any], Sequence[Any]]:
-        return read_as(unit, path, fields, on_error=on_error(config), ranking=config.ranking)
+        return read_as(unit, path, fields, on_error=config.on_error, ranking=config.ranking)
 
     rows, errors = read(config.data)
     if config.eval_data is None:
@@ -129,13 +129,9 @@ def encode_rows(config: TrainConfig, losses: WeightedLosses, rows: Rows, pretrai
         [as_chat(row) if config.as_chat else row for row in rows],
         pretrained.tokenizer,
         config.max_length,
-        on_error=on_error(config),
+        on_error=config.on_error,
         seed=config.seed,
     )
-
-
-def on_error(config: TrainConfig) -> Literal["raise", "skip"]:
-    return "skip" if config.skip_bad_rows else "raise"
 
 
 def as_chat(row: Any) -> Any:
@@ -143,7 +139,8 @@ def as_chat(row: Any) -> Any:
     return replace(row, prompt=(Message("user", row.prompt),)) if isinstance(row.prompt, str) else row
 
 
-def batchwise_loss_notes(losses: WeightedLosses) -> list[str]:
+def describe_batchwise_losses(losses: WeightedLosses) -> list[str]:
+    """A note on each loss whose value depends on how a step is split into micro-batches."""
     return [
         f"{type(loss).__name__} compares the pairs of one forward pass with one another: raise "
         "--micro-batch-tokens if a step takes several passes"
@@ -213,7 +210,7 @@ def run_training(setup: TrainSetup) -> RunFolder:
     if accelerator.is_main_process:
         save_pretrained(setup.pretrained, dpo.policy_model, run.path, run.settings)
         run.delete_checkpoint()
-        report(setup, dpo)
+        report_results(setup, dpo)
     accelerator.wait_for_everyone()
     return run
 
@@ -279,7 +276,7 @@ def precompute_ref_log_probs(setup: TrainSetup, accelerator: Accelerator) -> Cac
     return cached
 
 
-def report(setup: TrainSetup, dpo: DPO) -> None:
+def report_results(setup: TrainSetup, dpo: DPO) -> None:
     """Plot the curves; print metrics before and after training, and completions of one prompt."""
     run, splits = setup.run, setup.splits
     records = run.read_records()
