@@ -1,4 +1,4 @@
-"""Frozen dataclasses of tensors that move between devices as one."""
+"""Frozen dataclasses of tensors: one call moves all of their tensors to a device or into pinned memory."""
 
 from collections.abc import Callable
 from dataclasses import fields
@@ -7,28 +7,33 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-T = TypeVar("T", bound="Movable")
+T = TypeVar("T", bound="TensorDataclass")
 
 
-class Movable:
-    """A frozen dataclass of tensors, of tuples of them and of other such; anything else it holds stays."""
+class TensorDataclass:
+    """Base of frozen dataclasses whose fields hold tensors, tuples of tensors or other `TensorDataclass`es.
 
-    def mapped(self: T, function: Callable[[Tensor], Tensor]) -> T:
-        """The same with every tensor replaced."""
+    Fields of any other type are kept as they are.
+    """
 
-        def over(value: Any) -> Any:
+    def map_tensors(self: T, function: Callable[[Tensor], Tensor]) -> T:
+        """Return a copy in which `function` has replaced every tensor."""
+
+        def map_value(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return function(value)
-            if isinstance(value, Movable):
-                return value.mapped(function)
-            return tuple(map(over, value)) if isinstance(value, tuple) else value
+            if isinstance(value, TensorDataclass):
+                return value.map_tensors(function)
+            return tuple(map(map_value, value)) if isinstance(value, tuple) else value
 
-        return type(self)(*(over(getattr(self, field.name)) for field in fields(self)))  # type: ignore[arg-type]
+        values = (map_value(getattr(self, field.name)) for field in fields(self))  # type: ignore[arg-type]
+        return type(self)(*values)
 
     def to(self: T, device: torch.device | str) -> T:
-        waits = torch.device(device).type == "cpu"  # what comes back must be there before it is read
-        return self.mapped(lambda tensor: tensor.to(device, non_blocking=not waits))
+        """Return a copy on `device`. A copy to the CPU has arrived when this returns."""
+        is_asynchronous = torch.device(device).type != "cpu"
+        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=is_asynchronous))
 
     def pin_memory(self: T) -> T:
-        """In page-locked memory, as a DataLoader with `pin_memory = True` asks for."""
-        return self.mapped(lambda tensor: tensor.pin_memory())
+        """Return a copy in page-locked memory. A `DataLoader` with `pin_memory=True` calls this."""
+        return self.map_tensors(lambda tensor: tensor.pin_memory())

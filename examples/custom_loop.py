@@ -1,8 +1,9 @@
-"""Your own loop: language modelling with AutoregressiveWrapper, then preferences with DPO, on one model.
+"""A training loop of your own: language modelling with AutoregressiveWrapper, then DPO, on the same model.
 
 python examples/custom_loop.py
 """
 
+from itertools import chain, islice, repeat
 from pathlib import Path
 
 import torch
@@ -22,35 +23,32 @@ def main(sft_steps: int = 60, dpo_steps: int = 20, batch_size: int = 16) -> floa
     collate = PreferenceCollator(tokenizer.pad_id)
     loader = DataLoader(dataset, batch_size=batch_size, shuffle=True, collate_fn=collate, drop_last=True)
 
-    def batches(steps: int):
-        while True:
-            for batch in loader:
-                if steps == 0:
-                    return
-                steps -= 1
-                yield batch
+    def first_batches(count: int):
+        epochs = chain.from_iterable(repeat(loader))
+        return islice(epochs, count)
 
     layers = Decoder(dim=128, depth=4, heads=2, rotary_pos_emb=True, attn_flash=True)
     model = TransformerWrapper(
         num_tokens=tokenizer.vocab_size, max_seq_len=256, use_abs_pos_emb=False, attn_layers=layers
     )
 
-    # first language modelling on prompt and preferred completion, as always
-    pretrain = AutoregressiveWrapper(model)
+    # 1. language modelling on the prompt and the preferred completion
+    language_model = AutoregressiveWrapper(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for step, batch in enumerate(batches(sft_steps)):
-        real, _ = batch["seq_mask"]
-        loss = pretrain(batch["preferred_seq"].masked_fill(~real, pretrain.ignore_index))
+    for step, batch in enumerate(first_batches(sft_steps)):
+        preferred_mask, _ = batch["seq_mask"]
+        targets = batch["preferred_seq"].masked_fill(~preferred_mask, language_model.ignore_index)
+        loss = language_model(targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if step % 20 == 0:
             print(f"language modelling, step {step}: loss {loss.item():.3f}")
 
-    # then preferences: the model as it is now is copied and frozen as the reference
+    # 2. preferences: DPO makes a frozen copy of the model as it is now, the reference
     dpo = DPO(model, beta=0.1)
     optimizer = torch.optim.AdamW(dpo.parameters(), lr=1e-4)
-    for step, batch in enumerate(batches(dpo_steps)):
+    for step, batch in enumerate(first_batches(dpo_steps)):
         loss, metrics = dpo(**batch, return_metrics=True)
         loss.backward()
         optimizer.step()

@@ -1,9 +1,10 @@
-"""A Hugging Face model: built from a config (nothing is downloaded), saved, loaded, trained, saved.
+"""Train a Hugging Face model on preferences and save it. Nothing is downloaded: the model is built here.
 
 python examples/hugging_face.py
 """
 
 import tempfile
+from itertools import chain, islice, repeat
 from pathlib import Path
 
 import torch
@@ -23,24 +24,25 @@ from dpo_wrapper.data import HuggingFaceTokenizer
 DATA = Path(__file__).parent / "data" / "preferences.jsonl"
 
 
-def build(folder: Path) -> None:
-    """A small Llama with a BPE tokenizer learned from the data, saved as any Hugging Face model is."""
+def build_model(folder: Path) -> None:
+    """Save a new, small Llama and a BPE tokenizer that is trained on the data."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<s>", "</s>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train(
-        [str(DATA)], trainers.BpeTrainer(vocab_size=1000, special_tokens=special, initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    fast = PreTrainedTokenizerFast(
+    tokenizer.train([str(DATA)], trainer)
+    fast_tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
-    fast.save_pretrained(folder)
+    fast_tokenizer.save_pretrained(folder)
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(fast),
+        vocab_size=len(fast_tokenizer),
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=2,
@@ -56,7 +58,7 @@ def build(folder: Path) -> None:
 def main(steps: int = 30) -> float:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        build(folder / "base")
+        build_model(folder / "base")
 
         model = AutoModelForCausalLM.from_pretrained(folder / "base")
         tokenizer = HuggingFaceTokenizer.load(str(folder / "base"))
@@ -67,25 +69,21 @@ def main(steps: int = 30) -> float:
 
         dpo = DPO(model, loss=[(Sigmoid(beta=0.1), 1.0), (SFT(), 1.0)])
         optimizer = torch.optim.AdamW(dpo.parameters(), lr=3e-4)
-        done = 0
-        while done < steps:
-            for batch in loader:
-                loss, metrics = dpo(**batch, return_metrics=True)
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                if done % 10 == 0:
-                    print(f"step {done}: loss {loss:.3f}, accuracy {metrics['rewards/accuracies']:.2f}")
-                done += 1
-                if done == steps:
-                    break
+        epochs = chain.from_iterable(repeat(loader))
+        for step, batch in enumerate(islice(epochs, steps)):
+            loss, metrics = dpo(**batch, return_metrics=True)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step % 10 == 0:
+                print(f"step {step}: loss {loss:.3f}, accuracy {metrics['rewards/accuracies']:.2f}")
 
-        dpo.policy_model.save_pretrained(folder / "better")  # the policy alone, as transformers saves it
-        AutoTokenizer.from_pretrained(folder / "base").save_pretrained(folder / "better")
-        again = AutoModelForCausalLM.from_pretrained(folder / "better")
+        dpo.policy_model.save_pretrained(folder / "trained")  # the policy without the reference
+        AutoTokenizer.from_pretrained(folder / "base").save_pretrained(folder / "trained")
+        trained = AutoModelForCausalLM.from_pretrained(folder / "trained")
         prompt = torch.tensor([tokenizer.prompt_ids("What is the capital of Spain?")])
-        out = again.generate(prompt, max_new_tokens=12, do_sample=False)
-        print("completion:", tokenizer.decode(out[0, prompt.shape[1] :].tolist()))
+        output = trained.generate(prompt, max_new_tokens=12, do_sample=False)
+        print("completion:", tokenizer.decode(output[0, prompt.shape[1] :].tolist()))
         return metrics["rewards/accuracies"].item()
 
 

@@ -12,26 +12,25 @@ from pathlib import Path
 import pytest
 
 from dpo_wrapper import cli
-from dpo_wrapper.training.config import PRESETS, TrainConfig
+from dpo_wrapper.pretrained import PRESETS
+from dpo_wrapper.training.config import TrainConfig
+from helpers.runs import BUNDLED, ROOT, SMALL_DECODER
 
-ROOT = Path(__file__).parents[1]
-BUNDLED = ROOT / "examples" / "data" / "preferences.jsonl"
 
-
-def run(*args, status):
+def run_command(*args, status):
     with pytest.raises(SystemExit) as exit_:
         cli.main([str(arg) for arg in args])
     assert exit_.value.code == status
 
 
-def plain(text):
-    """Without the frame that tyro draws around its messages."""
+def remove_frame(text):
+    """The text of the messages that tyro draws a frame around."""
     return re.sub(r"\s+", " ", re.sub(r"[│╭╮╰╯─]", " ", text))
 
 
 def test_help_lists_every_option_with_its_text(capsys):
-    run("train", "--help", status=0)
-    printed = plain(capsys.readouterr().out)
+    run_command("train", "--help", status=0)
+    printed = remove_frame(capsys.readouterr().out)
     for name in TrainConfig.__dataclass_fields__:
         option = f"--{name.replace('_', '-')}"
         assert re.search(rf"{option} .{{0,60}}[A-Z0-9a-z].{{15,}}", printed), option
@@ -62,11 +61,11 @@ def test_importing_the_package_loads_core_dependencies_alone():
     assert done.stdout.strip() == "[]"
 
 
-def line(**fields):
+def json_line(**fields):
     return json.dumps(fields) + "\n"
 
 
-GOOD = line(prompt="p", chosen="a", rejected="b") + line(prompt="q", chosen="a", rejected="b")
+GOOD = json_line(prompt="p", chosen="a", rejected="b") + json_line(prompt="q", chosen="a", rejected="b")
 
 BAD = {
     "no such file": ({}, ["--data", "missing.jsonl"], r"missing\.jsonl.*(no such|not|does not)"),
@@ -74,12 +73,12 @@ BAD = {
     "empty file": ({"d.jsonl": ""}, ["--data", "d.jsonl"], r"d\.jsonl.*empty"),
     "bad json": ({"d.jsonl": GOOD + "{oops\n"}, ["--data", "d.jsonl"], r"d\.jsonl, line 3"),
     "missing field": (
-        {"d.jsonl": GOOD + line(prompt="p", chosen="a")},
+        {"d.jsonl": GOOD + json_line(prompt="p", chosen="a")},
         ["--data", "d.jsonl"],
         r"d\.jsonl, line 3, field 'rejected'",
     ),
     "wrong type": (
-        {"d.jsonl": line(prompt="p", chosen=3, rejected="b")},
+        {"d.jsonl": json_line(prompt="p", chosen=3, rejected="b")},
         ["--data", "d.jsonl"],
         r"d\.jsonl, line 1, field 'chosen'.*number 3",
     ),
@@ -89,18 +88,18 @@ BAD = {
         r"line 1, field 'question'",
     ),
     "nothing preferred": (
-        {"d.jsonl": line(prompt="p", chosen="a", rejected="a")},
+        {"d.jsonl": json_line(prompt="p", chosen="a", rejected="a")},
         ["--data", "d.jsonl", "--eval-fraction", "0"],
-        r"leaves no pairs to train on",
+        r"should hold pairs to train on, but d\.jsonl leaves none",
     ),
     "gzip cut off": ({"d.jsonl.gz": b"\x1f\x8b\x08\x00"}, ["--data", "d.jsonl.gz"], r"d\.jsonl\.gz"),
     "not parquet": ({"d.parquet": "hello"}, ["--data", "d.parquet"], r"d\.parquet"),
-    "held-out file missing": (
+    "eval file missing": (
         {"d.jsonl": GOOD},
         ["--data", "d.jsonl", "--eval-data", "no.jsonl"],
         r"no\.jsonl",
     ),
-    "held-out file is the file": (
+    "eval file is the train file": (
         {"d.jsonl": GOOD},
         ["--data", "d.jsonl", "--eval-data", "d.jsonl"],
         "same file",
@@ -120,13 +119,13 @@ BAD = {
     ),
     "learning rate": (
         {"d.jsonl": GOOD},
-        ["--data", "d.jsonl", "--lr", "0"],
-        "--lr should be a positive number",
+        ["--data", "d.jsonl", "--learning-rate", "0"],
+        "--learning-rate should be a positive number",
     ),
     "learning rate nan": (
         {"d.jsonl": GOOD},
         ["--data", "d.jsonl", "--lr", "nan"],
-        "--lr should be a positive number",
+        "--learning-rate should be a positive number",
     ),
     "fraction": (
         {"d.jsonl": GOOD},
@@ -167,18 +166,22 @@ BAD = {
     "folder with a foreign config": (
         {"d.jsonl": GOOD, "m/config.json": "{}"},
         ["--data", "d.jsonl", "--model", "m"],
-        "--model m: expected tiny, small, medium, a run folder or a Hugging Face causal LM",
+        "--model should be tiny, small, medium, a run folder or a Hugging Face causal LM .*, but m could not",
     ),
     "tokenizer of another model": (
         {"d.jsonl": GOOD},
         ["--data", "d.jsonl", "--tokenizer", "folder/that/is/not/there"],
         "folder/that/is/not/there",
     ),
-    "out is a file": ({"d.jsonl": GOOD, "o": ""}, ["--data", "d.jsonl", "--out", "o"], "--out o is a file"),
+    "out is a file": (
+        {"d.jsonl": GOOD, "o": ""},
+        ["--data", "d.jsonl", "--out", "o"],
+        "--out should be a folder, but o is a file",
+    ),
     "out is not empty": (
         {"d.jsonl": GOOD, "o/x": ""},
         ["--data", "d.jsonl", "--out", "o"],
-        "--out o is not empty",
+        "--out should be a new or empty folder, but o is not empty",
     ),
     "nothing to resume": ({"d.jsonl": GOOD}, ["--data", "d.jsonl", "--out", "o", "--resume"], "holds no run"),
 }
@@ -193,17 +196,17 @@ def test_bad_input_gets_one_sentence_and_loses_nothing(case, tmp_path, monkeypat
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setitem(PRESETS, "tiny", {"dim": 32, "depth": 1, "heads": 1})
+    monkeypatch.setitem(PRESETS, "tiny", SMALL_DECODER)
     before = sorted(path for path in tmp_path.rglob("*"))
-    run("train", *args, status=2)
-    err = plain(capsys.readouterr().err)
+    run_command("train", *args, status=2)
+    err = remove_frame(capsys.readouterr().err)
     assert re.search(sentence, err), err
     assert "Traceback" not in err
     assert sorted(path for path in tmp_path.rglob("*")) == before
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_ctrl_c_says_how_to_go_on(tmp_path):
+def test_ctrl_c_says_how_to_continue(tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "dpo_wrapper", "train", "--data", BUNDLED, "--out", out, "--cpu"]
     process = subprocess.Popen(
@@ -221,7 +224,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert b"the same command with --resume goes on" in err and b"Traceback" not in err
+    assert b"the same command with --resume continues it" in err and b"Traceback" not in err
 
 
 def test_the_program_is_installed_under_both_names():

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dpo_wrapper.losses.describe import ours, table
-from dpo_wrapper.training.config import PRESETS, TrainConfig
+from dpo_wrapper.pretrained import PRESETS
+from dpo_wrapper.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -151,8 +151,7 @@ class TokenizedExamples:
         cuts = ", ".join(
             f"{count:,} {noun}{'s' * (count > 1)} {end}" for count, noun, end in shortened if count
         )
-        clauses = [f"left out of {total:,} rows: {reasons}"] * bool(reasons) + [f"cut to fit: {cuts}"] * bool(
-            cuts
-        )
+        clauses = [f"left out of {total:,} examples: {reasons}"] if reasons else []
+        clauses += [f"cut to fit: {cuts}"] if cuts else []
         text = "; ".join(clauses)
         return f"{text[0].upper()}{text[1:]}." if text else ""

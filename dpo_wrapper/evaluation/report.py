@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from dpo_wrapper.data import Entry, Tokenizer
+from dpo_wrapper.data import TokenizedExample, Tokenizer
 from dpo_wrapper.evaluation.generate import generate
 
 Record = dict[str, Any]
@@ -91,8 +91,8 @@ def format_table(columns: Sequence[tuple[str, Record]]) -> str:
     rows = [["", *(heading for heading, _ in columns)]]
     for label, metric, template in TABLE_ROWS:
         if any(metric in record for _, record in columns):
-            cells = (template.format(record[metric]) if metric in record else "-" for _, record in columns)
-            rows.append([label, *cells])
+            values = (template.format(record[metric]) if metric in record else "-" for _, record in columns)
+            rows.append([label, *values])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for label, *cells in rows:
@@ -102,7 +102,7 @@ def format_table(columns: Sequence[tuple[str, Record]]) -> str:
     return "\n".join(lines)
 
 
-def format_completions(tokenizer: Tokenizer, models: Mapping[str, nn.Module | None], example: Entry) -> str:
+def format_completions(tokenizer: Tokenizer, models: Mapping[str, nn.Module | None], example: TokenizedExample) -> str:
     """A prompt, the greedy completion of each model that is not None, and the chosen completion."""
     prompt_ids = list(example.prompt)
     lines = [("prompt", shorten(tokenizer.decode(prompt_ids), keep_end=True))]

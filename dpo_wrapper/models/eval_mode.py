@@ -1,4 +1,4 @@
-"""The modes that a model is computed in: without dropout, in eval mode for a moment, in one arithmetic."""
+"""The modes in which a model is computed: without dropout, in eval mode for a while, reproducibly."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -9,11 +9,11 @@ from torch import nn
 from dpo_wrapper.cpu_matmul import is_onednn_faster, onednn_linear
 
 
-def turn_off_dropout(model: nn.Module) -> None:
-    """Put a model in eval mode: dropout as modules, as function calls and of whole layers, all at once.
+def disable_dropout(model: nn.Module) -> None:
+    """Put a model in eval mode, which switches off dropout in modules, in functions and of whole layers.
 
-    A module that checkpoints its activations does so in training mode only (transformers), so it alone keeps
-    that mode, with rates of dropout that it may use in its own forward set to 0.
+    A module of transformers checkpoints its activations in train mode only. It alone stays in that mode, with
+    the dropout rates that its own forward may use set to 0.
     """
     for module in model.modules():
         module.training = bool(getattr(module, "gradient_checkpointing", False))
@@ -24,24 +24,24 @@ def turn_off_dropout(model: nn.Module) -> None:
 
 
 @contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Eval mode within, and each module's own mode again after."""
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode inside this context; each module is in its own mode again afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module, is_training in modes:
+            module.training = is_training
 
 
 @contextmanager
-def one_arithmetic(model: nn.Module) -> Iterator[None]:
-    """Passes of a model round alike within, with gradients or without: linear layers take the library that is
-    best here, and torch's transformer layers stay off a fused path that is for passes without gradients.
+def reproducible_forward(model: nn.Module) -> Iterator[None]:
+    """Make forward passes of a model round alike inside this context, with gradients and without.
 
-    Under autocast that path also leaves casts of the weights behind, without gradients, that a later pass
-    with gradients would use.
+    On the CPU, linear layers use oneDNN where it is faster. torch's transformer layers do not take their
+    fused path, which is for passes without gradients alone. Under autocast that path also leaves casts of the
+    weights behind, without gradients, that a later pass with gradients would use.
     """
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -53,5 +53,5 @@ def one_arithmetic(model: nn.Module) -> Iterator[None]:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether any part of a model is; `torch.compile` does not trace well under a mode for functions."""
+    """Whether any part of a model is compiled: `torch.compile` traces badly under a `TorchFunctionMode`."""
     return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())

@@ -1,15 +1,20 @@
-"""Plain attention over a prefix tree on the CPU, branch by branch: nothing expanded, nothing computed twice.
+"""Softmax attention over a prefix tree on the CPU, branch by branch: no token is copied or computed twice.
 
-A branch is a stretch of the tree in which each token follows the one before it, and its past is where the
-tokens before its first stand:
+A branch is a run of tokens in the tree of which each is the child of the one before it. Its prefix is the
+rest of the path, from the root to the parent of its first token:
 
     tree      a  b  c  d  x  y  |  e  f
-    branches  [a  b  c  d][x  y] [e  f]          the past of [x y] is [a b]
+    branches  [a  b  c  d][x  y] [e  f]          the prefix of [x y] is [a b]
 
-The queries of a branch see their own branch causally and all of its past. torch's kernel computes each of the
-two and says what its softmax was divided by; the two outputs are then one softmax's, weighted by that. Its
-backward takes outputs and divisors as given, so that of the whole it makes each part's share of the gradients
-(as in ring attention, Liu et al. 2023, arXiv 2310.01889).
+A query attends to the tokens of its branch causally, and to the whole prefix. torch's flash-attention kernel
+computes each of the two with its log-sum-exp (lse), and the two outputs are joined to the output of one
+softmax:
+
+    lse = log(exp(lse_1) + exp(lse_2))        out = exp(lse_1 - lse) · out_1 + exp(lse_2 - lse) · out_2
+
+The kernel's backward takes `out` and `lse` as arguments. Given those of the whole softmax, it returns the
+share of one part of the keys in the gradients. Ring attention does the same for the parts of a sequence on
+several devices (Liu et al. 2023, arXiv 2310.01889).
 """
 
 from collections.abc import Sequence
@@ -22,36 +27,58 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Branch = tuple[slice, tuple[slice, ...]]
-"""Where a branch stands, and its past."""
+"""The tokens of a branch and those of its prefix, as slices of the tree's tokens."""
 
-LEAST = 2**15
-"""Mean length of branches, times the width of all heads together, below which the many small calls cost more
-than they save."""
+MIN_BRANCH_NUMEL = 2**15
+"""The mean number of elements (tokens x heads x width) in the queries of one branch, below which the many
+small kernel calls cost more time than they save."""
 
 
-def branches_of(position: Int[Tensor, "u"]) -> tuple[Branch, ...]:
-    """The branches of a tree whose tokens stand in depth-first order at these depths."""
+def find_branches(position: Int[Tensor, "u"]) -> tuple[Branch, ...]:
+    """Find the branches of a tree from the depths of its tokens, which are in depth-first order."""
     u = len(position)
     starts = [0, *((position.diff() != 1).nonzero()[:, 0] + 1).tolist(), u] if u else []
     branches: list[Branch] = []
-    trail: list[slice] = []  # of the branch before, its own place included
+    current_path: list[slice] = []  # from the root to the end of the branch before
     for start, end in pairwise(starts):
-        past, missing = [], int(position[start])
-        for piece in trail:
-            taken = min(missing, piece.stop - piece.start)
-            if taken:
-                past.append(slice(piece.start, piece.start + taken))
-            missing -= taken
-        branches.append((slice(start, end), tuple(past)))
-        trail = [*past, slice(start, end)]
+        prefix, missing = [], int(position[start])
+        for run in current_path:
+            length = min(missing, run.stop - run.start)
+            if length:
+                prefix.append(slice(run.start, run.start + length))
+            missing -= length
+        branches.append((slice(start, end), tuple(prefix)))
+        current_path = [*prefix, slice(start, end)]
     return tuple(branches)
 
 
-def mean_length(branches: Sequence[Branch]) -> float:
+def mean_branch_length(branches: Sequence[Branch]) -> float:
+    """The mean number of tokens in a branch."""
     return branches[-1][0].stop / len(branches) if branches else 0.0
 
 
+def attend_by_branch(
+    q: Float[Tensor, "1 h w d"],
+    k: Float[Tensor, "1 g w d"],
+    v: Float[Tensor, "1 g w d"],
+    branches: tuple[Branch, ...],
+    scale: float | None,
+) -> Float[Tensor, "1 h w d"]:
+    """Compute softmax attention over a tree. Equal, in differentiable lines, to
+
+        mask = tree.attention_mask()
+        F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+
+    Tokens after the last branch are padding: their outputs are zeros.
+    """
+    if (repeats := q.shape[1] // k.shape[1]) > 1:
+        k, v = (t.repeat_interleave(repeats, dim=1) for t in (k, v))
+    return BranchAttention.apply(q, k, v, branches, scale)
+
+
 class BranchAttention(torch.autograd.Function):
+    """`attend_by_branch` for as many heads in keys and values as in queries; once differentiable."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -61,66 +88,64 @@ class BranchAttention(torch.autograd.Function):
         branches: tuple[Branch, ...],
         scale: float | None,
     ) -> Float[Tensor, "1 h w d"]:
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out = unfilled(q, q.dtype)
-        divisor = torch.zeros(out.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
+        flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out = empty_heads(q, q.dtype)
+        lse = torch.zeros(out.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
         out[:, :, branches[-1][0].stop :] = 0.0
-        for own, past in branches:
-            mine = [t[:, :, own] for t in (q, k, v)]
-            part, total = kernel(*mine, is_causal=True, scale=scale)
-            if past:
-                other, log_sum = kernel(mine[0], joined(k, past), joined(v, past), scale=scale)
-                both = torch.logaddexp(total, log_sum)
-                part = part * (total - both).exp()[..., None] + other * (log_sum - both).exp()[..., None]
-                total = both
-            out[:, :, own], divisor[:, :, own] = part, total
-        ctx.save_for_backward(q, k, v, out, divisor)
+        for branch, prefix in branches:
+            q_branch, k_branch, v_branch = (t[:, :, branch] for t in (q, k, v))
+            out_branch, lse_branch = flash_attention(
+                q_branch, k_branch, v_branch, is_causal=True, scale=scale
+            )
+            if prefix:
+                k_prefix, v_prefix = gather_slices(k, prefix), gather_slices(v, prefix)
+                out_prefix, lse_prefix = flash_attention(q_branch, k_prefix, v_prefix, scale=scale)
+                lse_both = torch.logaddexp(lse_branch, lse_prefix)
+                weight_branch = (lse_branch - lse_both).exp()[..., None]
+                weight_prefix = (lse_prefix - lse_both).exp()[..., None]
+                out_branch = out_branch * weight_branch + out_prefix * weight_prefix
+                lse_branch = lse_both
+            out[:, :, branch], lse[:, :, branch] = out_branch, lse_branch
+        ctx.save_for_backward(q, k, v, out, lse)
         ctx.branches, ctx.scale = branches, scale
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        q, k, v, out, divisor = ctx.saved_tensors
-        grads = [unfilled(t, torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v)]
-        for total in grads:
-            total[:, :, ctx.branches[-1][0].stop :] = 0.0
-        for own, past in ctx.branches:
-            given, mine, whole = grad[:, :, own], q[:, :, own], (out[:, :, own], divisor[:, :, own])
-            shares = kernel(given, mine, k[:, :, own], v[:, :, own], *whole, 0.0, True, scale=ctx.scale)
-            for total, share in zip(grads, shares, strict=True):
-                total[:, :, own] = share  # before any branch below has added its own
-            if past:
-                keys, values = joined(k, past), joined(v, past)
-                first, *shares = kernel(given, mine, keys, values, *whole, 0.0, False, scale=ctx.scale)
-                grads[0][:, :, own] += first
-                sizes = [place.stop - place.start for place in past]
-                for total, share in zip(grads[1:], shares, strict=True):
-                    for place, piece in zip(past, share.split(sizes, dim=2), strict=True):
-                        total[:, :, place] += piece
-        return *(total.to(q.dtype) for total in grads), None, None
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        q, k, v, out, lse = ctx.saved_tensors
+        grads = [empty_heads(t, torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v)]
+        for grad in grads:
+            grad[:, :, ctx.branches[-1][0].stop :] = 0.0
+        for branch, prefix in ctx.branches:
+            grad_branch, q_branch, out_branch = (t[:, :, branch] for t in (grad_out, q, out))
+            softmax = (out_branch, lse[:, :, branch])  # of branch and prefix together
+            k_branch, v_branch = k[:, :, branch], v[:, :, branch]
+            parts = flash_backward(
+                grad_branch, q_branch, k_branch, v_branch, *softmax, 0.0, True, scale=ctx.scale
+            )
+            for grad, part in zip(grads, parts, strict=True):
+                grad[:, :, branch] = part  # branches further down the tree add to this later
+            if prefix:
+                k_prefix, v_prefix = gather_slices(k, prefix), gather_slices(v, prefix)
+                q_part, *kv_parts = flash_backward(
+                    grad_branch, q_branch, k_prefix, v_prefix, *softmax, 0.0, False, scale=ctx.scale
+                )
+                grads[0][:, :, branch] += q_part
+                lengths = [run.stop - run.start for run in prefix]
+                for grad, part in zip(grads[1:], kv_parts, strict=True):
+                    for run, run_part in zip(prefix, part.split(lengths, dim=2), strict=True):
+                        grad[:, :, run] += run_part
+        return *(grad.to(q.dtype) for grad in grads), None, None
 
 
-def unfilled(like: Float[Tensor, "1 h w d"], dtype: torch.dtype) -> Float[Tensor, "1 h w d"]:
-    """Laid out token by token, as the layers of a model take it next."""
+def empty_heads(like: Float[Tensor, "1 h w d"], dtype: torch.dtype) -> Float[Tensor, "1 h w d"]:
+    """Allocate a tensor of this shape whose memory is in the order [1 w h d], as the next layer reads it."""
     return like.new_empty(like.transpose(1, 2).shape, dtype=dtype).transpose(1, 2)
 
 
-def joined(tokens: Float[Tensor, "1 h w d"], places: Sequence[slice]) -> Float[Tensor, "1 h n d"]:
-    parts = [tokens[:, :, place] for place in places]
+def gather_slices(tokens: Float[Tensor, "1 h w d"], slices: Sequence[slice]) -> Float[Tensor, "1 h n d"]:
+    """Concatenate slices of tokens; a single one stays a view."""
+    parts = [tokens[:, :, run] for run in slices]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-
-
-def branch_attend(
-    q: Float[Tensor, "1 h w d"],
-    k: Float[Tensor, "1 g w d"],
-    v: Float[Tensor, "1 g w d"],
-    branches: tuple[Branch, ...],
-    scale: float | None,
-) -> Float[Tensor, "1 h w d"]:
-    """Softmax attention of the tokens of a tree, with as many heads of keys and values as divide those of the
-    queries. Places behind the last branch get zeros."""
-    if (times := q.shape[1] // k.shape[1]) > 1:
-        k, v = (t.repeat_interleave(times, dim=1) for t in (k, v))
-    return BranchAttention.apply(q, k, v, branches, scale)

@@ -1,63 +1,71 @@
-"""FlexAttention over a prefix tree: block-sparse, nothing expanded, no mask in memory.
+"""FlexAttention over a prefix tree: block-sparse, no token copied, no mask of size [w, w] in memory.
 
-For CUDA. On the CPU torch runs FlexAttention forward only, which is where tests hold the block mask right.
+For CUDA. On the CPU torch runs FlexAttention without gradients only, which suffices to test the block mask.
 """
 
 from functools import cache
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-BLOCK = 128
+BLOCK_SIZE = 128
+"""Queries and keys in one block."""
 
 
-def tree_block_mask(
+def create_tree_block_mask(
     subtree_end: Int[Tensor, "w"], position: Int[Tensor, "w"], window: int | None = None
 ) -> BlockMask:
-    """The rule of the tree, `k <= q < subtree_end[k]` (and `position[q] - position[k] < window`), by blocks.
+    """Create the block mask of `k <= q < subtree_end[k]`.
 
-    Whether a block of queries meets a block of keys, and whether it does so in every place, follows from the
-    highest and lowest `subtree_end` of the keys: nothing of size [w, w] is made.
+    With a window, tokens attend only where `position[q] - position[k] < window` as well. Whether a block has
+    any pair that attends, and whether all of its pairs do, follows from the smallest and the largest
+    `subtree_end` of its keys, so that no mask over tokens is needed.
     """
     w = len(subtree_end)
-    device, count = subtree_end.device, -(-w // BLOCK)
-    last = torch.nn.functional.pad(subtree_end, (0, count * BLOCK - w)).view(count, BLOCK)
-    begin = torch.arange(count, device=device) * BLOCK
-    before = begin <= begin[:, None]
-    meets = before & (last.amax(dim=1) > begin[:, None])
-    whole = (begin < begin[:, None]) & (last.amin(dim=1) >= begin[:, None] + BLOCK)
+    device, count = subtree_end.device, -(-w // BLOCK_SIZE)
+    ends = F.pad(subtree_end, (0, count * BLOCK_SIZE - w)).view(count, BLOCK_SIZE)
+    start = torch.arange(count, device=device) * BLOCK_SIZE
+    attends = (start <= start[:, None]) & (ends.amax(dim=1) > start[:, None])
+    full = (start < start[:, None]) & (ends.amin(dim=1) >= start[:, None] + BLOCK_SIZE)
     if window is not None:
-        whole = torch.zeros_like(whole)
+        full = torch.zeros_like(full)
 
-    def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """How many key blocks each query block has, and which, those first."""
-        order = blocks.int().argsort(dim=1, descending=True, stable=True)
-        return blocks.sum(dim=1).int()[None, None], order.int()[None, None]
-
-    def rule(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        allowed = (k <= q) & (q < subtree_end[k])
-        return allowed if window is None else allowed & (position[q] - position[k] < window)
+    def mask_mod(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        mask = (k <= q) & (q < subtree_end[k])
+        return mask if window is None else mask & (position[q] - position[k] < window)
 
     return BlockMask.from_kv_blocks(
-        *listed(meets & ~whole), *listed(whole), BLOCK_SIZE=BLOCK, mask_mod=rule, seq_lengths=(w, w)
+        *list_key_blocks(attends & ~full),
+        *list_key_blocks(full),
+        BLOCK_SIZE=BLOCK_SIZE,
+        mask_mod=mask_mod,
+        seq_lengths=(w, w),
     )
 
 
+def list_key_blocks(blocks: Bool[Tensor, "m m"]) -> tuple[Int[Tensor, "1 1 m"], Int[Tensor, "1 1 m m"]]:
+    """For each block of queries: the number of its blocks of keys, and all indices with those first."""
+    order = blocks.int().argsort(dim=1, descending=True, stable=True)
+    return blocks.sum(dim=1).int()[None, None], order.int()[None, None]
+
+
 @cache
-def compiled() -> Any:
+def compiled_flex_attention() -> Any:
+    """FlexAttention compiled for CUDA, once in a process."""
     return torch.compile(flex_attention, dynamic=True)
 
 
-def flex_attend(
+def attend_with_flex(
     q: Float[Tensor, "1 h w d"],
     k: Float[Tensor, "1 g w d"],
     v: Float[Tensor, "1 g w e"],
-    mask: BlockMask,
+    block_mask: BlockMask,
     scale: float | None,
 ) -> Float[Tensor, "1 h w e"]:
-    """Attention under a block mask, with as many heads of keys and values as divide those of the queries."""
-    function = compiled() if q.is_cuda else flex_attention
-    return function(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    """Compute softmax attention under a block mask; h may be a multiple of g."""
+    function = compiled_flex_attention() if q.is_cuda else flex_attention
+    return function(q, k, v, block_mask=block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])

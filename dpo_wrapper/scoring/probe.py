@@ -90,7 +90,7 @@ def probe_head(model: LanguageModel, device: torch.device, policy: nn.Module | N
     known_size, n = model.vocab_size or 2, min(5, model.max_positions or 5)
     row = [(2 * k + 1) * known_size // (2 * n) for k in range(n)]  # spread out: small ids are often padding
     ids = torch.tensor([row, [*row[:-1], (row[-1] + 1) % known_size]], device=device)
-    head = model.head()
+    head = model.output_head()
     needs_graph = policy is not None or head is not None
     with eval_mode(model.model), reproducible_forward(model.model), torch.set_grad_enabled(needs_graph):
         logits = check_logits(first_forward(model, ids), ids)
@@ -126,7 +126,7 @@ def probe_head(model: LanguageModel, device: torch.device, policy: nn.Module | N
 def first_forward(model: LanguageModel, ids: Int[Tensor, "b n"]) -> object:
     """The model's output for ids; an error it raises is passed on in a sentence."""
     try:
-        return model.logits(ids)
+        return model.forward_logits(ids)
     except Exception as error:
         devices = {p.device for p in model.model.parameters()}
         if devices and ids.device not in devices:
@@ -156,7 +156,7 @@ def why_head_differs(model: LanguageModel, head: OutputHead, ids: Tensor, logits
     if hasattr(head.weight, "device_mesh"):
         return "its head is sharded, and whole inside the model alone"
     try:
-        head_logits = head.logits(model.hidden(ids))
+        head_logits = head.compute_logits(model.forward_hidden(ids))
     except Exception as error:  # whatever a model's code may raise, its own logits remain
         return f"its hidden states cannot be had ({type(error).__name__}: {error})"
     if head_logits.shape != logits.shape:
@@ -186,7 +186,7 @@ def why_not_shared(
     ids[1, : n // 2], ids[3, : n // 4] = ids[0, : n // 2], ids[2, : n // 4]
     all_true = torch.ones_like(ids, dtype=torch.bool)
     sequences = ScoredSequences.from_padded(ids, all_true, all_true).to(device)
-    every_size = replace(options.tree, min_work=0)  # the kernel is tried on short branches too
+    every_size = replace(options.tree, min_branch_numel=0)  # the kernel is tried on short branches too
     try:
         with eval_mode(model.model):
             padded, _ = compute_token_log_probs(model, sequences, replace(options, tree=None))

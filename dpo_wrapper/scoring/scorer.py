@@ -18,7 +18,7 @@ from dpo_wrapper.validation import check_ids, check_mask, check_vocabulary, desc
 KERNELS = {
     "flex": "FlexAttention where attention is plain, else along each path",
     "branches": "torch's kernel on each long branch where attention is plain, else along each path",
-    "own": "the model's own attention along each path",
+    "model": "the model's own attention along each path",
 }
 """The kernels of attention over a tree, for `explain`."""
 
@@ -112,7 +112,7 @@ class Scorer:
     def trains_head(self) -> bool:
         """Whether gradients are needed of an output head that is applied outside the model."""
         applies = self.probe is not None and self.probe.forward.head_applies
-        head = self.language_model.head() if applies else None
+        head = self.language_model.output_head() if applies else None
         return head is not None and head.weight.requires_grad and torch.is_grad_enabled()
 
     @property

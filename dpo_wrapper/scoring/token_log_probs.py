@@ -51,8 +51,8 @@ def compute_token_log_probs(
 
         def forward_padded(hidden: bool) -> Tensor:
             if hidden:
-                return model.hidden(sequences.ids)
-            return check_logits(model.logits(sequences.ids), sequences.ids)
+                return model.forward_hidden(sequences.ids)
+            return check_logits(model.forward_logits(sequences.ids), sequences.ids)
 
         return _gather(model, options, forward_padded, rows, sequences.target, extras, fused_loss)
 
@@ -82,7 +82,7 @@ def _gather(
     Args:
         forward: the model's forward pass, to hidden states if called with True, to logits with False.
     """
-    head = model.head()
+    head = model.output_head()
     with reproducible_forward(model.model):
         if head is None or not options.head_applies:
             result = log_probs_of_rows(forward(False).flatten(0, 1), rows, targets, extras)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from dpo_wrapper.losses.describe import help_text
+from dpo_wrapper.losses.registry import losses_help
 from dpo_wrapper.pretrained import PRESETS
 
 
@@ -51,7 +51,7 @@ class TrainConfig:
     """Maximum sequence length in tokens. Longer sequences lose the front of the prompt first, then the end of
     the completion."""
 
-    loss: Annotated[str, tyro.conf.arg(help=help_text())] = "sigmoid(beta=0.1) + 1.0*sft"
+    loss: Annotated[str, tyro.conf.arg(help=losses_help())] = "sigmoid(beta=0.1) + 1.0*sft"
     reference: Literal["auto", "copy", "none"] = "auto"
     """Reference model: a frozen copy of the policy as it is before preference training, or none. auto makes a
     copy if the loss needs one."""
@@ -168,6 +168,11 @@ class TrainConfig:
     @property
     def peak_learning_rate(self) -> float:
         return self.learning_rate or (1e-4 if self.is_new_model else 1e-6)
+
+    @property
+    def on_error(self) -> Literal["raise", "skip"]:
+        """What reading does at a row with an error."""
+        return "skip" if self.skip_bad_rows else "raise"
 
     def as_json(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)

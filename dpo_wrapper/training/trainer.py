@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from dpo_wrapper.data import TokenizedExample, group_by_tokens
 from dpo_wrapper.metrics import MetricSums
+from dpo_wrapper.running import Reduce
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.stages import CollateFn, Stage
@@ -151,11 +152,11 @@ class Trainer:
         for name, examples in splits.items():
             if not examples:
                 continue
-            indices, reduce = list(range(len(examples))), self.sum_over_processes
-            if len(examples) < self.accelerator.num_processes:  # every process evaluates all of them
-                reduce = identity
-            else:
+            indices = list(range(len(examples)))
+            reduce: Reduce = identity
+            if len(examples) >= self.accelerator.num_processes:  # or else every process evaluates all of them
                 indices = indices[self.accelerator.process_index :: self.accelerator.num_processes]
+                reduce = self.sum_over_processes
             batches = [
                 batch.to(self.accelerator.device) for batch in self.make_dataset(examples, [indices])[0]
             ]

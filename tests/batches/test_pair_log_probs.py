@@ -9,7 +9,7 @@ from torch import Generator
 
 from dpo_wrapper import DPO, SFT, PreferenceBatch, Sigmoid, sequence_log_probs
 from dpo_wrapper.batches.sequences import ScoredSequences
-from dpo_wrapper.batches.token_level import shortened_sums, wpo_weights
+from dpo_wrapper.batches.pair_log_probs import discounted_sums, wpo_weights
 from dpo_wrapper.losses import AOT, CPO, KTO, ORPO, AOTUnpaired, BetaDPO, SimPO, parse_losses
 from helpers.batches import random_batch
 from helpers.models import ZOO
@@ -172,7 +172,7 @@ def test_orpo_with_the_prompt(share: bool):
 
     # in parts it is the same
     parts = [replace(given, pairs=given.pairs[rows]) for rows in (slice(0, 2), slice(2, 5))]
-    torch.testing.assert_close(sum(dpo(part.as_part_of(*given.counts())) for part in parts), dpo(given))
+    torch.testing.assert_close(sum(dpo(part.with_step_totals(*given.step_totals())) for part in parts), dpo(given))
     short = made([(ORPO(0.3, prompt=True), 1.0), (Sigmoid(), 0.5)], ld_alpha=0.3, share_prefix=share)
     assert call(short).isfinite()
 

@@ -12,9 +12,9 @@ from torch import Generator, Tensor
 
 from dpo_wrapper import DPO, SFT, RankedBatch, Sigmoid, UnpairedBatch, sequence_log_probs
 from dpo_wrapper.batches.unpaired import kl_partner_indices
-from dpo_wrapper.evaluation.evaluate import as_one_step, evaluate
+from dpo_wrapper.evaluation.evaluate import evaluate, normalize_over_step
 from dpo_wrapper.losses import KTO, PlackettLuce, RankedLogProbs, UnpairedLogProbs, weighted
-from dpo_wrapper.metrics import MetricSums, list_metrics, row_metrics
+from dpo_wrapper.metrics import MetricSums, ranked_metrics, unpaired_metrics
 from helpers.models import ZOO
 from helpers.pair_log_probs import sigmoid
 from helpers.ranked_batches import doubles, lists_in_parts, lists_of_ids, rows_in_parts, rows_of_ids
@@ -139,8 +139,8 @@ def test_lists_as_pairs():
     batch = RankedBatch.from_lists(*lists_of_ids())
     assert batch.ranks.tolist() == [[0, 1, 2, -1], [3, 4, -1, -1], [5, 6, 7, 8]]
     best = [[0, 1], [0, 2], [3, 4], [5, 6], [5, 7], [5, 8]]
-    assert batch.pairs("best").pairs.tolist() == best
-    every = sorted(batch.pairs().pairs.tolist())
+    assert batch.pair_index("best").pairs.tolist() == best
+    every = sorted(batch.pair_index().pairs.tolist())
     assert every == sorted([*best, [1, 2], [6, 7], [6, 8], [7, 8]])
     policy, reference = models()
     two = RankedBatch.from_lists([[1, 2], [3]], [[[4], [5, 6]], [[7, 8], [9]]])
@@ -150,7 +150,7 @@ def test_lists_as_pairs():
     ]
     torch.testing.assert_close(*values)
     with pytest.raises(ValueError, match="which should be 'all' or 'best', but it is 'worst'"):
-        batch.pairs("worst")
+        batch.pair_index("worst")
 
 
 def test_lists_with_nothing_to_rank_are_left_out():
@@ -222,7 +222,7 @@ def test_a_step_in_parts_adds_up(data):
     loss, whole, parts = data()
     dpo = DPO(policy, loss=loss, reference=reference)
     expected, wanted = dpo(whole, return_metrics=True)
-    in_parts = as_one_step(dpo, parts, torch.device("cpu"))
+    in_parts = normalize_over_step(dpo, parts, torch.device("cpu"))
     assert len(in_parts) == len(parts)
     shares = [dpo(part) for part in in_parts]
     torch.testing.assert_close(sum(shares), expected)
@@ -235,17 +235,17 @@ def test_a_step_in_parts_adds_up(data):
         assert metrics[name] == pytest.approx(wanted[name].item(), rel=1e-6, abs=1e-9), name
 
     halves = [parts[:1], parts[1:]]  # of two processes
-    sums = sum(torch.tensor([part.counts() for part in half]).sum(dim=0) for half in halves)
-    assert tuple(sums.tolist()) == whole.counts()
+    sums = sum(torch.tensor([part.step_totals() for part in half]).sum(dim=0) for half in halves)
+    assert tuple(sums.tolist()) == whole.step_totals()
 
 
 def test_rows_without_a_common_estimate_have_their_own():
     policy, reference = models()
     _, whole, parts = rows_in_parts()
     dpo = DPO(policy, loss=KTO(0.5), reference=reference)
-    total, count = dpo(whole.mismatched)
+    total, count = dpo(whole.kl_sequences)
     assert count == 4 and not total.requires_grad
-    alone = [dpo(part.mismatched) for part in parts]
+    alone = [dpo(part.kl_sequences) for part in parts]
     torch.testing.assert_close(sum(alone), torch.stack([total, count]))
     _, metrics = dpo(parts[0], return_metrics=True)
     torch.testing.assert_close(metrics["kl"], alone[0][0])
@@ -258,7 +258,7 @@ def test_metrics_of_lists_by_hand():
     length = torch.tensor([[2, 1, 1, 4], [3, 5, 7, 7]])
     lists = RankedLogProbs(lists.policy, lists.reference, real, length)
     sequences = RankedBatch.from_lists([[1]], [[[2], [3]]]).sequences
-    found = list_metrics(sequences, lists, doubles([1.0, 2.0]), 0.5)
+    found = ranked_metrics(sequences, lists, doubles([1.0, 2.0]), 0.5)
     expected = {
         "loss": 1.5,
         "rewards/chosen": 0.5 * (3 - 1) / 2,
@@ -305,10 +305,10 @@ def test_metrics_of_rows_by_hand():
         "tokens/unique": 1.0,
         "tokens/padded": 2.0,
     }
-    found = row_metrics(sequences, rows, doubles([1.0, 2.0, 3.0]), 0.5)
+    found = unpaired_metrics(sequences, rows, doubles([1.0, 2.0, 3.0]), 0.5)
     assert {name: value.item() for name, value in found.items()} == pytest.approx(expected)
     wanted_alone = UnpairedLogProbs(policy[:1], reference[:1], label[:1], doubles(-2.0))
-    alone = row_metrics(sequences, wanted_alone, doubles([1.0]), 0.5)
+    alone = unpaired_metrics(sequences, wanted_alone, doubles([1.0]), 0.5)
     assert alone["rewards/rejected"] == 0 and alone["rewards/accuracies"] == 1  # a negative KL is none
     sums = MetricSums()
     sums.add(found)

@@ -252,7 +252,7 @@ def batches(draw, least: int = 0) -> tuple[PreferenceBatch, list[list[Token]], l
 def test_batch_of_two_sides(given):
     batch, chosen, rejected = given
     b = len(chosen)
-    assert batch.pairs.tolist() == [[k, b + k] for k in range(b)]
+    assert batch.pair_index.tolist() == [[k, b + k] for k in range(b)]
     counts = [len(scores) for side in (chosen, rejected) for scores in naive(side)]
     assert batch.sequences.length.tolist() == counts
     # sides of unequal width are one stack, as if they had been of one width all along
@@ -266,7 +266,7 @@ def test_batch_of_two_sides(given):
     valid = [counts[k] > 0 and counts[b + k] > 0 for k in range(b)]
     assert batch.valid.tolist() == valid and batch.valid.dtype == torch.bool
     tokens = sum(n for n, ok in zip(counts[:b], valid, strict=True) if ok)
-    assert batch.counts()[:2] == (sum(valid), tokens) and batch.counts()[2] >= tokens
+    assert batch.step_totals()[:2] == (sum(valid), tokens) and batch.step_totals()[2] >= tokens
 
 
 def one_batch() -> PreferenceBatch:
@@ -281,35 +281,35 @@ def one_batch() -> PreferenceBatch:
 def test_counts_by_hand():
     # pair 0 scores 2 and 1, pair 1 nothing and 1, pair 2 scores 1 (its third is padding) and 1
     assert one_batch().valid.tolist() == [True, False, True]
-    assert one_batch().counts()[:2] == (2, 3)
+    assert one_batch().step_totals()[:2] == (2, 3)
 
 
 def test_pairs_may_share_sequences():
     # K completions of one prompt: each sequence once, pairs are an index into them
     sequences = made([row_of([1, 2]), row_of([1, 3]), row_of([1, 0], "x.")])
     batch = PreferenceBatch(sequences, torch.tensor([[0, 1], [1, 0], [0, 2], [0, 1]]))
-    assert batch.valid.tolist() == [True, True, False, True] and batch.counts()[:2] == (3, 3)
-    assert PreferenceBatch(sequences, torch.zeros(0, 2, dtype=torch.long)).counts() == (0, 0, 0)
+    assert batch.valid.tolist() == [True, True, False, True] and batch.step_totals()[:2] == (3, 3)
+    assert PreferenceBatch(sequences, torch.zeros(0, 2, dtype=torch.long)).step_totals() == (0, 0, 0)
 
 
 def test_as_part_of():
     batch = one_batch()
-    part = batch.as_part_of(10, 70, 90)
+    part = batch.with_step_totals(10, 70, 90)
     assert (part.step_pairs, part.step_chosen_tokens) == (10, 70)
-    assert part.sequences is batch.sequences and part.pairs is batch.pairs
+    assert part.sequences is batch.sequences and part.pairs is batch.pair_index
     assert (batch.step_pairs, batch.step_chosen_tokens) == (None, None)
-    assert part.as_part_of(3, 4, 5).step_pairs == 3
+    assert part.with_step_totals(3, 4, 5).step_pairs == 3
 
 
 def test_to_moves_everything():
-    batch = one_batch().as_part_of(10, 70, 90)
+    batch = one_batch().with_step_totals(10, 70, 90)
     moved = batch.to("meta")
     assert type(moved) is PreferenceBatch and type(moved.sequences) is ScoredSequences
     assert moved.pairs.device.type == "meta" and (moved.step_pairs, moved.step_chosen_tokens) == (10, 70)
     for field in fields(ScoredSequences):
         there, here = getattr(moved.sequences, field.name), getattr(batch.sequences, field.name)
         assert there.device.type == "meta" and there.shape == here.shape and there.dtype == here.dtype
-    assert batch.pairs.device.type == "cpu"
+    assert batch.pair_index.device.type == "cpu"
     assert torch.equal(batch.to(torch.device("cpu")).sequences.ids, batch.sequences.ids)
 
 
@@ -415,7 +415,7 @@ def test_sums_equal_one_big_batch(given, seed: int, size: int, reference: bool, 
     together = ("tokens/unique", "tokens/padded")
     got = {name: value for name, value in added(*parts).items() if name not in together}
     assert got == pytest.approx({k: v for k, v in whole.items() if k not in together}, rel=1e-12, abs=1e-12)
-    assert whole["pairs/valid"] == batch.counts()[0]
+    assert whole["pairs/valid"] == batch.step_totals()[0]
     assert added(*parts)["tokens/unique"] >= 0
     assert added(*parts) == pytest.approx(added(*parts[::-1]), rel=1e-12, abs=1e-12)
 

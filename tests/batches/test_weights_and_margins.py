@@ -153,8 +153,9 @@ def test_columns_that_cannot_act_are_refused_before_a_forward_pass():
 def test_the_command_trains_on_columns(tmp_path: Path, monkeypatch):
     import json
 
-    from dpo_wrapper.training.config import PRESETS, TrainConfig
-    from dpo_wrapper.training.train import prepare, train
+    from dpo_wrapper.pretrained import PRESETS
+    from dpo_wrapper.training.config import TrainConfig
+    from dpo_wrapper.training.train import set_up_training, train
 
     monkeypatch.setitem(PRESETS, "tiny", {"dim": 16, "depth": 1, "heads": 1})
     data = tmp_path / "rows.jsonl"
@@ -162,7 +163,7 @@ def test_the_command_trains_on_columns(tmp_path: Path, monkeypatch):
     more = {"sft_epochs": 0, "epochs": 1, "eval_fraction": 0.0, "cpu": True, "max_length": 16}
     train(TrainConfig(data=data, out=tmp_path / "run", batch_size=3, **more))
     with pytest.raises(ValueError, match="margins have no meaning for IPO"):
-        prepare(TrainConfig(data=data, out=tmp_path / "other", loss="ipo", **more))
+        set_up_training(TrainConfig(data=data, out=tmp_path / "other", loss="ipo", **more))
 
 
 # what runs over steps
@@ -197,7 +198,7 @@ def test_a_step_in_parts_moves_the_running_mean_once():
         whole(given).backward()
         before = parts.gap.mean.clone()
         for rows in (given.pairs[:1], given.pairs[1:]):
-            parts(replace(given, pairs=rows).as_part_of(*given.counts())).backward()
+            parts(replace(given, pairs=rows).with_step_totals(*given.step_totals())).backward()
             assert torch.equal(parts.gap.mean, before)
         parts.end_step()
         torch.testing.assert_close(parts.gap.mean, whole.gap.mean)
@@ -219,7 +220,7 @@ def test_two_processes_move_it_as_one_does():
     one, given = made(BetaDPO(0.2)), batch()
     one(given)
     for share, rows in zip(shares, (given.pairs[:3], given.pairs[3:]), strict=True):
-        share(replace(given, pairs=rows).as_part_of(*given.counts()))
+        share(replace(given, pairs=rows).with_step_totals(*given.step_totals()))
     total = sum(torch.tensor(share.gap.sums) for share in shares)
     shares[0].end_step(lambda sums: total)
     torch.testing.assert_close(shares[0].gap.mean, one.gap.mean)

@@ -1,4 +1,4 @@
-"""Rows to pairs of bounded length: what is cut, in which order, and what is left out."""
+"""Examples to tokens of bounded length: what is cut, in which order, and what is left out."""
 
 from pathlib import Path
 
@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 
 from dpo_wrapper.data import (
     ByteTokenizer,
-    EncodedRows,
+    Example,
+    ExampleError,
     HuggingFaceTokenizer,
     Message,
-    Row,
-    RowError,
-    TokenPair,
-    encode_row,
-    encode_rows,
+    TokenizedExample,
+    TokenizedExamples,
+    tokenize_example,
+    tokenize_examples,
 )
 from helpers import tokenizers as tiny
 
@@ -47,12 +47,12 @@ _prompts = st.text(max_size=60) | st.lists(
 def test_pitfalls_07_and_09_truncation(
     prompt: str | tuple[Message, ...], chosen: str, rejected: str, max_length: int, tokenizer: ByteTokenizer
 ) -> None:
-    row = Row(prompt, chosen, rejected, where="here")
-    pair = encode_row(row, tokenizer, max_length)
+    example = Example(prompt, (chosen, rejected), weight=2.0, margin=0.5, source="here")
+    pair = tokenize_example(example, tokenizer, max_length)
     whole = tokenizer.prompt_ids(prompt)
     sides = [tokenizer.completion_ids(prompt, text) for text in (chosen, rejected)]
     cut = [pair.chosen, pair.rejected]
-    assert pair.where == "here"
+    assert (pair.source, pair.weight, pair.margin, pair.label) == ("here", 2.0, 0.5, None)
     assert all(len(pair.prompt) + len(side) <= max_length for side in cut)
     # Completions lose their end only, keep a token at least, and an EOS is never put back.
     assert all(list(side) == full[: len(side)] and side for side, full in zip(cut, sides, strict=True))
@@ -69,53 +69,68 @@ def test_pitfalls_07_and_09_truncation(
 
 
 def test_truncation_by_hand() -> None:
-    row = Row("abcdef", "xyz", "w")  # BOS and 6 bytes; 4 and 2 tokens
-    assert encode_row(row, BYTES, 11) == TokenPair((BOS, *b"abcdef"), (*b"xyz", EOS), (*b"w", EOS))
-    assert encode_row(row, BYTES, 10) == TokenPair((BOS, *b"bcdef"), (*b"xyz", EOS), (*b"w", EOS))
-    assert encode_row(row, BYTES, 8) == TokenPair((BOS, *b"def"), (*b"xyz", EOS), (*b"w", EOS))
-    row = Row("abcdef", "0123456789", "w")
-    assert encode_row(row, BYTES, 8) == TokenPair((BOS, *b"f"), tuple(b"012345"), (*b"w", EOS))
-    assert encode_row(row, BYTES, 12) == TokenPair((BOS, *b"ef"), tuple(b"012345678"), (*b"w", EOS))
-    assert encode_row(Row("a", "0123456789", "w"), BYTES, 8).prompt == (BOS, *b"a")
+    example = Example("abcdef", ("xyz", "w"))  # BOS and 6 bytes; 4 and 2 tokens
+    assert tokenize_example(example, BYTES, 11) == TokenizedExample(
+        (BOS, *b"abcdef"), ((*b"xyz", EOS), (*b"w", EOS))
+    )
+    assert tokenize_example(example, BYTES, 10) == TokenizedExample(
+        (BOS, *b"bcdef"), ((*b"xyz", EOS), (*b"w", EOS))
+    )
+    assert tokenize_example(example, BYTES, 8) == TokenizedExample(
+        (BOS, *b"def"), ((*b"xyz", EOS), (*b"w", EOS))
+    )
+    example = Example("abcdef", ("0123456789", "w"))
+    assert tokenize_example(example, BYTES, 8) == TokenizedExample(
+        (BOS, *b"f"), (tuple(b"012345"), (*b"w", EOS))
+    )
+    assert tokenize_example(example, BYTES, 12) == TokenizedExample(
+        (BOS, *b"ef"), (tuple(b"012345678"), (*b"w", EOS))
+    )
+    assert tokenize_example(Example("a", ("0123456789", "w")), BYTES, 8).prompt == (BOS, *b"a")
 
 
 def test_pitfall_11_an_eos_that_is_cut_off_is_not_trained() -> None:
-    pair = encode_row(Row("Q", "0123456789", "01"), BYTES, 8)
+    pair = tokenize_example(Example("Q", ("0123456789", "01")), BYTES, 8)
     assert EOS not in pair.chosen and pair.rejected.count(EOS) == 1
 
 
 def test_pitfall_07_pairs_that_teach_nothing_are_counted_and_left_out() -> None:
-    rows = [
-        Row("Q", "A", "B"),
-        Row("Q", "A", "A"),
-        Row("Q", "0123456789 one", "0123456789 two"),  # the same once both are cut
-        Row("", "", "B"),  # without BOS the EOS is the first token of its sequence, and nothing predicts it
+    examples = [
+        Example("Q", ("A", "B")),
+        Example("Q", ("A", "A")),
+        Example("Q", ("0123456789 one", "0123456789 two")),  # the same once both are cut
+        # without BOS the EOS is the first token of its sequence, and nothing predicts it
+        Example("", ("", "B")),
     ]
-    encoded = encode_rows(rows, NoBos(), 8)
-    assert encoded.entries == [TokenPair((81,), (65, EOS), (66, EOS))]
-    assert (encoded.identical, encoded.empty, encoded.errors) == (2, 1, [])
-    assert encoded.summary() == (
-        "Left out of 4 rows: 2 with the same tokens on both sides, 1 with nothing to score."
+    tokenized = tokenize_examples(examples, NoBos(), 8)
+    assert tokenized.examples == [TokenizedExample((81,), ((65, EOS), (66, EOS)))]
+    assert (tokenized.num_identical, tokenized.num_unscored, tokenized.errors) == (2, 1, [])
+    assert tokenized.summary() == (
+        "Left out of 4 examples: 2 with the same tokens in every completion, 1 with nothing to score."
     )
-    assert len(encode_rows(rows[3:], BYTES, 8).entries) == 1
+    assert len(tokenize_examples(examples[3:], BYTES, 8).examples) == 1
 
 
 def test_pitfall_08_an_invalid_pair_among_them_changes_nothing() -> None:
-    rows = [Row("Q", "A", "B"), Row("R", "C", "D")]
+    examples = [Example("Q", ("A", "B")), Example("R", ("C", "D"))]
     assert (
-        encode_rows([rows[0], Row("Q", "", ""), rows[1]], BYTES, 8).entries
-        == encode_rows(rows, BYTES, 8).entries
+        tokenize_examples([examples[0], Example("Q", ("", "")), examples[1]], BYTES, 8).examples
+        == tokenize_examples(examples, BYTES, 8).examples
     )
 
 
 def test_counts_and_summary() -> None:
-    rows = [Row("Q", "A", "B"), Row("Q" * 30, "A", "B"), Row("Q" * 30, "A" * 30, "B" * 30)]
-    encoded = encode_rows(rows, BYTES, 16)
-    assert (encoded.prompts_shortened, encoded.completions_cut) == (2, 2)
-    assert encoded.summary() == "Cut to fit: 2 prompts at the front, 2 completions at the end."
-    assert encode_rows(rows[:1], BYTES, 16).summary() == ""
-    assert EncodedRows(encoded.entries, 1000, 0, 1, 0, [RowError("x")]).summary() == (
-        "Left out of 1,004 rows: 1 with an error, 1,000 with the same tokens on both sides; "
+    examples = [
+        Example("Q", ("A", "B")),
+        Example("Q" * 30, ("A", "B")),
+        Example("Q" * 30, ("A" * 30, "B" * 30)),
+    ]
+    tokenized = tokenize_examples(examples, BYTES, 16)
+    assert (tokenized.num_shortened_prompts, tokenized.num_truncated_completions) == (2, 2)
+    assert tokenized.summary() == "Cut to fit: 2 prompts at the front, 2 completions at the end."
+    assert tokenize_examples(examples[:1], BYTES, 16).summary() == ""
+    assert TokenizedExamples(tokenized.examples, 1000, 0, 1, 0, [ExampleError("x")]).summary() == (
+        "Left out of 1,004 examples: 1 with an error, 1,000 with the same tokens in every completion; "
         "cut to fit: 1 prompt at the front."
     )
 
@@ -124,36 +139,38 @@ def test_pitfall_10_tokenizer_errors_name_the_row(tmp_path: Path) -> None:
     tiny.save_tokenizer(tmp_path, eos="<|im_end|>", template=tiny.NO_PREFIX)
     tokenizer = HuggingFaceTokenizer.load(tmp_path)
     turns = (Message("user", "Hello"),)
-    rows = [
-        Row("Q", "A", "B", where="a.jsonl, line 1"),
-        Row(turns, "A", "B", where="a.jsonl, line 2"),
-        Row("Q", "A", "B<|im_end|>C", where="a.jsonl, line 3"),
+    examples = [
+        Example("Q", ("A", "B"), source="a.jsonl, line 1"),
+        Example(turns, ("A", "B"), source="a.jsonl, line 2"),
+        Example("Q", ("A", "B<|im_end|>C"), source="a.jsonl, line 3"),
     ]
     with pytest.raises(
-        RowError, match=r"^a.jsonl, line 2: expected a chat template under which a dialogue begins"
+        ExampleError, match=r"^a.jsonl, line 2: the chat template should render a dialogue that begins"
     ):
-        encode_rows(rows, tokenizer, 64)
-    with pytest.raises(ValueError, match=r"^expected a completion without the EOS token inside") as caught:
-        encode_row(rows[2], tokenizer, 64)
-    assert not isinstance(caught.value, RowError)
-    encoded = encode_rows(rows, tokenizer, 64, on_error="skip")
-    assert [pair.where for pair in encoded.entries] == ["a.jsonl, line 1"]
-    assert [str(error)[:17] for error in encoded.errors] == ["a.jsonl, line 2: ", "a.jsonl, line 3: "]
-    assert encoded.summary() == "Left out of 3 rows: 2 with an error."
+        tokenize_examples(examples, tokenizer, 64)
+    with pytest.raises(
+        ValueError, match=r"^the completion should not hold the EOS token, but '<.im_end.>' is in it: remove"
+    ) as caught:
+        tokenize_example(examples[2], tokenizer, 64)
+    assert not isinstance(caught.value, ExampleError)
+    tokenized = tokenize_examples(examples, tokenizer, 64, on_error="skip")
+    assert [pair.source for pair in tokenized.examples] == ["a.jsonl, line 1"]
+    assert [str(error)[:17] for error in tokenized.errors] == ["a.jsonl, line 2: ", "a.jsonl, line 3: "]
+    assert tokenized.summary() == "Left out of 3 examples: 2 with an error."
 
 
 @pytest.mark.parametrize("max_length", [7, 0, -1, 8.0, True, "9"])
 def test_max_length(max_length: int) -> None:
     for call in (
-        lambda: encode_row(Row("Q", "A", "B"), BYTES, max_length),
-        lambda: encode_rows([], BYTES, max_length),
+        lambda: tokenize_example(Example("Q", ("A", "B")), BYTES, max_length),
+        lambda: tokenize_examples([], BYTES, max_length),
     ):
         with pytest.raises(
-            ValueError, match=r"expected max_length to be an integer from 8, got .*; choose how many"
+            ValueError, match=r"max_length should be an integer of at least 8, but it is .*: choose how many"
         ):
             call()
 
 
 def test_on_error() -> None:
-    with pytest.raises(ValueError, match="expected on_error 'raise' or 'skip', got 'warn'"):
-        encode_rows([], BYTES, 8, on_error="warn")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="on_error should be 'raise' or 'skip', but it is 'warn'"):
+        tokenize_examples([], BYTES, 8, on_error="warn")  # type: ignore[arg-type]

@@ -1,18 +1,30 @@
+"""Tokenized pairs, and files of records, for tests."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
 import torch
 
-from dpo_wrapper import PreferenceDataset
-from dpo_wrapper.data import TokenizedExample
+from dpo_wrapper.data import PreferenceDataset, TokenizedExample
 
 
-def pairs(count=7, seed=0):
+def pairs(count: int = 7, seed: int = 0) -> list[TokenizedExample]:
+    """Random pairs of prompts and completions of 1 to 4 ids below 37."""
     generator = torch.Generator().manual_seed(seed)
 
-    def ids(least):
-        n = int(torch.randint(least, 5, (), generator=generator))
+    def ids() -> tuple[int, ...]:
+        n = int(torch.randint(1, 5, (), generator=generator))
         return tuple(torch.randint(37, (n,), generator=generator).tolist())
 
-    return [TokenizedExample(ids(1), (ids(1), ids(1))) for _ in range(count)]
+    return [TokenizedExample(ids(), (ids(), ids())) for _ in range(count)]
 
 
-def dataset(rows=None):
-    return PreferenceDataset(pairs() if rows is None else rows, -100)
+def dataset(examples: list[TokenizedExample] | None = None) -> PreferenceDataset:
+    return PreferenceDataset(pairs() if examples is None else examples, -100)
+
+
+def write_json_lines(path: Path, records: Iterable[dict[str, Any]]) -> Path:
+    path.write_text("\n".join(map(json.dumps, records)))
+    return path

@@ -1,11 +1,10 @@
 from collections.abc import Iterator
 from dataclasses import fields, replace
 
-from dpo_wrapper import Loss
-from dpo_wrapper.losses.describe import ours
-from dpo_wrapper.losses.registry import divergences_by_name
+from dpo_wrapper import Loss, PairLoss
+from dpo_wrapper.losses.registry import builtin_losses, divergences_by_name
 
-KINDS = [kind for kind in ours() if kind.data.unit == "pairs"]
+KINDS = [kind for kind in builtin_losses() if issubclass(kind, PairLoss)]
 
 
 DIVERGENCES = [kind() for kind in divergences_by_name().values()]

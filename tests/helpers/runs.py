@@ -1,35 +1,78 @@
+"""Runs of the training command in tests: their configuration, their log, and ways to interrupt them."""
+
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 from dpo_wrapper.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
-
-
 BUNDLED = ROOT / "examples" / "data" / "preferences.jsonl"
+SMALL_DECODER = {"dim": 32, "depth": 1, "heads": 1}
 
 
-def config(rows, out, **kwargs):
-    options = {
-        "sft_epochs": 1,
-        "epochs": 2,
-        "batch_size": 4,
-        "max_length": 128,
-        "cpu": True,
-    }
-    return TrainConfig(data=rows, out=out, **(options | kwargs))
+def make_config(data, out, **options):
+    defaults = {"sft_epochs": 1, "epochs": 2, "batch_size": 4, "max_length": 128, "cpu": True}
+    return TrainConfig(data=data, out=out, **(defaults | options))
 
 
-def records(folder, *drop):
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_metrics(folder, *dropped):
     """The log without times."""
     lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [
-        {k: v for k, v in json.loads(line).items() if not k.endswith("/second") and k not in drop}
+        {k: v for k, v in json.loads(line).items() if not k.endswith("/second") and k not in dropped}
         for line in lines
     ]
+
+
+def assert_metrics_close(expected, actual, *, accuracies_from_step=0):
+    """The same but for rounding, and for how tokens are packed.
+
+    accuracies_from_step: the first step whose accuracies are compared. Before it, rounding decides them, for
+    policy and reference are equal.
+    """
+    assert len(expected) == len(actual)
+    for one, other in zip(expected, actual, strict=True):
+        ignored = {"tokens/padded", "tokens/unique", "stage", "part"}
+        if one["step"] < accuracies_from_step:
+            ignored.add("rewards/accuracies")
+        for name in one.keys() - ignored:
+            where = (one["stage"], one["part"], one["step"], name)
+            assert one[name] == pytest.approx(other[name], rel=2e-3, abs=2e-4), where
+
+
+class Interrupted(Exception):
+    pass
+
+
+@contextmanager
+def interrupt_training(stage: str, *, after_steps: int) -> Iterator[None]:
+    """Interrupt the training inside this context once so many steps of a stage are done."""
+    from dpo_wrapper.training.trainer import Trainer
+
+    train_step, steps_done = Trainer.train_step, 0
+
+    def interrupted_step(self, *args):
+        nonlocal steps_done
+        if self.stage.name == stage and steps_done == after_steps:
+            raise Interrupted
+        steps_done += self.stage.name == stage
+        return train_step(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Trainer, "train_step", interrupted_step)
+        yield
 
 
 def run_in_two_processes(script, *arguments):
@@ -51,21 +94,18 @@ def run_in_two_processes(script, *arguments):
 
 
 def train_in_two_processes(script, rows, out, loss=None):
-    """A run of two processes with the settings of `config`."""
+    """A run of two processes with the settings of `make_config`."""
     more = "" if loss is None else f", loss={loss!r}"
     script.write_text(
         "import sys\n"
         "from pathlib import Path\n"
         "import torch\n"
-        "from dpo_wrapper.training.config import PRESETS, TrainConfig\n"
+        "from dpo_wrapper.pretrained import PRESETS\n"
+        "from dpo_wrapper.training.config import TrainConfig\n"
         "from dpo_wrapper.training.train import train\n"
         "torch.set_num_threads(1)\n"
         "PRESETS['tiny'] = {'dim': 32, 'depth': 1, 'heads': 1}\n"
         "train(TrainConfig(data=Path(sys.argv[1]), out=Path(sys.argv[2]), sft_epochs=1, epochs=2,\n"
-        f"      batch_size=4, max_length=128, cpu=True, save_every=0{more}))\n"
+        f"      batch_size=4, max_length=128, cpu=True, save_steps=0{more}))\n"
     )
     run_in_two_processes(script, rows, out)
-
-
-class Interrupted(Exception):
-    pass

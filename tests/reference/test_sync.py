@@ -7,16 +7,15 @@ import pytest
 import torch
 from torch import Generator
 
-from dpo_wrapper import DPO, cache_reference
-from dpo_wrapper.training.config import PRESETS
+from dpo_wrapper import DPO, precompute_ref_log_probs
+from dpo_wrapper.pretrained import PRESETS
 from dpo_wrapper.training.train import train
-from dpo_wrapper.training.trainer import Loop
 from helpers.adapters import lora
 from helpers.batches import random_batch
 from helpers.datasets import dataset
 from helpers.dpo_calls import arguments
 from helpers.models import ZOO
-from helpers.runs import BUNDLED, Interrupted, config, records
+from helpers.runs import BUNDLED, interrupt_training, make_config, read_metrics
 
 LN2 = 0.6931471805599453
 CASE = random_batch(Generator().manual_seed(0), odd=0)
@@ -41,7 +40,7 @@ def metric(dpo, name="logps/ref_chosen"):
 @pytest.mark.parametrize("name", ["xt-tied", "hf-llama-tied", "plain-tied"])
 @pytest.mark.parametrize("alpha", [0.6, 0.25, 1.0])
 def test_values_by_hand(name, alpha):
-    dpo = moved(DPO(ZOO[name](0), remember_reference=True))
+    dpo = moved(DPO(ZOO[name](0), cache_ref_log_probs=True))
     before, policy, remembered = weights(dpo.ref_model), weights(dpo.policy_model), metric(dpo)
     dpo.sync_reference(alpha)
     after = dpo.ref_model.state_dict()
@@ -94,7 +93,7 @@ def test_what_cannot_be_updated_is_refused(tmp_path):
         "with its adapter off and has no weights": DPO(lora(ZOO["hf-llama"](0))),
         "expected, but there is none": DPO(model, reference="none"),
         "computed before cannot be updated": DPO(
-            model, reference=cache_reference(dataset(), model, tmp_path)
+            model, reference=precompute_ref_log_probs(dataset(), model, tmp_path)
         ),
         "of another architecture than the policy": DPO(model, reference=ZOO["hf-llama"](0)),
     }
@@ -265,62 +264,67 @@ def rows(tmp_path, monkeypatch):
     return path
 
 
-def test_the_training_command_updates_and_resumes(rows, tmp_path, monkeypatch):
-    options = {"sft_epochs": 0, "sync_every": 3, "sync_alpha": 0.5, "save_every": 2}
-    train(config(rows, tmp_path / "whole", **options))
-    steps = [r["logps/ref_chosen"] for r in records(tmp_path / "whole") if r["part"] == "held-out"]
+def test_the_training_command_updates_and_resumes(rows, tmp_path):
+    options = {"sft_epochs": 0, "ref_model_sync_steps": 3, "ref_model_mixup_alpha": 0.5, "save_steps": 2}
+    train(make_config(rows, tmp_path / "whole", **options))
+    steps = [r["logps/ref_chosen"] for r in read_metrics(tmp_path / "whole") if r["part"] == "eval"]
     assert len(set(steps)) > 2, "the reference moves"
-    step = Loop.step
-
-    def breaks(self, *args):
-        breaks.left -= 1
-        if breaks.left == 0:
-            raise Interrupted
-        return step(self, *args)
-
-    breaks.left = 6  # after an update that is in the checkpoint of step 4
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(Loop, "step", breaks)
-        train(config(rows, tmp_path / "out", **options))
-    train(config(rows, tmp_path / "out", resume=True, **options))
-    assert records(tmp_path / "out") == records(tmp_path / "whole")
+    with interrupt_training("dpo", after_steps=5):  # after an update that is in the checkpoint of step 4
+        train(make_config(rows, tmp_path / "out", **options))
+    train(make_config(rows, tmp_path / "out", resume=True, **options))
+    assert read_metrics(tmp_path / "out") == read_metrics(tmp_path / "whole")
 
 
 @pytest.mark.pitfall(25)
 def test_options_that_cannot_act_are_refused(rows, tmp_path):
     refused = [
-        ({"sync_every": 2, "precompute_reference": True}, "--precompute-reference is for .* stays still"),
-        ({"sync_alpha": 0.5}, "--sync-alpha has no effect without --sync-every"),
-        ({"sync_every": 2, "sync_alpha": 0.0}, "--sync-alpha should be above 0"),
         (
-            {"sync_every": 2, "reference": "none"},
-            "--sync-every is about a reference, but --reference is none",
+            {"ref_model_sync_steps": 2, "precompute_ref_log_probs": True},
+            "--precompute-ref-log-probs needs a reference that does not change",
         ),
-        ({"sync_every": 2, "loss": "simpo"}, "--sync-every is about a reference, but .* needs none"),
+        (
+            {"ref_model_mixup_alpha": 0.5},
+            "--ref-model-mixup-alpha should be given together with --ref-model-sync-steps",
+        ),
+        (
+            {"ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.0},
+            "--ref-model-mixup-alpha should be above 0",
+        ),
+        (
+            {"ref_model_sync_steps": 2, "reference": "none"},
+            "--ref-model-sync-steps needs a reference, but --reference is none",
+        ),
+        (
+            {"ref_model_sync_steps": 2, "loss": "simpo"},
+            "--ref-model-sync-steps needs a reference, but .* needs none",
+        ),
     ]
     for options, sentence in refused:
         with pytest.raises(ValueError, match=sentence):
-            train(config(rows, tmp_path / "out", **options))
+            train(make_config(rows, tmp_path / "out", **options))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_reference_apart_from_the_command_line(rows, tmp_path):
     options = {"sft_epochs": 0, "epochs": 1}
-    train(config(rows, tmp_path / "plain", **options))
-    train(config(rows, tmp_path / "apart", reference_device="cpu", **options))
-    assert records(tmp_path / "plain") == records(tmp_path / "apart")
-    train(config(rows, tmp_path / "narrow", reference_dtype="bfloat16", **options))
-    plain, narrow = (records(tmp_path / name)[0]["logps/ref_chosen"] for name in ("plain", "narrow"))
+    train(make_config(rows, tmp_path / "plain", **options))
+    train(make_config(rows, tmp_path / "apart", reference_device="cpu", **options))
+    assert read_metrics(tmp_path / "plain") == read_metrics(tmp_path / "apart")
+    train(make_config(rows, tmp_path / "narrow", reference_dtype="bfloat16", **options))
+    plain, narrow = (read_metrics(tmp_path / name)[0]["logps/ref_chosen"] for name in ("plain", "narrow"))
     assert plain != narrow and plain == pytest.approx(narrow, rel=0.02)
     for more, message in (
-        ({"reference": "none", "reference_device": "cpu"}, "--reference-device is about a reference, but"),
+        (
+            {"reference": "none", "reference_device": "cpu"},
+            "--reference-device needs a reference, but",
+        ),
         (
             {"loss": "simpo", "reference_dtype": "bfloat16"},
-            "--reference-dtype is about a reference, but --loss",
+            "--reference-dtype needs a reference, but --loss",
         ),
         ({"reference_device": "moon"}, "should be a device of this machine"),
     ):
         with pytest.raises(ValueError, match=message):
-            train(config(rows, tmp_path / "none", **(options | more)))
-    with pytest.raises(ValueError, match="about a copy that stays in memory"):
-        config(rows, tmp_path / "none", precompute_reference=True, reference_device="cpu")
+            train(make_config(rows, tmp_path / "none", **(options | more)))
+    with pytest.raises(ValueError, match="are options of a frozen copy, but"):
+        make_config(rows, tmp_path / "none", precompute_ref_log_probs=True, reference_device="cpu")

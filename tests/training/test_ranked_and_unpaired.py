@@ -1,7 +1,8 @@
-"""The training command on ranked lists and on rows with a label, whatever a step is split into."""
+"""The training command on ranked lists and on rows with a label."""
 
 import json
 import re
+import subprocess
 import sys
 
 import pytest
@@ -9,30 +10,26 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_wrapper.cli import main
-from dpo_wrapper.training.config import PRESETS
+from dpo_wrapper.pretrained import PRESETS
 from dpo_wrapper.training.train import train
-from dpo_wrapper.training.trainer import Loop
-from helpers.runs import BUNDLED, Interrupted, config, records, train_in_two_processes
-
-TINY = {"dim": 32, "depth": 1, "heads": 1}
-
-
-@pytest.fixture(autouse=True)
-def small_preset(monkeypatch):
-    monkeypatch.setitem(PRESETS, "tiny", TINY)
-
-
-def written(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+from helpers.runs import (
+    BUNDLED,
+    SMALL_DECODER,
+    assert_metrics_close,
+    interrupt_training,
+    make_config,
+    read_metrics,
+    train_in_two_processes,
+    write_rows,
+)
 
 
-def bundled(count=26):
+def bundled_rows(count=26):
     lines = BUNDLED.read_text(encoding="utf-8").splitlines()[:count]
     return [{k: json.loads(line)[k] for k in ("prompt", "chosen", "rejected")} for line in lines]
 
 
-def ranked(row, number):
+def as_ranked(row, number):
     completions = [row["chosen"], row["rejected"]]
     return {
         "prompt": row["prompt"],
@@ -41,87 +38,74 @@ def ranked(row, number):
     }
 
 
-def labelled(row, number):
+def as_labelled(row, number):
     side = ("chosen", "rejected")[number % 2]
     return {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
 
 
-KINDS = {"plackettluce(beta=0.3)": ranked, "kto(beta=0.3, undesirable=0.8)": labelled}
+ROWS_OF_LOSSES = {"plackettluce(beta=0.3)": as_ranked, "kto(beta=0.3, undesirable=0.8)": as_labelled}
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=ROWS_OF_LOSSES)
 def finished(request, tmp_path_factory):
-    """A loss, a file of what it learns from, and a finished run."""
+    """A loss, a file of what it learns from, and the folder of a finished run."""
     folder = tmp_path_factory.mktemp("listed")
-    rows = [KINDS[request.param](row, k) for k, row in enumerate(bundled())]
-    path = written(folder / "rows.jsonl", rows)
+    rows = [ROWS_OF_LOSSES[request.param](row, number) for number, row in enumerate(bundled_rows())]
+    path = write_rows(folder / "rows.jsonl", rows)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRESETS, "tiny", TINY)
-        train(config(path, folder / "out", loss=request.param, save_every=0))
+        patch.setitem(PRESETS, "tiny", SMALL_DECODER)
+        train(make_config(path, folder / "out", loss=request.param, save_steps=0))
     return request.param, path, folder / "out"
 
 
-def close(one, two):
-    assert len(one) == len(two)
-    for a, b in zip(one, two, strict=True):
-        # until the first step is done policy and reference are equal up to rounding, which then decides
-        early = {"rewards/accuracies"} if a["step"] < 2 else set()
-        for name in a.keys() - {"tokens/padded", "tokens/unique", "stage", "part"} - early:
-            assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-4), (a["part"], a["step"], name)
+def assert_logs_close(expected_folder, actual_folder):
+    expected, actual = read_metrics(expected_folder), read_metrics(actual_folder)
+    assert_metrics_close(expected, actual, accuracies_from_step=2)
 
 
-def test_it_trains_and_says_how_well(finished):
+def test_training_improves_the_metrics(finished):
     loss, _, out = finished
     unit = "lists" if loss.startswith("plackett") else "rows"
-    log = [r for r in records(out) if r["stage"] == "dpo"]
-    before, after = ([r for r in log if r["part"] == "training"][k] for k in (0, -1))
+    log = [record for record in read_metrics(out) if record["stage"] == "dpo"]
+    before, after = ([record for record in log if record["part"] == "train"][k] for k in (0, -1))
     assert before["rewards/accuracies"] == 0.5 and before["rewards/margins"] == 0.0
     assert after["rewards/margins"] > 0 and after["rewards/accuracies"] > 0.5
-    steps = [r for r in log if r["part"] == "step"]
-    held_out = next(r for r in log if r["part"] == "held-out")
-    trained = sum(r[f"{unit}/valid"] for r in steps) / 2
-    assert trained + held_out[f"{unit}/valid"] == 26 and before[f"{unit}/valid"] == trained
+    steps = [record for record in log if record["part"] == "step"]
+    eval_metrics = next(record for record in log if record["part"] == "eval")
+    train_count = sum(record[f"{unit}/valid"] for record in steps) / 2
+    assert train_count + eval_metrics[f"{unit}/valid"] == 26 and before[f"{unit}/valid"] == train_count
     assert (out / "curves.png").stat().st_size > 20_000
     raw = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert all(f"{unit}/second" in r for r in raw if r["part"] == "step")
+    assert all(f"{unit}/second" in record for record in raw if record["part"] == "step")
     if unit == "rows":
         assert {r["rows/chosen"] + r["rows/rejected"] for r in steps} == {r["rows/valid"] for r in steps}
-        assert any(r["kl"] != 0 for r in steps)
+        assert any(record["kl"] != 0 for record in steps)
 
 
 @pytest.mark.pitfall(23)
-@pytest.mark.parametrize("size", [1, 250])
-def test_micro_batches_give_the_same_update(finished, tmp_path, size):
+@pytest.mark.parametrize("micro_batch_tokens", [1, 250])
+def test_micro_batches_give_the_same_update(finished, tmp_path, micro_batch_tokens):
     loss, path, out = finished
-    train(config(path, tmp_path / "out", loss=loss, max_tokens=size, workers=size % 2))
-    expected, got = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "out"))
+    options = {"micro_batch_tokens": micro_batch_tokens, "num_workers": micro_batch_tokens % 2}
+    train(make_config(path, tmp_path / "out", loss=loss, **options))
+    expected, actual = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "out"))
     for name in expected:
-        assert torch.allclose(expected[name], got[name], atol=2e-5), name
-    close(records(out), records(tmp_path / "out"))
+        assert torch.allclose(expected[name], actual[name], atol=2e-5), name
+    assert_logs_close(out, tmp_path / "out")
 
 
 def test_a_precomputed_reference_trains_alike(finished, tmp_path):
     loss, path, out = finished
-    train(config(path, tmp_path / "out", loss=loss, precompute_reference=True))
-    close(records(out), records(tmp_path / "out"))
+    train(make_config(path, tmp_path / "out", loss=loss, precompute_ref_log_probs=True))
+    assert_logs_close(out, tmp_path / "out")
 
 
-def test_an_interrupted_run_resumes_to_the_same_result(finished, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_to_the_same_result(finished, tmp_path):
     loss, path, out = finished
-    step = Loop.step
-
-    def breaks(self, accelerator, current, *args):
-        breaks.left -= current.name == "dpo"
-        if breaks.left == 0:
-            raise Interrupted
-        return step(self, accelerator, current, *args)
-
-    breaks.left = 6
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(Loop, "step", breaks)
-        train(config(path, tmp_path / "out", loss=loss, save_every=2))
-    train(config(path, tmp_path / "out", loss=loss, save_every=2, resume=True))
-    assert records(tmp_path / "out") == records(out)
+    with interrupt_training("dpo", after_steps=5):
+        train(make_config(path, tmp_path / "out", loss=loss, save_steps=2))
+    train(make_config(path, tmp_path / "out", loss=loss, save_steps=2, resume=True))
+    assert read_metrics(tmp_path / "out") == read_metrics(out)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
 
@@ -129,15 +113,15 @@ def test_an_interrupted_run_resumes_to_the_same_result(finished, tmp_path, monke
 def test_two_processes_report_what_one_does(finished, tmp_path):
     loss, path, out = finished
     train_in_two_processes(tmp_path / "script.py", path, tmp_path / "out", loss)
-    close(records(out), records(tmp_path / "out"))
+    assert_logs_close(out, tmp_path / "out")
 
 
-# one kind of rows for another
+# rows that are converted to what a loss needs
 
 
 def test_pairs_serve_every_loss(tmp_path, capsys):
-    rows = bundled()
-    pairs = written(tmp_path / "pairs.jsonl", rows)
+    rows = bundled_rows()
+    pairs = write_rows(tmp_path / "pairs.jsonl", rows)
     lists = [{"prompt": r["prompt"], "completions": [r["chosen"], r["rejected"]]} for r in rows]
     single = [
         {"prompt": r["prompt"], "completion": r[side], "label": side == "chosen"}
@@ -145,32 +129,34 @@ def test_pairs_serve_every_loss(tmp_path, capsys):
         for side in ("chosen", "rejected")
     ]
     same = (
-        ("kto", written(tmp_path / "single.jsonl", single), pairs),
-        ("plackettluce", written(tmp_path / "lists.jsonl", lists), pairs),
+        ("kto", write_rows(tmp_path / "single.jsonl", single), pairs),
+        ("plackettluce", write_rows(tmp_path / "lists.jsonl", lists), pairs),
         ("sigmoid", pairs, tmp_path / "lists.jsonl"),
     )
     for loss, *paths in same:
         logs = []
-        for k, path in enumerate(paths):
-            out = tmp_path / f"{loss}{k}"
-            train(config(path, out, loss=loss, epochs=1))
-            logs.append(records(out))
+        for number, path in enumerate(paths):
+            out = tmp_path / f"{loss}{number}"
+            train(make_config(path, out, loss=loss, epochs=1))
+            logs.append(read_metrics(out))
         assert logs[0] == logs[1]
     # of a list of two, the loss of a list is that of a pair
-    close(
-        [{"stage": r["stage"], "part": r["part"], "step": r["step"], "loss": r["loss"]} for r in logs[0]],
-        [{k: r[k] for k in ("stage", "part", "step", "loss")} for r in records(tmp_path / "plackettluce0")],
+    compared = ("stage", "part", "step", "loss")
+    assert_metrics_close(
+        [{name: record[name] for name in compared} for record in logs[0]],
+        [{name: record[name] for name in compared} for record in read_metrics(tmp_path / "plackettluce0")],
     )
 
 
 def test_lists_give_all_pairs_or_the_best_of_each(tmp_path, capsys):
-    path = written(
+    path = write_rows(
         tmp_path / "lists.jsonl", [{"prompt": f"{k}?", "completions": ["a", "b", "c", "d"]} for k in range(4)]
     )
+    options = {"sft_epochs": 0, "eval_fraction": 0.25}
     for ranking, pairs in ((None, 6), ("all", 6), ("best", 3)):
         out = tmp_path / str(ranking)
-        train(config(path, out, loss="sigmoid", ranking=ranking, sft_epochs=0, epochs=1, eval_fraction=0.25))
-        assert f"{3 * pairs} training and {pairs} held-out pairs" in capsys.readouterr().out
+        train(make_config(path, out, loss="sigmoid", ranking=ranking, epochs=1, **options))
+        assert f"{3 * pairs} train and {pairs} eval pairs" in capsys.readouterr().out
 
 
 def row(**columns):
@@ -178,78 +164,86 @@ def row(**columns):
 
 
 @pytest.mark.parametrize(
-    "loss, rows, more, message",
+    "loss, rows, options, message",
     [
         (
             "sigmoid",
             [row(completion="a", label=True)],
             [],
-            "rows.jsonl, line 1: expected two completions to compare, got one with a label",
+            "rows.jsonl, line 1: a row should have two completions to compare, but it has one with a label",
         ),
         (
             "plackettluce",
             [row(completion="a", label=True)],
             [],
-            "line 1: expected completions to rank, got one",
+            "line 1: a row should have completions to rank, but it has one",
         ),
         (
             "kto",
-            [row(completions=["a", "b"])],
+            [row(completions=["a", "b", "c"])],
             [],
-            "line 1, field 'completions': expected one completion with a label, got a ranked list",
+            "line 1: a row should have one completion with a label, but it has a ranked list of 3: say",
         ),
-        ("kto", [row(chosen="a", rejected="b", margin=1.0)], [], "line 1, field 'margin': expected none"),
-        ("plackettluce", [row(completions=["a", "b"], margin=1)], [], "field 'margin': expected none"),
+        (
+            "kto",
+            [row(chosen="a", rejected="b", margin=1.0)],
+            [],
+            "line 1: the margin should be that of a pair, but it is 1.0",
+        ),
+        (
+            "plackettluce",
+            [row(completions=["a", "b"], margin=1)],
+            [],
+            "line 1: the margin should be that of a pair, but it is 1.0",
+        ),
         ("kto", [row(completion="a", label=True)] * 3, [], "completions of other prompts, but all rows"),
         (
             "kto",
             [row(completion="a", label=False), {"prompt": "R", "completion": "b", "label": False}],
             ["--sft-epochs", "1"],
-            "no row to train on is wanted, so there is nothing to warm up on: give --sft-epochs 0",
+            "needs rows with a desirable completion, but there is none to train on: give --sft-epochs 0",
         ),
         (
             "kto",
             [row(chosen="a", rejected="b")],
             ["--ranking", "all"],
-            "got a loss of rows; leave the ranking out",
+            "become pairs, but it is 'all' and the loss takes unpaired_preference data: leave the ranking",
         ),
         (
             "sigmoid",
             [row(chosen="a", rejected="b")],
             ["--ranking", "best"],
-            "got none; leave the ranking out",
+            "but it is 'best' and no row has more than two completions: leave the ranking out",
         ),
         ("kto", [row(chosen="a", rejected="b")], ["--ld-alpha", "0.5"], "ld_alpha compares the two sides"),
         ("kto", [row(chosen="a", rejected="b")], ["--wpo"], "wpo weights pairs, and KTO learns from other"),
         ("kto + sft", [row(chosen="a", rejected="b")], [], "KTO and SFT learn from different data"),
-        ("plackettluce", [row(completions=["a", "a"])], [], "leaves no lists to train on"),
+        ("plackettluce", [row(completions=["a", "a"])], [], "--data should hold lists to train on, but"),
     ],
 )
-def test_what_does_not_fit_is_one_sentence(tmp_path, capsys, loss, rows, more, message):
-    path = written(tmp_path / "rows.jsonl", rows)
+def test_rows_that_do_not_fit_get_one_sentence(tmp_path, capsys, loss, rows, options, message):
+    path = write_rows(tmp_path / "rows.jsonl", rows)
     command = ["train", "--data", str(path), "--out", str(tmp_path / "out"), "--loss", loss, "--cpu"]
     with pytest.raises(SystemExit) as caught:
-        main([*command, "--eval-fraction", "0", *more])
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dpo-wrapper: ")]
-    assert caught.value.code == 2 and len(said) == 1 and message in said[0]
+        main([*command, "--eval-fraction", "0", *options])
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dpo-wrapper: ")]
+    assert caught.value.code == 2 and len(errors) == 1 and message in errors[0]
     assert not (tmp_path / "out").exists()
 
 
-def test_rows_that_are_not_wanted_are_not_written_in_the_warm_up(tmp_path):
+def test_undesirable_rows_are_left_out_of_supervised_training(tmp_path):
     rows = [
         {"prompt": f"{k}?", "completion": "yes" if k % 2 else "no", "label": k % 2 == 1} for k in range(8)
     ]
-    out = tmp_path / "out"
-    train(config(written(tmp_path / "rows.jsonl", rows), out, loss="kto", eval_fraction=0.0, epochs=1))
-    sft = [r for r in records(out) if r["stage"] == "sft" and r["part"] == "step"]
+    path, out = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out"
+    train(make_config(path, out, loss="kto", eval_fraction=0.0, epochs=1))
+    sft = [r for r in read_metrics(out) if r["stage"] == "sft" and r["part"] == "step"]
     assert len(sft) == 1, "4 of 8 rows, 4 a step"
 
 
-def test_the_help_names_them():
-    import subprocess
-
+def test_the_help_names_their_losses():
     done = subprocess.run(
         [sys.executable, "-m", "dpo_wrapper", "train", "--help"], capture_output=True, text=True, check=True
     )
-    shown = re.sub(r"[\s│]+", " ", done.stdout)
-    assert "plackettluce(beta) (lists), kto(beta, desirable, undesirable) (rows)" in shown
+    printed = re.sub(r"[\s│]+", " ", done.stdout)
+    assert "plackettluce(beta) (lists), kto(beta, desirable, undesirable) (rows)" in printed

@@ -1,9 +1,10 @@
-"""Files of every format and form come back as the rows they were made of."""
+"""Files of every format and form come back as the examples they were made of."""
 
 import gzip
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_wrapper.data import Message, Row, RowError, read_rows
+from dpo_wrapper.data import Example, ExampleError, Message, read_examples
 
 GOOD = {"prompt": "Q", "chosen": "A", "rejected": "B"}
 LINE = json.dumps(GOOD)
@@ -26,16 +27,21 @@ _dialogue = st.lists(_message, max_size=3).flatmap(
     )
 )
 _split = st.sampled_from([None, "train", "test"])
-_plain_rows = st.builds(Row, _text.filter(str.strip), _text, _text, _split)
-_dialogue_rows = st.builds(Row, _dialogue, _text, _text, _split)
+_pair = st.tuples(_text, _text)
+_plain_pairs = st.builds(Example, _text.filter(str.strip), _pair, split=_split)
+_dialogue_pairs = st.builds(Example, _dialogue, _pair, split=_split)
+_plain_lists = st.builds(Example, _text.filter(str.strip), st.lists(_text, min_size=3, max_size=4).map(tuple))
+_dialogue_lists = st.builds(Example, _dialogue, st.lists(_text, min_size=3, max_size=4).map(tuple))
+_labelled = st.builds(Example, _text.filter(str.strip), st.tuples(_text), label=st.booleans())
+_labelled_dialogues = st.builds(Example, _dialogue, st.tuples(_text), label=st.booleans())
 
 
-def as_messages(row: Row) -> list[dict[str, str]]:
-    return [{"role": turn.role, "content": turn.content} for turn in row.prompt]  # type: ignore[union-attr]
+def as_messages(example: Example) -> list[dict[str, str]]:
+    return [{"role": turn.role, "content": turn.content} for turn in example.prompt]  # type: ignore[union-attr]
 
 
-def as_shares(row: Row) -> list[dict[str, str]]:
-    return [{"from": SHARE[turn.role], "value": turn.content} for turn in row.prompt]  # type: ignore[union-attr]
+def as_shares(example: Example) -> list[dict[str, str]]:
+    return [{"from": SHARE[turn.role], "value": turn.content} for turn in example.prompt]  # type: ignore[union-attr]
 
 
 def answer(text: str) -> dict[str, str]:
@@ -46,22 +52,22 @@ def share(text: str) -> dict[str, str]:
     return {"from": "gpt", "value": text}
 
 
-FORMS: dict[str, tuple[Any, Callable[[Row], dict[str, Any]]]] = {
-    "plain": (_plain_rows, lambda r: {"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected}),
-    "text": (_plain_rows, lambda r: {"text": r.prompt, "chosen": r.chosen, "rejected": r.rejected, "id": 1}),
+FORMS: dict[str, tuple[Any, Callable[[Example], dict[str, Any]]]] = {
+    "plain": (_plain_pairs, lambda r: {"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected}),
+    "text": (_plain_pairs, lambda r: {"text": r.prompt, "chosen": r.chosen, "rejected": r.rejected, "id": 1}),
     "messages": (
-        _dialogue_rows,
+        _dialogue_pairs,
         lambda r: {"prompt": as_messages(r), "chosen": [answer(r.chosen)], "rejected": [answer(r.rejected)]},
     ),
     "implicit": (
-        _dialogue_rows,
+        _dialogue_pairs,
         lambda r: {
             "chosen": [*as_messages(r), answer(r.chosen)],
             "rejected": [*as_messages(r), answer(r.rejected)],
         },
     ),
     "repeated": (
-        _dialogue_rows,
+        _dialogue_pairs,
         lambda r: {
             "messages": as_messages(r),
             "chosen": [*as_messages(r), answer(r.chosen)],
@@ -69,12 +75,25 @@ FORMS: dict[str, tuple[Any, Callable[[Row], dict[str, Any]]]] = {
         },
     ),
     "mixed": (
-        _dialogue_rows,
+        _dialogue_pairs,
         lambda r: {"prompt": as_messages(r), "chosen": r.chosen, "rejected": r.rejected},
     ),
     "sharegpt": (
-        _dialogue_rows,
+        _dialogue_pairs,
         lambda r: {"conversations": as_shares(r), "chosen": share(r.chosen), "rejected": share(r.rejected)},
+    ),
+    "ranked": (_plain_lists, lambda r: {"prompt": r.prompt, "completions": list(r.completions)}),
+    "ranked messages": (
+        _dialogue_lists,
+        lambda r: {"completions": [[*as_messages(r), answer(text)] for text in r.completions]},
+    ),
+    "labelled": (
+        _labelled,
+        lambda r: {"prompt": r.prompt, "completion": r.completions[0], "label": r.label},
+    ),
+    "labelled messages": (
+        _labelled_dialogues,
+        lambda r: {"prompt": as_messages(r), "completion": [answer(r.completions[0])], "label": r.label},
     ),
 }
 
@@ -119,30 +138,37 @@ FORMATS = [
 @given(data=st.data())
 def test_round_trip_of_every_form_through_every_format(form: str, data: st.DataObject) -> None:
     strategy, record_of = FORMS[form]
-    rows = data.draw(st.lists(strategy, min_size=1, max_size=3))
-    records = [{**record_of(row), "split": row.split} for row in rows]
+    examples = data.draw(st.lists(strategy, min_size=1, max_size=3))
+    records = [{**record_of(example), "split": example.split} for example in examples]
     name = data.draw(st.sampled_from(FORMATS))
     with tempfile.TemporaryDirectory() as folder:
-        read, errors = read_rows(write(Path(folder) / name, records))
-    assert not errors
-    assert [(r.prompt, r.chosen, r.rejected, r.split) for r in read] == [
-        (r.prompt, r.chosen, r.rejected, r.split) for r in rows
-    ]
+        read, errors = read_examples(write(Path(folder) / name, records))
+    assert not errors and all(example.source.startswith(name) for example in read)
+    assert [replace(example, source="") for example in read] == examples
 
 
 def test_places(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(f"\n{LINE}\n  \n{LINE}")
-    assert [row.where for row in read_rows(tmp_path / "a.jsonl")[0]] == ["a.jsonl, line 2", "a.jsonl, line 4"]
+    assert [example.source for example in read_examples(tmp_path / "a.jsonl")[0]] == [
+        "a.jsonl, line 2",
+        "a.jsonl, line 4",
+    ]
     for name in ("b.json", "b.parquet"):
-        places = [row.where for row in read_rows(write(tmp_path / name, [GOOD, GOOD]))[0]]
+        places = [example.source for example in read_examples(write(tmp_path / name, [GOOD, GOOD]))[0]]
         assert places == [f"{name}, row 1", f"{name}, row 2"]
     (tmp_path / "c.json").write_text(f"{LINE}\n\n{LINE}\n")
-    assert [row.where for row in read_rows(tmp_path / "c.json")[0]] == ["c.json, line 1", "c.json, line 3"]
+    assert [example.source for example in read_examples(tmp_path / "c.json")[0]] == [
+        "c.json, line 1",
+        "c.json, line 3",
+    ]
 
 
 def test_a_json_file_with_one_row_and_no_list(tmp_path: Path) -> None:
     (tmp_path / "one.json").write_text(LINE)
-    assert read_rows(str(tmp_path / "one.json")) == ([Row("Q", "A", "B", None, "one.json, line 1")], [])
+    assert read_examples(str(tmp_path / "one.json")) == (
+        [Example("Q", ("A", "B"), source="one.json, line 1")],
+        [],
+    )
 
 
 def test_line_separators_inside_strings_end_no_line(tmp_path: Path) -> None:
@@ -150,12 +176,12 @@ def test_line_separators_inside_strings_end_no_line(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(
         json.dumps({**GOOD, "chosen": odd}, ensure_ascii=False), encoding="utf-8"
     )
-    assert read_rows(tmp_path / "a.jsonl")[0][0].chosen == odd
+    assert read_examples(tmp_path / "a.jsonl")[0][0].chosen == odd
 
 
 def test_gz_ending_without_gzip_inside(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_text(LINE)
-    assert len(read_rows(tmp_path / "a.jsonl.gz")[0]) == 1
+    assert len(read_examples(tmp_path / "a.jsonl.gz")[0]) == 1
 
 
 def test_several_files_and_their_names(tmp_path: Path) -> None:
@@ -164,14 +190,14 @@ def test_several_files_and_their_names(tmp_path: Path) -> None:
         write(tmp_path / folder / "a.jsonl", [GOOD])
     write(tmp_path / "b.json", [GOOD])
     paths = [tmp_path / "one" / "a.jsonl", str(tmp_path / "b.json"), tmp_path / "two" / "a.jsonl"]
-    places = [row.where for row in read_rows(paths)[0]]
+    places = [example.source for example in read_examples(paths)[0]]
     assert places == [f"{paths[0]}, line 1", "b.json, row 1", f"{paths[2]}, line 1"]
 
 
 def test_mixed_forms_in_one_parquet_file(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "Q"}]
     records = [{"messages": turns, "prompt": None, "chosen": "A", "rejected": "B"}, GOOD]
-    assert [row.prompt for row in read_rows(write(tmp_path / "a.parquet", records))[0]] == [
+    assert [example.prompt for example in read_examples(write(tmp_path / "a.parquet", records))[0]] == [
         (Message("user", "Q"),),
         "Q",
     ]
@@ -180,13 +206,15 @@ def test_mixed_forms_in_one_parquet_file(tmp_path: Path) -> None:
 def test_skipped_rows_are_returned_as_errors(tmp_path: Path) -> None:
     bad = [b'{"prompt": ', b'\xff"}', b"[1]", b'{"prompt": "Q", "chosen": "A"}']
     (tmp_path / "a.jsonl").write_bytes(b"\n".join([LINE.encode(), *bad, LINE.encode()]))
-    rows, errors = read_rows(tmp_path / "a.jsonl", on_error="skip")
-    assert [row.where for row in rows] == ["a.jsonl, line 1", "a.jsonl, line 6"]
+    examples, errors = read_examples(tmp_path / "a.jsonl", on_error="skip")
+    assert [example.source for example in examples] == ["a.jsonl, line 1", "a.jsonl, line 6"]
     assert [str(error).split(":")[0] for error in errors] == [
         "a.jsonl, line 2, column 11",
         "a.jsonl, line 3",
         "a.jsonl, line 4",
         "a.jsonl, line 5, field 'rejected'",
     ]
-    with pytest.raises(RowError, match=r"^a.jsonl, line 2, column 11: expected one JSON object per line"):
-        read_rows(tmp_path / "a.jsonl")
+    with pytest.raises(
+        ExampleError, match=r"^a.jsonl, line 2, column 11: the line should be one JSON object"
+    ):
+        read_examples(tmp_path / "a.jsonl")

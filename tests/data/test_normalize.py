@@ -1,4 +1,4 @@
-"""Every form of a row comes to the same normal form."""
+"""Every form of a record becomes the same example."""
 
 from itertools import groupby
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_wrapper.data import Fields, Message, Row, RowError, normalize
+from dpo_wrapper.data import Example, ExampleError, Fields, Message, to_example
 
 USER, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 HUMAN, GPT = {"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}
@@ -136,29 +136,29 @@ FORMS: list[tuple[str, dict[str, Any], Any]] = [
 
 @pytest.mark.parametrize(("record", "prompt"), [case[1:] for case in FORMS], ids=[case[0] for case in FORMS])
 def test_form(record: dict[str, Any], prompt: Any) -> None:
-    assert normalize(record, Fields(), "f, line 1") == Row(prompt, "A", "B", None, "f, line 1")
+    assert to_example(record, Fields(), "f, line 1") == Example(prompt, ("A", "B"), source="f, line 1")
 
 
 def test_tools_and_their_other_names() -> None:
     for name in ("tool", "function", "observation"):
         turns = [{"from": "human", "value": "Q"}, {"from": name, "value": "42"}]
-        row = normalize({"prompt": turns, "chosen": "A", "rejected": "B"}, Fields(), "")
-        assert row.prompt == (Message("user", "Q"), Message("tool", "42"))
+        example = to_example({"prompt": turns, "chosen": "A", "rejected": "B"}, Fields(), "")
+        assert example.prompt == (Message("user", "Q"), Message("tool", "42"))
 
 
 def test_plain_text_is_kept_to_the_character_and_completions_may_be_empty() -> None:
-    row = normalize({"prompt": " Q\r\n", "chosen": "", "rejected": "\u2028 B "}, Fields(), "")
-    assert row == Row(" Q\r\n", "", "\u2028 B ")
-    row = normalize(
+    example = to_example({"prompt": " Q\r\n", "chosen": "", "rejected": "\u2028 B "}, Fields(), "")
+    assert example == Example(" Q\r\n", ("", "\u2028 B "))
+    example = to_example(
         {"chosen": "Human: Q\n\nAssistant:", "rejected": "Human: Q\n\nAssistant: B"}, Fields(), ""
     )
-    assert row == Row(TURNS, "", "B")
+    assert example == Example(TURNS, ("", "B"))
 
 
 def test_configured_names() -> None:
     fields = Fields(prompt="q", chosen="good", rejected="bad", split="part")
-    row = normalize({"q": "Q", "good": "A", "bad": "B", "part": "valid", "prompt": "other"}, fields, "")
-    assert row == Row("Q", "A", "B", "test")
+    example = to_example({"q": "Q", "good": "A", "bad": "B", "part": "valid", "prompt": "other"}, fields, "")
+    assert example == Example("Q", ("A", "B"), split="test")
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_configured_names() -> None:
 )
 def test_split(value: str | None, split: str | None) -> None:
     assert (
-        normalize({"prompt": "Q", "chosen": "A", "rejected": "B", "split": value}, Fields(), "").split
+        to_example({"prompt": "Q", "chosen": "A", "rejected": "B", "split": value}, Fields(), "").split
         == split
     )
 
@@ -186,7 +186,7 @@ def test_pitfall_12_the_completion_is_the_last_assistant_turn_in_every_form() ->
         {"chosen": [*turns, ANSWER], "rejected": [*turns, OTHER]},
         {"conversations": shares, "chosen": GPT, "rejected": {"from": "gpt", "value": "B"}},
     ):
-        assert normalize(record, Fields(), "") == Row(LONG, "A", "B")
+        assert to_example(record, Fields(), "") == Example(LONG, ("A", "B"))
 
 
 _content = st.text(max_size=20).map(str.strip).filter(lambda text: "\n\n" not in text)
@@ -209,8 +209,8 @@ def test_dialogue_text_is_parsed_into_the_turns_it_was_made_of(
     prompt = tuple(
         Message(role, "\n\n".join(turn.content for turn in group if turn.content)) for role, group in spoken
     )
-    row = normalize({"chosen": text + chosen, "rejected": text + rejected}, Fields(), "")
-    assert row == Row(prompt, chosen, rejected)
+    example = to_example({"chosen": text + chosen, "rejected": text + rejected}, Fields(), "")
+    assert example == Example(prompt, (chosen, rejected))
 
 
 _keys = st.sampled_from(["role", "content", "from", "value", "prompt", "chosen", "rejected", "split"])
@@ -224,17 +224,17 @@ _leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_
         max_leaves=12,
     )
 )
-def test_anything_is_a_row_or_a_row_error(record: Any) -> None:
+def test_anything_is_an_example_or_an_example_error(record: Any) -> None:
     try:
-        row = normalize(record, Fields(), "place")
-    except RowError as error:
+        example = to_example(record, Fields(), "place")
+    except ExampleError as error:
         assert str(error).startswith("place")
     else:
-        assert isinstance(row, Row)
+        assert isinstance(example, Example)
 
 
 def test_a_speaker_who_goes_on_has_one_turn() -> None:
     text = "\n\nHuman: Q\n\nAssistant: A\n\nHuman: R\n\nAssistant:"
-    row = normalize({"chosen": f"{text} B\n\nAssistant: C", "rejected": f"{text} D"}, Fields(), "")
-    assert (row.chosen, row.rejected) == ("B\n\nC", "D")
-    assert [turn.content for turn in row.prompt] == ["Q", "A", "R"]
+    example = to_example({"chosen": f"{text} B\n\nAssistant: C", "rejected": f"{text} D"}, Fields(), "")
+    assert (example.chosen, example.rejected) == ("B\n\nC", "D")
+    assert [turn.content for turn in example.prompt] == ["Q", "A", "R"]

@@ -1,0 +1,87 @@
+"""Causal language models of Hugging Face's transformers."""
+
+import warnings
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dpo_wrapper.models.base import LanguageModel, OutputHead, as_output_head
+from dpo_wrapper.models.hugging_face_attention import LAYOUT_KEYWORD, attend_over_tree
+from dpo_wrapper.prefix_tree import TreeLayout
+
+
+class HuggingFaceModel(LanguageModel):
+    """A causal LM of transformers.
+
+    Attributes:
+        inner: the model without what PEFT and `torch.compile` have wrapped around it.
+        text_config: its configuration, or of a multimodal model that of the text part.
+    """
+
+    name = "Hugging Face"
+    can_share_prefix = True
+
+    def __init__(self, model: nn.Module, inner: Any) -> None:
+        super().__init__(model)
+        self.inner = inner
+        config = inner.config
+        if getattr(config, "is_encoder_decoder", False):
+            raise TypeError(
+                f"a decoder-only model is expected, but {type(inner).__name__} has an encoder: "
+                "load one of transformers' AutoModelForCausalLM."
+            )
+        self.text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self.options = {"use_cache": False} if hasattr(self.text_config, "use_cache") else {}
+        embedding = inner.get_input_embeddings()
+        # an embedding that PEFT has wrapped may hide its size
+        self.vocab_size = getattr(embedding, "num_embeddings", getattr(self.text_config, "vocab_size", None))
+        self.max_positions = self.find_max_positions()
+        if hasattr(model, "_orig_mod"):
+            warnings.warn(
+                "of a compiled Hugging Face model only the whole is compiled, and scoring calls its parts: "
+                f"compile model.{inner.base_model_prefix} instead.",
+                stacklevel=2,
+            )
+
+    def find_max_positions(self) -> int | None:
+        """The length of the model's table of positions; None where positions are computed (RoPE)."""
+        max_positions = getattr(self.text_config, "max_position_embeddings", None)
+        if max_positions is None:
+            return None
+        tokens = self.inner.get_input_embeddings()
+        tables = [
+            m.num_embeddings for m in self.inner.modules() if isinstance(m, nn.Embedding) and m is not tokens
+        ]
+        buffers = self.inner.named_buffers()
+        tables += [len(buffer) for name, buffer in buffers if name.endswith("embed_positions")]
+        # some tables (OPT) have two rows more
+        has_table = any(max_positions <= length <= max_positions + 2 for length in tables)
+        return max_positions if has_table else None
+
+    def forward_logits(self, ids: Int[Tensor, "b n"]) -> Any:
+        output = self.model(input_ids=ids, **self.options)
+        return getattr(output, "logits", output)
+
+    def forward_hidden(self, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
+        return self.inner.base_model(input_ids=ids, **self.options).last_hidden_state
+
+    def forward_tree(self, layout: TreeLayout, return_hidden: bool) -> Float[Tensor, "r w _"]:
+        model = self.inner.base_model if return_hidden else self.model
+        arguments = {"input_ids": layout.ids, "position_ids": layout.position, LAYOUT_KEYWORD: layout}
+        with attend_over_tree(self.inner):
+            output = model(**arguments, **self.options)
+        return output.last_hidden_state if return_hidden else output.logits
+
+    def output_head(self) -> OutputHead | None:
+        peft_config = getattr(self.model, "active_peft_config", None)
+        if self.inner.base_model is self.inner or getattr(peft_config, "is_prompt_learning", False):
+            return None  # PEFT adds a learned prompt outside the base model
+
+        def find_option(*names: str) -> float | None:
+            return next((value for name in names if (value := getattr(self.text_config, name, None))), None)
+
+        multiplier = find_option("logit_scale", "lm_head_multiplier") or 1.0
+        logit_scale = multiplier / (find_option("logits_scaling") or 1.0)
+        softcap = find_option("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+        return as_output_head(self.inner.get_output_embeddings(), logit_scale=logit_scale, softcap=softcap)

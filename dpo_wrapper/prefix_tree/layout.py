@@ -1,0 +1,126 @@
+"""A prefix tree as a model takes it: its tokens in rows, and its paths grouped into padded sequences."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int
+from torch import Tensor
+
+from dpo_wrapper.prefix_tree.cpu_attention import Branch, find_branches
+from dpo_wrapper.prefix_tree.tree import PrefixTree
+from dpo_wrapper.tensor_dataclass import TensorDataclass
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+MAX_PADDING = 0.15
+"""The share of padding in a group of paths above which the next path opens another group."""
+
+TreeKernel = Literal["flex", "branches", "model"]
+"""What computes plain softmax attention over a tree: FlexAttention, torch's CPU kernel on each branch, or the
+model's own attention along each path."""
+
+
+@dataclass(frozen=True)
+class TreeOptions:
+    """How a model takes trees.
+
+    Attributes:
+        max_positions: the widest row, where the model has a table of positions of that length.
+        kernel: what computes attention that is plain.
+        min_branch_numel: the mean number of elements in the queries of one branch below which 'branches'
+            leaves attention to the model; None is `MIN_BRANCH_NUMEL`.
+    """
+
+    max_positions: int | None = None
+    kernel: TreeKernel = "model"
+    min_branch_numel: int | None = None
+
+
+@dataclass(frozen=True)
+class TreeLayout(TensorDataclass):
+    """The `u` tokens of a tree in `r` rows of width `w`, and the paths on which attention can run.
+
+    Attributes:
+        shape: (r, w). The tokens fill the rows one after another; what is left of the last row is padding.
+        ids: the token ids.
+        position: each token's depth in the tree, which is its position in every sequence through it.
+        groups: for each group of paths of similar length, the indices of their tokens in the tree. A shorter
+            path is padded with its own last token.
+        path_index: for each token, its index in the flattened groups, one after another. A token on several
+            paths has the index on one of them.
+        subtree_end: as in `PrefixTree`.
+        branches: the tree's branches, as in `cpu_attention`.
+        options: `max_positions`, `kernel` and `min_branch_numel`.
+    """
+
+    shape: tuple[int, int]
+    ids: Int[Tensor, "r w"]
+    position: Int[Tensor, "r w"]
+    groups: tuple[Int[Tensor, "g n"], ...]
+    path_index: Int[Tensor, "rw"]
+    subtree_end: Int[Tensor, "u"]
+    branches: tuple[Branch, ...]
+    options: TreeOptions
+
+    @classmethod
+    def from_tree(cls, tree: PrefixTree, options: TreeOptions | None = None) -> "TreeLayout":
+        """Lay a tree out in as few rows as `options.max_positions` allows.
+
+        FlexAttention's block mask needs one row, so that 'flex' becomes 'model' where there are more.
+        """
+        options = options or TreeOptions()
+        u = len(tree.ids)
+        rows = -(-u // min(u, options.max_positions or u))
+        width = -(-u // rows)
+        if options.kernel == "flex" and rows > 1:
+            options = replace(options, kernel="model")
+
+        ids, position = (
+            F.pad(values, (0, rows * width - u)).view(rows, width) for values in (tree.ids, tree.position)
+        )
+        groups, path_index = group_paths(tree.leaf_paths(), rows * width)
+        branches = find_branches(tree.position)
+        return cls((rows, width), ids, position, groups, path_index, tree.subtree_end, branches, options)
+
+    def block_mask(self, window: int | None) -> "BlockMask":
+        """The tree's block mask for FlexAttention, computed once for each width of a sliding window."""
+        from dpo_wrapper.prefix_tree.flex_attention import create_tree_block_mask
+
+        block_masks = vars(self).setdefault("_block_masks", {})
+        if window not in block_masks:
+            block_masks[window] = create_tree_block_mask(self.subtree_end, self.position[0], window)
+        return block_masks[window]
+
+
+def group_paths(
+    paths: Sequence[Int[Tensor, "_"]], size: int
+) -> tuple[tuple[Int[Tensor, "g n"], ...], Int[Tensor, "rw"]]:
+    """Group paths of similar length, the longest first, and index their tokens.
+
+    Returns:
+        `groups` and `path_index` of a `TreeLayout` of `size` tokens, padding included.
+    """
+    paths = sorted(paths, key=len)
+    groups: list[Tensor] = []
+    path_index, offset = torch.zeros(size, dtype=torch.long), 0
+    while paths:
+        longest, count, tokens = len(paths[-1]), 0, 0
+        while count < len(paths):
+            next_length = len(paths[-1 - count])
+            if tokens + next_length < (1 - MAX_PADDING) * longest * (count + 1):
+                break
+            tokens += next_length
+            count += 1
+        columns = torch.arange(longest)
+        group = torch.stack([path[columns.clamp(max=len(path) - 1)] for path in paths[-count:]])
+        indices = torch.arange(offset, offset + group.numel()).view(group.shape)
+        for path, row in zip(paths[-count:], indices, strict=True):
+            path_index[path] = row[: len(path)]
+        groups.append(group)
+        offset += group.numel()
+        del paths[-count:]
+    return tuple(groups), path_index

@@ -1,0 +1,69 @@
+"""An interrupted run resumes to the same result, and only with the settings that it began with."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpo_wrapper.pretrained import load_pretrained
+from dpo_wrapper.training.run_folder import RunFolder
+from dpo_wrapper.training.train import train
+from dpo_wrapper.training.trainer import Trainer
+from helpers.runs import Interrupted, interrupt_training, make_config, read_metrics
+
+
+@pytest.mark.parametrize("stage, after_steps", [("sft", 3), ("dpo", 1), ("dpo", 7)])
+def test_an_interrupted_run_resumes_to_the_same_result(finished_run, rows, tmp_path, stage, after_steps):
+    out = tmp_path / "out"
+    with interrupt_training(stage, after_steps=after_steps):
+        train(make_config(rows, out, save_steps=2))
+    torch.manual_seed(999)  # whatever the state of the new process
+    train(make_config(rows, out, save_steps=2, resume=True))
+    assert read_metrics(out) == read_metrics(finished_run)
+    assert (out / "model.safetensors").read_bytes() == (finished_run / "model.safetensors").read_bytes()
+
+
+def test_the_running_mean_of_a_loss_resumes(rows, tmp_path, monkeypatch):
+    """BetaDPO's, which a checkpoint carries, and which one process moves once a step."""
+    train_step, seen = Trainer.train_step, []
+
+    def record_gap(self, *args):
+        values = train_step(self, *args)
+        seen.append((float(self.stage.dpo.gap.mean), float(self.stage.dpo.gap.spread)))
+        if len(seen) == interrupt_after:
+            raise Interrupted
+        return values
+
+    monkeypatch.setattr(Trainer, "train_step", record_gap)
+    options = {"loss": "betadpo(k=0.1, drop=0.2) + 0.5*sft", "sft_epochs": 0, "save_steps": 2}
+    interrupt_after = 0
+    train(make_config(rows, tmp_path / "whole", **options))
+    whole, interrupt_after = seen.copy(), 3
+    assert len(whole) > 3 and len({mean for mean, _ in whole}) == len(whole)
+    seen.clear()
+    with pytest.raises(Interrupted):
+        train(make_config(rows, tmp_path / "out", **options))
+    interrupt_after = 0
+    train(make_config(rows, tmp_path / "out", resume=True, **options))
+    assert seen[3:] == whole[2:]  # step 3 was done once more, from the checkpoint after step 2
+
+
+def test_resume_is_refused_with_other_settings(rows, tmp_path):
+    with interrupt_training("sft", after_steps=0):
+        train(make_config(rows, tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"began with, but it had --batch-size 4\.$"):
+        train(make_config(rows, tmp_path / "out", batch_size=8, resume=True))
+    with pytest.raises(ValueError, match="is not empty: name a new folder, or add --resume"):
+        train(make_config(rows, tmp_path / "out"))
+
+
+def test_a_finished_run_is_not_resumed_and_an_unfinished_one_is_no_model(finished_run, rows, tmp_path):
+    settings = json.loads((finished_run / "config.json").read_text())["dpo_wrapper"]
+    with pytest.raises(ValueError, match="is finished"):
+        RunFolder(make_config(Path(settings["data"]), finished_run)).check(resume=True)
+    with pytest.raises(ValueError, match=r"needs an unfinished run, but .* holds no run"):
+        RunFolder(make_config(rows, tmp_path / "nothing")).check(resume=True)
+    RunFolder(make_config(rows, tmp_path / "begun")).open()
+    with pytest.raises(ValueError, match="has not finished"):
+        load_pretrained(str(tmp_path / "begun"), None, 128)
