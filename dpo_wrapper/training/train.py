@@ -39,6 +39,7 @@ from dpo_wrapper.training.trainer import Splits, Trainer, create_accelerator, pr
 UNITS = {"preference": "pairs", "ranked": "lists", "unpaired_preference": "rows"}
 """What examples of each dataset type are called in what is printed and logged."""
 
+
 @dataclass(frozen=True)
 class TrainSetup:
     """Everything that a run needs, read and checked before training starts.
@@ -128,9 +129,7 @@ def read_splits(
     return examples, eval_examples, [*errors, *eval_errors]
 
 
-def read_data(
-    path: Path, config: TrainConfig, dataset_type: Any
-) -> tuple[list[Example], list[ExampleError]]:
+def read_data(path: Path, config: TrainConfig, dataset_type: Any) -> tuple[list[Example], list[ExampleError]]:
     """The examples of a file, converted to what the losses need, and the errors of the rows left out."""
     fields = Fields(prompt=config.prompt_field, chosen=config.chosen_field, rejected=config.rejected_field)
     examples, errors = read_examples(path, fields, on_error=config.on_error)
@@ -195,7 +194,9 @@ def check_kl_completions(loss: CombinedLoss, splits: Splits) -> None:
 
 def select_sft_examples(splits: Splits) -> Splits:
     """The examples of supervised training: of rows with a label those that are desirable."""
-    train, eval = ([example for example in part if example.sft_completion] for part in (splits.train, splits.eval))
+    train, eval = (
+        [example for example in part if example.sft_completion] for part in (splits.train, splits.eval)
+    )
     return Splits(train, eval, splits.unit)
 
 
