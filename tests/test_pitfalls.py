@@ -232,12 +232,12 @@ def test_the_parts_of_a_step_add_up_to_the_step(loss, sizes):
             *(tuple(t[start:stop] for t in ts) for ts in (seqs, prompts, reals))
         )
 
-    totals = part(0, 4).counts()
+    totals = part(0, 4).step_totals()
     assert totals[:2] == (3, 11 + 3 + 7)
     dpo.zero_grad()
     loss_of_parts, start = 0.0, 0
     for size in sizes:
-        share = dpo(part(start, start + size).as_part_of(*totals))
+        share = dpo(part(start, start + size).with_step_totals(*totals))
         share.backward()
         loss_of_parts, start = loss_of_parts + share.detach(), start + size
     assert torch.allclose(loss_of_parts, whole[0], atol=1e-6)

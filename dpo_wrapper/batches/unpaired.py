@@ -74,7 +74,7 @@ class UnpairedBatch(Batch):
         elif len(kl_completions) != len(prompts):
             counts = f"{len(kl_completions)} for {len(prompts)} prompts"
             raise ValueError(
-                f"there should be a kl_completion for each prompt, but there are {counts}: add one."
+                f"there should be a KL completion for each prompt, but there are {counts}: add one."
             )
         kl_sequences = ScoredSequences.from_lists(prompts, kl_completions)
         sequences = ScoredSequences.from_lists(prompts, completions)

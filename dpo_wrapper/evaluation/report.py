@@ -102,7 +102,9 @@ def format_table(columns: Sequence[tuple[str, Record]]) -> str:
     return "\n".join(lines)
 
 
-def format_completions(tokenizer: Tokenizer, models: Mapping[str, nn.Module | None], example: TokenizedExample) -> str:
+def format_completions(
+    tokenizer: Tokenizer, models: Mapping[str, nn.Module | None], example: TokenizedExample
+) -> str:
     """A prompt, the greedy completion of each model that is not None, and the chosen completion."""
     prompt_ids = list(example.prompt)
     lines = [("prompt", shorten(tokenizer.decode(prompt_ids), keep_end=True))]

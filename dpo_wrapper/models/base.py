@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from dpo_wrapper.prefix_tree import TreeLayout
 
 patch_lock = threading.RLock()
-"""Held while a model's attention is patched: one thread at a time runs models over trees."""
+"""Held while a model's attention is patched: one thread at a time runs a model over a tree."""
 
 
 @dataclass(frozen=True)
 class OutputHead:
-    """`logits = logit_scale · (hidden @ weightᵀ + bias)`, then `softcap · tanh(logits / softcap)` if given."""
+    """`logits = logit_scale · (hidden @ weightᵀ + bias)`; a softcap c makes it `c · tanh(logits / c)`."""
 
     weight: Float[Tensor, "v d"]
     bias: Float[Tensor, "v"] | None = None
@@ -88,6 +88,6 @@ def as_output_head(module: object, **options: Any) -> OutputHead | None:
 
 
 def uses_checkpointing(module: nn.Module) -> bool:
-    """Whether a module checkpoints activations, as transformers does or by torch's wrapper (which FSDP uses)."""
+    """Whether a module checkpoints activations, by transformers' flag or torch's wrapper (as FSDP does)."""
     is_on = getattr(module, "gradient_checkpointing", False) and module.training
     return bool(is_on) or type(module).__name__ == "CheckpointWrapper"

@@ -39,9 +39,9 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def reproducible_forward(model: nn.Module) -> Iterator[None]:
     """Make forward passes of a model round alike inside this context, with gradients and without.
 
-    On the CPU, linear layers use oneDNN where it is faster. torch's transformer layers do not take their fused
-    path, which is for passes without gradients alone: under autocast it also leaves casts of the weights
-    behind that a later pass with gradients would use, and then not train.
+    On the CPU, linear layers use oneDNN where it is faster. torch's transformer layers do not take their
+    fused path, which is for passes without gradients alone. Under autocast that path also leaves casts of the
+    weights behind, without gradients, that a later pass with gradients would use.
     """
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

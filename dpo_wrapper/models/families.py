@@ -1,4 +1,4 @@
-"""The choice of a model's family. It goes by what a model offers, so that no library of models is imported."""
+"""The choice of a model's family, by the attributes that a model has: no library of models is imported."""
 
 import sys
 import warnings
@@ -12,10 +12,10 @@ from dpo_wrapper.models.x_transformers import XTransformersModel
 
 
 def language_model(model: nn.Module) -> LanguageModel:
-    """Wrap a model in the class of its family, whether or not PEFT or `torch.compile` has wrapped it before."""
+    """Wrap a model in the class of its family. PEFT or `torch.compile` may have wrapped it before."""
     unadapted: Any = model
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        unadapted = model.get_base_model()
+    if hasattr(unadapted, "peft_config") and hasattr(unadapted, "get_base_model"):
+        unadapted = unadapted.get_base_model()
     inner = getattr(unadapted, "_orig_mod", unadapted)  # what torch.compile has wrapped
     if (library := sys.modules.get("x_transformers.x_transformers")) is not None:
         net = inner

@@ -16,7 +16,7 @@ from dpo_wrapper.prefix_tree import cpu_attention
 from dpo_wrapper.prefix_tree.layout import TreeLayout
 
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Causal attention on ordinary sequences: from q, k and v of shape [g h n d] to outputs of shape [g h n e]."""
+"""Causal attention on ordinary sequences: from q, k and v of shape [g h n d] to outputs [g h n e]."""
 
 
 class PrefixSharingError(Exception):

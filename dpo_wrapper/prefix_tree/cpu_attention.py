@@ -30,8 +30,8 @@ Branch = tuple[slice, tuple[slice, ...]]
 """The tokens of a branch and those of its prefix, as slices of the tree's tokens."""
 
 MIN_BRANCH_NUMEL = 2**15
-"""The mean number of elements (tokens x heads x width) in the queries of one branch, below which the many small
-kernel calls cost more time than they save."""
+"""The mean number of elements (tokens x heads x width) in the queries of one branch, below which the many
+small kernel calls cost more time than they save."""
 
 
 def find_branches(position: Int[Tensor, "u"]) -> tuple[Branch, ...]:

@@ -19,10 +19,11 @@ BLOCK_SIZE = 128
 def create_tree_block_mask(
     subtree_end: Int[Tensor, "w"], position: Int[Tensor, "w"], window: int | None = None
 ) -> BlockMask:
-    """Create the block mask of `k <= q < subtree_end[k]` and, with a window, `position[q] - position[k] < window`.
+    """Create the block mask of `k <= q < subtree_end[k]`.
 
-    Whether a block has any pair that attends, and whether all of its pairs do, follows from the smallest and
-    the largest `subtree_end` of its keys, so that no mask over tokens is needed.
+    With a window, tokens attend only where `position[q] - position[k] < window` as well. Whether a block has
+    any pair that attends, and whether all of its pairs do, follows from the smallest and the largest
+    `subtree_end` of its keys, so that no mask over tokens is needed.
     """
     w = len(subtree_end)
     device, count = subtree_end.device, -(-w // BLOCK_SIZE)

@@ -169,6 +169,11 @@ class TrainConfig:
     def peak_learning_rate(self) -> float:
         return self.learning_rate or (1e-4 if self.is_new_model else 1e-6)
 
+    @property
+    def on_error(self) -> Literal["raise", "skip"]:
+        """What reading does at a row with an error."""
+        return "skip" if self.skip_bad_rows else "raise"
+
     def as_json(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}

@@ -43,9 +43,7 @@ class Stage(Protocol):
     def collate_fn(self) -> CollateFn:
         """The function that makes a batch of examples. It holds no model: workers receive a copy of it."""
 
-    def normalize_over_step(
-        self, batches: Sequence[Any], device: torch.device, reduce: Reduce
-    ) -> list[Any]:
+    def normalize_over_step(self, batches: Sequence[Any], device: torch.device, reduce: Reduce) -> list[Any]:
         """Attach the step's totals to its micro-batches; `device` is where the module is."""
 
     def micro_batch_loss(self, module: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -138,9 +136,7 @@ class DPOStage:
     def collate_fn(self) -> CollateFn:
         return partial(COLLATE_FNS[self.dpo.loss.dataset_type], tree_options=self.dpo.policy.tree_options)
 
-    def normalize_over_step(
-        self, batches: Sequence[Any], device: torch.device, reduce: Reduce
-    ) -> list[Any]:
+    def normalize_over_step(self, batches: Sequence[Any], device: torch.device, reduce: Reduce) -> list[Any]:
         return normalize_over_step(batches, reduce, lambda batch: self.dpo.kl_sums(batch.to(device)))
 
     def micro_batch_loss(self, module: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:

@@ -39,6 +39,7 @@ from dpo_wrapper.training.trainer import Splits, Trainer, create_accelerator, pr
 UNITS = {"preference": "pairs", "ranked": "lists", "unpaired_preference": "rows"}
 """What examples of each dataset type are called in what is printed and logged."""
 
+
 @dataclass(frozen=True)
 class TrainSetup:
     """Everything that a run needs, read and checked before training starts.
@@ -83,7 +84,7 @@ def set_up_training(config: TrainConfig) -> TrainSetup:
     model_name = str(run.sft_folder) if resumes_after_sft else config.model
     pretrained = load_pretrained(model_name, config.tokenizer, config.max_length)
 
-    notes = batchwise_loss_notes(loss)
+    notes = describe_batchwise_losses(loss)
     examples: dict[str, list[Any]] = {}
     for name, texts in (("train", train_texts), ("eval", eval_texts)):
         tokenized = tokenize(config, texts, pretrained)
@@ -128,16 +129,14 @@ def read_splits(
     return examples, eval_examples, [*errors, *eval_errors]
 
 
-def read_data(
-    path: Path, config: TrainConfig, dataset_type: Any
-) -> tuple[list[Example], list[ExampleError]]:
+def read_data(path: Path, config: TrainConfig, dataset_type: Any) -> tuple[list[Example], list[ExampleError]]:
     """The examples of a file, converted to what the losses need, and the errors of the rows left out."""
     fields = Fields(prompt=config.prompt_field, chosen=config.chosen_field, rejected=config.rejected_field)
-    examples, errors = read_examples(path, fields, on_error=on_error(config))
+    examples, errors = read_examples(path, fields, on_error=config.on_error)
     if path == config.data:
         check_ranking(config.ranking, dataset_type, examples)
     converted, conversion_errors = convert_examples(
-        examples, dataset_type, config.ranking or "all", on_error=on_error(config)
+        examples, dataset_type, config.ranking or "all", on_error=config.on_error
     )
     return converted, errors + conversion_errors
 
@@ -146,12 +145,7 @@ def tokenize(config: TrainConfig, examples: list[Example], pretrained: Pretraine
     """The examples as token ids, each sequence at most `config.max_length` tokens long."""
     if config.as_chat:
         examples = [as_chat(example) for example in examples]
-    return tokenize_examples(examples, pretrained.tokenizer, config.max_length, on_error=on_error(config))
-
-
-def on_error(config: TrainConfig) -> OnError:
-    """What happens to a row that cannot be used."""
-    return "skip" if config.skip_bad_rows else "raise"
+    return tokenize_examples(examples, pretrained.tokenizer, config.max_length, on_error=config.on_error)
 
 
 def as_chat(example: Example) -> Example:
@@ -161,7 +155,7 @@ def as_chat(example: Example) -> Example:
     return replace(example, prompt=(Message("user", example.prompt),))
 
 
-def batchwise_loss_notes(loss: CombinedLoss) -> list[str]:
+def describe_batchwise_losses(loss: CombinedLoss) -> list[str]:
     return [
         f"{type(term).__name__} compares the pairs of one forward pass with one another: raise "
         "--micro-batch-tokens if a step takes several passes"
@@ -200,7 +194,9 @@ def check_kl_completions(loss: CombinedLoss, splits: Splits) -> None:
 
 def select_sft_examples(splits: Splits) -> Splits:
     """The examples of supervised training: of rows with a label those that are desirable."""
-    train, eval = ([example for example in part if example.sft_completion] for part in (splits.train, splits.eval))
+    train, eval = (
+        [example for example in part if example.sft_completion] for part in (splits.train, splits.eval)
+    )
     return Splits(train, eval, splits.unit)
 
 
@@ -227,7 +223,7 @@ def run_training(setup: TrainSetup) -> RunFolder:
     if accelerator.is_main_process:
         save_pretrained(setup.pretrained, dpo.policy_model, run.path, run.settings)
         run.delete_checkpoint()
-        report(setup, dpo)
+        report_results(setup, dpo)
     accelerator.wait_for_everyone()
     return run
 
@@ -290,7 +286,7 @@ def precompute_reference(setup: TrainSetup, accelerator: Accelerator) -> CachedR
     return cached
 
 
-def report(setup: TrainSetup, dpo: DPO) -> None:
+def report_results(setup: TrainSetup, dpo: DPO) -> None:
     """Plot the curves; print metrics before and after training, and completions of one prompt."""
     run, splits = setup.run, setup.splits
     records = run.read_records()

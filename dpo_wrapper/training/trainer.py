@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dpo_wrapper.data import TokenizedExample, group_by_tokens
 from dpo_wrapper.metrics import MetricSums
-from dpo_wrapper.running import Reduce
+from dpo_wrapper.batches import Reduce
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.stages import CollateFn, Stage
@@ -178,7 +178,9 @@ class Trainer:
             generator=torch.Generator(),  # so that it draws no seed from the global generator
         )
 
-    def make_dataset(self, examples: Sequence[TokenizedExample], steps: Sequence[list[int]]) -> MicroBatchDataset:
+    def make_dataset(
+        self, examples: Sequence[TokenizedExample], steps: Sequence[list[int]]
+    ) -> MicroBatchDataset:
         return MicroBatchDataset(examples, steps, self.stage.collate_fn, self.config.micro_batch_tokens)
 
     def create_progress_bar(self, steps_done: int) -> tqdm:

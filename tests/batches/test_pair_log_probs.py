@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch import Generator
 
-from dpo_wrapper import DPO, SFT, PreferenceBatch, Sigmoid, sequence_log_probs
-from dpo_wrapper.batches.sequences import ScoredSequences
-from dpo_wrapper.batches.token_level import shortened_sums, wpo_weights
-from dpo_wrapper.losses import AOT, CPO, KTO, ORPO, AOTUnpaired, BetaDPO, SimPO, parse_losses
+from dpo_wrapper import DPO, SFT, PreferenceBatch, Sigmoid
+from dpo_wrapper.batches.pair_log_probs import discounted_sums, wpo_weights
+from dpo_wrapper.losses import AOT, CPO, KTO, AOTUnpaired, BetaDPO, SimPO
 from helpers.batches import random_batch
 from helpers.models import ZOO
 
@@ -24,17 +23,18 @@ def batch(*lengths: tuple[int, int]) -> PreferenceBatch:
     return PreferenceBatch.from_padded(seqs, prompts, tuple(sides))
 
 
-def test_shortened_sums_by_hand():
+def test_discounted_sums_by_hand():
     # chosen has 3 tokens and 1, rejected 2 and 4; scores in the order of the sequences
     given = batch((3, 2), (1, 4))
     scores = torch.tensor([-1.0, -2.0, -4.0, -8.0, -1.0, -2.0, -3.0, -5.0, -7.0, -9.0], requires_grad=True)
-    chosen, rejected = shortened_sums(given, scores, 0.5)
+    chosen, rejected = discounted_sums(given.sequences, given.pair_index, scores, 0.5)
     assert chosen.tolist() == [-1 - 2 - 4 / 2, -8.0] and rejected.tolist() == [-3.0, -3 - (5 + 7 + 9) / 2]
     (slope,) = torch.autograd.grad(chosen.sum() + rejected.sum(), scores)
     assert slope.tolist() == [1, 1, 0.5, 1, 1, 1, 1, 0.5, 0.5, 0.5]
-    assert shortened_sums(given, scores, 0.0)[1].tolist() == [-3.0, -3.0]
-    whole = given.sequences.sums(scores)
-    for side, sums in zip(given.pairs.T, shortened_sums(given, scores, 1.0), strict=True):
+    assert discounted_sums(given.sequences, given.pair_index, scores, 0.0)[1].tolist() == [-3.0, -3.0]
+    whole = given.sequences.sum_per_sequence(scores)
+    plain = discounted_sums(given.sequences, given.pair_index, scores, 1.0)
+    for side, sums in zip(given.pair_index.T, plain, strict=True):
         assert torch.equal(sums, whole[side])
 
 
@@ -42,7 +42,7 @@ def test_sequence_of_two_pairs_has_two_sums():
     given = batch((3, 1), (2, 2))
     both = PreferenceBatch(given.sequences, torch.tensor([[0, 2], [0, 1]]))
     scores = -torch.arange(1.0, 9.0)
-    assert shortened_sums(both, scores, 0.0)[0].tolist() == [-1.0, -3.0]
+    assert discounted_sums(both.sequences, both.pair_index, scores, 0.0)[0].tolist() == [-1.0, -3.0]
 
 
 def call(dpo: DPO, seed: int = 4):
@@ -87,10 +87,15 @@ def test_wpo_weights_by_hand():
     given = batch((2, 1))
     scores = torch.tensor([log(0.5), log(0.25), log(0.125)])
     squares = torch.tensor([log(0.25), log(1 / 32), log(0.25)])
-    assert wpo_weights(given, scores, squares).tolist() == pytest.approx([2.0])
+
+    def weights(scores, squares):
+        policy = given.sequences.log_probs(scores, {"log_sum_p2": squares})
+        return wpo_weights(given.sequences, given.pair_index, policy).tolist()
+
+    assert weights(scores, squares) == pytest.approx([2.0])
     # where the policy is certain of what is written, the weight is 1
-    assert wpo_weights(given, torch.zeros(3), torch.zeros(3)).tolist() == [1.0]
-    assert wpo_weights(given, torch.full((3,), -1e4), torch.zeros(3)).tolist() == [exp(-2e4)]
+    assert weights(torch.zeros(3), torch.zeros(3)) == [1.0]
+    assert weights(torch.full((3,), -1e4), torch.zeros(3)) == [exp(-2e4)]
 
 
 WPO_CASES = [
@@ -110,7 +115,7 @@ def test_wpo_in_dpo(name, share, impl):
     dpo = DPO(policy, loss=Sigmoid(0.3), wpo=True, **options)
     case = random_batch(Generator().manual_seed(4), b=5)
     sides = ((case.preferred_seq, case.unpreferred_seq), case.prompt_masks, case.seq_masks)
-    given = PreferenceBatch.from_padded(*sides, pair_weights=torch.tensor([1.0, 0.5, 2.0, 1.0, 3.0]))
+    given = PreferenceBatch.from_padded(*sides, weights=torch.tensor([1.0, 0.5, 2.0, 1.0, 3.0]))
     sequences = given.sequences
     logits = policy.eval()(sequences.ids)
     every = getattr(logits, "logits", logits).log_softmax(dim=-1)
@@ -120,9 +125,9 @@ def test_wpo_in_dpo(name, share, impl):
         p = every[k, sequences.source[mine]]
         scores = p.gather(-1, sequences.target[mine, None])[:, 0]
         weights.append((scores - p.exp().square().sum(dim=-1).log()).mean().exp().detach())
-    weights = torch.stack(weights)[given.pairs].prod(dim=-1).nan_to_num(nan=1.0)
+    weights = torch.stack(weights)[given.pair_index].prod(dim=-1).nan_to_num(nan=1.0)
     plain = DPO(policy, loss=Sigmoid(0.3), **options)
-    expected = plain(replace(given, pair_weights=given.pair_weights * weights))
+    expected = plain(replace(given, weights=given.weights * weights))
     found, metrics = dpo(given, return_metrics=True)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(metrics["loss"], found.detach())
@@ -140,47 +145,3 @@ def test_wpo_is_refused_where_it_cannot_act():
         made(KTO(), wpo=True)
     with pytest.raises(TypeError, match="wpo should be True or False, but it is 1"):
         made(Sigmoid(), wpo=1)
-
-
-def test_whole_sequences_beside_others():
-    # 7 | 1 2 and 5 6 | 3, of which the second again with its prompt
-    seqs = torch.tensor([[7, 1, 2], [5, 6, 3]])
-    scored = torch.tensor([[False, True, True], [False, False, True]])
-    sequences = ScoredSequences.from_padded(seqs, scored, torch.ones_like(scored))
-    both = sequences.beside_whole(torch.tensor([1]))
-    assert both.row.tolist() == [0, 0, 1, 2, 2] and both.source.tolist() == [0, 1, 1, 0, 1]
-    assert both.target.tolist() == [1, 2, 3, 6, 3] and both.length.tolist() == [2, 1, 2]
-    assert both.ids[2].equal(both.ids[1]) and both.unique_tokens() == sequences.unique_tokens()
-
-
-@pytest.mark.parametrize("share", [True, False])
-def test_orpo_with_the_prompt(share: bool):
-    dpo = made(ORPO(0.3, prompt=True), share_prefix=share)
-    case = random_batch(Generator().manual_seed(4), b=5)
-    sides = ((case.preferred_seq, case.unpreferred_seq), case.prompt_masks, case.seq_masks)
-    given = PreferenceBatch.from_padded(*sides)
-    valid = given.valid
-    plain = [call(made(loss, share_prefix=share)) for loss in (ORPO(0.3), SFT())]
-
-    # up to the last scored token, as completions end their sequences
-    last = (~case.prompt_masks[0] & case.seq_masks[0]) * torch.arange(case.preferred_seq.shape[1])
-    real = case.seq_masks[0] & (torch.arange(case.preferred_seq.shape[1]) <= last.amax(-1, keepdim=True))
-    sums = sequence_log_probs(dpo.policy_model, case.preferred_seq[valid], real[valid], real[valid])
-    expected = plain[0] - plain[1] - sums.sum() / (real[valid].sum() - valid.sum())
-    torch.testing.assert_close(dpo(given), expected, rtol=1e-6, atol=1e-6)
-    assert dpo(given) != plain[0]
-
-    # in parts it is the same
-    parts = [replace(given, pairs=given.pairs[rows]) for rows in (slice(0, 2), slice(2, 5))]
-    torch.testing.assert_close(sum(dpo(part.as_part_of(*given.counts())) for part in parts), dpo(given))
-    short = made([(ORPO(0.3, prompt=True), 1.0), (Sigmoid(), 0.5)], ld_alpha=0.3, share_prefix=share)
-    assert call(short).isfinite()
-
-
-def test_a_switch_as_text():
-    assert parse_losses("orpo(prompt=true, beta=1)") == ((ORPO(1.0, prompt=True), 1.0),)
-    assert parse_losses("orpo(prompt=False)") == ((ORPO(), 1.0),)
-    with pytest.raises(ValueError, match=r"expected true or false in .*, got '1'"):
-        parse_losses("orpo(prompt=1)")
-    with pytest.raises(ValueError, match="ORPO: prompt should be True or False, but it is 1"):
-        ORPO(prompt=1)

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor
 
 from dpo_wrapper import DPO, SFT, RankedBatch, Sigmoid, UnpairedBatch, sequence_log_probs
-from dpo_wrapper.batches.unpaired import partners
-from dpo_wrapper.evaluation.evaluate import evaluate, normalize_over_step
-from dpo_wrapper.losses import KTO, PlackettLuce, RankedLogProbs, UnpairedLogProbs, weighted
-from dpo_wrapper.metrics import MetricSums, list_metrics, row_metrics
+from dpo_wrapper.batches import normalize_over_step
+from dpo_wrapper.batches.unpaired import kl_partner_indices
+from dpo_wrapper.evaluation.evaluate import evaluate
+from dpo_wrapper.losses import KTO, PlackettLuce, RankedLogProbs, UnpairedLogProbs, as_weighted_losses
+from dpo_wrapper.metrics import MetricSums, batch_metrics
 from helpers.models import ZOO
 from helpers.pair_log_probs import sigmoid
 from helpers.ranked_batches import doubles, lists_in_parts, lists_of_ids, rows_in_parts, rows_of_ids
@@ -64,7 +65,7 @@ def test_what_is_no_completion_does_not_count():
         lists = ranked(policy, None, real)
         torch.testing.assert_close(PlackettLuce(0.5)(lists), whole)
         (slope,) = torch.autograd.grad(PlackettLuce(0.5)(lists).sum(), lists.policy)
-        assert slope.isfinite().all() and (slope[~lists.real] == 0).all()
+        assert slope.isfinite().all() and (slope[~lists.is_real] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -95,7 +96,7 @@ def test_kto_by_hand():
     rows = unpaired([-1.0, -3.0], [-4.0, -2.0], [True, False], 1.0)
     loss = KTO(LN3 / 2, desirable=2.0, undesirable=0.5)
     assert loss(rows).tolist() == pytest.approx([2 / 4, 0.5 / 4])
-    slopes = torch.autograd.grad(loss(rows).sum(), (rows.policy, rows.shift), allow_unused=True)
+    slopes = torch.autograd.grad(loss(rows).sum(), (rows.policy, rows.kl), allow_unused=True)
     # -β σ (1 - σ) for what is wanted, +β for what is not, and none for the estimate of the KL
     assert slopes[0].tolist() == pytest.approx([-2 * LN3 / 2 * 3 / 16, 0.5 * LN3 / 2 * 3 / 16])
     assert slopes[1] is None
@@ -139,18 +140,18 @@ def test_lists_as_pairs():
     batch = RankedBatch.from_lists(*lists_of_ids())
     assert batch.ranks.tolist() == [[0, 1, 2, -1], [3, 4, -1, -1], [5, 6, 7, 8]]
     best = [[0, 1], [0, 2], [3, 4], [5, 6], [5, 7], [5, 8]]
-    assert batch.pairs("best").pairs.tolist() == best
-    every = sorted(batch.pairs().pairs.tolist())
+    assert batch.to_preference_batch("best").pair_index.tolist() == best
+    every = sorted(batch.to_preference_batch().pair_index.tolist())
     assert every == sorted([*best, [1, 2], [6, 7], [6, 8], [7, 8]])
     policy, reference = models()
     two = RankedBatch.from_lists([[1, 2], [3]], [[[4], [5, 6]], [[7, 8], [9]]])
     values = [
         DPO(policy, loss=loss, reference=reference)(data)
-        for loss, data in ((PlackettLuce(0.3), two), (Sigmoid(0.3), two.pairs()))
+        for loss, data in ((PlackettLuce(0.3), two), (Sigmoid(0.3), two.to_preference_batch()))
     ]
     torch.testing.assert_close(*values)
-    with pytest.raises(ValueError, match="which should be 'all' or 'best', but it is 'worst'"):
-        batch.pairs("worst")
+    with pytest.raises(ValueError, match="ranking should be 'all' or 'best', but it is 'worst'"):
+        batch.to_preference_batch("worst")
 
 
 def test_lists_with_nothing_to_rank_are_left_out():
@@ -222,7 +223,7 @@ def test_a_step_in_parts_adds_up(data):
     loss, whole, parts = data()
     dpo = DPO(policy, loss=loss, reference=reference)
     expected, wanted = dpo(whole, return_metrics=True)
-    in_parts = normalize_over_step(dpo, parts, torch.device("cpu"))
+    in_parts = normalize_over_step(parts, kl_sums=dpo.kl_sums)
     assert len(in_parts) == len(parts)
     shares = [dpo(part) for part in in_parts]
     torch.testing.assert_close(sum(shares), expected)
@@ -235,17 +236,17 @@ def test_a_step_in_parts_adds_up(data):
         assert metrics[name] == pytest.approx(wanted[name].item(), rel=1e-6, abs=1e-9), name
 
     halves = [parts[:1], parts[1:]]  # of two processes
-    sums = sum(torch.tensor([part.counts() for part in half]).sum(dim=0) for half in halves)
-    assert tuple(sums.tolist()) == whole.counts()
+    sums = sum(torch.tensor([part.step_totals() for part in half]).sum(dim=0) for half in halves)
+    assert tuple(sums.tolist()) == whole.step_totals()
 
 
 def test_rows_without_a_common_estimate_have_their_own():
     policy, reference = models()
     _, whole, parts = rows_in_parts()
     dpo = DPO(policy, loss=KTO(0.5), reference=reference)
-    total, count = dpo(whole.mismatched)
+    total, count = dpo.kl_sums(whole)
     assert count == 4 and not total.requires_grad
-    alone = [dpo(part.mismatched) for part in parts]
+    alone = [dpo.kl_sums(part) for part in parts]
     torch.testing.assert_close(sum(alone), torch.stack([total, count]))
     _, metrics = dpo(parts[0], return_metrics=True)
     torch.testing.assert_close(metrics["kl"], alone[0][0])
@@ -257,8 +258,8 @@ def test_metrics_of_lists_by_hand():
     real = torch.tensor([[True] * 4, [True, True, False, False]])
     length = torch.tensor([[2, 1, 1, 4], [3, 5, 7, 7]])
     lists = RankedLogProbs(lists.policy, lists.reference, real, length)
-    sequences = RankedBatch.from_lists([[1]], [[[2], [3]]]).sequences
-    found = list_metrics(sequences, lists, doubles([1.0, 2.0]), 0.5)
+    batch = RankedBatch.from_lists([[1]], [[[2], [3]]])
+    found = batch_metrics(batch, lists, doubles([1.0, 2.0]), 0.5)
     expected = {
         "loss": 1.5,
         "rewards/chosen": 0.5 * (3 - 1) / 2,
@@ -284,7 +285,7 @@ def test_metrics_of_rows_by_hand():
     policy, reference = doubles([-1.0, -2.0, -5.0]), doubles([-4.0, -3.0, -4.0])
     label = torch.tensor([True, False, False])
     rows = UnpairedLogProbs(policy, reference, label, doubles(1.0), torch.tensor([2, 3, 5]))
-    sequences = RankedBatch.from_lists([[1]], [[[2], [3]]]).sequences
+    batch = RankedBatch.from_lists([[1]], [[[2], [3]]])
     expected = {
         "loss": 2.0,
         "kl": 1.0,
@@ -305,10 +306,10 @@ def test_metrics_of_rows_by_hand():
         "tokens/unique": 1.0,
         "tokens/padded": 2.0,
     }
-    found = row_metrics(sequences, rows, doubles([1.0, 2.0, 3.0]), 0.5)
+    found = batch_metrics(batch, rows, doubles([1.0, 2.0, 3.0]), 0.5)
     assert {name: value.item() for name, value in found.items()} == pytest.approx(expected)
     wanted_alone = UnpairedLogProbs(policy[:1], reference[:1], label[:1], doubles(-2.0))
-    alone = row_metrics(sequences, wanted_alone, doubles([1.0]), 0.5)
+    alone = batch_metrics(batch, wanted_alone, doubles([1.0]), 0.5)
     assert alone["rewards/rejected"] == 0 and alone["rewards/accuracies"] == 1  # a negative KL is none
     sums = MetricSums()
     sums.add(found)
@@ -325,7 +326,7 @@ def test_metrics_of_rows_by_hand():
         (
             lambda: UnpairedBatch.from_lists([[1]], [[2]], [True]),
             ValueError,
-            "expected rows of two prompts or more",
+            "rows should be of two prompts or more, .* but there is only one",
         ),
         (lambda: UnpairedBatch.from_lists([[1]], [[2], [3]], [True]), ValueError, "there are 1, 2 and 1"),
         (
@@ -336,16 +337,28 @@ def test_metrics_of_rows_by_hand():
         (
             lambda: UnpairedBatch.from_lists([[1], [1]], [[2], [3]], [True, False]),
             ValueError,
-            "expected rows of two prompts or more",
+            "rows should be of two prompts or more, .* but there is only one",
         ),
         (
             lambda: UnpairedBatch.from_lists([[1]], [[2]], [True], []),
             ValueError,
-            "each prompt needs a mismatched completion, but there are 0 for 1",
+            "a KL completion for each prompt, but there are 0 for 1 prompts",
         ),
-        (lambda: RankedBatch.from_lists([[1]], []), ValueError, "needs a list of completions, .* 1 and 0"),
-        (lambda: RankedBatch.from_lists([], []), ValueError, "expected at least one completion"),
-        (lambda: weighted([(KTO(), 1.0), (SFT(), 1.0)]), TypeError, "KTO and SFT learn from different data"),
+        (
+            lambda: RankedBatch.from_lists([[1]], []),
+            ValueError,
+            "for each prompt, .* 0 lists for 1",
+        ),
+        (
+            lambda: RankedBatch.from_lists([], []),
+            ValueError,
+            "should have at least one completion",
+        ),
+        (
+            lambda: as_weighted_losses([(KTO(), 1.0), (SFT(), 1.0)]),
+            TypeError,
+            "KTO and SFT learn from different data",
+        ),
     ],
 )
 def test_bad_batches(call, kind: type[Exception], message: str):
@@ -363,7 +376,11 @@ def test_data_of_another_kind_is_refused():
             lists,
             "KTO learns from rows with a label, but it was given ranked lists: make a UnpairedBatch",
         ),
-        (PlackettLuce(), lists.pairs(), "ranked lists, but it was given pairs: make a RankedBatch"),
+        (
+            PlackettLuce(),
+            lists.to_preference_batch(),
+            "but it was given pairs: make a RankedBatch",
+        ),
         (
             Sigmoid(),
             rows,

@@ -11,10 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpo_wrapper import PreferenceBatch, Sigmoid
-from dpo_wrapper.batches.pair_log_probs import pair_log_probs
-from dpo_wrapper.batches.sequences import ScoredSequences
-from dpo_wrapper.metrics import COUNTS, TOKENS, MetricSums, pair_metrics
+from dpo_wrapper import PairLogProbs, PreferenceBatch, Sigmoid
+from dpo_wrapper.batches import ScoredSequences, SequenceLogProbs
+from dpo_wrapper.metrics import COUNTS, MetricSums, batch_metrics
 
 SLOW = settings(max_examples=300, deadline=None, derandomize=True)
 WILD = (-(2**62), -100, -1, 0, 1, 2**31, 2**62)  # what may stand in padding
@@ -166,7 +165,7 @@ def test_int32_ids():
 def test_sums(grid: list[list[Token]]):
     got = made(grid)
     scores = torch.arange(1.0, len(got.row) + 1).double().requires_grad_()
-    sums = got.sums(scores)
+    sums = got.sum_per_sequence(scores)
     expected = [0.0] * len(grid)
     for k, score in zip(got.row.tolist(), scores.tolist(), strict=True):
         expected[k] += score
@@ -252,7 +251,7 @@ def batches(draw, least: int = 0) -> tuple[PreferenceBatch, list[list[Token]], l
 def test_batch_of_two_sides(given):
     batch, chosen, rejected = given
     b = len(chosen)
-    assert batch.pairs.tolist() == [[k, b + k] for k in range(b)]
+    assert batch.pair_index.tolist() == [[k, b + k] for k in range(b)]
     counts = [len(scores) for side in (chosen, rejected) for scores in naive(side)]
     assert batch.sequences.length.tolist() == counts
     # sides of unequal width are one stack, as if they had been of one width all along
@@ -266,7 +265,7 @@ def test_batch_of_two_sides(given):
     valid = [counts[k] > 0 and counts[b + k] > 0 for k in range(b)]
     assert batch.valid.tolist() == valid and batch.valid.dtype == torch.bool
     tokens = sum(n for n, ok in zip(counts[:b], valid, strict=True) if ok)
-    assert batch.counts()[:2] == (sum(valid), tokens) and batch.counts()[2] >= tokens
+    assert batch.step_totals() == (sum(valid), tokens)
 
 
 def one_batch() -> PreferenceBatch:
@@ -281,35 +280,35 @@ def one_batch() -> PreferenceBatch:
 def test_counts_by_hand():
     # pair 0 scores 2 and 1, pair 1 nothing and 1, pair 2 scores 1 (its third is padding) and 1
     assert one_batch().valid.tolist() == [True, False, True]
-    assert one_batch().counts()[:2] == (2, 3)
+    assert one_batch().step_totals() == (2, 3)
 
 
 def test_pairs_may_share_sequences():
     # K completions of one prompt: each sequence once, pairs are an index into them
     sequences = made([row_of([1, 2]), row_of([1, 3]), row_of([1, 0], "x.")])
     batch = PreferenceBatch(sequences, torch.tensor([[0, 1], [1, 0], [0, 2], [0, 1]]))
-    assert batch.valid.tolist() == [True, True, False, True] and batch.counts()[:2] == (3, 3)
-    assert PreferenceBatch(sequences, torch.zeros(0, 2, dtype=torch.long)).counts() == (0, 0, 0)
+    assert batch.valid.tolist() == [True, True, False, True] and batch.step_totals() == (3, 3)
+    assert PreferenceBatch(sequences, torch.zeros(0, 2, dtype=torch.long)).step_totals() == (0, 0)
 
 
 def test_as_part_of():
     batch = one_batch()
-    part = batch.as_part_of(10, 70, 90)
+    part = batch.with_step_totals(10, 70)
     assert (part.step_pairs, part.step_chosen_tokens) == (10, 70)
-    assert part.sequences is batch.sequences and part.pairs is batch.pairs
+    assert part.sequences is batch.sequences and part.pair_index is batch.pair_index
     assert (batch.step_pairs, batch.step_chosen_tokens) == (None, None)
-    assert part.as_part_of(3, 4, 5).step_pairs == 3
+    assert part.with_step_totals(3, 4).step_pairs == 3
 
 
 def test_to_moves_everything():
-    batch = one_batch().as_part_of(10, 70, 90)
+    batch = one_batch().with_step_totals(10, 70)
     moved = batch.to("meta")
     assert type(moved) is PreferenceBatch and type(moved.sequences) is ScoredSequences
-    assert moved.pairs.device.type == "meta" and (moved.step_pairs, moved.step_chosen_tokens) == (10, 70)
+    assert moved.pair_index.device.type == "meta" and (moved.step_pairs, moved.step_chosen_tokens) == (10, 70)
     for field in fields(ScoredSequences):
         there, here = getattr(moved.sequences, field.name), getattr(batch.sequences, field.name)
         assert there.device.type == "meta" and there.shape == here.shape and there.dtype == here.dtype
-    assert batch.pairs.device.type == "cpu"
+    assert batch.pair_index.device.type == "cpu"
     assert torch.equal(batch.to(torch.device("cpu")).sequences.ids, batch.sequences.ids)
 
 
@@ -323,14 +322,20 @@ def test_batches_are_frozen():
 # metrics
 
 
+def log_probs_of(batch: PreferenceBatch, policy: Tensor, reference: Tensor | None) -> PairLogProbs:
+    return batch.log_probs(
+        SequenceLogProbs(policy), None if reference is None else SequenceLogProbs(reference)
+    )
+
+
 def scored_by_hand(batch: PreferenceBatch, seed: int = 0, *, reference: bool = True) -> dict[str, Tensor]:
     """Metrics of a batch whose log-probs are random."""
     generator = torch.Generator().manual_seed(seed)
     s = len(batch.sequences.ids)
     policy = -10 * torch.rand(s, generator=generator, dtype=torch.float64)
     ref = -10 * torch.rand(s, generator=generator, dtype=torch.float64)
-    pairs = pair_log_probs(batch, policy, ref if reference else None)
-    return pair_metrics(batch, pairs, Sigmoid(0.5)(pairs), 0.5)
+    pairs = log_probs_of(batch, policy, ref if reference else None)
+    return batch_metrics(batch, pairs, Sigmoid(0.5)(pairs), 0.5)
 
 
 def test_metrics_by_hand():
@@ -338,8 +343,8 @@ def test_metrics_by_hand():
     batch = one_batch()
     policy = torch.tensor([-2.0, -99.0, -5.0, -6.0, -99.0, -5.0]).double()
     reference = torch.tensor([-3.0, -99.0, -5.0, -4.0, -99.0, -5.0]).double()
-    pairs = pair_log_probs(batch, policy.requires_grad_(), reference)
-    metrics = pair_metrics(batch, pairs, Sigmoid(0.5)(pairs), 0.5)
+    pairs = log_probs_of(batch, policy.requires_grad_(), reference)
+    metrics = batch_metrics(batch, pairs, Sigmoid(0.5)(pairs), 0.5)
     expected = {
         "loss": (math.log1p(math.exp(-1.5)) + math.log(2)) / 2,
         "rewards/chosen": 0.5 * (1 + 0) / 2,
@@ -361,7 +366,7 @@ def test_metrics_by_hand():
     assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected, rel=1e-12)
     assert not any(value.requires_grad or value.ndim for value in metrics.values())
 
-    bare = pair_metrics(batch, pair_log_probs(batch, policy, None), torch.zeros(2).double(), 0.5)
+    bare = batch_metrics(batch, log_probs_of(batch, policy, None), torch.zeros(2).double(), 0.5)
     assert expected.keys() - bare.keys() == {"logps/ref_chosen", "logps/ref_rejected", "kl/chosen"}
     assert bare["rewards/chosen"].item() == pytest.approx(0.5 * -3.5)  # p_w itself
 
@@ -405,8 +410,8 @@ def test_sums_equal_one_big_batch(given, seed: int, size: int, reference: bool, 
         seqs, scored, reals = zip(*parts, strict=True)
         part = PreferenceBatch.from_padded(seqs, tuple(~x for x in scored), reals)
         at = [*rows, *(b + k for k in rows)]
-        pairs = pair_log_probs(part, policy[at], ref[at] if reference else None)
-        return pair_metrics(part, pairs, Sigmoid(0.5)(pairs), 0.5)
+        pairs = log_probs_of(part, policy[at], ref[at] if reference else None)
+        return batch_metrics(part, pairs, Sigmoid(0.5)(pairs), 0.5)
 
     whole = added(metrics(list(range(b))))
     order = randomness.sample(range(b), b)
@@ -415,7 +420,7 @@ def test_sums_equal_one_big_batch(given, seed: int, size: int, reference: bool, 
     together = ("tokens/unique", "tokens/padded")
     got = {name: value for name, value in added(*parts).items() if name not in together}
     assert got == pytest.approx({k: v for k, v in whole.items() if k not in together}, rel=1e-12, abs=1e-12)
-    assert whole["pairs/valid"] == batch.counts()[0]
+    assert whole["pairs/valid"] == batch.step_totals()[0]
     assert added(*parts)["tokens/unique"] >= 0
     assert added(*parts) == pytest.approx(added(*parts[::-1]), rel=1e-12, abs=1e-12)
 
@@ -458,5 +463,5 @@ def test_sums_keep_no_graph():
 
 def test_a_count_is_no_mean():
     metrics = scored_by_hand(one_batch())
-    assert {"pairs/valid", *TOKENS} == set(COUNTS) & set(metrics)
+    assert {"pairs/valid", "tokens/unique", "tokens/padded"} == set(COUNTS) & set(metrics)
     assert added(metrics) == pytest.approx({name: value.item() for name, value in metrics.items()})

@@ -85,17 +85,17 @@ def made(loss, **kwargs) -> DPO:
 def test_weights_and_margins_in_dpo():
     dpo = made(Sigmoid(0.3))
     whole = batch()
-    parts = [replace(whole, pairs=whole.pairs[k : k + 1]) for k in range(4)]
+    parts = [replace(whole, pair_index=whole.pair_index[k : k + 1]) for k in range(4)]
     alone = torch.stack([dpo(part) for part in parts])
     weights = torch.tensor([0.5, 2.0, 0.0, 1.0])
-    torch.testing.assert_close(dpo(replace(whole, pair_weights=weights)), (alone * weights).mean())
+    torch.testing.assert_close(dpo(replace(whole, weights=weights)), (alone * weights).mean())
     # a margin m moves the logit: -log σ(z - m), with z from -log σ(z)
     margins = torch.tensor([0.5, -1.0, 0.0, 2.0])
     z = -torch.log(torch.expm1(alone))
     expected = torch.nn.functional.softplus(margins - z).mean()
     torch.testing.assert_close(dpo(replace(whole, margins=margins)), expected)
     # a pair of weight 0 has no gradient
-    only = replace(whole, pair_weights=torch.tensor([0.0, 0.0, 1.0, 0.0]))
+    only = replace(whole, weights=torch.tensor([0.0, 0.0, 1.0, 0.0]))
     found = torch.autograd.grad(dpo(only), dpo.policy_model.parameters(), allow_unused=True)
     single = torch.autograd.grad(dpo(parts[2]) / 4, dpo.policy_model.parameters(), allow_unused=True)
     for a, b in zip(found, single, strict=True):
@@ -106,9 +106,9 @@ def test_columns_of_invalid_pairs_are_left_out():
     dpo = made(Sigmoid(0.3))
     seqs, reals = torch.randint(37, (2, 6)), torch.ones(2, 6, dtype=torch.bool)
     prompt = torch.tensor([[True] * 3 + [False] * 3, [True] * 6])  # the second pair scores nothing
-    columns = {"pair_weights": torch.tensor([2.0, 100.0]), "margins": torch.tensor([0.5, 9.0])}
+    columns = {"weights": torch.tensor([2.0, 100.0]), "margins": torch.tensor([0.5, 9.0])}
     both = PreferenceBatch.from_padded((seqs, seqs.flip(0)), (prompt, prompt), (reals, reals), **columns)
-    first = replace(both, pairs=both.pairs[:1], **{name: x[:1] for name, x in columns.items()})
+    first = replace(both, pair_index=both.pair_index[:1], **{name: x[:1] for name, x in columns.items()})
     assert torch.equal(dpo(both), dpo(first))
 
 
@@ -142,7 +142,7 @@ def test_bad_columns_are_refused(columns: dict, kind: type[Exception], message: 
 def test_columns_that_cannot_act_are_refused_before_a_forward_pass():
     for loss, columns, message in (
         (IPO(), {"margins": torch.ones(4)}, "margins have no meaning for IPO"),
-        (AOT(), {"pair_weights": torch.ones(4)}, "weights of pairs have no meaning for AOT"),
+        (AOT(), {"weights": torch.ones(4)}, "weights of pairs have no meaning for AOT"),
     ):
         dpo = made(loss)
         dpo.policy_model.forward = None
@@ -171,24 +171,25 @@ def test_the_command_trains_on_columns(tmp_path: Path, monkeypatch):
 
 @torch.no_grad()
 def gaps_of(dpo: DPO, given: PreferenceBatch) -> Tensor:
-    parts = [replace(given, pairs=given.pairs[k : k + 1]) for k in range(len(given.pairs))]
+    parts = [replace(given, pair_index=given.pair_index[k : k + 1]) for k in range(len(given.pair_index))]
     return torch.stack([dpo(part, return_metrics=True)[1]["rewards/margins"] / dpo.beta for part in parts])
 
 
 def test_beta_dpo_keeps_its_running_mean():
     dpo = made(BetaDPO(0.2, k=0.5))
-    assert {"gap.mean", "gap.spread"} <= set(dpo.state_dict()) and not dpo.gap.mean
-    assert not any("gap" in name for name in made(Sigmoid()).state_dict())
+    assert {"loss.states.0.mean", "loss.states.0.std"} <= set(dpo.state_dict())
+    assert not any("loss" in name for name in made(Sigmoid()).state_dict())
     given, mean, spread = batch(), 0.0, 0.0
     gaps = gaps_of(dpo, given)
-    assert not dpo.gap.mean and dpo.gap.sums[0] == 0  # without gradients nothing moves
+    statistics = dpo.loss.first.statistics
+    assert not statistics.mean and statistics.step_sums[0] == 0  # without gradients nothing moves
     for _ in range(3):
         loss = dpo(given)
         mean, spread = 0.9 * mean + 0.1 * gaps.mean(), 0.9 * spread + 0.1 * gaps.std()
         beta = max(0.2 * (1 + 0.5 * (gaps.mean() - mean)), 1e-3)
         torch.testing.assert_close(loss, torch.nn.functional.softplus(-beta * gaps).mean(), rtol=1e-5, atol=0)
-        torch.testing.assert_close(dpo.gap.mean, mean.float())
-        torch.testing.assert_close(dpo.gap.spread, spread.float())
+        torch.testing.assert_close(dpo.loss.first.statistics.mean, mean.float())
+        torch.testing.assert_close(dpo.loss.first.statistics.std, spread.float())
 
 
 def test_a_step_in_parts_moves_the_running_mean_once():
@@ -196,22 +197,22 @@ def test_a_step_in_parts_moves_the_running_mean_once():
     given = batch()
     for _ in range(2):
         whole(given).backward()
-        before = parts.gap.mean.clone()
-        for rows in (given.pairs[:1], given.pairs[1:]):
-            parts(replace(given, pairs=rows).as_part_of(*given.counts())).backward()
-            assert torch.equal(parts.gap.mean, before)
+        before = parts.loss.first.statistics.mean.clone()
+        for rows in (given.pair_index[:1], given.pair_index[1:]):
+            parts(replace(given, pair_index=rows).with_step_totals(*given.step_totals())).backward()
+            assert torch.equal(parts.loss.first.statistics.mean, before)
         parts.end_step()
-        torch.testing.assert_close(parts.gap.mean, whole.gap.mean)
-        torch.testing.assert_close(parts.gap.spread, whole.gap.spread)
+        torch.testing.assert_close(parts.loss.first.statistics.mean, whole.loss.first.statistics.mean)
+        torch.testing.assert_close(parts.loss.first.statistics.std, whole.loss.first.statistics.std)
     parts.end_step()  # a step without pairs
-    torch.testing.assert_close(parts.gap.mean, whole.gap.mean)
+    torch.testing.assert_close(parts.loss.first.statistics.mean, whole.loss.first.statistics.mean)
 
     other = made(BetaDPO(0.2))
     other.load_state_dict(whole.state_dict())
-    assert torch.equal(other.gap.mean, whole.gap.mean)
+    assert torch.equal(other.loss.first.statistics.mean, whole.loss.first.statistics.mean)
     twin = copy.deepcopy(whole)
     twin(given)
-    assert twin.gap.mean != whole.gap.mean
+    assert twin.loss.first.statistics.mean != whole.loss.first.statistics.mean
 
 
 @pytest.mark.pitfall(22)
@@ -219,12 +220,13 @@ def test_two_processes_move_it_as_one_does():
     shares = [made(BetaDPO(0.2)) for _ in range(2)]
     one, given = made(BetaDPO(0.2)), batch()
     one(given)
-    for share, rows in zip(shares, (given.pairs[:3], given.pairs[3:]), strict=True):
-        share(replace(given, pairs=rows).as_part_of(*given.counts()))
-    total = sum(torch.tensor(share.gap.sums) for share in shares)
+    for share, rows in zip(shares, (given.pair_index[:3], given.pair_index[3:]), strict=True):
+        share(replace(given, pair_index=rows).with_step_totals(*given.step_totals()))
+    total = sum(torch.tensor(share.loss.first.statistics.step_sums) for share in shares)
     shares[0].end_step(lambda sums: total)
-    torch.testing.assert_close(shares[0].gap.mean, one.gap.mean)
-    torch.testing.assert_close(shares[0].gap.spread, one.gap.spread, rtol=1e-4, atol=1e-5)
+    first, expected = shares[0].loss.first.statistics, one.loss.first.statistics
+    torch.testing.assert_close(first.mean, expected.mean)
+    torch.testing.assert_close(first.std, expected.std, rtol=1e-4, atol=1e-5)
 
 
 def test_a_reference_is_not_made_for_a_function_that_needs_none():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from dpo_wrapper.batches.sequences import ScoredSequences, TreePlan
+from dpo_wrapper.batches.sequences import ScoredSequences
 from dpo_wrapper.data import (
     COLLATE_FNS,
     HuggingFaceTokenizer,
@@ -220,7 +220,7 @@ def test_batches_come_with_trees_where_they_are_wanted() -> None:
     for collate in (*COLLATE_FNS.values(), collate_sft):
         pairs = [TokenizedExample((1, 2), ((3,), (4,)))]
         batch = collate(
-            examples if collate in (collate_unpaired, collate_sft) else pairs, tree_options=TreePlan()
+            examples if collate in (collate_unpaired, collate_sft) else pairs, tree_options=TreeOptions()
         )
-        assert list(vars(batch.sequences)["_trees"]) == [TreePlan()]
+        assert list(vars(batch.sequences)["_trees"]) == [TreeOptions()]
         assert "_trees" not in vars(collate(pairs).sequences)

@@ -2,7 +2,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Generator
 
-from dpo_wrapper.prefix_tree.tree import PrefixTree
+from dpo_wrapper.prefix_tree import PrefixTree
 
 ids = st.integers(0, 2) | st.sampled_from([-(2**63), -256, -1, 255, 256, 2**63 - 1])
 

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, prune
 
 from dpo_wrapper import DPO, PreferenceBatch
 from dpo_wrapper.batches.sequences import ScoredSequences
-from dpo_wrapper.models.eval_mode import one_arithmetic, turn_off_dropout
+from dpo_wrapper.models.eval_mode import disable_dropout, reproducible_forward
 from dpo_wrapper.scoring.scorer import Scorer
 from helpers.batches import random_batch
 from helpers.dpo_calls import LN2, arguments, nudged
@@ -418,14 +418,14 @@ def test_adapters_start_at_their_reference(name):
 def test_adapters_get_the_gradients_of_the_models_own_logits(name):
     pytest.importorskip("peft")
     policy = ADAPTERS[name][0]().double()
-    turn_off_dropout(policy)
+    disable_dropout(policy)
     seq = torch.randint(VOCAB, (4, 9), generator=torch.Generator().manual_seed(3))
     seq[1, :5], seq[3, :5] = seq[0, :5], seq[2, :5]
     answers = torch.arange(9).expand(4, -1) >= 5
     own = policy
     if name.startswith("x-transformers"):  # without the wrapper, which gives a loss
         own = getattr(policy.get_base_model(), "net", policy.get_base_model())
-    with one_arithmetic(policy):  # without torch's fast path in eval mode, which leaves adapters out
+    with reproducible_forward(policy):  # without torch's fast path in eval mode, which leaves adapters out
         logits = own(seq)
     logits = getattr(logits, "logits", logits)[:, -9:-1].log_softmax(dim=-1)
     plain = logits.gather(-1, seq[:, 1:, None])[..., 0].masked_fill(~answers[:, 1:], 0.0).sum(dim=-1)

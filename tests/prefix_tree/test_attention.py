@@ -15,9 +15,8 @@ from torch import Generator
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from dpo_wrapper import DPO
-from dpo_wrapper.prefix_tree import attention
-from dpo_wrapper.prefix_tree import tree as prefix_tree
-from dpo_wrapper.prefix_tree.tree import TreeLayout
+from dpo_wrapper.models import hugging_face_attention, x_transformers
+from dpo_wrapper.prefix_tree import TreeLayout, cpu_attention
 from helpers import models as zoo
 from helpers.batches import Case, random_batch
 from helpers.dpo_calls import arguments, nudged
@@ -127,10 +126,10 @@ def state_of(dpo):
     return [{k: list(v) if isinstance(v, dict) else id(v) for k, v in of.items()} for of in held]
 
 
-@pytest.fixture(params=["own", "branches"])
+@pytest.fixture(params=["model", "branches"])
 def each_kernel(request, monkeypatch):
     """Plain attention on the CPU by the model along each path, and by torch's kernel on each branch."""
-    monkeypatch.setattr(prefix_tree, "LEAST", 0 if request.param == "branches" else math.inf)
+    monkeypatch.setattr(cpu_attention, "MIN_BRANCH_NUMEL", 0 if request.param == "branches" else math.inf)
 
 
 @pytest.mark.usefixtures("each_kernel")
@@ -164,14 +163,15 @@ def test_models_that_mix_tokens_elsewhere_fall_back(name):
 @pytest.mark.pitfall(13)
 @pytest.mark.parametrize("name", ["xt-absolute", "xt-rotary", "xt-polar", "llama-eager", "hf-gpt2", "hf-opt"])
 def test_positions_that_are_not_reset_are_caught(name, monkeypatch):
-    right = TreeLayout.of
+    right = TreeLayout.from_tree
 
-    def wrong(tree, most=None, **kwargs):
-        layout = right(tree, most, **kwargs)
-        layout.position.copy_(torch.arange(layout.ids.numel()).view(layout.shape) % (most or 10**9))
+    def wrong(tree, options):
+        layout = right(tree, options)
+        positions = torch.arange(layout.ids.numel()).view(layout.shape)
+        layout.position.copy_(positions % (options.max_positions or 10**9))
         return layout
 
-    monkeypatch.setattr(TreeLayout, "of", wrong)
+    monkeypatch.setattr(TreeLayout, "from_tree", wrong)
     with pytest.raises(ValueError, match=DIFFER):
         made(SHAREABLE[name])(**arguments(CASES[1]))
 
@@ -179,8 +179,11 @@ def test_positions_that_are_not_reset_are_caught(name, monkeypatch):
 @pytest.mark.pitfall(13)
 @pytest.mark.parametrize("name", ["xt-no-positions", "xt-alibi", "xt-rotary-flash", "hf-llama", "gemma2"])
 def test_branches_that_see_one_another_are_caught(name, monkeypatch):
-    monkeypatch.setattr(attention, "attend", lambda layout, q, k, v, core: core(q, k, v))
-    monkeypatch.setattr(attention, "attend_plainly", lambda *_: None)
+    for hooks in (hugging_face_attention, x_transformers):
+        monkeypatch.setattr(
+            hooks, "attend_along_paths", lambda layout, q, k, v, attention: attention(q, k, v)
+        )
+        monkeypatch.setattr(hooks, "attend_with_kernel", lambda *_: None)
     with pytest.raises(ValueError, match=DIFFER):
         made(SHAREABLE[name])(**arguments(CASES[1]))
 
@@ -232,7 +235,7 @@ def test_gradient_checkpointing(name, reentrant):
     assert torch.equal(model(input_ids=ids).logits, logits)
     model.gradient_checkpointing_disable()
     assert torch.equal(model(input_ids=ids).logits, logits)
-    assert "over_tree" not in model.config.to_json_string()
+    assert "dpo_wrapper" not in model.config.to_json_string()
 
 
 @pytest.mark.pitfall(24)

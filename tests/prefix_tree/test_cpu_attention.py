@@ -8,10 +8,8 @@ from torch import Generator
 from torch.nn.functional import scaled_dot_product_attention
 
 from dpo_wrapper import DPO
-from dpo_wrapper.prefix_tree import attention
-from dpo_wrapper.prefix_tree import tree as prefix_tree
-from dpo_wrapper.prefix_tree.cpu_attention import branch_attend, branches_of
-from dpo_wrapper.prefix_tree.tree import PrefixTree, TreeLayout
+from dpo_wrapper.prefix_tree import PrefixTree, TreeLayout, TreeOptions, attend_with_kernel, cpu_attention
+from dpo_wrapper.prefix_tree.cpu_attention import attend_by_branch, find_branches
 from helpers.batches import random_batch
 from helpers.dpo_calls import arguments
 from helpers.models import ZOO
@@ -30,16 +28,16 @@ def inputs(u, heads, width=8, dtype=torch.float64):
 def test_the_branches_of_the_tree_in_the_docstring():
     tree = PrefixTree.from_sequences([[1, 2, 3, 4], [1, 2, 24, 25], [5, 6]])
     expected = ((slice(0, 4), ()), (slice(4, 6), (slice(0, 2),)), (slice(6, 8), ()))
-    assert branches_of(tree.position) == expected
+    assert find_branches(tree.position) == expected
 
 
 @given(sequence_sets | branching())
 @settings(max_examples=200, deadline=None)
 def test_branches_lie_end_to_end_and_continue_their_past(sequences):
     tree = PrefixTree.from_sequences(sequences)
-    branches = branches_of(tree.position)
+    branches = find_branches(tree.position)
     assert tokens(own for own, _ in branches) == list(range(len(tree.ids)))
-    attends = tree.attends()
+    attends = tree.attention_mask()
     for own, past in branches:
         seen = attends[own.start].nonzero()[:, 0].tolist()
         assert [*tokens(past), own.start] == seen
@@ -57,11 +55,11 @@ def test_output_and_gradients_are_those_under_the_dense_rule(seed, heads):
     results = []
     for branchwise in (True, False):
         if branchwise:
-            out = branch_attend(q, k, v, branches_of(tree.position), 0.3)
+            out = attend_by_branch(q, k, v, find_branches(tree.position), 0.3)
             assert not out[:, :, u:].any()
         else:
             wide = (t[:, :, :u].repeat_interleave(4 // heads[1], dim=1) for t in (k, v))
-            out = scaled_dot_product_attention(q[:, :, :u], *wide, attn_mask=tree.attends(), scale=0.3)
+            out = scaled_dot_product_attention(q[:, :, :u], *wide, attn_mask=tree.attention_mask(), scale=0.3)
         results.append([out[:, :, :u], *torch.autograd.grad((out[:, :, :u] * given).sum(), (q, k, v))])
     for got, expected in zip(*results, strict=True):
         assert torch.allclose(got, expected, atol=1e-12)
@@ -69,11 +67,11 @@ def test_output_and_gradients_are_those_under_the_dense_rule(seed, heads):
 
 
 def test_gradcheck():
-    branches = branches_of(random_tree(5, sequences=4, longest=6).position)
+    branches = find_branches(random_tree(5, sequences=4, longest=6).position)
     u = branches[-1][0].stop
     assert any(past for _, past in branches)
     assert torch.autograd.gradcheck(
-        lambda q, k, v: branch_attend(q, k, v, branches, None), inputs(u, (2, 2, 2), 4)
+        lambda q, k, v: attend_by_branch(q, k, v, branches, None), inputs(u, (2, 2, 2), 4)
     )
 
 
@@ -86,9 +84,9 @@ def test_half_precision_errs_little_more_than_one_kernel_under_a_mask(dtype):
         q, k, v = (t.detach().to(inner).requires_grad_() for t in exact)
         for branchwise in (True, False):
             if branchwise:
-                out = branch_attend(q, k, v, branches_of(tree.position), None)
+                out = attend_by_branch(q, k, v, find_branches(tree.position), None)
             else:
-                out = scaled_dot_product_attention(q, k, v, attn_mask=tree.attends())
+                out = scaled_dot_product_attention(q, k, v, attn_mask=tree.attention_mask())
             results.append([out, *torch.autograd.grad(out.sum(), (q, k, v))])
     truth, _, ours, theirs = results
     for exactly, got, plain in zip(truth, ours, theirs, strict=True):
@@ -98,7 +96,7 @@ def test_half_precision_errs_little_more_than_one_kernel_under_a_mask(dtype):
 
 def test_derivatives_of_derivatives_are_refused():
     q, k, v = inputs(4, (1, 1, 1))
-    out = branch_attend(q, k, v, ((slice(0, 4), ()),), None)
+    out = attend_by_branch(q, k, v, ((slice(0, 4), ()),), None)
     (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
@@ -106,24 +104,26 @@ def test_derivatives_of_derivatives_are_refused():
 
 @pytest.mark.parametrize("longest, width, calls", [(3, 1024, 0), (300, 1024, 1), (300, 16, 0)])
 def test_short_branches_and_narrow_heads_are_left_to_the_model(longest, width, calls, monkeypatch):
-    layout = TreeLayout.of(random_tree(0, longest=longest), kernel="branches")
+    layout = TreeLayout.from_tree(random_tree(0, longest=longest), TreeOptions(kernel="branches"))
     made = []
-    monkeypatch.setattr(attention, "branch_attend", lambda *args: made.append(1) or branch_attend(*args))
+    monkeypatch.setattr(
+        cpu_attention, "attend_by_branch", lambda *args: made.append(1) or attend_by_branch(*args)
+    )
     q, k, v = (t.float() for t in inputs(layout.ids.numel(), (4, 4, 4), width // 4))
-    attention.attend_plainly(layout, q, k, v, None, None)
+    attend_with_kernel(layout, q, k, v, None, None)
     assert len(made) == calls
 
 
 @pytest.mark.parametrize("name", ["hf-llama", "xt-rotary-flash"])
 def test_a_kernel_that_does_not_give_the_models_attention_is_not_used(name, monkeypatch):
-    monkeypatch.setattr(prefix_tree, "LEAST", 0)
+    monkeypatch.setattr(cpu_attention, "MIN_BRANCH_NUMEL", 0)
     case = arguments(random_batch(Generator().manual_seed(0), b=4))
     right = DPO(ZOO[name](0))
     expected = right(**case)
     assert right.score_policy.kernel == right.score_reference.kernel == "branches"
-    monkeypatch.setattr(attention, "branch_attend", lambda q, *_: torch.zeros_like(q))
+    monkeypatch.setattr(cpu_attention, "attend_by_branch", lambda q, *_: torch.zeros_like(q))
     wrong = DPO(ZOO[name](0))
-    assert torch.allclose(wrong(**case), expected) and wrong.score_policy.kernel == "own"
+    assert torch.allclose(wrong(**case), expected) and wrong.score_policy.kernel == "model"
     assert "along each path" in wrong.explain()
 
 
@@ -131,5 +131,5 @@ def test_a_kernel_that_does_not_give_the_models_attention_is_not_used(name, monk
 @settings(max_examples=20, deadline=None)
 def test_rows_are_one_stretch_of_tokens_to_it(seed):
     tree = random_tree(seed, longest=30)
-    layout = TreeLayout.of(tree, 16, kernel="branches")
-    assert layout.branches == branches_of(tree.position)
+    layout = TreeLayout.from_tree(tree, TreeOptions(16, "branches"))
+    assert layout.branches == find_branches(tree.position)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Generator
 
 from dpo_wrapper import DPO
-from dpo_wrapper.prefix_tree.flex_attention import BLOCK, flex_attend, tree_block_mask
+from dpo_wrapper.prefix_tree.flex_attention import BLOCK_SIZE, attend_with_flex, create_tree_block_mask
 from helpers.dpo_calls import arguments, nudged
 from helpers.models import ZOO, x_transformer
 from helpers.trees import random_tree
@@ -17,8 +17,8 @@ from helpers.trees import random_tree
 @settings(max_examples=40, deadline=None)
 def test_blocks_hold_every_pair_that_attends_and_whole_blocks_no_other(seed, sequences, longest):
     tree = random_tree(seed, sequences, longest)
-    mask, attends = tree_block_mask(tree.subtree_end, tree.position), tree.attends()
-    u, count = len(tree.ids), -(-len(tree.ids) // BLOCK)
+    mask, attends = create_tree_block_mask(tree.subtree_end, tree.position), tree.attention_mask()
+    u, count = len(tree.ids), -(-len(tree.ids) // BLOCK_SIZE)
     some, whole = (torch.zeros(count, count, dtype=torch.bool) for _ in range(2))
     for table, numbers, indices in (
         (some, mask.kv_num_blocks, mask.kv_indices),
@@ -29,12 +29,12 @@ def test_blocks_hold_every_pair_that_attends_and_whole_blocks_no_other(seed, seq
     assert not (some & whole).any()
     for i in range(count):
         for j in range(count):
-            block = attends[i * BLOCK : (i + 1) * BLOCK, j * BLOCK : (j + 1) * BLOCK]
+            block = attends[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE, j * BLOCK_SIZE : (j + 1) * BLOCK_SIZE]
             assert (some[i, j] or whole[i, j]) == block.any(), (
                 "computed where and only where something attends"
             )
             if whole[i, j]:
-                assert block.all() and block.shape == (min(BLOCK, u - i * BLOCK), BLOCK)
+                assert block.all() and block.shape == (min(BLOCK_SIZE, u - i * BLOCK_SIZE), BLOCK_SIZE)
 
 
 @pytest.mark.parametrize("window", [None, 7])
@@ -45,8 +45,8 @@ def test_forward_equals_attention_under_the_dense_rule(heads, window):
     q, k, v = (
         torch.randn(1, n, u, 16, generator=Generator().manual_seed(n)) for n in (4, heads[1], heads[1])
     )
-    out = flex_attend(q, k, v, tree_block_mask(tree.subtree_end, tree.position, window), 0.3)
-    rule = tree.attends()
+    out = attend_with_flex(q, k, v, create_tree_block_mask(tree.subtree_end, tree.position, window), 0.3)
+    rule = tree.attention_mask()
     if window is not None:
         rule &= tree.position[:, None] - tree.position < window
     wide = (t.repeat_interleave(4 // heads[1], dim=1) for t in (k, v))
@@ -74,8 +74,8 @@ def test_log_probs_of_whole_models(name, monkeypatch):
 
     calls = []
     monkeypatch.setattr(
-        "dpo_wrapper.prefix_tree.flex_attention.flex_attend",
-        lambda *args: calls.append(1) or flex_attend(*args),
+        "dpo_wrapper.prefix_tree.flex_attention.attend_with_flex",
+        lambda *args: calls.append(1) or attend_with_flex(*args),
     )
     case = random_batch(Generator().manual_seed(0), b=4, odd=0)
     dpo = DPO(nudged(MODELS[name]()), reference=MODELS[name](), share_prefix=True)

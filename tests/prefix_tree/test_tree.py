@@ -9,8 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Generator
 
-from dpo_wrapper.batches.sequences import PreferenceBatch, ScoredSequences, ScoredTree, TreePlan
-from dpo_wrapper.prefix_tree.tree import PADDING, PrefixTree, TreeLayout
+from dpo_wrapper.batches.sequences import PreferenceBatch, ScoredSequences, ScoredTree
+from dpo_wrapper.prefix_tree import PrefixTree, TreeLayout, TreeOptions
+from dpo_wrapper.prefix_tree.layout import MAX_PADDING
 from helpers.batches import random_batch
 from helpers.trees import branching, sequence_sets
 
@@ -80,7 +81,7 @@ def test_the_tree_is_the_trie(sequences):
 @given(sequence_sets | branching())
 def test_a_token_attends_to_its_own_path_and_to_nothing_else(sequences):
     tree = PrefixTree.from_sequences(sequences)
-    nodes, seen = nodes_of(tree), tree.attends()
+    nodes, seen = nodes_of(tree), tree.attention_mask()
     assert seen.shape == (len(nodes), len(nodes))
     for q, row in enumerate(nodes):
         for k, column in enumerate(nodes):
@@ -144,7 +145,7 @@ def test_the_layout_holds_every_token_and_groups_are_paths(sequences, most):
     u = len(tree.ids)
     if not u:
         return
-    layout = TreeLayout.of(tree, most)
+    layout = TreeLayout.from_tree(tree, TreeOptions(most))
     rows, width = layout.shape
     assert layout.ids.shape == layout.position.shape == layout.shape
     assert most is None or width <= most
@@ -155,9 +156,9 @@ def test_the_layout_holds_every_token_and_groups_are_paths(sequences, most):
     assert not layout.position.flatten()[u:].any()
 
     end_to_end = torch.cat([group.flatten() for group in layout.groups])
-    assert layout.home.shape == (rows * width,)
-    assert torch.equal(end_to_end[layout.home[:u]], torch.arange(u))
-    assert ((layout.home >= 0) & (layout.home < len(end_to_end))).all()
+    assert layout.path_index.shape == (rows * width,)
+    assert torch.equal(end_to_end[layout.path_index[:u]], torch.arange(u))
+    assert ((layout.path_index >= 0) & (layout.path_index < len(end_to_end))).all()
 
     leaf_paths = {tuple(path.tolist()) for path in tree.leaf_paths()}
     found, place, column = [], 0, {}
@@ -171,24 +172,24 @@ def test_the_layout_holds_every_token_and_groups_are_paths(sequences, most):
             for k in range(len(row)):
                 column[place + k] = k, k < n
             place += len(row)
-        assert real >= (1 - PADDING) * group.numel()
+        assert real >= (1 - MAX_PADDING) * group.numel()
     assert sorted(found) == sorted(leaf_paths)
-    for token in range(u):  # home is where the causal past is the token's own path
-        assert column[int(layout.home[token])] == (int(tree.position[token]), True)
+    for token in range(u):  # its index is where the causal past is the token's own path
+        assert column[int(layout.path_index[token])] == (int(tree.position[token]), True)
 
 
 def test_moving_a_layout_or_scored_tree_keeps_everything():
-    layout = TreeLayout.of(PrefixTree.from_sequences([A, B, C]), 3)
+    layout = TreeLayout.from_tree(PrefixTree.from_sequences([A, B, C]), TreeOptions(3))
     moved = layout.to("meta")
     assert moved.shape == layout.shape == (3, 3)
-    for tensor in (moved.ids, moved.position, moved.home, *moved.groups):
+    for tensor in (moved.ids, moved.position, moved.path_index, *moved.groups):
         assert tensor.device.type == "meta"
     assert [group.shape for group in moved.groups] == [group.shape for group in layout.groups]
 
     sequences = scored_sequences(0)
-    tree = sequences.over_tree(TreePlan(5))
-    assert sequences.over_tree(TreePlan(5)) is tree and sequences.over_tree(TreePlan()) is not tree
-    for twin in (tree.to("meta"), sequences.to("meta").over_tree(TreePlan(5))):
+    tree = sequences.over_tree(TreeOptions(5))
+    assert sequences.over_tree(TreeOptions(5)) is tree and sequences.over_tree(TreeOptions()) is not tree
+    for twin in (tree.to("meta"), sequences.to("meta").over_tree(TreeOptions(5))):
         assert twin.unique == tree.unique
         for tensor in (twin.source, twin.target, twin.entry, twin.layout.ids):
             assert tensor.device.type == "meta"
@@ -212,7 +213,7 @@ def score_of(past, target):
 @pytest.mark.parametrize("most", [None, 4])
 def test_scores_come_back_to_the_sequences_they_belong_to(seed, most):
     sequences = scored_sequences(seed)
-    tree = ScoredTree.of(sequences, TreePlan(most))
+    tree = ScoredTree.of(sequences, TreeOptions(most))
     real, rows = PrefixTree.from_sequences(sequences.inputs()), sequences.inputs()
     assert tree.unique == len(real.ids) == sequences.unique_tokens()
     nodes = nodes_of(real)
@@ -232,7 +233,7 @@ def test_scores_come_back_to_the_sequences_they_belong_to(seed, most):
 def test_equal_sequences_are_laid_and_scored_once():
     seq = torch.tensor([[3, 1, 2, 5]] * 4)
     all_of_it = torch.ones_like(seq, dtype=torch.bool)
-    tree = ScoredTree.of(ScoredSequences.from_padded(seq, all_of_it, all_of_it), TreePlan())
+    tree = ScoredTree.of(ScoredSequences.from_padded(seq, all_of_it, all_of_it), TreeOptions())
     assert tree.unique == 3 and tree.target.tolist() == [1, 2, 5]
     assert tree.entry.tolist() == [0, 1, 2] * 4 and tree.layout.groups[0].shape == (1, 3)
 
@@ -240,7 +241,7 @@ def test_equal_sequences_are_laid_and_scored_once():
 def test_one_token_with_two_targets_and_two_tokens_with_one():
     seq = torch.tensor([[3, 1], [3, 2], [4, 1]])
     all_of_it = torch.ones_like(seq, dtype=torch.bool)
-    tree = ScoredTree.of(ScoredSequences.from_padded(seq, all_of_it, all_of_it), TreePlan())
+    tree = ScoredTree.of(ScoredSequences.from_padded(seq, all_of_it, all_of_it), TreeOptions())
     assert tree.unique == 2
     pairs = list(zip(tree.source.tolist(), tree.target.tolist(), strict=True))
     assert [pairs[k] for k in tree.entry.tolist()] == [(0, 1), (0, 2), (1, 1)]

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 import dpo_wrapper.reference.precompute as cached_module
-from dpo_wrapper import DPO, PreferenceBatch, PreferenceCollator, Sigmoid, cache_reference
+from dpo_wrapper import DPO, PreferenceBatch, PreferenceCollator, Sigmoid, precompute_ref_log_probs
 from dpo_wrapper.batches.ranked import RankedBatch, UnpairedBatch
 from dpo_wrapper.data import TokenizedExample
 from dpo_wrapper.losses import KTO, PlackettLuce
 from dpo_wrapper.pretrained import PRESETS
-from dpo_wrapper.reference.cache import Recall
+from dpo_wrapper.reference.cache import LogProbCache
 from dpo_wrapper.scoring.scorer import Scorer
 from dpo_wrapper.training.train import train
 from dpo_wrapper.training.trainer import Trainer
@@ -52,7 +52,7 @@ def calls_of(monkeypatch):
 @pytest.mark.parametrize("ld_alpha", [1.0, 0.3])
 def test_a_cache_gives_the_loss_of_the_reference(name, ld_alpha, tmp_path):
     policy, reference, data = ZOO[name](0), ZOO[name](1), dataset()
-    cached = cache_reference(data, reference, tmp_path, token_scores=ld_alpha < 1, max_tokens=30)
+    cached = precompute_ref_log_probs(data, reference, tmp_path, per_token=ld_alpha < 1, max_tokens=30)
     plain = DPO(policy, reference=reference, ld_alpha=ld_alpha)
     dpo = DPO(policy, reference=cached, ld_alpha=ld_alpha)
     assert dpo.ref_model is None and "sequences, computed before" in dpo.explain()
@@ -80,19 +80,19 @@ def test_every_kind_of_reference_can_be_cached(tmp_path):
         "module": DPO(ZOO["xt-rotary"](0), reference=ZOO["hf-llama"](1)),
     }
     for name, dpo in kinds.items():
-        cached = cache_reference(data, dpo, tmp_path / name)
+        cached = precompute_ref_log_probs(data, dpo, tmp_path / name)
         with torch.no_grad():
             for p in dpo.policy_model.parameters():
                 p += 0.1 * torch.randn_like(p) if p.requires_grad else 0.0
         found = DPO(dpo.policy_model, reference=cached)(**columns(data, range(7)))
         torch.testing.assert_close(found, dpo(**columns(data, range(7))), rtol=1e-5, atol=1e-5)
-        cache_reference(data, dpo, tmp_path / name)  # the reference is the same, so its cache is not stale
+        precompute_ref_log_probs(data, dpo, tmp_path / name)  # the reference is the same, so its cache is not stale
     with pytest.raises(ValueError, match="this DPO has no reference model"):
-        cache_reference(data, DPO(ZOO["xt-tied"](0), reference="none"), tmp_path / "none")
+        precompute_ref_log_probs(data, DPO(ZOO["xt-tied"](0), reference="none"), tmp_path / "none")
     with pytest.raises(
         TypeError, match="takes a PreferenceDataset or a list of what is in one, not a list of"
     ):
-        cache_reference([*pairs(), "a"], ZOO["xt-tied"](0), tmp_path / "list")
+        precompute_ref_log_probs([*pairs(), "a"], ZOO["xt-tied"](0), tmp_path / "list")
 
 
 def test_entries_of_any_kind_can_be_cached(tmp_path):
@@ -101,8 +101,8 @@ def test_entries_of_any_kind_can_be_cached(tmp_path):
         TokenizedExample((1, 2), ((3, 4), (5,), (6, 7)), weight=2.0),
         TokenizedExample((8,), ((9,),), label=True, kl_completion=(3, 4)),
     ]
-    cached = cache_reference(rows, reference, tmp_path)
-    assert len(cached) == 5 and len(cache_reference(pairs(), reference, tmp_path / "pairs")) == 14
+    cached = precompute_ref_log_probs(rows, reference, tmp_path)
+    assert len(cached) == 5 and len(precompute_ref_log_probs(pairs(), reference, tmp_path / "pairs")) == 14
     batches = (
         (PlackettLuce(), RankedBatch.from_lists([(1, 2)], [((3, 4), (5,), (6, 7))])),
         (KTO(), UnpairedBatch.from_lists([(8,)], [(9,)], [True], [(3, 4)])),
@@ -112,17 +112,17 @@ def test_entries_of_any_kind_can_be_cached(tmp_path):
         torch.testing.assert_close(DPO(policy, loss=loss, reference=cached)(batch), expected)
     moved = [*rows[:1], TokenizedExample((8,), ((9,),), label=True, kl_completion=(3, 5))]
     with pytest.raises(ValueError, match="was made with other token ids"):
-        cache_reference(moved, reference, tmp_path)
+        precompute_ref_log_probs(moved, reference, tmp_path)
 
 
 def test_a_cache_without_tokens_is_refused_where_tokens_are_needed(tmp_path):
-    cached = cache_reference(dataset(), ZOO["xt-rotary"](0), tmp_path)
+    cached = precompute_ref_log_probs(dataset(), ZOO["xt-rotary"](0), tmp_path)
     with pytest.raises(ValueError, match=r"the cache holds sums: make it with .*token_scores = True"):
         DPO(ZOO["xt-rotary"](0), reference=cached, ld_alpha=0.5)
 
 
 def test_the_data_of_other_losses_can_be_remembered_as_well():
-    dpo = DPO(ZOO["xt-rotary"](0), loss=KTO(), remember_reference=True)
+    dpo = DPO(ZOO["xt-rotary"](0), loss=KTO(), cache_ref_log_probs=True)
     batch = UnpairedBatch.from_lists([[1, 2], [3]], [[4, 5], [6, 7, 8]], [True, False])
     first = dpo(batch)
     assert len(dpo.reference.memory) == 4  # two and their mismatches
@@ -154,7 +154,7 @@ def moved_border(rows):
 def test_a_stale_cache_is_refused(key, tmp_path, monkeypatch):
     rows = [TokenizedExample((5, 6), ((7,), (8,))), *pairs()[1:]]
     data, model = dataset(rows), ZOO["xt-rotary"](0)
-    cache_reference(data, model, tmp_path)
+    precompute_ref_log_probs(data, model, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     options = {"token_scores": key == "values"}
     if key == "package version":
@@ -163,24 +163,24 @@ def test_a_stale_cache_is_refused(key, tmp_path, monkeypatch):
         data, model = STALE[key](data, model)
     others = "weights and dtype" if key == "dtype" else key  # other bytes are other weights
     with pytest.raises(ValueError, match=f"was made with other {others}: delete the folder, or name another"):
-        cache_reference(data, model, tmp_path, **options)
+        precompute_ref_log_probs(data, model, tmp_path, **options)
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 def test_autocast_is_a_dtype_of_its_own(tmp_path):
     data, model = dataset(), ZOO["hf-llama"](0)
     with torch.autocast("cpu", torch.bfloat16):
-        cache_reference(data, model, tmp_path)
+        precompute_ref_log_probs(data, model, tmp_path)
     with pytest.raises(ValueError, match="was made with other dtype: "):
-        cache_reference(data, model, tmp_path)
+        precompute_ref_log_probs(data, model, tmp_path)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     data, model = dataset(), ZOO["xt-rotary"](0)
-    cache_reference(data, model, tmp_path)
+    precompute_ref_log_probs(data, model, tmp_path)
     (tmp_path / "part-00001.safetensors").write_bytes(b"cut off")
     with pytest.raises(ValueError, match=r"part-00001.safetensors cannot be read \(.*: delete it"):
-        cache_reference(data, model, tmp_path)
+        precompute_ref_log_probs(data, model, tmp_path)
 
 
 def test_an_interrupted_computation_goes_on_where_it_stopped(tmp_path, monkeypatch):
@@ -193,17 +193,17 @@ def test_an_interrupted_computation_goes_on_where_it_stopped(tmp_path, monkeypat
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        cache_reference(data, model, tmp_path / "a", progress=interrupt)
+        precompute_ref_log_probs(data, model, tmp_path / "a", progress=interrupt)
     assert done == [3, 3]
     (tmp_path / "a" / "part-00002.new").write_bytes(b"half a file")
     counts = calls_of(monkeypatch)
-    resumed = cache_reference(data, model, tmp_path / "a")
+    resumed = precompute_ref_log_probs(data, model, tmp_path / "a")
     look = 8  # what a scorer's first look at a model takes: two pairs, twice or three times
     assert 2 <= sum(counts.values()) <= 2 + 2 * look  # the one pair that was left
-    whole = cache_reference(data, model, tmp_path / "b")
+    whole = precompute_ref_log_probs(data, model, tmp_path / "b")
     assert resumed.values == whole.values and len(whole) == 14
     counts.clear()
-    assert cache_reference(data, model, tmp_path / "b").values == whole.values and not counts
+    assert precompute_ref_log_probs(data, model, tmp_path / "b").values == whole.values and not counts
 
 
 def test_what_is_recalled_is_what_was_kept():
@@ -213,21 +213,21 @@ def test_what_is_recalled_is_what_was_kept():
         (torch.ones(2, 3).bool(), torch.ones(2, 2).bool()),
     )
     sequences = batch.sequences
-    assert len(set(sequences.names())) == 4 and sequences.to("cpu").names() == sequences.names()
-    for recall, values in ((Recall(), -torch.arange(4.0).double()), (Recall(True), -torch.arange(4.0))):
+    assert len(set(sequences.content_hashes())) == 4 and sequences.to("cpu").content_hashes() == sequences.content_hashes()
+    for recall, values in ((LogProbCache(), -torch.arange(4.0).double()), (LogProbCache(True), -torch.arange(4.0))):
         assert recall.find(sequences) is None
         recall.keep(sequences, values)
-        other = Recall(recall.per_token)
+        other = LogProbCache(recall.per_token)
         other.load_state_dict(recall.state_dict())
         for each in (recall, other, copy.deepcopy(recall), pickle.loads(pickle.dumps(recall))):
             assert torch.equal(each.find(sequences), values) and each.find(sequences).dtype == values.dtype
-    empty = Recall()
-    empty.load_state_dict(Recall().state_dict())
+    empty = LogProbCache()
+    empty.load_state_dict(LogProbCache().state_dict())
     assert len(empty) == 0
 
 
 def test_the_reference_runs_once_for_each_sequence(monkeypatch):
-    dpo, data = DPO(ZOO["hf-llama"](0), remember_reference=True), dataset()
+    dpo, data = DPO(ZOO["hf-llama"](0), cache_ref_log_probs=True), dataset()
     plain = DPO(dpo.policy_model, reference=dpo.ref_model)
     dpo(**columns(data, range(7)))
     with torch.no_grad():
@@ -235,13 +235,13 @@ def test_the_reference_runs_once_for_each_sequence(monkeypatch):
     counts = calls_of(monkeypatch)
     for rows in ([3, 1], [0, 2, 4, 5, 6]):
         found = dpo(**columns(data, rows))
-        assert id(dpo.score_reference) not in counts
+        assert id(dpo.reference.scorer) not in counts
         torch.testing.assert_close(found, plain(**columns(data, rows)), rtol=1e-5, atol=1e-5)
     # a reference that has changed is computed again
     with torch.no_grad():
         dpo.ref_model.lm_head.weight.mul_(1.2)
     torch.testing.assert_close(dpo(**columns(data, [3, 1])), plain(**columns(data, [3, 1])))
-    assert counts[id(dpo.score_reference)] == 4
+    assert counts[id(dpo.reference.scorer)] == 4
     twin = copy.deepcopy(dpo)
     assert len(dpo.reference.memory) == 4 and len(twin.reference.memory) == 0
     assert torch.equal(twin(**columns(data, [3, 1])), dpo(**columns(data, [3, 1])))
@@ -265,7 +265,7 @@ def without_memory(rows, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "plain"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "tiny", {"dim": 32, "depth": 1, "heads": 1})
-        patch.setattr(Recall, "find", lambda self, sequences: None)
+        patch.setattr(LogProbCache, "find", lambda self, sequences: None)
         train(make_config(rows, out))
     return out
 
@@ -276,7 +276,7 @@ def test_from_the_second_epoch_on_the_reference_is_not_called(rows, tmp_path, mo
     def watched(self, *args):
         values = step(self, *args)
         if self.stage.name == "dpo":
-            seen.append(counts.get(id(self.stage.dpo.score_reference), 0))
+            seen.append(counts.get(id(self.stage.dpo.reference.scorer), 0))
         return values
 
     monkeypatch.setattr(Trainer, "train_step", watched)
@@ -356,7 +356,7 @@ def test_two_processes_cache_what_one_does(rows, tmp_path, without_memory):
         "def watched(self, *args):\n"
         "    values = step(self, *args)\n"
         "    if self.stage.name == 'dpo':\n"
-        "        seen.append(calls.get(id(self.stage.dpo.score_reference), 0))\n"
+        "        seen.append(calls.get(id(self.stage.dpo.reference.scorer), 0))\n"
         "    return values\n"
         "Scorer.token_scores_and, Trainer.train_step = counted, watched\n"
         "for name, ahead in (('first', False), ('ahead', True)):\n"
@@ -377,8 +377,8 @@ def test_options_that_cannot_act_are_refused(rows, tmp_path):
         with pytest.raises(ValueError, match=f"--precompute-ref-log-probs needs a reference, but .*{why}"):
             train(make_config(rows, tmp_path / "out", precompute_ref_log_probs=True, **options))
     assert not (tmp_path / "out").exists()
-    with pytest.raises(TypeError, match="remember_reference should be True or False"):
-        DPO(ZOO["xt-rotary"](0), remember_reference=1)
+    with pytest.raises(TypeError, match="cache_ref_log_probs should be True or False"):
+        DPO(ZOO["xt-rotary"](0), cache_ref_log_probs=1)
     assert DPO(ZOO["xt-rotary"](0), loss=Sigmoid()).reference.memory is None
     settings = json.dumps(make_config(rows, Path("x")).as_json())
     assert '"precompute_ref_log_probs": false' in settings

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Generator
 
-from dpo_wrapper import DPO, cache_reference
+from dpo_wrapper import DPO, precompute_ref_log_probs
 from dpo_wrapper.pretrained import PRESETS
 from dpo_wrapper.training.train import train
 from helpers.adapters import lora
@@ -40,7 +40,7 @@ def metric(dpo, name="logps/ref_chosen"):
 @pytest.mark.parametrize("name", ["xt-tied", "hf-llama-tied", "plain-tied"])
 @pytest.mark.parametrize("alpha", [0.6, 0.25, 1.0])
 def test_values_by_hand(name, alpha):
-    dpo = moved(DPO(ZOO[name](0), remember_reference=True))
+    dpo = moved(DPO(ZOO[name](0), cache_ref_log_probs=True))
     before, policy, remembered = weights(dpo.ref_model), weights(dpo.policy_model), metric(dpo)
     dpo.sync_reference(alpha)
     after = dpo.ref_model.state_dict()
@@ -93,7 +93,7 @@ def test_what_cannot_be_updated_is_refused(tmp_path):
         "with its adapter off and has no weights": DPO(lora(ZOO["hf-llama"](0))),
         "expected, but there is none": DPO(model, reference="none"),
         "computed before cannot be updated": DPO(
-            model, reference=cache_reference(dataset(), model, tmp_path)
+            model, reference=precompute_ref_log_probs(dataset(), model, tmp_path)
         ),
         "of another architecture than the policy": DPO(model, reference=ZOO["hf-llama"](0)),
     }

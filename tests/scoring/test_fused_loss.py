@@ -1,4 +1,4 @@
-"""What `DPO` says beforehand of its loss: that it comes true, and that nothing but memory depends on it."""
+"""The loss that `DPO` passes to the gather: its predicted gradients are right, and nothing else changes."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor
 
 from dpo_wrapper import DPO, PairLogProbs, PreferenceBatch, RankedBatch, Sigmoid
-from dpo_wrapper.batches.sequences import ScoredSequences
+from dpo_wrapper.batches import ScoredSequences, SFTBatch
 from dpo_wrapper.log_probs import fused_backward as ahead
 from dpo_wrapper.log_probs import torch_tile as chunked
 from dpo_wrapper.losses import ORPO, SFT, APODown, BetaDPO, DiscoPOP, PlackettLuce
-from dpo_wrapper.scoring.fused_loss import Foretold, groups
+from dpo_wrapper.scoring import token_log_probs as scoring
+from dpo_wrapper.scoring.fused_loss import group_linked
 from dpo_wrapper.training.stages import SFTModule
 from helpers.batches import random_batch
 from helpers.every_loss import EVERY, shown
@@ -85,7 +86,7 @@ def test_every_loss_comes_true(loss, share: bool, watch: Watch):
     for _ in range(2):  # the second time a running gap has moved
         compared(dpo, lambda: dpo(*args_of(case)), factor=0.25)
     assert not watch.wrong and len(watch.parts) == 2
-    assert all(n == 1 for n in watch.parts) if not loss.per_pair else min(watch.parts) > 1
+    assert all(n == 1 for n in watch.parts) if not loss.is_per_pair else min(watch.parts) > 1
 
 
 @pytest.mark.parametrize("name", ["xt-tied", "hf-llama", "hf-llama-tied", "hf-gpt2", "hf-gemma2"])
@@ -110,9 +111,9 @@ def squared(pairs: PairLogProbs) -> Tensor:
     return (pairs.chosen_logratio - pairs.rejected_logratio).square()
 
 
-squared.pure = True
+squared.is_deterministic = True
 OPTIONS = {
-    "several losses": {"loss": [(Sigmoid(0.3), 1.0), (SFT(), 0.5), (ORPO(prompt=True), 0.5)]},
+    "several losses": {"loss": [(Sigmoid(0.3), 1.0), (SFT(), 0.5), (ORPO(), 0.5)]},
     "LD-DPO": {"ld_alpha": 0.3},
     "WPO": {"wpo": True},  # foretells nothing
     "a user's": {"loss": squared},
@@ -134,18 +135,18 @@ def test_a_users_loss_that_mixes_pairs_is_computed_again(watch: Watch):
         gap = pairs.chosen_logratio - pairs.rejected_logratio
         return (gap - gap.mean()).square()
 
-    mixing.pure = True
+    mixing.is_deterministic = True
     case = random_batch(Generator().manual_seed(3), b=4, odd=0.0)
-    for per_pair in (True, False):
-        mixing.per_pair = per_pair
+    for is_per_pair in (True, False):
+        mixing.is_per_pair = is_per_pair
         policy, reference = models("xt-rotary")
         dpo = DPO(policy, reference=reference, loss=mixing)
         compared(dpo, lambda dpo=dpo: dpo(*args_of(case)))
-        assert watch.wrong == per_pair and (watch.parts[-1] > 1) == per_pair
+        assert watch.wrong == is_per_pair and (watch.parts[-1] > 1) == is_per_pair
         watch.wrong = 0
 
 
-def test_a_users_loss_is_called_once_unless_it_says_that_it_is_pure(watch: Watch):
+def test_a_users_loss_is_called_once_unless_it_says_that_it_is_deterministic(watch: Watch):
     seen = []
 
     def remembers(pairs: PairLogProbs) -> Tensor:
@@ -153,12 +154,12 @@ def test_a_users_loss_is_called_once_unless_it_says_that_it_is_pure(watch: Watch
         return squared(pairs)
 
     case = random_batch(Generator().manual_seed(3), b=4, odd=0.0)
-    for pure in (False, True):
-        remembers.pure = pure
+    for is_deterministic in (False, True):
+        remembers.is_deterministic = is_deterministic
         policy, reference = models("xt-rotary")
         seen.clear()
         DPO(policy, reference=reference, loss=remembers)(*args_of(case)).backward()
-        assert (len(seen) > 1) == pure == bool(watch.parts)
+        assert (len(seen) > 1) == is_deterministic == bool(watch.parts)
         # what is not known yet is -1 per token, and so a log-prob like any other
         assert all((scores < 0).all() for scores in seen)
 
@@ -166,13 +167,14 @@ def test_a_users_loss_is_called_once_unless_it_says_that_it_is_pure(watch: Watch
 def test_a_loss_that_draws_is_asked_once(watch: Watch):
     policy, reference = models("xt-rotary")
     dpo = DPO(policy, reference=reference, loss=BetaDPO(drop=0.5))
-    dpo.gap.spread.fill_(5.0)
+    statistics = dpo.loss.first.statistics
+    statistics.std.fill_(5.0)
     case = random_batch(Generator().manual_seed(3), b=4, odd=0.0)
     found = []
     for _ in range(2):
         torch.manual_seed(0)
         dpo.eval() if found else dpo.train()
-        dpo.gap.spread.fill_(5.0), dpo.gap.mean.zero_()
+        statistics.std.fill_(5.0), statistics.mean.zero_()
         found.append((dpo(*args_of(case)), torch.rand(1)))
     torch.testing.assert_close(*found)
     assert not watch.parts
@@ -184,7 +186,7 @@ def test_under_autocast_the_loss_is_told_as_it_will_be(watch: Watch):
     def learned(pairs: PairLogProbs) -> Tensor:
         return layer((pairs.chosen - pairs.rejected)[:, None])[:, 0].square().float()
 
-    learned.pure = True
+    learned.is_deterministic = True
     policy, reference = ZOO["hf-llama"](0), ZOO["hf-llama"](1)
     dpo = DPO(policy, reference=reference, loss=learned)
     case = random_batch(Generator().manual_seed(3), b=4, odd=0.0)
@@ -226,7 +228,7 @@ def test_lists_and_rows(parts: Callable[[], tuple], share: bool, watch: Watch):
 @pytest.mark.parametrize("which", ("all", "best"))
 def test_pairs_that_share_sequences_meet(which: str, share: bool, watch: Watch):
     policy, reference = models("xt-rotary")
-    batch = RankedBatch.from_lists(*lists_of_ids()).pairs(which)
+    batch = RankedBatch.from_lists(*lists_of_ids()).to_preference_batch(which)
     dpo = DPO(policy, reference=reference, share_prefix=share)
     compared(dpo, lambda: dpo(batch))
     assert not watch.wrong and watch.parts == [3]  # one for each list
@@ -246,20 +248,20 @@ def test_pairs_that_are_scored_together_meet(watch: Watch):
 def test_supervised_warm_up(watch: Watch):
     module = SFTModule(ZOO["hf-llama"](0).double())
     sequences = ScoredSequences.from_lists([()] * 3, [[1, 2, 3], [4, 5, 6, 7], [1, 2, 8, 9]])
-    compared(module, lambda: module(sequences, 17))
+    compared(module, lambda: module(SFTBatch(sequences, 17)))
     assert not watch.wrong and min(watch.parts) > 1
 
 
 def test_nothing_is_asked_without_gradients_or_in_evaluation_or_of_a_frozen_head(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    asked, of_tree = [], Foretold.over_tree
+    asked, merge = [], scoring.merge_shared_tokens
 
     def watched(*args):
         asked.append(args)
-        return of_tree(*args)
+        return merge(*args)
 
-    monkeypatch.setattr(Foretold, "over_tree", watched)
+    monkeypatch.setattr(scoring, "merge_shared_tokens", watched)
     policy, reference = models("xt-rotary")
     dpo = DPO(policy, reference=reference)
     case = random_batch(Generator().manual_seed(3), b=4)
@@ -298,7 +300,7 @@ def test_no_valid_pair(watch: Watch):
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_groups_are_what_links_connect(drawn: tuple[int, list[tuple[int, int]]]):
     count, links = drawn
-    found = groups(torch.tensor(links, dtype=torch.long).reshape(-1, 2), count).tolist()
+    found = group_linked(torch.tensor(links, dtype=torch.long).reshape(-1, 2), count).tolist()
     reached = [{k} for k in range(count)]  # by the slow way: until nothing is new
     for _ in range(count):
         for one, other in links:
@@ -312,15 +314,15 @@ def test_groups_are_what_links_connect(drawn: tuple[int, list[tuple[int, int]]])
 
 def test_long_chains():
     links = torch.tensor(list(pairwise(range(3000))))
-    assert groups(links, 3000).tolist() == [0] * 3000
-    assert groups(links.flip(0), 3000).tolist() == [0] * 3000
+    assert group_linked(links, 3000).tolist() == [0] * 3000
+    assert group_linked(links.flip(0), 3000).tolist() == [0] * 3000
 
 
-def test_plackett_luce_by_default_foretells_lists(watch: Watch):
+def test_plackett_luce_groups_the_tokens_of_a_list(watch: Watch):
     prompts, completions = lists_of_ids()
     batch = RankedBatch.from_lists(prompts, completions)
     # two to a list, and the third rank is empty in one of them
-    assert sorted(set(groups(batch.links, len(batch.sequences.length)).tolist())) == [0, 3, 5]
+    assert sorted(set(group_linked(batch.links, len(batch.sequences.length)).tolist())) == [0, 3, 5]
     assert batch.links.max() < len(batch.sequences.length)
     policy, reference = models("xt-rotary")
     dpo = DPO(policy, loss=PlackettLuce(), reference=reference)
