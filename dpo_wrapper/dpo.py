@@ -12,6 +12,7 @@ from dpo_wrapper.batches.pair_log_probs import Reading
 from dpo_wrapper.batches.ranked import ListedBatch, Mismatched
 from dpo_wrapper.batches.sequences import PreferenceBatch, ScoredSequences
 from dpo_wrapper.batches.token_level import check_wpo
+from dpo_wrapper.log_probs import Impl
 from dpo_wrapper.losses import (
     Objective,
     PairFunction,
@@ -81,7 +82,7 @@ class DPO(nn.Module):
         reference_device: torch.device | str | None = None,
         remember_reference: bool = False,
         share_prefix: str | bool = "auto",
-        log_prob_impl: str = "auto",
+        log_prob_impl: Impl = "auto",
         ld_alpha: float = 1.0,
         wpo: bool = False,
         disable_dropout: bool = True,

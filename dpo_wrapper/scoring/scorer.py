@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dpo_wrapper.batches.sequences import ScoredSequences, TreePlan
-from dpo_wrapper.log_probs import FusedLoss, choose_impl, log_probs_of_rows, token_log_probs
+from dpo_wrapper.log_probs import FusedLoss, Impl, choose_impl, gather_log_probs, token_log_probs
 from dpo_wrapper.models.base import language_model
 from dpo_wrapper.models.eval_mode import one_arithmetic, quiet
 from dpo_wrapper.prefix_tree.attention import NotShareable
@@ -45,7 +45,7 @@ class Scorer:
     def __init__(
         self,
         model: nn.Module,
-        impl: str = "auto",
+        impl: Impl = "auto",
         *,
         apart_from: "Scorer | None" = None,
         share: str | bool = False,
@@ -137,7 +137,7 @@ class Scorer:
         head = self.language_model.head()
         with one_arithmetic(self.language_model.model):
             if head is None or not self.head_applies:
-                found = log_probs_of_rows(states(False).flatten(0, 1), where, targets, extras)
+                found = gather_log_probs(states(False).flatten(0, 1), where, targets, extras)
                 return found if extras else (found, {})
             hidden = states(True).flatten(0, 1).index_select(0, where)
         trains = torch.is_grad_enabled() and head.weight.requires_grad
