@@ -199,15 +199,15 @@ def test_without_a_template_dialogues_are_text_turns(load: Load) -> None:
         (
             tiny.ALTERNATES,
             CHAT,
-            "but it raises 'roles must alternate' for the roles system, user, .*: change the",
+            "should take the roles system, user, .* but it raises 'roles must alternate': change the",
         ),
         (
             tiny.CRASHES,
             DIALOGUE,
-            "chat template should take the dialogue, but it raises 'can only concatenate str",
+            "chat template should take the roles system, user, but it raises 'can only concatenate str",
         ),
-        ("{{ nonsense.of.it }}", DIALOGUE, "chat template should take the dialogue, but it raises"),
-        ("{% if %}", DIALOGUE, "chat template should take the dialogue, but it raises"),
+        ("{{ nonsense.of.it }}", DIALOGUE, "chat template should take the roles system, user, but it raises"),
+        ("{% if %}", DIALOGUE, "chat template should take the roles system, user, but it raises"),
     ],
     ids=["no prefix", "drops a part", "raises", "crashes", "undefined", "no template at all"],
 )
