@@ -1,5 +1,6 @@
 """The slow lines that the gather equals. In float64 the tests compare every other implementation with
-them."""
+them.
+"""
 
 import torch
 from beartype import beartype

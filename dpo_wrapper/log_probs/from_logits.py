@@ -1,5 +1,6 @@
 """Log-probs from logits that a model has computed already: one pass over them, without a tensor of
-log-softmax."""
+log-softmax.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -116,7 +117,7 @@ class LogProbsFromLogits(torch.autograd.Function):
 
 @torch.no_grad()
 def log_sum_p2(logits: Float[Tensor, "n v"], row_index: Int[Tensor, "t"]) -> Float[Tensor, "t"]:
-    """log Σ p² over the vocabulary, of the softmax of each indexed row."""
+    """Log Σ p² over the vocabulary, of the softmax of each indexed row."""
     dtype = accumulation_dtype(logits.dtype)
     rows, row_of_target = row_index.unique(return_inverse=True)
     result = logits.new_empty(len(rows), dtype=dtype)

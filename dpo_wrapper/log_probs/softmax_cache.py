@@ -79,6 +79,7 @@ class SoftmaxCache:
 
     def pop(self) -> tuple[Tensor, Tensor] | None:
         """The next tile and its log-sum-exp, which the cache then holds no longer; None if there is no
-        other."""
+        other.
+        """
         self.buffer = None
         return self.tiles.popleft() if self.tiles else None

@@ -99,7 +99,7 @@ class OnlineSoftmax(NamedTuple):
 
     @property
     def target_grad(self) -> Float[Tensor, "t"]:
-        """d log-prob / d raw product at the target: (1 - p(target)) times its slope, without cancellation."""
+        """D log-prob / d raw product at the target: (1 - p(target)) times its slope, without cancellation."""
         return (self.non_target_lse - self.lse).exp() * self.target_slope
 
     @property

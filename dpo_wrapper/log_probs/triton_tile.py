@@ -143,7 +143,8 @@ def tile_softmax(
     out: Float[Tensor, "r w"] | None = None,
 ) -> TileSoftmax:
     """`torch_tile.tile_softmax` in float32. The softmax overwrites the tile itself, and `out` stays
-    unused."""
+    unused.
+    """
     tokens, width = tile.shape
     outputs = torch.empty(6, tokens, device=tile.device).unbind()
     tile_lse, target_logit, target_slope, entropy, sum_p2, max_logit = outputs

@@ -117,9 +117,7 @@ def test_special_tokens_inside_a_completion(
         ({"unk": "<pad>"}, -100),
     ],
 )
-def test_pad_is_never_a_token_of_the_text(
-    load: Load, options: dict[str, Any], pad_id: int
-) -> None:
+def test_pad_is_never_a_token_of_the_text(load: Load, options: dict[str, Any], pad_id: int) -> None:
     tokenizer = load(**options)
     assert tokenizer.pad_id == pad_id
     assert tokenizer.completion_ids("Q", "A")[-1] == tokenizer.eos_id == 1
