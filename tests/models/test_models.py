@@ -200,7 +200,7 @@ def test_tokens_masked_out_of_the_vocabulary_do_not_hide_a_model_that_sees_ahead
 
     arguments = ARGUMENTS | {k: ARGUMENTS[k] % 36 for k in ("preferred_seq", "unpreferred_seq")}
     assert abs(DPO(Masked(False))(**arguments).item() - LN2) < 1e-6
-    with pytest.raises(ValueError, match="not autoregressive"):
+    with pytest.raises(ValueError, match="should be autoregressive"):
         DPO(Masked(True))(**arguments)
 
 
