@@ -92,7 +92,7 @@ def test_what_cannot_be_updated_is_refused(tmp_path):
     model = ZOO["xt-rotary"](0)
     refused = {
         "with its adapter off and has no weights": DPO(lora(ZOO["hf-llama"](0))),
-        "expected, but there is none": DPO(model, reference="none"),
+        "should have weights of its own, but there is none": DPO(model, reference="none"),
         "computed before cannot be updated": DPO(
             model, reference=precompute_ref_log_probs(scored_sequences(pairs(), 30), model, tmp_path)
         ),
