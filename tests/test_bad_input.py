@@ -452,7 +452,7 @@ bad_gather("extras as a string", f"{OF_EXTRAS} 'entropy'", extras="entropy")
 if find_spec("triton") is not None:
     bad_gather(
         "triton on the CPU",
-        "^impl = 'triton' needs tensors on CUDA, but they are on cpu: use 'auto'",
+        "^tensors should be on CUDA for impl = 'triton', but they are on cpu: use 'auto'",
         impl="triton",
     )
 for value in (0.0, True, "<pad>", torch.tensor(0)):
