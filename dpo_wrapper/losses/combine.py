@@ -93,7 +93,10 @@ def as_weighted_losses(loss: LossArgument) -> WeightedLosses:
         )
     if len({term_loss.log_probs_type for term_loss, _ in checked}) > 1:
         names = join_names([term_loss for term_loss, _ in checked])
-        raise TypeError(f"{names} learn from different data: combine losses of one kind.")
+        raise TypeError(
+            f"losses of a sum should learn from data of one type, but {names} learn from different data: "
+            "combine losses of one type."
+        )
     return tuple(checked)
 
 

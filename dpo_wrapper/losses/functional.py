@@ -30,7 +30,11 @@ def dpo_loss(
         ValueError: unequal shapes, other than one or two dimensions, only one reference, or `beta <= 0`.
     """
     if (ref_chosen_logprobs is None) != (ref_rejected_logprobs is None):
-        raise ValueError("give both ref_chosen_logprobs and ref_rejected_logprobs, or neither.")
+        received = "second" if ref_chosen_logprobs is None else "first"
+        raise ValueError(
+            "ref_chosen_logprobs and ref_rejected_logprobs should both be given, but only the "
+            f"{received} is: add the other or leave both out."
+        )
     sides = [chosen_logprobs, rejected_logprobs]
     if ref_chosen_logprobs is not None and ref_rejected_logprobs is not None:
         sides += [ref_chosen_logprobs.detach(), ref_rejected_logprobs.detach()]

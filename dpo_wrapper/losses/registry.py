@@ -88,10 +88,8 @@ def _parse_call(node: ast.expr, base: type[ValidatedDataclass], text: str) -> An
     types: dict[str, Any] = {option.name: option.metadata.get("type") for option in fields(known[name])}
     values = {str(keyword.arg): keyword.value for keyword in call.keywords}
     if call.args or len(values) < len(call.keywords) or not set(values) <= set(types):
-        raise ValueError(
-            f"the options of {name} should be {', '.join(types) or 'left out'}, each as name=value, but the "
-            f"loss is {text!r}: correct it."
-        )
+        expected = f"{', '.join(types)}, each as name=value" if types else "left out"
+        raise ValueError(f"the options of {name} should be {expected}, but the loss is {text!r}: correct it.")
     return known[name](**{option: _parse_value(node, types[option], text) for option, node in values.items()})
 
 
@@ -108,7 +106,7 @@ def _parse_number(node: ast.expr, text: str) -> float:
         return float(value)
     except (ValueError, TypeError, OverflowError):
         raise ValueError(
-            f"a number should stand in {text!r} in the place of {ast.unparse(node)!r}: correct it."
+            f"the value in {text!r} should be a number, but it is {ast.unparse(node)!r}: correct it."
         ) from None
 
 

@@ -1,31 +1,30 @@
+"""Every loss of pairs in the package, found by its class, with several options each."""
+
 from collections.abc import Iterator
 from dataclasses import fields, replace
 
 from dpo_wrapper import Loss, PairLoss
 from dpo_wrapper.losses.registry import builtin_losses, divergences_by_name
 
-KINDS = [kind for kind in builtin_losses() if issubclass(kind, PairLoss)]
+LOSS_CLASSES: list[type[Loss]] = [loss for loss in builtin_losses() if issubclass(loss, PairLoss)]
+DIVERGENCES = [divergence() for divergence in divergences_by_name().values()]
+OTHER_OPTIONS = {"beta": 0.4, "label_smoothing": 0.2, "gamma": 0.3, "tau": 0.7, "penalty": 2.0, "k": 0.2}
 
 
-DIVERGENCES = [kind() for kind in divergences_by_name().values()]
-
-
-OTHER_VALUES = {"beta": 0.4, "label_smoothing": 0.2, "gamma": 0.3, "tau": 0.7, "penalty": 2.0, "k": 0.2}
-
-
-def variants(kind: type[Loss]) -> Iterator[Loss]:
-    """With its defaults, with other options, and with every divergence."""
-    yield kind()
-    names = {each.name for each in fields(kind)}
-    other = kind(**{name: value for name, value in OTHER_VALUES.items() if name in names})
-    if other != kind():
+def iterate_options(loss_class: type[Loss]) -> Iterator[Loss]:
+    """The loss with its defaults, with other options, and with every divergence."""
+    yield loss_class()
+    names = {option.name for option in fields(loss_class)}
+    other = loss_class(**{name: value for name, value in OTHER_OPTIONS.items() if name in names})
+    if other != loss_class():
         yield other
     if "divergence" in names:
         yield from (replace(other, divergence=divergence) for divergence in DIVERGENCES[1:])
 
 
-EVERY = [loss for kind in KINDS for loss in variants(kind)]
+EVERY_LOSS = [loss for loss_class in LOSS_CLASSES for loss in iterate_options(loss_class)]
 
 
-def shown(loss: object) -> str:
+def loss_id(loss: object) -> str:
+    """A parameter's name in the list of tests."""
     return repr(loss) if isinstance(loss, Loss) else str(loss)

@@ -1,5 +1,6 @@
-"""Log-probs of pairs as the tests of losses write them."""
+"""Log-probs of pairs, written by hand or drawn at random, and the gradients of losses."""
 
+from dataclasses import replace
 from math import exp
 
 import pytest
@@ -10,10 +11,10 @@ from torch import Tensor
 
 from dpo_wrapper import Loss, PairLogProbs
 
-FAST = settings(max_examples=100, deadline=None, derandomize=True)
+SETTINGS = settings(max_examples=100, deadline=None, derandomize=True)
 
 
-def pairs(
+def make_pairs(
     chosen: list[float],
     rejected: list[float],
     ref_chosen: list[float] | None = None,
@@ -22,7 +23,7 @@ def pairs(
     n_l: list[int] | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> PairLogProbs:
-    """Policy log-probs as leaves that want gradients; lengths are 1 unless given."""
+    """The policy's log-probs are leaves that require gradients; lengths are 1 unless given."""
 
     def floats(values: list[float] | None) -> Tensor | None:
         return None if values is None else torch.tensor(values, dtype=dtype)
@@ -33,9 +34,34 @@ def pairs(
     return PairLogProbs(*policy, floats(ref_chosen), floats(ref_rejected), *lengths, mean)
 
 
-def grads(loss: Loss, given: PairLogProbs) -> tuple[Tensor, Tensor]:
+def example_pair() -> PairLogProbs:
+    """The pair of the tests by hand: a = 2, b = -4, Δ = 6, with 2 and 4 scored tokens."""
+    return make_pairs([-4.0], [-9.0], [-6.0], [-5.0], [2], [4])
+
+
+def index_pairs(pairs: PairLogProbs, index: slice | list[int]) -> PairLogProbs:
+    """Some of the pairs; the mean length stays that of all."""
+    columns = {name: value for name, value in vars(pairs).items() if value is not None and value.ndim}
+    return replace(pairs, **{name: value[index] for name, value in columns.items()})
+
+
+def swap_sides(pairs: PairLogProbs) -> PairLogProbs:
+    """The same log-probs with the labels the wrong way round; lengths stay."""
+    policy = {"chosen": pairs.rejected, "rejected": pairs.chosen}
+    return replace(pairs, **policy, ref_chosen=pairs.ref_rejected, ref_rejected=pairs.ref_chosen)
+
+
+def zero_reference(pairs: PairLogProbs) -> PairLogProbs:
+    """The same policy with a reference whose log-probs are all 0."""
+    zeros = torch.zeros_like(pairs.chosen)
+    return replace(pairs, ref_chosen=zeros, ref_rejected=zeros)
+
+
+def policy_grads(loss: Loss, pairs: PairLogProbs) -> tuple[Tensor, Tensor]:
+    """The gradients of the sum of the losses with respect to the policy's log-probs."""
+    leaves = (pairs.chosen, pairs.rejected)
     chosen, rejected = torch.autograd.grad(
-        loss(given).sum(), (given.chosen, given.rejected), allow_unused=True, materialize_grads=True
+        loss(pairs).sum(), leaves, allow_unused=True, materialize_grads=True
     )
     return chosen, rejected
 
@@ -49,11 +75,11 @@ def is_close(values: Tensor, expected: list[float], rel: float = 1e-12) -> bool:
     return values.tolist() == pytest.approx(expected, rel=rel, abs=1e-12)
 
 
-log_probs = st.floats(-200.0, 0.0)
-lengths = st.integers(1, 50)
-
-
 @st.composite
-def some_pairs(draw, least: int = 1) -> PairLogProbs:
-    rows = draw(st.lists(st.tuples(*[log_probs] * 4, lengths, lengths), min_size=least, max_size=4))
-    return pairs(*map(list, zip(*rows, strict=True)))
+def random_pairs(
+    draw, min_pairs: int = 1, lowest: float = -200.0, highest: float = 0.0, max_length: int = 50
+) -> PairLogProbs:
+    """A strategy for one to four pairs with log-probs between `lowest` and `highest`."""
+    columns = [st.floats(lowest, highest)] * 4 + [st.integers(1, max_length)] * 2
+    rows = draw(st.lists(st.tuples(*columns), min_size=min_pairs, max_size=4))
+    return make_pairs(*map(list, zip(*rows, strict=True)))

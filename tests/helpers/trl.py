@@ -1,3 +1,5 @@
+"""What the comparisons with TRL share: data, models, and losses with their gradients."""
+
 import copy
 from types import SimpleNamespace
 
@@ -8,28 +10,31 @@ from dpo_wrapper import DPO
 from helpers.models import VOCAB, ZOO
 
 LENGTHS = ((3, 5, 2), (1, 4, 7), (6, 1, 3), (2, 8, 8), (4, 3, 1))
+"""Numbers of tokens of prompt, chosen and rejected."""
+LossAndGrads = tuple[Tensor, list[Tensor]]
 
 
-def tokens(seed: int = 0) -> list[tuple[list[int], list[int], list[int]]]:
-    generator = Generator().manual_seed(seed)
+def random_ids() -> list[tuple[list[int], list[int], list[int]]]:
+    """Ids of prompt, chosen and rejected for each pair."""
+    generator = Generator().manual_seed(0)
     return [
         tuple(torch.randint(1, VOCAB, (n,), generator=generator).tolist() for n in lengths)
         for lengths in LENGTHS
     ]
 
 
-def tokenizer():
+def build_tokenizer():
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
     words = {"<pad>": 0, "</s>": 1, "a": 2, "b": 3}
-    made = Tokenizer(models.WordLevel(words, unk_token="a"))
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="a"))
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", bos_token="</s>", eos_token="</s>"
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="</s>", eos_token="</s>"
     )
 
 
-def models() -> tuple[nn.Module, nn.Module]:
+def build_models() -> tuple[nn.Module, nn.Module]:
     """A policy, and a reference that is near it."""
     reference = ZOO["hf-llama"](0).eval()
     policy = copy.deepcopy(reference)
@@ -40,8 +45,29 @@ def models() -> tuple[nn.Module, nn.Module]:
     return policy, reference
 
 
-def padded(side: int, rows: list) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, prompt mask and padding mask of one side."""
+def build_trainer(trainer: type, config: type, folder, policy: nn.Module, row: dict, **kwargs):
+    """One of TRL's trainers, with `row` as its data; its model is in eval mode."""
+    from datasets import Dataset
+
+    arguments = config(
+        output_dir=str(folder),
+        max_length=None,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+    )
+    data = Dataset.from_list([row] * 2)
+    built = trainer(
+        model=policy, args=arguments, train_dataset=data, processing_class=build_tokenizer(), **kwargs
+    )
+    built.model.eval()
+    return built
+
+
+def pad_side(side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, prompt mask and padding mask of the chosen (1) or the rejected (2) side."""
+    rows = random_ids()
     width = max(len(row[0]) + len(row[side]) for row in rows)
     ids, prompt, real = torch.zeros(3, len(rows), width, dtype=torch.long)
     for k, row in enumerate(rows):
@@ -51,30 +77,25 @@ def padded(side: int, rows: list) -> tuple[Tensor, Tensor, Tensor]:
     return ids, prompt.bool(), real.bool()
 
 
-def ours(
+def with_gradients(loss: Tensor, policy: nn.Module) -> LossAndGrads:
+    """A loss with its gradients."""
+    grads = torch.autograd.grad(loss, list(policy.parameters()), allow_unused=True, materialize_grads=True)
+    return loss.detach(), list(grads)
+
+
+def dpo_loss_and_grads(
     policy: nn.Module, reference: nn.Module, loss, ld_alpha: float = 1.0, wpo: bool = False, **columns
-) -> tuple[Tensor, list[Tensor]]:
-    """The loss and its gradients, over the prefix tree and through the fused gather."""
+) -> LossAndGrads:
+    """Those of DPO, over the prefix tree and through the chunked gather."""
     options = {"share_prefix": True, "log_prob_impl": "chunked", "ld_alpha": ld_alpha, "wpo": wpo}
     dpo = DPO(policy, loss=loss, reference=reference, **options)
-    chosen, rejected = (padded(side, tokens()) for side in (1, 2))
-    masks = [(chosen[k], rejected[k]) for k in (1, 2)]
-    return differentiated(dpo(chosen[0], rejected[0], *masks, **columns), policy)
+    (chosen, *chosen_masks), (rejected, *rejected_masks) = pad_side(1), pad_side(2)
+    masks = zip(chosen_masks, rejected_masks, strict=True)
+    return with_gradients(dpo(chosen, rejected, *masks, **columns), policy)
 
 
-def differentiated(loss: Tensor, policy: nn.Module) -> tuple[Tensor, list[Tensor]]:
-    found = torch.autograd.grad(loss, list(policy.parameters()), allow_unused=True, materialize_grads=True)
-    return loss.detach(), list(found)
-
-
-def difference(ours: tuple[Tensor, list[Tensor]], theirs: tuple[Tensor, list[Tensor]]) -> float:
-    """The larger of the relative differences of value and of gradient, each by the largest component."""
-    value = (ours[0] - theirs[0]).abs() / theirs[0].abs()
-    apart = max(float((a - b).abs().max()) for a, b in zip(ours[1], theirs[1], strict=True))
-    return max(float(value), apart / max(float(b.abs().max()) for b in theirs[1]))
-
-
-def theirs(made: SimpleNamespace, types: list[str], weights=None, **options) -> tuple[Tensor, list[Tensor]]:
+def trl_loss_and_grads(setup: SimpleNamespace, types: list[str], weights=None, **options) -> LossAndGrads:
+    """Those of TRL's DPOTrainer; `setup` holds trainer, inputs, policy and reference."""
     defaults = {
         "beta": 0.3,
         "label_smoothing": 0.0,
@@ -86,7 +107,15 @@ def theirs(made: SimpleNamespace, types: list[str], weights=None, **options) -> 
         "use_weighting": False,
     }
     for name, value in (defaults | options).items():
-        owner = made.trainer.args if name == "discopop_tau" else made.trainer
+        owner = setup.trainer.args if name == "discopop_tau" else setup.trainer
         assert hasattr(owner, name), name
         setattr(owner, name, value)
-    return differentiated(made.trainer.compute_loss(made.trainer.model, made.inputs), made.policy)
+    return with_gradients(setup.trainer.compute_loss(setup.trainer.model, setup.inputs), setup.policy)
+
+
+def relative_error(found: LossAndGrads, expected: LossAndGrads) -> float:
+    """The larger of the relative errors of value and of gradient, each by the largest component."""
+    value = (found[0] - expected[0]).abs() / expected[0].abs()
+    largest = max(float(grad.abs().max()) for grad in expected[1])
+    grads = max(float((a - b).abs().max()) for a, b in zip(found[1], expected[1], strict=True))
+    return max(float(value), grads / largest)

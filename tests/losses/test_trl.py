@@ -8,16 +8,18 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from torch import Tensor, nn
+from torch import Tensor
 
-from dpo_wrapper import PreferenceBatch, sequence_log_probs
-from dpo_wrapper.batches.token_level import wpo_weights
+from dpo_wrapper import DPO, PreferenceBatch, UnpairedBatch, sequence_log_probs
+from dpo_wrapper.batches.pair_log_probs import wpo_weights
+from dpo_wrapper.batches.sequences import SequenceLogProbs
 from dpo_wrapper.losses import (
     AOT,
     BCO,
     CPO,
     EXO,
     IPO,
+    KTO,
     NCA,
     ORPO,
     SFT,
@@ -40,46 +42,34 @@ from dpo_wrapper.losses import (
     SigmoidNorm,
     SimPO,
 )
-from helpers.trl import difference, differentiated, models, ours, padded, theirs, tokenizer, tokens
+from helpers.ranked_batches import rows_of_ids
+from helpers.trl import (
+    build_models,
+    build_trainer,
+    dpo_loss_and_grads,
+    pad_side,
+    random_ids,
+    relative_error,
+    trl_loss_and_grads,
+    with_gradients,
+)
 
 trl = pytest.importorskip("trl")
 
 TOLERANCE = 1e-5
-"""Tokens of prompt, chosen and rejected."""
-
-
-def trainer(kind: type, config: type, tmp_path, policy: nn.Module, row: dict, **kwargs):
-    from datasets import Dataset
-
-    arguments = config(
-        output_dir=str(tmp_path),
-        max_length=None,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        bf16=False,
-        report_to=[],
-        disable_dropout=True,
-    )
-    return kind(
-        model=policy,
-        args=arguments,
-        train_dataset=Dataset.from_list([row] * 2),
-        processing_class=tokenizer(),
-        **kwargs,
-    )
-
-
 PAIR = {"prompt": "a", "chosen": "a", "rejected": "b"}
 
 
 @pytest.fixture(scope="module")
 def dpo_trainer(tmp_path_factory) -> Iterator[SimpleNamespace]:
-    policy, reference = models()
-    config = partial(trl.DPOConfig, use_weighting=True)  # so that it can be switched on later
-    made = trainer(trl.DPOTrainer, config, tmp_path_factory.mktemp("dpo"), policy, PAIR, ref_model=reference)
-    made.model.eval()
-    rows = [{"prompt_ids": x, "chosen_ids": y, "rejected_ids": z} for x, y, z in tokens()]
-    yield SimpleNamespace(trainer=made, inputs=made.data_collator(rows), policy=policy, reference=reference)
+    policy, reference = build_models()
+    # weighting, so that it can be switched on later
+    config = partial(trl.DPOConfig, use_weighting=True, disable_dropout=True)
+    folder = tmp_path_factory.mktemp("dpo")
+    trainer = build_trainer(trl.DPOTrainer, config, folder, policy, PAIR, ref_model=reference)
+    rows = [{"prompt_ids": x, "chosen_ids": y, "rejected_ids": z} for x, y, z in random_ids()]
+    inputs = trainer.data_collator(rows)
+    yield SimpleNamespace(trainer=trainer, inputs=inputs, policy=policy, reference=reference)
 
 
 DIVERGENCES: dict[str, Divergence] = {
@@ -120,9 +110,9 @@ def with_divergence(loss: Loss, divergence: str) -> Loss:
 
 @pytest.mark.parametrize("name, options, loss, divergence", CASES, ids=lambda value: str(value))
 def test_dpo_trainer(dpo_trainer, name, options, loss, divergence):
-    expected = theirs(dpo_trainer, [name], f_divergence_type=divergence, **options)
-    found = ours(dpo_trainer.policy, dpo_trainer.reference, with_divergence(loss, divergence))
-    assert difference(found, expected) <= TOLERANCE
+    expected = trl_loss_and_grads(dpo_trainer, [name], f_divergence_type=divergence, **options)
+    found = dpo_loss_and_grads(dpo_trainer.policy, dpo_trainer.reference, with_divergence(loss, divergence))
+    assert relative_error(found, expected) <= TOLERANCE
 
 
 def test_every_loss_of_the_trainer_is_here():
@@ -132,9 +122,10 @@ def test_every_loss_of_the_trainer_is_here():
 
 
 def test_combination(dpo_trainer):
-    expected = theirs(dpo_trainer, ["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0])
+    expected = trl_loss_and_grads(dpo_trainer, ["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0])
     loss = [(Sigmoid(0.3), 0.8), (BCO(0.3), 0.2), (SFT(), 1.0)]
-    assert difference(ours(dpo_trainer.policy, dpo_trainer.reference, loss), expected) <= TOLERANCE
+    found = dpo_loss_and_grads(dpo_trainer.policy, dpo_trainer.reference, loss)
+    assert relative_error(found, expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
@@ -142,40 +133,42 @@ def test_combination(dpo_trainer):
     "name, loss", [("sigmoid", Sigmoid(0.3)), ("ipo", IPO(0.3)), ("sft", SFT()), ("nca_pair", NCA(0.3))]
 )
 def test_length_desensitized(dpo_trainer, name, loss, alpha):
-    expected = theirs(dpo_trainer, [name], ld_alpha=alpha)
-    found = ours(dpo_trainer.policy, dpo_trainer.reference, loss, ld_alpha=alpha)
-    assert difference(found, expected) <= TOLERANCE
+    expected = trl_loss_and_grads(dpo_trainer, [name], ld_alpha=alpha)
+    found = dpo_loss_and_grads(dpo_trainer.policy, dpo_trainer.reference, loss, ld_alpha=alpha)
+    assert relative_error(found, expected) <= TOLERANCE
 
 
-def test_wpo_weights(dpo_trainer):
+def test_weights_of_pairs_equal_wpo(dpo_trainer):
     """The policy's `log Σ p²` comes from its own logits here."""
-    expected = theirs(dpo_trainer, ["sigmoid"], use_weighting=True)
-    chosen, rejected = (padded(side, tokens()) for side in (1, 2))
-    masks = [(chosen[k], rejected[k]) for k in (1, 2)]
-    batch = PreferenceBatch.from_padded((chosen[0], rejected[0]), *masks)
+    expected = trl_loss_and_grads(dpo_trainer, ["sigmoid"], use_weighting=True)
+    (chosen, *chosen_masks), (rejected, *rejected_masks) = pad_side(1), pad_side(2)
+    masks = zip(chosen_masks, rejected_masks, strict=True)
+    batch = PreferenceBatch.from_padded((chosen, rejected), *masks)
     sequences = batch.sequences
     logits = dpo_trainer.policy(sequences.ids).logits[sequences.row, sequences.source].float()
     log_probs = logits.log_softmax(dim=-1)
-    scores = log_probs.gather(-1, sequences.target[:, None]).squeeze(-1)
-    weights = wpo_weights(batch, scores, (2 * log_probs).logsumexp(dim=-1))
+    tokens = log_probs.gather(-1, sequences.target[:, None]).squeeze(-1)
+    extras = {"log_sum_p2": (2 * log_probs).logsumexp(dim=-1)}
+    policy = SequenceLogProbs(sequences.sum_per_sequence(tokens), tokens, extras)
+    weights = wpo_weights(sequences, batch.pair_index, policy)
     assert not weights.requires_grad
-    found = ours(dpo_trainer.policy, dpo_trainer.reference, Sigmoid(0.3), pair_weights=weights)
-    assert difference(found, expected) <= TOLERANCE
+    found = dpo_loss_and_grads(dpo_trainer.policy, dpo_trainer.reference, Sigmoid(0.3), pair_weights=weights)
+    assert relative_error(found, expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.3])
 @pytest.mark.parametrize("name, loss", [("sigmoid", Sigmoid(0.3)), ("ipo", IPO(0.3))])
 def test_wpo(dpo_trainer, name, loss, alpha):
-    expected = theirs(dpo_trainer, [name], use_weighting=True, ld_alpha=alpha)
-    found = ours(dpo_trainer.policy, dpo_trainer.reference, loss, alpha, wpo=True)
-    assert difference(found, expected) <= TOLERANCE
+    expected = trl_loss_and_grads(dpo_trainer, [name], use_weighting=True, ld_alpha=alpha)
+    found = dpo_loss_and_grads(dpo_trainer.policy, dpo_trainer.reference, loss, alpha, wpo=True)
+    assert relative_error(found, expected) <= TOLERANCE
 
 
-def labelled() -> dict[str, Tensor]:
+def inputs_with_labels() -> dict[str, Tensor]:
     """The batch as TRL's trainers without reference want it."""
     inputs = {}
     for side, name in ((1, "chosen"), (2, "rejected")):
-        ids, prompt, real = padded(side, tokens())
+        ids, prompt, real = pad_side(side)
         inputs[f"{name}_input_ids"], inputs[f"{name}_attention_mask"] = ids, real.long()
         inputs[f"{name}_labels"] = ids.masked_fill(prompt | ~real, -100)
     return inputs
@@ -195,31 +188,53 @@ CPO_LOSSES = [
 def test_cpo_trainer(tmp_path, options, loss):
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-    policy, reference = models()
-    made = trainer(CPOTrainer, partial(CPOConfig, beta=0.3, **options), tmp_path, policy, PAIR)
-    made.model.eval()
-    expected = differentiated(made.compute_loss(made.model, labelled()), policy)
-    assert difference(ours(policy, reference, loss), expected) <= TOLERANCE
+    policy, reference = build_models()
+    config = partial(CPOConfig, beta=0.3, disable_dropout=True, **options)
+    trainer = build_trainer(CPOTrainer, config, tmp_path, policy, PAIR)
+    expected = with_gradients(trainer.compute_loss(trainer.model, inputs_with_labels()), policy)
+    assert relative_error(dpo_loss_and_grads(policy, reference, loss), expected) <= TOLERANCE
 
 
 def test_orpo_trainer(tmp_path):
-    """TRL's likelihood term is over prompt and completion."""
+    """TRL's likelihood term is over prompt and completion, so it takes the place of the other here."""
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-    policy, reference = models()
-    made = trainer(ORPOTrainer, partial(ORPOConfig, beta=0.3), tmp_path, policy, PAIR)
-    made.model.eval()
-    expected = differentiated(made.compute_loss(made.model, labelled()), policy)
-    assert difference(ours(policy, reference, ORPO(0.3, prompt=True)), expected) <= TOLERANCE
+    policy, reference = build_models()
+    config = partial(ORPOConfig, beta=0.3, disable_dropout=True)
+    trainer = build_trainer(ORPOTrainer, config, tmp_path, policy, PAIR)
+    expected = with_gradients(trainer.compute_loss(trainer.model, inputs_with_labels()), policy)
 
-    # and without the prompt: the other likelihood in its place
-    ids, _, real = padded(1, tokens())
-    whole = -sequence_log_probs(policy, ids, real, real).sum() / (real.sum() - len(real))
-    parts = [
-        ours(policy, reference, ORPO(0.3)),
-        ours(policy, reference, SFT()),
-        differentiated(whole, policy),
-    ]
-    value = parts[0][0] - parts[1][0] + parts[2][0]
-    gradient = [a - b + c for a, b, c in zip(*(part[1] for part in parts), strict=True)]
-    assert difference((value, gradient), expected) <= TOLERANCE
+    ids, _, real = pad_side(1)
+    nll = -sequence_log_probs(policy, ids, real, real).sum() / (real.sum() - len(real))
+    orpo, sft = (dpo_loss_and_grads(policy, reference, loss) for loss in (ORPO(0.3), SFT()))
+    trl_nll = with_gradients(nll, policy)
+    value = orpo[0] - sft[0] + trl_nll[0]
+    grads = [a - b + c for a, b, c in zip(orpo[1], sft[1], trl_nll[1], strict=True)]
+    assert relative_error((value, grads), expected) <= TOLERANCE
+
+
+def test_kto_trainer(tmp_path):
+    policy, reference = build_models()
+    config = partial(
+        trl.KTOConfig,
+        beta=0.3,
+        desirable_weight=1.5,
+        undesirable_weight=0.5,
+        train_sampling_strategy="sequential",
+    )
+    row = {"prompt": "a", "completion": "b", "label": True}
+    trainer = build_trainer(trl.KTOTrainer, config, tmp_path, policy, row, ref_model=reference)
+    prompts, completions, labels = rows_of_ids()
+    others = [completions[-1], *completions[:-1]]
+    columns = {
+        "prompt_ids": prompts,
+        "completion_ids": completions,
+        "KL_completion_ids": others,
+        "label": labels,
+    }
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    loss = trainer.compute_loss(trainer.model, trainer.data_collator(rows))
+    expected = with_gradients(loss, policy)
+    dpo = DPO(policy, loss=KTO(0.3, 1.5, 0.5), reference=reference, share_prefix=True)
+    batch = UnpairedBatch.from_lists(prompts, completions, labels, others)
+    assert relative_error(with_gradients(dpo(batch), policy), expected) <= TOLERANCE
