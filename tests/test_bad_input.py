@@ -513,9 +513,7 @@ class Answering(nn.Module):
         return self.change(self.body(ids))
 
 
-AHEAD = (
-    "^the model should be autoregressive, but changing a token changes the logits before it: use a causal"
-)
+AHEAD = "^the model should be autoregressive, but changing a token changes the logits before it: use a causal"
 bad_model("an encoder of x-transformers", ValueError, AHEAD, x_encoder)
 bad_model("nn.Transformer without a mask", ValueError, AHEAD, Bidirectional)
 bad_model("an encoder as reference", ValueError, AHEAD, PlainTransformer, reference=lambda: Bidirectional())

@@ -155,7 +155,8 @@ def test_the_command_trains_on_columns(tmp_path: Path, monkeypatch):
 
     from dpo_wrapper.pretrained import PRESETS
     from dpo_wrapper.training.config import TrainConfig
-    from dpo_wrapper.training.train import set_up_training, train
+    from dpo_wrapper.training.setup import set_up_training
+    from dpo_wrapper.training.train import train
 
     monkeypatch.setitem(PRESETS, "tiny", {"dim": 16, "depth": 1, "heads": 1})
     data = tmp_path / "rows.jsonl"
