@@ -2,6 +2,7 @@
 
 from dataclasses import fields, replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def test_values_and_gradients_are_finite_at_the_extremes(loss: Loss, dtype: torch.dtype):
     columns = list(map(list, zip(*product(EXTREMES, repeat=4), strict=True)))
     n_w, n_l = ([1 + (k * step) % 7 for k in range(len(columns[0]))] for step in (3, 5))
-    pairs = make_pairs(*columns, n_w, n_l, dtype)
+    pairs = make_pairs(*columns, n_w=n_w, n_l=n_l, dtype=dtype)
     values = loss(pairs)
     assert values.dtype == torch.promote_types(dtype, torch.float32) and values.isfinite().all()
     assert isinstance(loss, Robust) or (values >= -1e-6).all()  # EXO is 0 but for rounding where it is least
@@ -125,7 +126,7 @@ WITH_A_MINIMUM = {"IPO", "EXO", "NCA", "SPPO", "APODown", "DiscoPOP"}
 @given(pairs=random_pairs(), beta=st.none() | st.floats(1e-3, 10.0))
 @SETTINGS
 def test_chosen_is_pulled_up_and_rejected_pushed_down(
-    loss: type[Loss], pairs: PairLogProbs, beta: float | None
+    loss: type[Any], pairs: PairLogProbs, beta: float | None
 ):
     has_beta = beta is not None and any(option.name == "beta" for option in fields(loss))
     chosen, rejected = policy_grads(loss(beta=beta) if has_beta else loss(), pairs)

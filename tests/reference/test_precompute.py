@@ -86,7 +86,9 @@ def test_every_kind_of_reference_can_be_cached(tmp_path):
                 p += 0.1 * torch.randn_like(p) if p.requires_grad else 0.0
         found = DPO(dpo.policy_model, reference=cached)(**columns(data, range(7)))
         torch.testing.assert_close(found, dpo(**columns(data, range(7))), rtol=1e-5, atol=1e-5)
-        precompute_ref_log_probs(data, dpo, tmp_path / name)  # the reference is the same, so its cache is not stale
+        precompute_ref_log_probs(
+            data, dpo, tmp_path / name
+        )  # the reference is the same, so its cache is not stale
     with pytest.raises(ValueError, match="this DPO has no reference model"):
         precompute_ref_log_probs(data, DPO(ZOO["xt-tied"](0), reference="none"), tmp_path / "none")
     with pytest.raises(
@@ -213,8 +215,14 @@ def test_what_is_recalled_is_what_was_kept():
         (torch.ones(2, 3).bool(), torch.ones(2, 2).bool()),
     )
     sequences = batch.sequences
-    assert len(set(sequences.content_hashes())) == 4 and sequences.to("cpu").content_hashes() == sequences.content_hashes()
-    for recall, values in ((LogProbCache(), -torch.arange(4.0).double()), (LogProbCache(True), -torch.arange(4.0))):
+    assert (
+        len(set(sequences.content_hashes())) == 4
+        and sequences.to("cpu").content_hashes() == sequences.content_hashes()
+    )
+    for recall, values in (
+        (LogProbCache(), -torch.arange(4.0).double()),
+        (LogProbCache(True), -torch.arange(4.0)),
+    ):
         assert recall.find(sequences) is None
         recall.keep(sequences, values)
         other = LogProbCache(recall.per_token)
