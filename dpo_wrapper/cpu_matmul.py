@@ -1,9 +1,9 @@
 """float32 matrix products on the CPU through oneDNN, on processors where torch's own choice is slower.
 
-torch ships two libraries for float32 matrix products, MKL and oneDNN, and takes MKL. On AMD processors MKL uses
-AVX2. From family 26 on (Zen 5) they have 512-bit AVX-512 units, with which oneDNN is about twice as fast. On
-family 25 (Zen 4), which splits AVX-512 into two halves, both libraries are equally fast. The results differ by
-rounding alone. `torch.backends.mkldnn.flags(enabled=False)` turns oneDNN off.
+torch ships two libraries for float32 matrix products, MKL and oneDNN, and takes MKL. On AMD processors MKL
+uses AVX2. From family 26 on (Zen 5) they have 512-bit AVX-512 units, with which oneDNN is about twice as
+fast. On family 25 (Zen 4), which splits AVX-512 into two halves, both libraries are equally fast. The results
+differ by rounding alone. `torch.backends.mkldnn.flags(enabled=False)` turns oneDNN off.
 """
 
 import platform

@@ -7,7 +7,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-
 Sides = tuple[Tensor, Tensor]
 SIDES = ("preferred_seq", "unpreferred_seq")
 

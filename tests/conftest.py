@@ -21,20 +21,20 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture(params=("eager", "kept", "again"))
+@pytest.fixture(params=("eager", "cached", "recomputed"))
 def impl(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Of the log-prob gather: the plain lines, or tiles whose softmaxes are kept or computed again."""
-    from helpers.log_prob_inputs import keeps
+    """Of the log-prob gather: the slow lines, or tiles whose softmaxes are cached or computed again."""
+    from helpers.log_prob_inputs import softmax_caching
 
-    with keeps(request.param == "kept"):
+    with softmax_caching(request.param == "cached"):
         yield "eager" if request.param == "eager" else "chunked"
 
 
-@pytest.fixture(params=("kept", "again"))
-def chunked_impl(request: pytest.FixtureRequest) -> Iterator[str]:
-    from helpers.log_prob_inputs import keeps
+@pytest.fixture(params=("cached", "recomputed"))
+def tiled_impl(request: pytest.FixtureRequest) -> Iterator[str]:
+    from helpers.log_prob_inputs import softmax_caching
 
-    with keeps(request.param == "kept"):
+    with softmax_caching(request.param == "cached"):
         yield "chunked"
 
 

@@ -50,17 +50,6 @@ def test_help_loads_nothing_heavy_but_torch():
     assert done.stdout.strip().endswith("LOADED []"), done.stdout[-300:] + done.stderr[-300:]
 
 
-def test_importing_the_package_loads_core_dependencies_alone():
-    code = (
-        "import sys, dpo_wrapper\n"
-        "heavy = ('transformers', 'accelerate', 'datasets', 'matplotlib', 'triton', 'pyarrow', 'peft',\n"
-        "    'tyro', 'tokenizers', 'safetensors')\n"
-        "print([m for m in heavy if m in sys.modules])\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.strip() == "[]"
-
-
 def json_line(**fields):
     return json.dumps(fields) + "\n"
 

@@ -166,7 +166,7 @@ def test_only_scored_positions_reach_the_head(name):
     dpo = DPO(ZOO[name](0))
     case = random_batch(Generator().manual_seed(0), b=3, odd=0)
     dpo(**arguments(case))
-    assert dpo.policy.head_applies
+    assert dpo.policy.probe.forward.head_applies
     model = dpo.policy_model
     head = model.to_logits if name.startswith("xt") else model.get_output_embeddings()
 
@@ -284,7 +284,7 @@ def test_deepcopy_of_the_module_trains_on_its_own():
 def test_explain_says_which_paths_are_in_use():
     case = random_batch(Generator().manual_seed(1), b=2, odd=0)
     dpo = DPO(ZOO["xt-rotary"](0))
-    assert "not looked at before the first call" in dpo.explain()
+    assert "not probed before the first call" in dpo.explain()
     dpo(**arguments(case))
     policy, reference = dpo.explain().splitlines()
     assert policy.startswith("policy: x-transformers model; shared prefixes are computed once, by torch's")

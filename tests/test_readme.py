@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from dpo_wrapper.losses.describe import ours, table
+
 from dpo_wrapper.pretrained import PRESETS
 from dpo_wrapper.training.config import TrainConfig
 

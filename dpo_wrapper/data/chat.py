@@ -48,11 +48,8 @@ def check_unicode(text: str, field: str, message: int = 0) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         half = f"\\u{ord(text[error.start]):04x}, half of a surrogate pair"
-        raise ExampleError(
-            f"the text should be Unicode, but character {error.start + 1} is {half}: remove or replace it.",
-            field,
-            message,
-        ) from None
+        problem = f"the text should be Unicode, but character {error.start + 1} is {half}"
+        raise ExampleError(f"{problem}: remove or replace it.", field, message) from None
     return text
 
 

@@ -91,11 +91,9 @@ def collate_preference(examples: Examples, tree_options: TreeOptions | None = No
 
 def collate_ranked(examples: Examples, tree_options: TreeOptions | None = None) -> RankedBatch:
     """A batch of ranked lists."""
-    prompts, completions = (
-        [example.prompt for example in examples],
-        [example.completions for example in examples],
+    batch = RankedBatch.from_lists(
+        [example.prompt for example in examples], [x.completions for x in examples], _weights(examples)
     )
-    batch = RankedBatch.from_lists(prompts, completions, _weights(examples))
     batch.sequences.prebuild_tree(tree_options).content_hashes()
     return batch
 
@@ -195,10 +193,8 @@ class PreferenceCollator:
     def _real_length(self, seq: Tensor) -> int:
         real = (seq != self.pad_id).nonzero()
         if len(real) and int(seq[0]) == self.pad_id:
-            raise ValueError(
-                f"an item should begin with a token, but it begins with the pad_id {self.pad_id}: "
-                "pad items on the right only, with an id that is no token."
-            )
+            problem = f"an item should begin with a token, but it begins with the pad_id {self.pad_id}"
+            raise ValueError(f"{problem}: pad items on the right only, with an id that is no token.")
         return int(real[-1]) + 1 if len(real) else 0
 
 

@@ -55,38 +55,28 @@ def check_ranking(ranking: Ranking | None, dataset_type: DatasetType, examples: 
         reason = "no row has more than two completions"
     else:
         return
-    raise ValueError(
-        f"ranking should be given only where ranked lists become pairs, but it is '{ranking}' and {reason}: "
-        "leave the ranking out."
-    )
+    problem = f"ranking should be given only where lists become pairs, but it is '{ranking}' and {reason}"
+    raise ValueError(f"{problem}: leave the ranking out.")
 
 
 def _convert(example: Example, dataset_type: DatasetType, ranking: Ranking) -> list[Example]:
     count = len(example.completions)
     if example.margin is not None and (dataset_type != "preference" or count != 2):
-        raise ExampleError(
-            f"the margin should be that of a pair, but it is {example.margin} for other data: leave it out, "
-            "or write pairs and take a loss of pairs."
-        )
+        problem = f"the margin should be that of a pair, but it is {example.margin} for other data"
+        raise ExampleError(f"{problem}: leave it out, or write pairs and take a loss of pairs.")
     if dataset_type == "unpaired_preference":
         if example.label is not None:
             return [example]
         if count != 2:
-            raise ExampleError(
-                f"a row should have one completion with a label, but it has a ranked list of {count}: say of "
-                "each completion whether it is desirable, or take a loss of lists or of pairs."
-            )
+            problem = f"a row should have one completion with a label, but it has a ranked list of {count}"
+            raise ExampleError(f"{problem}: give each a label, or take a loss of lists or pairs.")
         sides = ((example.chosen, True), (example.rejected, False))
         return [replace(example, completions=(text,), label=label) for text, label in sides]
     if example.label is not None:
         need = "two completions to compare" if dataset_type == "preference" else "completions to rank"
-        raise ExampleError(
-            f"a row should have {need}, but it has one with a label: write pairs or ranked lists, or take a "
-            "loss of completions with a label (KTO)."
-        )
+        problem = f"a row should have {need}, but it has one with a label"
+        raise ExampleError(f"{problem}: write pairs or ranked lists, or take a loss such as KTO.")
     if dataset_type == "ranked":
         return [example]
-    pairs = list(combinations(example.completions, 2))
-    return [
-        replace(example, completions=pair) for pair in (pairs if ranking == "all" else pairs[: count - 1])
-    ]
+    pairs = list(combinations(example.completions, 2))[: None if ranking == "all" else count - 1]
+    return [replace(example, completions=pair) for pair in pairs]

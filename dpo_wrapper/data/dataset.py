@@ -52,7 +52,7 @@ class PreferenceDataset(Dataset[PreferenceItem | PreferenceItemWithColumns]):
         pad_to: width of every item.
 
     Attributes:
-        tokenized: what `from_file` left out and shortened; None for a dataset that was made of examples.
+        tokenized_examples: the examples of `from_file`, with counts of what was left out; else None.
 
     Raises:
         ValueError: an example is no pair, has a side without a token, or begins or ends a side with `pad_id`;
@@ -68,16 +68,14 @@ class PreferenceDataset(Dataset[PreferenceItem | PreferenceItemWithColumns]):
                 raise ExampleError(problem, source=example.source)
         longest = max(map(_width, examples), default=0)
         if pad_to is not None and pad_to < longest:
-            raise ValueError(
-                f"pad_to should be at least the longest side, {longest}, but it is {pad_to}: "
-                "raise pad_to or tokenize with a smaller max_length."
-            )
+            problem = f"pad_to should be at least the longest side, {longest}, but it is {pad_to}"
+            raise ValueError(f"{problem}: raise pad_to or tokenize with a smaller max_length.")
         self.examples = examples
         self.has_weights = any(example.weight is not None for example in examples)
         self.has_margins = any(example.margin is not None for example in examples)
         self.pad_id = pad_id
         self.pad_to = pad_to
-        self.tokenized: TokenizedExamples | None = None
+        self.tokenized_examples: TokenizedExamples | None = None
 
     @classmethod
     def from_file(
@@ -108,10 +106,8 @@ class PreferenceDataset(Dataset[PreferenceItem | PreferenceItemWithColumns]):
             tokenizer = ByteTokenizer() if tokenizer is None else load_tokenizer(tokenizer)
         pad_id = tokenizer.pad_id if pad_id is None else pad_id
         if pad_id in (tokenizer.eos_id, tokenizer.bos_id):
-            raise ValueError(
-                f"pad_id should be neither EOS nor BOS, but it is {pad_id}, which would hide real tokens: "
-                "use -100, which is no token."
-            )
+            problem = f"pad_id should be neither EOS nor BOS, but it is {pad_id}, which hides real tokens"
+            raise ValueError(f"{problem}: use -100, which is no token.")
         examples, errors = read_examples(paths, fields, on_error=on_error)
         examples, conversion_errors = convert_examples(examples, "preference", on_error=on_error)
         tokenized = tokenize_examples(examples, tokenizer, max_length, on_error=on_error)
@@ -129,7 +125,7 @@ class PreferenceDataset(Dataset[PreferenceItem | PreferenceItemWithColumns]):
             summary = tokenized.summary().removesuffix(".")
             raise ValueError(f"there should be pairs to train on, but there are none ({summary}): {remedy}.")
         dataset = cls(pairs, pad_id, pad_to=pad_to)
-        dataset.tokenized = tokenized
+        dataset.tokenized_examples = tokenized
         return dataset
 
     def __len__(self) -> int:

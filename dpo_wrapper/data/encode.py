@@ -90,7 +90,5 @@ def _last_tokens(prompt: list[int], count: int, bos_id: int | None) -> list[int]
 
 def _check_max_length(max_length: int) -> None:
     if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < MIN_LENGTH:
-        raise ValueError(
-            f"max_length should be an integer of at least {MIN_LENGTH}, but it is {max_length!r}: "
-            "choose how many tokens prompt and completion may have together."
-        )
+        problem = f"max_length should be an integer of at least {MIN_LENGTH}, but it is {max_length!r}"
+        raise ValueError(f"{problem}: choose how many tokens prompt and completion may have together.")

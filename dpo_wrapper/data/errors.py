@@ -26,6 +26,11 @@ class ExampleError(ValueError):
         return ExampleError(self.problem, self.field, self.message, source=source)
 
 
+def missing_field_error(record: Mapping[Any, Any], field: str, remedy: str) -> ExampleError:
+    """The error for a record without a field that it needs."""
+    return ExampleError(f"a row should have this field, but it has {quote_keys(record)}: {remedy}.", field)
+
+
 def check_on_error(on_error: str) -> None:
     """Raise ValueError for anything but 'raise' and 'skip'."""
     if on_error not in ("raise", "skip"):

@@ -36,10 +36,8 @@ class Fields:
     def __post_init__(self) -> None:
         names = [name for name in vars(self).values() if name is not None]
         if not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
-            raise ValueError(
-                "field names should be different and not empty, but they are "
-                f"{', '.join(map(describe_value, names))}: name each column once."
-            )
+            problem = "field names should be different and not empty, but they are "
+            raise ValueError(problem + ", ".join(map(describe_value, names)) + ": name each column once.")
 
 
 DEFAULT_FIELDS = Fields()
@@ -147,10 +145,8 @@ class TokenizedExamples:
             (self.num_shortened_prompts, "prompt", "at the front"),
             (self.num_truncated_completions, "completion", "at the end"),
         ]
-        reasons = ", ".join(f"{count:,} {reason}" for count, reason in left_out if count)
-        cuts = ", ".join(
-            f"{count:,} {noun}{'s' * (count > 1)} {end}" for count, noun, end in shortened if count
-        )
+        reasons = ", ".join(f"{n:,} {reason}" for n, reason in left_out if n)
+        cuts = ", ".join(f"{n:,} {noun}{'s' * (n > 1)} {end}" for n, noun, end in shortened if n)
         clauses = [f"left out of {total:,} examples: {reasons}"] if reasons else []
         clauses += [f"cut to fit: {cuts}"] if cuts else []
         text = "; ".join(clauses)

@@ -14,7 +14,7 @@ from dpo_wrapper.data.chat import (
     parse_dialogue,
     parse_messages,
 )
-from dpo_wrapper.data.errors import ExampleError, describe_value, quote_keys
+from dpo_wrapper.data.errors import ExampleError, describe_value, missing_field_error
 
 
 def is_blank(value: Any) -> bool:
@@ -61,28 +61,22 @@ def parse_dialogues(dialogues: dict[str, Turns], prompt: Prompt) -> tuple[Turns,
     prompts: dict[str, Turns] = {}
     for field, turns in dialogues.items():
         if turns[-1].role != "assistant":
-            raise ExampleError(
-                f"the dialogue should end in an assistant turn, but it ends in a {turns[-1].role} turn: "
-                "add the answer or leave the row out.",
-                field,
-            )
+            problem = f"the dialogue should end in an assistant turn, but it ends in a {turns[-1].role} turn"
+            raise ExampleError(f"{problem}: add the answer or leave the row out.", field)
         joined = turns[:-1] if prompt.is_blank else join_turns(prompt.as_turns(), turns[:-1])
         if joined is None:
-            raise ExampleError(
-                f"the dialogue should answer field '{prompt.field}' or begin with it, but it begins "
-                "otherwise: correct one of the two or leave the row out.",
-                field,
-            )
+            problem = f"the dialogue should answer or repeat field '{prompt.field}', but it begins otherwise"
+            raise ExampleError(f"{problem}: correct one of the two or leave the row out.", field)
         prompts[field] = joined
     first, shared = next(iter(prompts.items()))
     for field, turns in prompts.items():
         if turns != shared:
             equal = [a == b for a, b in zip(turns, shared, strict=False)]
             start = (equal.index(False) if False in equal else len(equal)) + 1
+            lengths = f"{len(turns)} turns instead of {len(shared)}"
             raise ExampleError(
                 f"the turns before the last answer should be those of field '{first}', but they differ from "
-                f"turn {start} on ({len(turns)} turns instead of {len(shared)}): let all completions answer "
-                "one prompt or leave the row out.",
+                f"turn {start} on ({lengths}): let all completions answer one prompt or leave the row out.",
                 field,
             )
     _check_prompt(shared, first if prompt.is_blank else prompt.field)
@@ -93,17 +87,10 @@ def _check_all_have_turns(texts: dict[str, str], prompt: Prompt) -> None:
     """Completions without a prompt hold it themselves, as dialogues; ExampleError if they do not."""
     plain = [field for field, text in texts.items() if not has_turns(text)]
     if len(plain) == len(texts) and prompt.field is None:
-        raise ExampleError(
-            f"a row should have this field, but it has {quote_keys(prompt.record)}: "
-            "add 'prompt' or say which field holds the prompt.",
-            "prompt",
-        )
+        raise missing_field_error(prompt.record, "prompt", "add 'prompt' or say which field holds the prompt")
     if len(plain) == len(texts):
-        raise ExampleError(
-            f"the prompt should not be empty, but it is {describe_value(prompt.value)}: "
-            "fill it in or leave the row out.",
-            prompt.field,
-        )
+        problem = f"the prompt should not be empty, but it is {describe_value(prompt.value)}"
+        raise ExampleError(f"{problem}: fill it in or leave the row out.", prompt.field)
     if plain:
         other = next(field for field in texts if field not in plain)
         raise ExampleError(
@@ -115,14 +102,8 @@ def _check_all_have_turns(texts: dict[str, str], prompt: Prompt) -> None:
 
 def _check_prompt(prompt: Turns, field: str | None) -> None:
     if not prompt:
-        raise ExampleError(
-            "a turn should stand before the answer, but the answer stands alone: add the prompt or leave the "
-            "row out.",
-            field,
-        )
+        problem = "a turn should stand before the answer, but the answer stands alone"
+        raise ExampleError(f"{problem}: add the prompt or leave the row out.", field)
     if prompt[-1].role == "assistant":
-        raise ExampleError(
-            "the prompt should end in a turn that is not the assistant's, but it ends in an assistant turn: "
-            "leave the answers to the completions, or leave the row out.",
-            field,
-        )
+        problem = "the last turn of the prompt should not be the assistant's, but it is an assistant turn"
+        raise ExampleError(f"{problem}: leave the answers to the completions, or leave the row out.", field)

@@ -28,10 +28,8 @@ class HuggingFaceTokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         if getattr(tokenizer, "eos_token_id", None) is None:
-            raise ValueError(
-                f"the tokenizer should have an EOS token, but this {type(tokenizer).__name__} has none: set "
-                "its eos_token to the token that ends an answer."
-            )
+            problem = f"the tokenizer should have an EOS token, but this {type(tokenizer).__name__} has none"
+            raise ValueError(f"{problem}: set its eos_token to the token that ends an answer.")
         self.tokenizer = tokenizer
         self.eos_id: int = tokenizer.eos_token_id
         self.bos_id: int | None = tokenizer.bos_token_id
@@ -85,10 +83,8 @@ class HuggingFaceTokenizer:
             ("BOS", self.bos_id, self.tokenizer.bos_token),
         ):
             if id_ in ids:
-                raise ValueError(
-                    f"the completion should not hold the {name} token, but {token!r} is in it: remove it "
-                    "from the text."
-                )
+                problem = f"the completion should not hold the {name} token, but {token!r} is in it"
+                raise ValueError(f"{problem}: remove it from the text.")
         if isinstance(prompt, str):
             return [*ids, self.eos_id]
         if not self.tokenizer.chat_template:
@@ -109,10 +105,8 @@ class HuggingFaceTokenizer:
         # White space aside, the answer has to be there in full: some templates drop the reasoning in it.
         rendered = rest.split(self.tokenizer.eos_token)[0]
         if "".join(answer.split()) not in "".join(rendered.split()):
-            raise ValueError(
-                "the chat template should keep the answer whole, but a part of it is missing: use another "
-                "template or plain text rows."
-            )
+            problem = "the chat template should keep the answer whole, but a part of it is missing"
+            raise ValueError(f"{problem}: use another template or plain text rows.")
         # After the EOS a template may begin the next turn (a line break): nothing to learn from.
         return [*ids[:end], self.eos_id]
 
@@ -136,10 +130,8 @@ class HuggingFaceTokenizer:
         except Exception as error:  # a template is a program: it may raise anything
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             roles = ", ".join(turn.role for turn in turns)
-            raise ValueError(
-                f"the chat template should take the dialogue, but it raises '{reason}' for the roles {roles}"
-                ": change the roles or leave the row out."
-            ) from error
+            problem = f"the chat template should take the roles {roles}, but it raises '{reason}'"
+            raise ValueError(f"{problem}: change the roles or leave the row out.") from error
         return str(text)
 
     def fingerprint(self) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpo_wrapper.data.chat import check_unicode, parse_messages
-from dpo_wrapper.data.errors import ExampleError, describe_value, quote_keys
+from dpo_wrapper.data.errors import ExampleError, describe_value, missing_field_error
 from dpo_wrapper.data.examples import DEFAULT_FIELDS, Example, Fields
 from dpo_wrapper.data.forms import Prompt, is_blank, parse_dialogues, parse_texts
 
@@ -45,10 +45,8 @@ def to_example(record: Any, fields: Fields = DEFAULT_FIELDS, source: str = "") -
 
 def _parse_record(record: Any, fields: Fields, source: str) -> Example:
     if not isinstance(record, Mapping):
-        raise ExampleError(
-            f"a row should be an object with a prompt and completions, but it is {describe_value(record)}: "
-            "write one object per row."
-        )
+        problem = f"a row should be an object with prompt and completions, but it is {describe_value(record)}"
+        raise ExampleError(f"{problem}: write one object per row.")
     values, label = _find_completions(record, fields)
     found = _find_prompt(record, fields)
     if all(isinstance(value, str) for value in values.values()):
@@ -58,11 +56,8 @@ def _parse_record(record: Any, fields: Fields, source: str) -> Example:
         prompt, completions = parse_dialogues(dialogues, found)
     split, weight = _parse_split(record, fields.split), _parse_number(record, fields.weight)
     if weight is not None and weight < 0:
-        raise ExampleError(
-            f"the weight should not be negative, but it is {describe_value(weight)}: put the better "
-            "completion first, or leave the row out.",
-            fields.weight,
-        )
+        problem = f"the weight should not be negative, but it is {describe_value(weight)}"
+        raise ExampleError(f"{problem}: put the better completion first or leave the row out.", fields.weight)
     margin = _parse_number(record, fields.margin)
     return Example(prompt, completions, label, weight, margin, split, source)
 
@@ -75,50 +70,34 @@ def _find_completions(record: Mapping[Any, Any], fields: Fields) -> tuple[dict[s
     if {fields.chosen, fields.rejected} & present or not {"completions", "completion"} & present:
         for field in (fields.chosen, fields.rejected):
             if field not in record:
-                raise ExampleError(
-                    f"a row should have this field, but it has {quote_keys(record)}: add it, say which field "
-                    "holds it, or give 'completions', or 'completion' and 'label'.",
-                    field,
-                )
+                remedy = "add it, name its field, or give 'completions', or 'completion' and 'label'"
+                raise missing_field_error(record, field, remedy)
         values = {field: record[field] for field in (fields.chosen, fields.rejected)}
     elif "completions" in present:
         ranked = record["completions"]
         if not isinstance(ranked, Sequence) or isinstance(ranked, str) or len(ranked) < 2:
-            raise ExampleError(
-                "the completions should be a list of two or more, the best first, but they are "
-                f"{describe_value(ranked)}: give at least two.",
-                "completions",
-            )
+            problem = f"the completions should be a ranked list, but they are {describe_value(ranked)}"
+            raise ExampleError(f"{problem}: give at least two, the best first.", "completions")
         values = {f"completions[{k}]": value for k, value in enumerate(ranked)}
     else:
         label, values = record.get("label"), {"completion": record["completion"]}
         if not isinstance(label, bool):
-            raise ExampleError(
-                f"the label should be true or false, but it is {describe_value(label)}: say whether the "
-                "completion is desirable.",
-                "label",
-            )
+            problem = f"the label should be true or false, but it is {describe_value(label)}"
+            raise ExampleError(f"{problem}: say whether the completion is desirable.", "label")
     for field, value in values.items():
         _check_form(value, field)
     forms = {field: "a string" if isinstance(value, str) else "messages" for field, value in values.items()}
     first = next(iter(forms))
     for field, form in forms.items():
         if form != forms[first]:
-            raise ExampleError(
-                f"the completion should be {forms[first]} as in field '{first}', but it is {form}: write all "
-                "completions in one form.",
-                field,
-            )
+            problem = f"the completion should be {forms[first]} as in field '{first}', but it is {form}"
+            raise ExampleError(f"{problem}: write all completions in one form.", field)
     return values, label
 
 
 def _find_prompt(record: Mapping[Any, Any], fields: Fields) -> Prompt:
     if fields.prompt is not None and fields.prompt not in record:
-        raise ExampleError(
-            f"a row should have this field, but it has {quote_keys(record)}: say which field holds the "
-            "prompt.",
-            fields.prompt,
-        )
+        raise missing_field_error(record, fields.prompt, "say which field holds the prompt")
     present = [name for name in ([fields.prompt] if fields.prompt else PROMPT_FIELDS) if name in record]
     for name in present:
         if record[name] is not None:
@@ -133,22 +112,16 @@ def _check_form(value: Any, field: str) -> None:
     if isinstance(value, str):
         check_unicode(value, field)
     elif not isinstance(value, (list, tuple, Mapping)):
-        raise ExampleError(
-            f"the value should be text or a list of messages, but it is {describe_value(value)}: write it in "
-            "one of these forms or leave the row out.",
-            field,
-        )
+        problem = f"the value should be text or a list of messages, but it is {describe_value(value)}"
+        raise ExampleError(f"{problem}: write it in one of these forms or leave the row out.", field)
 
 
 def _parse_split(record: Mapping[Any, Any], field: str) -> str | None:
     value = record.get(field)
     split = _SPLITS.get(value.strip().lower()) if isinstance(value, str) else None
     if value is not None and split is None:
-        raise ExampleError(
-            f"the split should be 'train' or 'test', but it is {describe_value(value)}: rename it or leave "
-            "the field out.",
-            field,
-        )
+        problem = f"the split should be 'train' or 'test', but it is {describe_value(value)}"
+        raise ExampleError(f"{problem}: rename it or leave the field out.", field)
     return split
 
 
@@ -157,9 +130,6 @@ def _parse_number(record: Mapping[Any, Any], field: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < math.inf:
-        raise ExampleError(
-            f"the value should be a finite number, but it is {describe_value(value)}: correct it or rename "
-            "the column.",
-            field,
-        )
+        problem = f"the value should be a finite number, but it is {describe_value(value)}"
+        raise ExampleError(f"{problem}: correct it or rename the column.", field)
     return float(value)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
-from dpo_wrapper.data.errors import ExampleError, OnError, check_on_error, describe_value, quote_keys
+from dpo_wrapper.data.errors import ExampleError, OnError, check_on_error, describe_value
 from dpo_wrapper.data.examples import DEFAULT_FIELDS, Example, Fields
 from dpo_wrapper.data.normalize import to_example
 
@@ -76,10 +76,8 @@ def _as_paths(paths: PathLike | Sequence[PathLike]) -> list[Path]:
     if not isinstance(paths, (list, tuple)) or not all(
         isinstance(path, (str, os.PathLike)) for path in paths
     ):
-        raise TypeError(
-            f"paths should be the path of a file or a list of paths, but it is {describe_value(paths)}: name "
-            "a file."
-        )
+        problem = f"paths should be the path of a file or a list of paths, but it is {describe_value(paths)}"
+        raise TypeError(f"{problem}: name a file.")
     if not paths:
         raise ValueError("paths should hold at least one file, but it is an empty list: name a file.")
     return [Path(path) for path in paths]
@@ -120,10 +118,8 @@ def _read_unpacked(
             f"{name}: the gzip data should be whole, but the file is truncated: fetch or write it again."
         ) from error
     except (OSError, zlib.error) as error:
-        raise ValueError(
-            f"{name}: the file should be readable, but reading it gives '{error}': "
-            "check its permissions, or fetch or write it again."
-        ) from error
+        problem = f"{name}: the file should be readable, but reading it gives '{error}'"
+        raise ValueError(f"{problem}: check its permissions, or fetch or write it again.") from error
 
 
 def _read_json_lines(file: IO[bytes], name: str) -> Iterator[_Record]:
@@ -158,16 +154,13 @@ def _read_json(file: IO[bytes], name: str, fields: Fields) -> Iterator[_Record]:
     if isinstance(document, dict):
         lists = [key for key in ("data", "rows") if isinstance(document.get(key), list)]
         if len(lists) != 1:
-            raise ValueError(
-                f"{name}: the file should hold a list of objects, or an object with one list under 'data' or "
-                f"'rows', but it holds an object with {quote_keys(document)}: write the rows as one list."
-            )
+            form = "a list of objects, or an object with one list under 'data' or 'rows'"
+            problem = f"the file should hold {form}, but it holds {describe_value(document)}"
+            raise ValueError(f"{name}: {problem}: write the rows as one list.")
         document = document[lists[0]]
     if not isinstance(document, list):
-        raise ValueError(
-            f"{name}: the file should hold a list of objects, but it holds {describe_value(document)}: "
-            "write such a list."
-        )
+        problem = f"{name}: the file should hold a list of objects, but it holds {describe_value(document)}"
+        raise ValueError(f"{problem}: write such a list.")
     for number, record in enumerate(document, 1):
         yield f"{name}, row {number}", record
 
@@ -178,11 +171,8 @@ def _decode(data: bytes, name: str, line: int | None = None) -> str:
     except UnicodeDecodeError as error:
         line = line or data.count(b"\n", 0, error.start) + 1
         column = error.start - data.rfind(b"\n", 0, error.start)
-        raise ExampleError(
-            f"the text should be UTF-8, but byte {column} of the line is 0x{data[error.start]:02x}: "
-            "save the text as UTF-8.",
-            source=f"{name}, line {line}",
-        ) from error
+        problem = f"the text should be UTF-8, but byte {column} of the line is 0x{data[error.start]:02x}"
+        raise ExampleError(f"{problem}: save the text as UTF-8.", source=f"{name}, line {line}") from error
 
 
 def _parse_json(text: str, name: str, line: int | None = None) -> Any:
@@ -194,14 +184,12 @@ def _parse_json(text: str, name: str, line: int | None = None) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ExampleError(
-            f"{form}, but it is broken JSON ({error.msg}): {remedy}.",
-            source=f"{name}, line {line or error.lineno}, column {error.colno}",
-        ) from error
+        place = f"{name}, line {line or error.lineno}, column {error.colno}"
+        raise ExampleError(f"{form}, but it is broken JSON ({error.msg}): {remedy}.", source=place) from error
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
+        place = f"{name}, line {line}" if line else name
         raise ExampleError(
-            f"{form}, but it is JSON beyond limits ({error}): {remedy}.",
-            source=f"{name}, line {line}" if line else name,
+            f"{form}, but it is JSON beyond limits ({error}): {remedy}.", source=place
         ) from error
 
 

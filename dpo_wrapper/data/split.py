@@ -38,15 +38,11 @@ def split_examples(
         train = [example for example in examples if example.split != "test"]
         test = [example for example in examples if example.split == "test"]
         if not train:
-            raise ValueError(
-                "some rows should be for training, but all are marked as test: "
-                "mark some as 'train' or remove the split field."
-            )
+            problem = "some rows should be for training, but all are marked as test"
+            raise ValueError(f"{problem}: mark some as 'train' or remove the split field.")
         if fraction and not test:
-            raise ValueError(
-                "some rows should be for evaluation, but all are marked as train: "
-                "mark some as 'test', remove the split field, or split off a fraction of 0."
-            )
+            problem = "some rows should be for evaluation, but all are marked as train"
+            raise ValueError(f"{problem}: mark some as 'test', drop the split field or take a fraction of 0.")
         return train, test
     if fraction == 0:
         return list(examples), []
@@ -68,10 +64,8 @@ def _choose_keys(keys: list[str], fraction: float, seed: int) -> set[str]:
     """The prompts for evaluation."""
     sizes = Counter(keys)
     if len(sizes) < 2:
-        raise ValueError(
-            "there should be at least two different prompts to split off some, but there is one: "
-            "add rows or split off a fraction of 0."
-        )
+        problem = "there should be at least two different prompts to split off some, but there is one"
+        raise ValueError(f"{problem}: add rows or split off a fraction of 0.")
     order = sorted(sizes, key=lambda key: hashlib.sha256(f"{seed}\n{key}".encode()).digest())
     target = fraction * len(keys)
     chosen: set[str] = set()

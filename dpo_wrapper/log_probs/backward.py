@@ -1,82 +1,123 @@
-"""The gradients of log-probs, from tiles that were kept or are computed again."""
+"""The gradients of log-probs, from tiles that forward has cached or that are computed again."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dpo_wrapper.cpu_matmul import add_matmul, matmul
-from dpo_wrapper.log_probs.kept import Kept
-from dpo_wrapper.log_probs.statistics import Statistics, summed
+from dpo_wrapper.cpu_matmul import add_matmul
+from dpo_wrapper.log_probs.softmax_cache import SoftmaxCache
+from dpo_wrapper.log_probs.statistics import OnlineSoftmax, sum_over
 from dpo_wrapper.log_probs.tiles import Tiles
 
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Of hidden states, weight and bias; None for those that need none."""
 
-def gradients(
+
+def compute_gradients(
     tiles: Tiles,
-    wants: Sequence[bool],
+    needs_grad: Sequence[bool],
     grad: Float[Tensor, "t"],
-    found: Statistics,
-    kept: Kept,
-    onto: tuple[Tensor | None, Tensor | None] = (None, None),
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of hidden, weight and bias, for log-probs whose gradients are `grad`.
+    statistics: OnlineSoftmax,
+    cache: SoftmaxCache,
+    head_grads: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Gradients:
+    """The gradients of hidden, weight and bias.
 
-    `onto` are gradients of weight and bias, in the dtype of sums, that these are added to.
+    The gradient of each slice of the weight is summed over all tokens, in float32 or wider, and then rounded
+    to the weight's dtype. Where that is as wide, or there is one product and nothing to sum, it is written in
+    place.
+
+    Args:
+        tiles: all tiles of the tokens.
+        needs_grad: for hidden, weight and bias, whether their gradients are needed.
+        grad: the gradients of the log-probs.
+        statistics: of the whole vocabulary, from forward.
+        cache: the softmaxes that forward has kept.
+        head_grads: gradients of weight and bias in the dtype of sums, to which these are added in place.
     """
-    options, (wants_hidden, wants_weight, wants_bias) = tiles.options, wants
-    hidden, weight, dtype = tiles.hidden, tiles.weight, options.dtype
-    total, at_target = found.total, found.at_target
-    (grad_weight, grad_bias), adds = onto, any(sums is not None for sums in onto)
-    if not adds:
-        grad_weight = torch.empty_like(weight) if wants_weight else None
-        grad_bias = torch.empty_like(tiles.bias) if wants_bias and tiles.bias is not None else None
-    grad_hidden = tiles.new(*hidden.shape) if wants_hidden else None
-    by_grad = (hidden.to(options.wide) * -grad[:, None]).to(dtype) if wants_weight else None
-    for words in tiles.words:
-        straight = adds or (weight.dtype == dtype and len(tiles.rows) == 1)
-        room = grad_weight[words] if straight and grad_weight is not None else None
-        of_weight = room if adds else None
-        of_bias = tiles.new(words.stop - words.start)
-        for rows in tiles.rows:
-            known = kept.next()
-            if known is not None:
-                local = tiles.local(rows, words)
-                block = against(*known, total[rows], at_target[rows], local, out=known[0])
+    options, (needs_hidden, needs_weight, needs_bias) = tiles.options, needs_grad
+    hidden, weight, bias = tiles.hidden, tiles.weight, tiles.bias
+    dtype, sum_dtype = options.matmul_dtype, options.accumulation_dtype
+    lse, target_grad = statistics.lse, statistics.target_grad
+    weight_grad, bias_grad = head_grads
+    is_new = weight_grad is None and bias_grad is None
+    if is_new:
+        new_like = torch.empty_like if tiles.token_slices else torch.zeros_like
+        weight_grad = new_like(weight) if needs_weight else None
+        bias_grad = new_like(bias) if needs_bias and bias is not None else None
+    hidden_grad = tiles.zeros(*hidden.shape) if needs_hidden else None
+    weighted_hidden = (hidden.to(sum_dtype) * -grad[:, None]).to(dtype) if needs_weight else None
+    for vocab_slice in tiles.vocab_slices:
+        weight_out = weight_sum = None if weight_grad is None else weight_grad[vocab_slice]
+        if weight_out is not None and weight_out.dtype != sum_dtype and len(tiles.token_slices) > 1:
+            weight_sum = torch.empty_like(weight_out, dtype=sum_dtype)
+        bias_sum = tiles.zeros(vocab_slice.stop - vocab_slice.start)
+        for token_slice in tiles.token_slices:
+            cached = cache.pop()
+            if cached is None:
+                tile = tiles.softmax(
+                    token_slice, vocab_slice, lse=lse[token_slice], target_grad=target_grad[token_slice]
+                ).tile
             else:
-                block = tiles.fold(rows, words, total=total[rows], at_target=at_target[rows]).block
-            narrow = block.to(dtype)
-            if grad_hidden is not None:
-                add_matmul(grad_hidden[rows], narrow, weight[words].to(dtype))
-            if by_grad is not None and of_weight is None:
-                of_weight = matmul(narrow.T, by_grad[rows], room)
-            elif by_grad is not None and of_weight is not None:
-                of_weight = of_weight.to(options.wide)
-                add_matmul(of_weight, narrow.T, by_grad[rows])
-            if grad_bias is not None:
-                of_bias.sub_(grad[rows] @ block.to(options.wide))
-            del known, block, narrow  # before the next is made
-        if grad_weight is not None and of_weight is None:
-            grad_weight[words] = 0.0
-        elif grad_weight is not None and of_weight is not None and of_weight is not room:
-            grad_weight[words] = of_weight
-        if grad_bias is not None:
-            grad_bias[words] = of_bias.add_(grad_bias[words]) if adds else of_bias
-    if grad_hidden is not None:
-        grad_hidden = summed(grad_hidden.mul_(-grad[:, None]), options.group).to(hidden.dtype)
-    return grad_hidden, grad_weight, grad_bias
+                column = tiles.target_column(token_slice, vocab_slice)
+                tile = negative_logit_grad(
+                    *cached, lse[token_slice], target_grad[token_slice], column, out=cached[0]
+                )
+            matmul_tile = tile.to(dtype)
+            if hidden_grad is not None:
+                add_matmul(hidden_grad[token_slice], matmul_tile, weight[vocab_slice].to(dtype))
+            if weight_sum is not None and weighted_hidden is not None:
+                beta = 0.0 if is_new and token_slice.start == 0 else 1.0
+                add_matmul(weight_sum, matmul_tile.T, weighted_hidden[token_slice], beta)
+            if bias_grad is not None:
+                bias_sum.sub_(grad[token_slice] @ tile.to(sum_dtype))
+            del cached, tile, matmul_tile  # free this tile before the next is computed
+        if weight_out is not None and weight_sum is not None and weight_out is not weight_sum:
+            weight_out.copy_(weight_sum)
+        if bias_grad is not None:
+            bias_grad[vocab_slice] = bias_sum if is_new else bias_sum.add_(bias_grad[vocab_slice])
+    if hidden_grad is not None:
+        hidden_grad = sum_over(hidden_grad.mul_(-grad[:, None]), options.vocab_group).to(hidden.dtype)
+    return hidden_grad, weight_grad, bias_grad
 
 
-def against(
-    block: Float[Tensor, "r w"],
+def negative_logit_grad(
+    tile: Float[Tensor, "r w"],
+    tile_lse: Float[Tensor, "r"],
     lse: Float[Tensor, "r"],
-    total: Float[Tensor, "r"],
-    at_target: Float[Tensor, "r"],
-    local: Int[Tensor, "r"],
+    target_grad: Float[Tensor, "r"],
+    target_column: Int[Tensor, "r"],
     out: Float[Tensor, "r w"] | None = None,
 ) -> Float[Tensor, "r w"]:
-    """The tile's own softmax as a part of the whole one, less the target: minus d log-prob / d logits."""
-    out = torch.mul(block, (lse - total).exp().to(block.dtype)[:, None], out=out)
-    rows = (local >= 0).nonzero()[:, 0]
-    out[rows, local[rows]] = -at_target[rows].to(out.dtype)
+    """Minus d log-prob / d raw product, from the softmax over the tile alone.
+
+    The softmax is rescaled from the tile's log-sum-exp to that of the whole vocabulary, and each target's
+    column is filled in.
+    """
+    out = torch.mul(tile, (tile_lse - lse).exp().to(tile.dtype)[:, None], out=out)
+    tokens = (target_column >= 0).nonzero()[:, 0]
+    out[tokens, target_column[tokens]] = -target_grad[tokens].to(out.dtype)
     return out
+
+
+def gradients_from_saved(ctx: Any, saved: Sequence[Tensor], grad: Tensor, cache: SoftmaxCache) -> Gradients:
+    """The gradients in a backward pass, from the inputs and statistics that forward has saved."""
+    hidden, weight, bias, targets, *statistics = saved
+    with torch.autocast(hidden.device.type, enabled=False):
+        tiles = Tiles(hidden, weight, bias, targets, ctx.options)
+        return compute_gradients(tiles, ctx.needs_input_grad[:3], grad, OnlineSoftmax(*statistics), cache)
+
+
+def forbid_double_backward() -> None:
+    """Raise where backward is to be differentiated itself.
+
+    Raises:
+        RuntimeError: backward runs with `create_graph=True`.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "tiled log-probs should be differentiated once, but create_graph is True: use impl = 'eager'."
+        )

@@ -1,26 +1,16 @@
-"""The obvious lines. In float64 they are the truth that every other implementation is held against."""
+"""The slow lines that the gather equals. In float64 the tests compare every other implementation with
+them.
+"""
 
 import torch
 from beartype import beartype
 from jaxtyping import Float, Int, jaxtyped
 from torch import Tensor
 
+from dpo_wrapper.log_probs.dtypes import accumulation_dtype, compute_dtype
+
 EXTRAS = ("entropy", "log_sum_p2", "top1", "greedy")
-"""Entropy; log Σ p²; whether no token is likelier than the target; the log-prob of the likeliest."""
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32, or float64 where the input is float64: the dtype of softmax, sums and losses."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype of the matrix product: autocast's where it is on, else the wider of the two."""
-    device = hidden.device.type
-    wider = torch.promote_types(hidden.dtype, weight.dtype)
-    if torch.is_autocast_enabled(device) and wider != torch.float64:  # which autocast leaves alone
-        return torch.get_autocast_dtype(device)
-    return wider
+"""Names of what can be computed beside log-probs; `token_log_probs` describes each."""
 
 
 @jaxtyped(typechecker=beartype)
@@ -38,9 +28,9 @@ def token_log_probs(
     bias: Float[Tensor, "v"] | None,
     logit_scale: float,
     softcap: float | None,
-    extras: bool = False,
+    needs_extras: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Log-probs, and then what `EXTRAS` names."""
+    """Log-probs in nats, followed by the `EXTRAS` in their order where `needs_extras`."""
     dtype = compute_dtype(hidden, weight)
     logits = hidden.to(dtype) @ weight.to(dtype).T
     logits = logits.to(accumulation_dtype(dtype))
@@ -50,11 +40,11 @@ def token_log_probs(
     if softcap is not None:
         logits = (logits / softcap).tanh() * softcap
     log_probs = log_probs_from_logits(logits, targets)
-    if not extras:
+    if not needs_extras:
         return (log_probs,)
     with torch.no_grad():
-        every = logits.log_softmax(dim=-1)
-        p, own = every.exp(), logits.gather(-1, targets[:, None])[:, 0]
-        entropy = -(p * every.clamp(min=torch.finfo(every.dtype).min)).sum(dim=-1)
-        top1 = own >= logits.amax(dim=-1)
-        return log_probs, entropy, p.square().sum(dim=-1).log(), top1, every.amax(dim=-1)
+        log_p = logits.log_softmax(dim=-1)
+        p, target_logit = log_p.exp(), logits.gather(-1, targets[:, None])[:, 0]
+        entropy = -(p * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(dim=-1)
+        top1 = target_logit >= logits.amax(dim=-1)
+        return log_probs, entropy, p.square().sum(dim=-1).log(), top1, log_p.amax(dim=-1)

@@ -1,80 +1,132 @@
-"""Log-probs from logits that a model has already made: one pass over them, and no tensor of log-softmax."""
+"""Log-probs from logits that a model has computed already: one pass over them, without a tensor of
+log-softmax.
+"""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dpo_wrapper.log_probs.eager import accumulation_dtype
-from dpo_wrapper.log_probs.tiles import spans
+from dpo_wrapper.log_probs.checks import check_in_vocabulary
+from dpo_wrapper.log_probs.dtypes import accumulation_dtype
+from dpo_wrapper.log_probs.tiles import even_slices
 
-BLOCK_BYTES = 16 * 2**20
-"""Memory of the rows that are worked on at once, in float32."""
+CHUNK_BYTES = 16 * 2**20
+"""The memory of the rows of logits that are computed at once, in float32."""
 
 
-class RowLogProbs(torch.autograd.Function):
-    """The log-prob of `targets[k]` under row `rows[k]` of the logits; a row may be asked several times."""
+def log_probs_from_logits(logits: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Log-probs of `targets` in nats, from logits. It equals
+
+        logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]      # and 0 where not mask
+
+    but holds no log-softmax, and computes only the rows that the mask selects.
+
+    Args:
+        logits: Float[... v]. They are aligned with the targets: `logits[k]` predicts `targets[k]`.
+        targets: Int[...], in [0, v) where the mask is True.
+        mask: Bool[...], True on the tokens to score. Without it all are scored.
+
+    Returns:
+        Float[...], at most 0, in float32 (float64 where the logits are).
+
+    Raises:
+        TypeError: logits are no floats, targets no integers, or the mask is not bool.
+        ValueError: the shapes differ, or a target is outside the vocabulary.
+    """
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        raise TypeError(f"logits should be a tensor of floats, but it is {_type_of(logits)}.")
+    if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"targets should be a tensor of token ids (int64), but it is {_type_of(targets)}.")
+    for name, tensor in {"targets": targets, "mask": mask}.items():
+        if tensor is not None and tensor.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"{name} should have the shape of logits without the vocabulary, "
+                f"{tuple(logits.shape[:-1])}, but its shape is {tuple(tensor.shape)}."
+            )
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"mask should be bool, but it is {mask.dtype}.")
+    v = logits.shape[-1]
+    flat = targets.flatten().long()
+    row_index = (torch.ones_like(flat, dtype=torch.bool) if mask is None else mask.flatten()).nonzero()[:, 0]
+    scored = flat[row_index]
+    check_in_vocabulary(scored, v)
+    log_probs = gather_log_probs(logits.reshape(-1, v), row_index, scored)
+    return log_probs.new_zeros(len(flat)).index_put((row_index,), log_probs).view(targets.shape)
+
+
+def _type_of(value: object) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def gather_log_probs(
+    logits: Float[Tensor, "n v"],
+    row_index: Int[Tensor, "t"],
+    targets: Int[Tensor, "t"],
+    extras: Sequence[str] = (),
+) -> Any:
+    """`logits.float().log_softmax(-1)[row_index, targets]`, in nats, in float32 or wider.
+
+    A row may be indexed several times. With `extras`, of which only `'log_sum_p2'` exists here, it returns a
+    tuple of the log-probs and a dict, as `token_log_probs` does.
+    """
+    log_probs = LogProbsFromLogits.apply(logits, row_index, targets)
+    if not extras:
+        return log_probs
+    assert set(extras) == {"log_sum_p2"}, extras
+    return log_probs, {"log_sum_p2": log_sum_p2(logits, row_index)}
+
+
+class LogProbsFromLogits(torch.autograd.Function):
+    """`gather_log_probs` without extras."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Float[Tensor, "n v"], rows: Int[Tensor, "t"], targets: Int[Tensor, "t"]
+        ctx: Any, logits: Float[Tensor, "n v"], row_index: Int[Tensor, "t"], targets: Int[Tensor, "t"]
     ) -> Float[Tensor, "t"]:
-        wide = accumulation_dtype(logits.dtype)
-        asked, entry = rows.unique(return_inverse=True)
-        lse = logits.new_empty(len(asked), dtype=wide)
-        for part in blocks(logits, len(asked)):
-            lse[part] = logits[asked[part]].to(wide).logsumexp(dim=-1)
-        ctx.save_for_backward(logits, targets, asked, entry, lse)
-        return (logits[rows, targets].to(wide) - lse[entry]).clamp(max=0.0)
+        dtype = accumulation_dtype(logits.dtype)
+        rows, row_of_target = row_index.unique(return_inverse=True)
+        lse = logits.new_empty(len(rows), dtype=dtype)
+        for chunk in row_chunks(logits, len(rows)):
+            lse[chunk] = logits[rows[chunk]].to(dtype).logsumexp(dim=-1)
+        ctx.save_for_backward(logits, targets, rows, row_of_target, lse)
+        return (logits[row_index, targets].to(dtype) - lse[row_of_target]).clamp(max=0.0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "log-probs from logits cannot be differentiated twice (create_graph = True): "
-                "take logits.log_softmax(-1) instead."
+                "log-probs from logits should be differentiated once, but create_graph is True: "
+                "use logits.log_softmax(-1)."
             )
-        logits, targets, asked, entry, lse = ctx.saved_tensors
-        every = len(asked) == len(logits)
-        grad_logits = torch.empty_like(logits) if every else torch.zeros_like(logits)
-        of_row = torch.zeros_like(lse).index_add_(0, entry, grad)
-        for part in blocks(logits, len(asked)):
-            block = logits[asked[part]].to(lse.dtype)
-            block = block.sub_(lse[part, None]).exp_().mul_(-of_row[part, None])
-            here = ((entry >= part.start) & (entry < part.stop)).nonzero()[:, 0]
-            block.index_put_((entry[here] - part.start, targets[here]), grad[here], accumulate=True)
-            grad_logits[asked[part]] = block.to(logits.dtype)
-        return grad_logits, None, None
-
-
-def blocks(logits: Tensor, count: int) -> Any:
-    row = logits.shape[-1] * accumulation_dtype(logits.dtype).itemsize
-    return spans(count, BLOCK_BYTES // max(1, row))
+        logits, targets, rows, row_of_target, lse = ctx.saved_tensors
+        covers_all = len(rows) == len(logits)
+        logits_grad = torch.empty_like(logits) if covers_all else torch.zeros_like(logits)
+        row_grad = torch.zeros_like(lse).index_add_(0, row_of_target, grad)
+        for chunk in row_chunks(logits, len(rows)):
+            chunk_grad = logits[rows[chunk]].to(lse.dtype)
+            chunk_grad = chunk_grad.sub_(lse[chunk, None]).exp_().mul_(-row_grad[chunk, None])
+            tokens = ((row_of_target >= chunk.start) & (row_of_target < chunk.stop)).nonzero()[:, 0]
+            index = (row_of_target[tokens] - chunk.start, targets[tokens])
+            chunk_grad.index_put_(index, grad[tokens], accumulate=True)
+            logits_grad[rows[chunk]] = chunk_grad.to(logits.dtype)
+        return logits_grad, None, None
 
 
 @torch.no_grad()
-def log_square_sums(logits: Float[Tensor, "n v"], rows: Int[Tensor, "t"]) -> Float[Tensor, "t"]:
-    """`log Σ p²` over the vocabulary, of the distributions that these rows of the logits stand for."""
-    wide = accumulation_dtype(logits.dtype)
-    asked, entry = rows.unique(return_inverse=True)
-    sums = logits.new_empty(len(asked), dtype=wide)
-    for part in blocks(logits, len(asked)):
-        sums[part] = logits[asked[part]].to(wide).log_softmax(dim=-1).mul_(2).logsumexp(dim=-1)
-    return sums[entry]
+def log_sum_p2(logits: Float[Tensor, "n v"], row_index: Int[Tensor, "t"]) -> Float[Tensor, "t"]:
+    """Log Σ p² over the vocabulary, of the softmax of each indexed row."""
+    dtype = accumulation_dtype(logits.dtype)
+    rows, row_of_target = row_index.unique(return_inverse=True)
+    result = logits.new_empty(len(rows), dtype=dtype)
+    for chunk in row_chunks(logits, len(rows)):
+        result[chunk] = logits[rows[chunk]].to(dtype).log_softmax(dim=-1).mul_(2).logsumexp(dim=-1)
+    return result[row_of_target]
 
 
-def log_probs_of_rows(
-    logits: Float[Tensor, "n v"],
-    rows: Int[Tensor, "t"],
-    targets: Int[Tensor, "t"],
-    extras: Sequence[str] = (),
-) -> Any:
-    """In nats, in float32 or wider; with extras (of which there is `'log_sum_p2'` here) a tuple of that and a
-    dict, as `token_log_probs` gives it."""
-    log_probs = RowLogProbs.apply(logits, rows, targets)
-    if not extras:
-        return log_probs
-    assert set(extras) == {"log_sum_p2"}, extras
-    return log_probs, {"log_sum_p2": log_square_sums(logits, rows)}
+def row_chunks(logits: Float[Tensor, "n v"], count: int) -> Iterator[slice]:
+    """Cut `count` rows into chunks of `CHUNK_BYTES`."""
+    row_bytes = logits.shape[-1] * accumulation_dtype(logits.dtype).itemsize
+    return even_slices(count, CHUNK_BYTES // max(1, row_bytes))

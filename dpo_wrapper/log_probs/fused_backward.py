@@ -1,11 +1,16 @@
-"""Gradients in forward, for log-probs of which it is known what loss they will be made into.
+"""Gradients that are computed in the forward pass, for log-probs that enter a known loss.
 
-A trained head needs softmaxes a second time, weighed by the loss's gradient; to have them, one keeps them
-all or computes them again. Where the loss is known, each group of tokens that meet in it can be finished
-before the next one begins, and only its own softmaxes are there: 3 products, and the memory of a part.
+To train a head, each softmax is needed a second time, multiplied by the gradient of the loss. Softmaxes
+either are kept for that until backward or are computed again. If the loss is known, forward can work on a
+chunk of the tokens at a time: their log-probs, the gradient of the loss for them, and their share of the
+gradients of hidden states and head. It keeps the softmaxes of one chunk only, and computes each product once:
+3 in all.
 
-What comes back in backward is compared with what was foretold. If it is a multiple of that (a share of a
-step, a scaler's factor), the gradients are; if not, they are computed again.
+A chunk consists of whole groups, such as the tokens of one preference pair, because the loss's gradient for a
+token depends on the log-probs of its group.
+
+Backward compares the gradient that arrives with the predicted one. If it is a multiple of it (by the share of
+a micro-batch, or a scaler's factor), the gradients are multiplied likewise. If not, they are computed again.
 """
 
 from collections.abc import Callable
@@ -17,22 +22,29 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from dpo_wrapper.log_probs.backward import gradients
-from dpo_wrapper.log_probs.kept import Kept
-from dpo_wrapper.log_probs.statistics import Statistics
-from dpo_wrapper.log_probs.tiled import gradients_of, refuse_twice, sweep
-from dpo_wrapper.log_probs.tiles import Options, Tiles
+from dpo_wrapper.log_probs.backward import compute_gradients, forbid_double_backward, gradients_from_saved
+from dpo_wrapper.log_probs.forward import forward_tiles
+from dpo_wrapper.log_probs.softmax_cache import SoftmaxCache
+from dpo_wrapper.log_probs.statistics import OnlineSoftmax
+from dpo_wrapper.log_probs.tiles import GatherOptions, Tiles, TokenIndex
+
+MIN_CHUNK_TOKENS = {"cpu": 512, "other": 2048}
 
 
 @dataclass(frozen=True)
 class FusedLoss:
-    """What log-probs will be made into.
+    """The loss that log-probs enter.
 
     Args:
-        fn: from Float[t], log-probs as `token_log_probs` returns them, to Float[]. It is called several
-            times, with -1 for log-probs that are not known yet, and should give the same each time.
-        groups: Int[t], a number for each log-prob: what the loss does with one group does not depend on the
-            others, as with the tokens of one preference pair. Without it all are one group.
+        fn: a function from Float[t], the log-probs as `token_log_probs` returns them, to Float[]. It is
+            called several times, with -1 for log-probs that are not computed yet, and should be
+            deterministic.
+        groups: Int[t], the number of each token's group. The loss's gradient for a token should depend on the
+            log-probs of its own group alone, as those of one preference pair. Without it all tokens are one
+            group.
+
+    Raises:
+        TypeError: `fn` is no function, or `groups` is no int64 tensor of one dimension.
     """
 
     fn: Callable[[Tensor], Tensor]
@@ -40,49 +52,63 @@ class FusedLoss:
 
     def __post_init__(self) -> None:
         if not callable(self.fn):
-            raise TypeError(f"the loss of FusedLoss should be a function, but it is {self.fn!r}.")
+            raise TypeError(f"fn of FusedLoss should be a function, but it is {self.fn!r}.")
         if self.groups is not None and (self.groups.ndim != 1 or self.groups.dtype != torch.int64):
             raise TypeError(
-                "the groups of FusedLoss should be an int64 tensor, one number for each log-prob."
+                "groups of FusedLoss should be an int64 tensor of one dimension, but it is "
+                f"{self.groups.dtype} of {self.groups.ndim}: give one number for each log-prob."
             )
 
-    def parts(self, t: int, most: int) -> list[Any]:
-        """Which tokens are finished at once: whole groups, of at most `most` tokens if no group has more."""
-        everything = [slice(None)]
-        if self.groups is None or t <= most:
-            return everything
+    def split(self, max_tokens: int) -> list[TokenIndex]:
+        """Split the tokens into chunks of whole groups, of at most `max_tokens` unless a group has more."""
+        if self.groups is None or len(self.groups) <= max_tokens:
+            return [slice(None)]
         _, group, sizes = torch.unique(self.groups, return_inverse=True, return_counts=True)
-        part_of, part, filled = [], 0, 0
+        chunk_of_group, chunk, chunk_size = [], 0, 0
         for size in sizes.tolist():
-            if filled and filled + size > most:
-                part, filled = part + 1, 0
-            part_of.append(part)
-            filled += size
-        parts = torch.tensor(part_of, device=group.device)[group]
-        rows = parts.argsort(stable=True).split(torch.bincount(parts).tolist())
-        return list(rows) if len(rows) > 1 else everything
+            if chunk_size and chunk_size + size > max_tokens:
+                chunk, chunk_size = chunk + 1, 0
+            chunk_of_group.append(chunk)
+            chunk_size += size
+        chunk_of_token = torch.tensor(chunk_of_group, device=group.device)[group]
+        chunks = chunk_of_token.argsort(stable=True).split(torch.bincount(chunk_of_token).tolist())
+        return list(chunks) if len(chunks) > 1 else [slice(None)]
 
-    def gradient(self, log_probs: Float[Tensor, "t"]) -> Float[Tensor, "t"]:
-        """Of the loss, for the log-probs."""
-        plainly = saved_tensors_hooks(lambda x: x, lambda x: x)  # nothing runs again, as in a checkpoint
-        with torch.enable_grad(), plainly:
+    def compute_grad(self, log_probs: Float[Tensor, "t"]) -> Float[Tensor, "t"]:
+        """The gradient of the loss for the log-probs."""
+        # without the hooks of a checkpoint around this call, which would run it again
+        without_hooks = saved_tensors_hooks(lambda x: x, lambda x: x)
+        with torch.enable_grad(), without_hooks:
             leaf = log_probs.detach().clone().requires_grad_()
             loss = self.fn(leaf)
             if not (isinstance(loss, Tensor) and loss.ndim == 0):
-                raise ValueError("the loss of FusedLoss should return a tensor without dimensions.")
+                raise ValueError(
+                    "fn of FusedLoss should return a tensor without dimensions, but it returned "
+                    f"{tuple(loss.shape) if isinstance(loss, Tensor) else loss!r}: sum over the log-probs."
+                )
             if not loss.requires_grad:
                 return torch.zeros_like(leaf)
             (grad,) = torch.autograd.grad(loss, leaf, allow_unused=True)
         return torch.zeros_like(leaf) if grad is None else grad
 
 
-def factor(grad: Float[Tensor, "t"], foretold: Float[Tensor, "t"]) -> float | None:
-    """What the one is the other times, but for rounding; None if it is no multiple."""
-    at = foretold.abs().argmax()
-    scale = (grad[at] / foretold[at]).where(foretold[at] != 0, 1.0)
+def proportionality(grad: Float[Tensor, "t"], predicted_grad: Float[Tensor, "t"]) -> float | None:
+    """The factor c in `grad = c * predicted_grad`, up to rounding; None if there is none."""
+    largest = predicted_grad.abs().argmax()
+    scale = (grad[largest] / predicted_grad[largest]).where(predicted_grad[largest] != 0, 1.0)
     eps = torch.finfo(grad.dtype).eps
-    allowed = 64 * eps * grad.abs() + 8 * eps * grad[at].abs()
-    return float(scale) if ((grad - scale * foretold).abs() <= allowed).all() else None
+    tolerance = 64 * eps * grad.abs() + 8 * eps * grad[largest].abs()
+    return float(scale) if ((grad - scale * predicted_grad).abs() <= tolerance).all() else None
+
+
+def max_chunk_tokens(weight: Float[Tensor, "v d"]) -> int:
+    """The most tokens in a chunk.
+
+    Each chunk reads and writes the head's gradient, 8·v·d bytes beside 6·v·d FLOPs for each of its tokens.
+    Larger chunks make that matter less; smaller ones need less memory for softmaxes.
+    """
+    minimum = MIN_CHUNK_TOKENS.get(weight.device.type, MIN_CHUNK_TOKENS["other"])
+    return max(minimum, weight.shape[1] // 2)
 
 
 def split_for_fused_loss(
@@ -91,35 +117,40 @@ def split_for_fused_loss(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    options: Options,
-) -> list[Any] | None:
-    """The parts whose gradients are made in forward; None if nothing is gained by it, or something lost.
+    options: GatherOptions,
+) -> list[TokenIndex] | None:
+    """The chunks whose gradients forward computes; None where backward should compute them.
 
-    A frozen head has its gradients in forward without a loss. float16 needs a scaler's factor from the start.
-    To add up parts, a gradient is wanted in the dtype of sums. Processes that share a vocabulary do not agree
-    on parts.
+    Backward computes them without a fused loss, and where the head is frozen (forward knows that gradient
+    without a loss). float16 needs a scaler's factor before gradients are rounded. The gradients of several
+    chunks are summed in the gradient itself, whose dtype has to be wide enough. Processes that share a
+    vocabulary would not agree on chunks.
     """
     trained = [x for x in (weight, bias) if x is not None and x.requires_grad]
-    if fused_loss is None or not trained or not len(targets) or not options.differentiates:
+    if fused_loss is None or not trained or not len(targets) or not options.needs_grad:
         return None
-    if options.extras or options.group is not None:
+    if options.needs_extras or options.vocab_group is not None:
         return None
-    dtypes = {options.dtype, hidden.dtype, *(x.dtype for x in trained)}
-    parts = fused_loss.parts(len(targets), options.part_rows)
-    narrow = any(x.dtype != options.wide for x in trained)
-    return None if torch.float16 in dtypes or (narrow and len(parts) > 1) else parts
+    dtypes = {options.matmul_dtype, hidden.dtype, *(x.dtype for x in trained)}
+    chunks = fused_loss.split(max_chunk_tokens(weight))
+    is_narrow = any(x.dtype != options.accumulation_dtype for x in trained)
+    return None if torch.float16 in dtypes or (is_narrow and len(chunks) > 1) else chunks
 
 
-def memory_of(parts: list[Any], tiles: Tiles) -> Tensor | None:
-    """Memory on the CPU for the softmaxes of every part in turn, but for groups that are a part too large."""
-    options, words = tiles.options, len(tiles.weight)
-    if len(parts) == 1 or tiles.hidden.device.type != "cpu":
+def shared_buffer(chunks: list[Any], tiles: Tiles) -> Tensor | None:
+    """Memory that the softmaxes of one chunk after another use, on the CPU; None for a single chunk.
+
+    Chunks that exceed the usual size, for a large group, do not fit: their memory is returned afterwards.
+    """
+    if len(chunks) == 1 or tiles.hidden.device.type != "cpu":
         return None
-    rows = min(options.part_rows, max(map(len, parts)))
-    return torch.empty(rows * words, dtype=options.dtype)
+    tokens = min(max_chunk_tokens(tiles.weight), max(map(len, chunks)))
+    return torch.empty(tokens * len(tiles.weight), dtype=tiles.options.matmul_dtype)
 
 
 class FusedLossLogProbs(torch.autograd.Function):
+    """Log-probs whose gradients forward computes, for the loss that they enter."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -127,51 +158,56 @@ class FusedLossLogProbs(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        options: Options,
+        options: GatherOptions,
         fused_loss: FusedLoss,
-        parts: list[Any],
+        chunks: list[TokenIndex],
     ) -> Tensor:
-        whole, wants = Tiles(hidden, weight, bias, targets, options), ctx.needs_input_grad[:3]
-        statistics = Statistics.of_nothing(whole.new(len(targets)))
-        log_probs, foretold = statistics.log_probs.fill_(-1.0), whole.new(len(targets))
-        of_hidden = torch.empty_like(hidden) if wants[0] else None
-        of_weight: Tensor | None = None
-        of_bias: Tensor | None = None
-        room = max(options.keep_bytes, options.part_rows * len(weight) * options.dtype.itemsize)
-        memory = memory_of(parts, whole)
-        for rows in parts:
-            tiles = whole.part(rows)
-            numbers = len(tiles.targets) * len(weight)
-            fits = memory is not None and len(memory) >= numbers
-            kept = Kept(room, numbers, hidden.device, options.dtype, memory if fits else None)
+        all_tiles, needs_grad = Tiles(hidden, weight, bias, targets, options), ctx.needs_input_grad[:3]
+        all_statistics = OnlineSoftmax.initial(all_tiles.zeros(len(targets)))
+        log_probs = all_tiles.zeros(len(targets)).fill_(-1.0)
+        predicted_grad = all_tiles.zeros(len(targets))
+        hidden_grad = torch.empty_like(hidden) if needs_grad[0] else None
+        weight_grad: Tensor | None = None
+        bias_grad: Tensor | None = None
+        chunk_bytes = max_chunk_tokens(weight) * len(weight) * options.matmul_dtype.itemsize
+        cache_bytes = max(SoftmaxCache.budget(weight), chunk_bytes)
+        buffer = shared_buffer(chunks, all_tiles)
+        for chunk in chunks:
+            tiles = all_tiles.select(chunk)
+            numel = len(tiles.targets) * len(weight)
+            is_large = buffer is None or len(buffer) < numel
+            cache = SoftmaxCache(
+                cache_bytes, numel, hidden.device, options.matmul_dtype, None if is_large else buffer
+            )
             with torch.autocast(hidden.device.type, enabled=False):
-                found = sweep(tiles, kept)
-            for of_all, of_part in zip(statistics, found, strict=True):
-                of_all[rows] = of_part
-            log_probs[rows] = found.log_probs
-            foretold[rows] = fused_loss.gradient(log_probs)[rows]  # under autocast, as the loss will be
+                statistics = forward_tiles(tiles, cache)
+            for values, chunk_values in zip(all_statistics, statistics, strict=True):
+                values[chunk] = chunk_values
+            log_probs[chunk] = statistics.log_probs
+            # under the caller's autocast, as the loss itself will be
+            predicted_grad[chunk] = fused_loss.compute_grad(log_probs)[chunk]
             with torch.autocast(hidden.device.type, enabled=False):
-                new, of_weight, of_bias = gradients(
-                    tiles, wants, foretold[rows], found, kept, (of_weight, of_bias)
+                chunk_grad, weight_grad, bias_grad = compute_gradients(
+                    tiles, needs_grad, predicted_grad[chunk], statistics, cache, (weight_grad, bias_grad)
                 )
-            if of_hidden is not None and new is not None:
-                of_hidden[rows] = new
-            whole.scratch = tiles.scratch
-        ctx.options, ctx.made = options, (of_hidden, of_weight, of_bias)
-        ctx.save_for_backward(hidden, weight, bias, targets, *statistics, foretold)
+            if hidden_grad is not None and chunk_grad is not None:
+                hidden_grad[chunk] = chunk_grad
+            all_tiles.buffer = tiles.buffer
+        ctx.options, ctx.grads = options, (hidden_grad, weight_grad, bias_grad)
+        ctx.save_for_backward(hidden, weight, bias, targets, *all_statistics, predicted_grad)
         return log_probs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_twice()
-        *saved, foretold = ctx.saved_tensors
-        made, ctx.made = ctx.made, None  # given away, so that nobody need copy them
-        scale = None if made is None else factor(grad, foretold)
+        forbid_double_backward()
+        *saved, predicted_grad = ctx.saved_tensors
+        grads, ctx.grads = ctx.grads, None  # autograd need not copy what nobody else holds
+        scale = None if grads is None else proportionality(grad, predicted_grad)
         if scale is None:
-            del made
-            nothing = Kept(0, 0, grad.device, ctx.options.dtype)
-            return *gradients_of(ctx, saved, grad, nothing), None, None, None, None
-        for each in made:
-            if each is not None and scale != 1.0:
-                each.mul_(scale)
-        return *made, None, None, None, None
+            del grads
+            empty_cache = SoftmaxCache(0, 0, grad.device, ctx.options.matmul_dtype)
+            return *gradients_from_saved(ctx, saved, grad, empty_cache), None, None, None, None
+        for gradient in grads:
+            if gradient is not None and scale != 1.0:
+                gradient.mul_(scale)
+        return *grads, None, None, None, None

@@ -1,4 +1,13 @@
-"""What is known of each token's softmax when some tiles of the vocabulary have been seen."""
+"""Online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867) over the tiles of a vocabulary.
+
+For each scored token the target is kept apart from the rest of the vocabulary. With `non_target_lse`, the
+log-sum-exp over all entries but the target,
+
+    log p(target) = log σ(target_logit - non_target_lse)
+
+which is at most 0, and exact where p(target) is nearly 1: there the difference of a logit and the log-sum-exp
+over the whole vocabulary would cancel.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,104 +19,112 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 
-class Folded(NamedTuple):
-    """What a fold makes of a tile. `block` is d lse / d (hidden @ weightᵀ), 0 at targets; with a total given
-    it is the softmax against that instead, less 1 at targets, times slopes."""
+class TileSoftmax(NamedTuple):
+    """One tile of logits, r tokens by w vocabulary entries, after its softmax.
 
-    block: Float[Tensor, "r w"]
-    lse: Float[Tensor, "r"]
-    """Log-sum-exp over the words of the tile that are no target."""
-    own: Float[Tensor, "r"]
-    """Logit of the target where it is in the tile, else 0."""
-    slope: Float[Tensor, "r"]
-    """d logit / d (hidden @ weightᵀ) of the target where it is in the tile, else 0."""
+    A *slope* is the derivative of a logit by its raw product `hidden @ weight.T`: `logit_scale`, times the
+    derivative of the softcap where there is one.
+    """
+
+    tile: Float[Tensor, "r w"]
+    """The softmax over the tile's entries times their slopes, 0 at targets: d non_target_lse / d raw product.
+    Where `tile_softmax` was given the `lse` of the whole vocabulary: minus d log-prob / d raw product."""
+    non_target_lse: Float[Tensor, "r"]
+    """Log-sum-exp over the tile's entries without the target; -inf where there is none."""
+    target_logit: Float[Tensor, "r"]
+    """The target's logit where the tile holds the target, else 0."""
+    target_slope: Float[Tensor, "r"]
+    """The target's slope where the tile holds the target, else 0."""
     moments: tuple[Tensor, Tensor, Tensor] | None
-    """Of the tile's own softmax, if asked for: its entropy, Σ p², and the highest logit."""
+    """Of the softmax over the tile's entries without the target, if asked for: the entropy, Σ p², and the
+    highest logit."""
 
 
-class Statistics(NamedTuple):
-    """Of all tiles so far, per token: log-sum-exp over words that are no target; the target's logit and its
-    slope; and the moments of the softmax over all words that are no target."""
+class OnlineSoftmax(NamedTuple):
+    """The statistics of all tiles so far, for each token."""
 
-    lse: Float[Tensor, "t"]
-    own: Float[Tensor, "t"]
-    slope: Float[Tensor, "t"]
+    non_target_lse: Float[Tensor, "t"]
+    target_logit: Float[Tensor, "t"]
+    target_slope: Float[Tensor, "t"]
     entropy: Float[Tensor, "t"]
-    squares: Float[Tensor, "t"]
-    highest: Float[Tensor, "t"]
+    """Of the softmax over the entries without the target, as are the two that follow."""
+    sum_p2: Float[Tensor, "t"]
+    max_logit: Float[Tensor, "t"]
 
     @classmethod
-    def of_nothing(cls, zeros: Float[Tensor, "t"]) -> "Statistics":
-        low = -torch.inf
-        return cls(*(torch.full_like(zeros, fill) for fill in (low, 0.0, 0.0, 0.0, 0.0, low)))
+    def initial(cls, zeros: Float[Tensor, "t"]) -> "OnlineSoftmax":
+        """The statistics before the first tile, in the dtype and on the device of `zeros`."""
+        return cls(*(torch.full_like(zeros, fill) for fill in (-torch.inf, 0.0, 0.0, 0.0, 0.0, -torch.inf)))
 
-    def add(self, rows: slice, folded: Folded) -> None:
-        """Take a tile in."""
-        lse, own, slope, entropy, squares, highest = (value[rows] for value in self)
-        total = torch.logaddexp(lse, folded.lse)
-        if folded.moments is not None:
-            of_tile = folded.moments
-            safe = total.clamp(min=torch.finfo(total.dtype).min)  # where there was nothing yet
-            before, now = (lse - safe).exp(), (folded.lse - safe).exp()
-            mixed = mixed_entropy(((before, entropy), (now, of_tile[0])))
-            entropy.copy_(mixed)
-            squares.mul_(before.square()).add_(now.square() * of_tile[1])
-            torch.maximum(highest, of_tile[2], out=highest)
-        lse.copy_(total)
-        own.add_(folded.own)
-        slope.add_(folded.slope)
+    def update(self, token_slice: slice, new: TileSoftmax) -> None:
+        """Include a tile of these tokens, in place."""
+        lse, target_logit, target_slope, entropy, sum_p2, max_logit = (x[token_slice] for x in self)
+        updated_lse = torch.logaddexp(lse, new.non_target_lse)
+        if new.moments is not None:
+            new_entropy, new_sum_p2, new_max = new.moments
+            finite_lse = updated_lse.clamp(min=torch.finfo(lse.dtype).min)  # it may be -inf still
+            old_share, new_share = (lse - finite_lse).exp(), (new.non_target_lse - finite_lse).exp()
+            entropy.copy_(mixture_entropy(((old_share, entropy), (new_share, new_entropy))))
+            sum_p2.mul_(old_share.square()).add_(new_share.square() * new_sum_p2)
+            torch.maximum(max_logit, new_max, out=max_logit)
+        lse.copy_(updated_lse)
+        target_logit.add_(new.target_logit)
+        target_slope.add_(new.target_slope)
 
-    def over(self, group: ProcessGroup) -> "Statistics":
-        """The same over the vocabulary of all processes, each of which has seen its part."""
-        both = torch.stack([self.lse, self.highest])
-        torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX, group=group)
-        safe = both[0].clamp(min=torch.finfo(both.dtype).min)
-        part = (self.lse - safe).exp()
+    def all_reduce(self, group: ProcessGroup) -> "OnlineSoftmax":
+        """The statistics of the whole vocabulary, of which each process of the group holds one slice."""
+        maxima = torch.stack([self.non_target_lse, self.max_logit])
+        torch.distributed.all_reduce(maxima, torch.distributed.ReduceOp.MAX, group=group)
+        max_lse, max_logit = maxima
+        max_lse = max_lse.clamp(min=torch.finfo(maxima.dtype).min)
+        share = (self.non_target_lse - max_lse).exp()  # of this process, relative to the largest one
+        weighted_entropy = share * (self.entropy + max_lse - self.non_target_lse)
         sums = [
-            part,
-            self.own,
-            self.slope,
-            part * (self.entropy + safe - self.lse),
-            part.square() * self.squares,
+            share,
+            self.target_logit,
+            self.target_slope,
+            weighted_entropy.where(share > 0, 0.0),
+            share.square() * self.sum_p2,
         ]
-        sums[3] = sums[3].where(part > 0, 0.0)
-        part, own, slope, entropy, squares = summed(torch.stack(sums), group).unbind()
-        some = part > 0  # there may be no word but the target
-        entropy = (entropy / part + part.log()).where(some, 0.0)  # of a mixture, as in `mixed_entropy`
-        squares = (squares / part.square()).where(some, 0.0)
-        return Statistics(part.log() + safe, own, slope, entropy, squares, both[1])
+        share, target_logit, target_slope, entropy, sum_p2 = sum_over(torch.stack(sums), group).unbind()
+        is_present = share > 0  # the target may be the only entry
+        entropy = (entropy / share + share.log()).where(is_present, 0.0)  # as in `mixture_entropy`
+        sum_p2 = (sum_p2 / share.square()).where(is_present, 0.0)
+        return OnlineSoftmax(share.log() + max_lse, target_logit, target_slope, entropy, sum_p2, max_logit)
 
     @property
-    def total(self) -> Float[Tensor, "t"]:
-        """Log-sum-exp over the whole vocabulary."""
-        return torch.logaddexp(self.lse, self.own)
+    def lse(self) -> Float[Tensor, "t"]:
+        """Log-sum-exp over the whole vocabulary, target included."""
+        return torch.logaddexp(self.non_target_lse, self.target_logit)
 
     @property
-    def at_target(self) -> Float[Tensor, "t"]:
-        """d log-prob / d (hidden @ weightᵀ) at the target, as exact as it can be told."""
-        return (self.lse - self.total).exp() * self.slope
+    def target_grad(self) -> Float[Tensor, "t"]:
+        """D log-prob / d raw product at the target: (1 - p(target)) times its slope, without cancellation."""
+        return (self.non_target_lse - self.lse).exp() * self.target_slope
 
     @property
     def log_probs(self) -> Float[Tensor, "t"]:
-        return F.logsigmoid(self.own - self.lse)
+        """Log-probs of the targets, in nats."""
+        return F.logsigmoid(self.target_logit - self.non_target_lse)
 
-    def extras(self) -> tuple[Tensor, ...]:
-        """As `EXTRAS` names them."""
-        total, log_probs, of_others = self.total, self.log_probs, F.logsigmoid(self.lse - self.own)
-        parts = ((of_others.exp(), self.entropy), (log_probs.exp(), torch.zeros_like(log_probs)))
-        entropy = mixed_entropy(parts)
-        squares = torch.logaddexp(2 * of_others + self.squares.log(), 2 * log_probs)
-        top1 = self.own >= self.highest
-        return entropy, squares, top1, log_probs.where(top1, self.highest - total)
-
-
-def mixed_entropy(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Entropy of distributions over different words that are mixed, from their weights and own entropies."""
-    return torch.stack([w * entropy - torch.xlogy(w, w) for w, entropy in parts]).sum(dim=0)
+    def compute_extras(self) -> tuple[Tensor, ...]:
+        """The `EXTRAS` in their order, over the whole vocabulary."""
+        log_probs, log_rest = self.log_probs, F.logsigmoid(self.non_target_lse - self.target_logit)
+        entropy = mixture_entropy(
+            ((log_rest.exp(), self.entropy), (log_probs.exp(), torch.zeros_like(log_probs)))
+        )
+        log_sum_p2 = torch.logaddexp(2 * log_rest + self.sum_p2.log(), 2 * log_probs)
+        top1 = self.target_logit >= self.max_logit
+        return entropy, log_sum_p2, top1, log_probs.where(top1, self.max_logit - self.lse)
 
 
-def summed(values: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Summed over the processes of a group, in place."""
+def mixture_entropy(components: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The entropy of a mixture of distributions that share no entry, from the weight and entropy of each."""
+    return torch.stack([w * entropy - torch.xlogy(w, w) for w, entropy in components]).sum(dim=0)
+
+
+def sum_over(values: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The sum over the processes of a group, in place; `values` themselves without one."""
     if group is not None:
         torch.distributed.all_reduce(values, group=group)
     return values

@@ -1,115 +1,109 @@
-"""Log-probs of scored tokens without their logits: the algorithm, for whatever computes a tile of logits.
+"""The tiled gather as an autograd Function, and the entry that all tiled backends share.
 
-Logits exist a tile at a time, `[r, w]` of r tokens and w words of the vocabulary. Of each tile a *fold* takes
-the log-sum-exp over the words that are no target (so that a log-prob is `log σ(x_target - lse_others)`, at
-most 0 and exact near 0) and, in place, its gradient: the softmax within the tile. Tiles are then weighed
-against one another by their log-sum-exps, as in online softmax (Milakov and Gimelshein 2018).
+Forward computes all tiles. What it does beside depends on the gradients that are needed:
 
-FLOPs, in products of [t, d] and [d, v] (2·t·d·v each):
+- none: nothing.
+- of hidden alone (a frozen head): it computes d log-prob / d hidden, which backward multiplies by each
+  token's gradient.
+- of the head: it caches the tiles' softmaxes as far as there is room. Backward computes the other tiles
+  again.
+- of the head, where the loss is given: it computes the gradients, and backward returns them
+  (`fused_backward`).
 
-    no gradient wanted            forward 1
-    hidden alone (frozen head)    forward 2, backward 0: the gradient of each log-prob for its hidden state is
-                                  ready in forward, and backward scales it
-    weight (trained head)         forward 1, backward 2 + f: softmaxes of the first tiles are kept, as many as
-                                  there is room for, and a part f of all tiles is computed again
-    weight, with its loss known   forward 3, backward 0: see `ahead`
-
-Bytes beside inputs and gradients: a tile (two with extras), `[t, d]` in float32, one number per token and row
-of tiles; the kept softmaxes. Each weight gradient is finished over all tokens before the next begins, in
-float32.
+The memory beside inputs and gradients is one tile (two with extras), [t, d] and a few [t] in float32, and the
+cached softmaxes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from beartype import beartype
+from jaxtyping import Float, Int, jaxtyped
 from torch import Tensor
 
-from dpo_wrapper.log_probs.backward import gradients
-from dpo_wrapper.log_probs.kept import Kept
-from dpo_wrapper.log_probs.statistics import Statistics, summed
-from dpo_wrapper.log_probs.tiles import Options, Tiles
-from dpo_wrapper.log_probs.weighed import Weighed
-
-
-def sweep(tiles: Tiles, kept: Kept, weighed: Weighed | None = None) -> Statistics:
-    """Every tile once: statistics of all, softmaxes kept as far as there is room, or weighed."""
-    statistics = Statistics.of_nothing(tiles.new(len(tiles.targets)))
-    for words in tiles.words:
-        for rows in tiles.rows:
-            size = (rows.stop - rows.start, words.stop - words.start)
-            keeps = kept.takes(size[0] * size[1])
-            slot = kept.slot(*size) if keeps else None
-            folded = tiles.fold(
-                rows,
-                words,
-                out=slot,
-                stays=keeps and slot is None,
-                write=weighed is not None or keeps,
-                moments=tiles.options.extras,
-            )
-            statistics.add(rows, folded)
-            if weighed is not None:
-                weighed.add(rows, words, folded)
-            if keeps:
-                kept.add(folded.block, folded.lse, slot)
-            del folded, slot  # before the next is made
-    return statistics if tiles.options.group is None else statistics.over(tiles.options.group)
+from dpo_wrapper.log_probs.backward import forbid_double_backward, gradients_from_saved
+from dpo_wrapper.log_probs.dtypes import compute_dtype
+from dpo_wrapper.log_probs.forward import OnlineHiddenGrad, forward_tiles
+from dpo_wrapper.log_probs.fused_backward import FusedLoss, FusedLossLogProbs, split_for_fused_loss
+from dpo_wrapper.log_probs.softmax_cache import SoftmaxCache
+from dpo_wrapper.log_probs.statistics import TileSoftmax, sum_over
+from dpo_wrapper.log_probs.tiles import GatherOptions, Tiles
 
 
 class TiledLogProbs(torch.autograd.Function):
+    """Log-probs, and with `needs_extras` the `EXTRAS`, for gradients that are not known before backward."""
+
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: GatherOptions
     ) -> tuple[Tensor, ...]:
         tiles = Tiles(hidden, weight, bias, targets, options)
-        wants_hidden, wants_weight, wants_bias = (
-            wanted and options.differentiates for wanted in ctx.needs_input_grad[:3]
+        needs_hidden, needs_weight, needs_bias = (
+            needs_grad and options.needs_grad for needs_grad in ctx.needs_input_grad[:3]
         )
-        ctx.ready = wants_hidden and not (wants_weight or wants_bias)
-        room = options.keep_bytes if wants_weight or wants_bias else 0
-        kept = Kept(room, len(targets) * len(weight), hidden.device, options.dtype)
-        weighed = Weighed(tiles) if ctx.ready else None
-        statistics = sweep(tiles, kept, weighed)
-        of_hidden = None
-        if weighed is not None:
-            of_hidden = weighed.against(statistics.total).neg_()
-            local = tiles.local(slice(None), slice(0, len(weight)))
-            here = (local >= 0).nonzero()[:, 0]  # another process may have the target
-            of_target = weight[local[here]].to(of_hidden.dtype)
-            of_hidden[here] += of_target * statistics.at_target[here, None]
+        needs_head = needs_weight or needs_bias
+        ctx.has_hidden_grad = needs_hidden and not needs_head
+        cache_bytes = SoftmaxCache.budget(weight) if needs_head else 0
+        cache = SoftmaxCache(cache_bytes, len(targets) * len(weight), hidden.device, options.matmul_dtype)
+        online_grad = OnlineHiddenGrad(tiles) if ctx.has_hidden_grad else None
+        statistics = forward_tiles(tiles, cache, online_grad)
 
-        ctx.options, ctx.kept = options, kept
-        saved = [hidden, weight, bias, targets, *statistics]
-        ctx.save_for_backward(*([of_hidden] if ctx.ready else saved))
-        ctx.hidden_dtype = hidden.dtype
-        log_probs = statistics.log_probs
-        extras = statistics.extras() if options.extras else ()
+        ctx.options, ctx.cache, ctx.hidden_dtype = options, cache, hidden.dtype
+        if online_grad is None:
+            ctx.save_for_backward(hidden, weight, bias, targets, *statistics)
+        else:
+            hidden_grad = online_grad.rescale(statistics.lse).neg_()
+            column = tiles.target_column(slice(None), slice(0, len(weight)))
+            tokens = (column >= 0).nonzero()[:, 0]  # the others' targets are on another process
+            target_weight = weight[column[tokens]].to(hidden_grad.dtype)
+            hidden_grad[tokens] += target_weight * statistics.target_grad[tokens, None]
+            ctx.save_for_backward(hidden_grad)
+        extras = statistics.compute_extras() if options.needs_extras else ()
         ctx.mark_non_differentiable(*extras)
-        return (log_probs, *extras)
+        return (statistics.log_probs, *extras)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_twice()
-        if ctx.ready:
-            (ready,) = ctx.saved_tensors
-            grad_hidden = summed(ready * grad[:, None], ctx.options.group)
-            return grad_hidden.to(ctx.hidden_dtype), None, None, None, None
-        return *gradients_of(ctx, ctx.saved_tensors, grad, ctx.kept), None, None
+        forbid_double_backward()
+        if ctx.has_hidden_grad:
+            (hidden_grad,) = ctx.saved_tensors
+            hidden_grad = sum_over(hidden_grad * grad[:, None], ctx.options.vocab_group)
+            return hidden_grad.to(ctx.hidden_dtype), None, None, None, None
+        return *gradients_from_saved(ctx, ctx.saved_tensors, grad, ctx.cache), None, None
 
 
-def refuse_twice() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "tiled log-probs cannot be differentiated twice (create_graph = True): use impl = 'eager'."
-        )
+@jaxtyped(typechecker=beartype)
+def token_log_probs(
+    hidden: Float[Tensor, "t d"],
+    weight: Float[Tensor, "v d"],
+    targets: Int[Tensor, "t"],
+    bias: Float[Tensor, "v"] | None,
+    logit_scale: float,
+    softcap: float | None,
+    *,
+    tile_softmax: Callable[..., TileSoftmax],
+    fused_loss: FusedLoss | None = None,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """Log-probs, followed by the `EXTRAS` where they are needed, with the tiles of one backend.
 
-
-def gradients_of(
-    ctx: Any, saved: Sequence[Tensor], grad: Tensor, kept: Kept
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients in backward, from what forward saved."""
-    hidden, weight, bias, targets, *found = saved
+    Args:
+        tile_softmax: the backend's function.
+        fused_loss: the loss that the log-probs enter.
+        options: further fields of `GatherOptions`.
+    """
+    gather_options = GatherOptions(
+        logit_scale=logit_scale,
+        softcap=softcap,
+        matmul_dtype=compute_dtype(hidden, weight),
+        tile_softmax=tile_softmax,
+        needs_grad=torch.is_grad_enabled(),
+        **options,
+    )
+    inputs = (hidden, weight, bias, targets, gather_options)
+    chunks = split_for_fused_loss(fused_loss, *inputs)
+    if chunks is not None:
+        return (FusedLossLogProbs.apply(*inputs, fused_loss, chunks),)
     with torch.autocast(hidden.device.type, enabled=False):
-        tiles = Tiles(hidden, weight, bias, targets, ctx.options)
-        return gradients(tiles, ctx.needs_input_grad[:3], grad, Statistics(*found), kept)
+        return TiledLogProbs.apply(*inputs)

@@ -1,4 +1,4 @@
-"""Tiles of logits: how many tokens and words each has, and where it is computed."""
+"""Tiles of logits: their sizes, their memory, and how each is computed."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,92 +10,131 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dpo_wrapper.cpu_matmul import matmul
-from dpo_wrapper.log_probs.eager import accumulation_dtype
-from dpo_wrapper.log_probs.statistics import Folded
+from dpo_wrapper.log_probs.dtypes import accumulation_dtype
+from dpo_wrapper.log_probs.statistics import TileSoftmax
 
-ROWS = 8192
-"""Tokens in a tile."""
+TILE_TOKENS = 8192
+"""The most tokens in a tile."""
 
-Fold = Callable[..., Folded]
+TILE_BYTES = {"cpu": 12 * 2**20, "other": 256 * 2**20}
+"""The memory of a tile, by kind of device. On the CPU a tile stays in its cache, and it is smaller than what
+the C library would return to the system each time it is freed."""
+
+TokenIndex = slice | Int[Tensor, "k"]
+"""What selects some of the t tokens."""
 
 
 @dataclass(frozen=True)
-class Options:
-    """How a head makes logits of hidden states, and how much memory that may take."""
+class GatherOptions:
+    """How logits are computed from hidden states, and what is computed from logits.
+
+    Args:
+        logit_scale: factor of the logits.
+        softcap: the bound of the capped logits; None leaves them as they are.
+        matmul_dtype: dtype of the matrix products.
+        tile_softmax: a backend's function from a tile of raw products to its softmax (`torch_tile` specifies
+            it).
+        needs_grad: whether gradients are enabled. An autograd Function cannot find that out by itself.
+        needs_extras: whether `EXTRAS` are computed.
+        vocab_group: the processes that hold a slice of the vocabulary each, in the order of their ranks.
+        vocab_offset: where this process's slice of the vocabulary begins.
+    """
 
     logit_scale: float
     softcap: float | None
-    dtype: torch.dtype
-    """Of the matrix products."""
-    fold: Fold
-    tile_bytes: int
-    keep_bytes: int
-    part_rows: int
-    """Tokens that are finished at once, where their loss is known."""
-    differentiates: bool = True
-    """Whether gradients may be asked for: a Function cannot tell by itself."""
-    extras: bool = False
-    group: ProcessGroup | None = None
-    """The processes that hold a part of the vocabulary each, in the order of their ranks."""
-    offset: int = 0
-    """The first word of this process's part."""
+    matmul_dtype: torch.dtype
+    tile_softmax: Callable[..., TileSoftmax]
+    needs_grad: bool = True
+    needs_extras: bool = False
+    vocab_group: ProcessGroup | None = None
+    vocab_offset: int = 0
 
     @property
-    def wide(self) -> torch.dtype:
-        return accumulation_dtype(self.dtype)
+    def accumulation_dtype(self) -> torch.dtype:
+        return accumulation_dtype(self.matmul_dtype)
 
 
-def spans(n: int, most: int, multiple: int = 1) -> Iterator[slice]:
-    """0 to n in stretches as even as may be, of at most `most`."""
-    size = -(-n // max(1, -(-n // max(1, most))))
+def even_slices(n: int, max_size: int, multiple: int = 1) -> Iterator[slice]:
+    """Cut `range(n)` into the fewest slices of at most `max_size`, as even as can be.
+
+    With a `multiple`, all sizes but the last are rounded up to it, which may exceed `max_size`.
+    """
+    size = -(-n // max(1, -(-n // max(1, max_size))))
     size = max(1, -(-size // multiple) * multiple)
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
 class Tiles:
-    """The tiles of t tokens and v words: words outside, tokens inside."""
+    """The logits of t tokens over v vocabulary entries, cut into tiles of r tokens by w entries.
+
+    Loops run over `vocab_slices` outside and `token_slices` inside, so that the gradient of one slice of the
+    head is finished before that of the next begins.
+    """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options
+        self,
+        hidden: Float[Tensor, "t d"],
+        weight: Float[Tensor, "v d"],
+        bias: Float[Tensor, "v"] | None,
+        targets: Int[Tensor, "t"],
+        options: GatherOptions,
     ) -> None:
         self.hidden, self.weight, self.bias, self.targets = hidden, weight, bias, targets
         self.options = options
         t, v = len(targets), len(weight)
-        per_value = options.wide.itemsize + (options.dtype.itemsize if options.dtype != options.wide else 0)
-        self.rows = list(spans(t, ROWS))
-        words = options.tile_bytes // (per_value * max(1, min(t, ROWS)))
-        self.words = list(spans(v, words, 64 if words >= 64 else 1))
-        self.scratch: Tensor | None = None
+        dtypes = {options.matmul_dtype, options.accumulation_dtype}  # a tile exists once in each
+        entry_bytes = sum(dtype.itemsize for dtype in dtypes) * max(1, min(t, TILE_TOKENS))
+        max_entries = TILE_BYTES.get(hidden.device.type, TILE_BYTES["other"]) // entry_bytes
+        self.token_slices = list(even_slices(t, TILE_TOKENS))
+        self.vocab_slices = list(even_slices(v, max_entries, 64 if max_entries >= 64 else 1))
+        self.buffer: Tensor | None = None
 
-    def part(self, rows: Any) -> "Tiles":
-        """The tiles of some tokens alone, in the same memory."""
-        tiles = Tiles(self.hidden[rows], self.weight, self.bias, self.targets[rows], self.options)
-        tiles.scratch = self.scratch
+    def select(self, tokens: TokenIndex) -> "Tiles":
+        """The tiles of some tokens, in the same buffer."""
+        tiles = Tiles(self.hidden[tokens], self.weight, self.bias, self.targets[tokens], self.options)
+        tiles.buffer = self.buffer
         return tiles
 
-    def fold(
-        self, rows: slice, words: slice, *, out: Tensor | None = None, stays: bool = False, **kwargs: Any
-    ) -> Folded:
-        """A tile, in `out` or, unless it `stays`, where the next one will be."""
+    def softmax(
+        self,
+        token_slice: slice,
+        vocab_slice: slice,
+        *,
+        out: Tensor | None = None,
+        needs_own_memory: bool = False,
+        **kwargs: Any,
+    ) -> TileSoftmax:
+        """Compute one tile, with the keyword arguments of `tile_softmax`.
+
+        Args:
+            out: memory for the softmax.
+            needs_own_memory: whether the tile has to outlive the next one, which otherwise overwrites it.
+        """
         options = self.options
-        if out is not None and out.dtype != options.wide:
-            out = None  # computed wide, and narrowed when it is kept
-        a, b = self.hidden[rows].to(options.dtype), self.weight[words].to(options.dtype).T
-        block = matmul(a, b, None if stays else self.room(len(a), b.shape[1]))
-        local = self.local(rows, words)
-        bias = None if self.bias is None else self.bias[words]
-        return options.fold(block, local, bias, options.logit_scale, options.softcap, out=out, **kwargs)
+        if out is not None and out.dtype != options.accumulation_dtype:
+            out = None  # the softmax is computed wider, and the cache narrows it
+        hidden = self.hidden[token_slice].to(options.matmul_dtype)
+        weight = self.weight[vocab_slice].to(options.matmul_dtype)
+        buffer = None if needs_own_memory else self.tile_buffer(len(hidden), len(weight))
+        tile = matmul(hidden, weight.T, buffer)
+        target_column = self.target_column(token_slice, vocab_slice)
+        bias = None if self.bias is None else self.bias[vocab_slice]
+        return options.tile_softmax(
+            tile, target_column, bias, options.logit_scale, options.softcap, out=out, **kwargs
+        )
 
-    def room(self, rows: int, words: int) -> Float[Tensor, "r w"]:
-        """The same memory each time."""
-        if self.scratch is None or len(self.scratch) < rows * words:
-            self.scratch = self.hidden.new_empty(rows * words, dtype=self.options.dtype)
-        return self.scratch[: rows * words].view(rows, words)
+    def tile_buffer(self, tokens: int, entries: int) -> Float[Tensor, "r w"]:
+        """The memory that all tiles of raw products share."""
+        numel = tokens * entries
+        if self.buffer is None or len(self.buffer) < numel:
+            self.buffer = self.hidden.new_empty(numel, dtype=self.options.matmul_dtype)
+        return self.buffer[:numel].view(tokens, entries)
 
-    def local(self, rows: slice, words: slice) -> Int[Tensor, "r"]:
-        """Each target's column in a tile, or -1."""
-        local = self.targets[rows] - (self.options.offset + words.start)
-        return local.where((local >= 0) & (local < words.stop - words.start), -1)
+    def target_column(self, token_slice: slice, vocab_slice: slice) -> Int[Tensor, "r"]:
+        """The column of each token's target in a tile, -1 where the tile does not hold it."""
+        column = self.targets[token_slice] - (self.options.vocab_offset + vocab_slice.start)
+        return column.where((column >= 0) & (column < vocab_slice.stop - vocab_slice.start), -1)
 
-    def new(self, *shape: int) -> Tensor:
-        return self.hidden.new_zeros(shape, dtype=self.options.wide)
+    def zeros(self, *shape: int) -> Tensor:
+        """Zeros in the dtype of sums."""
+        return self.hidden.new_zeros(shape, dtype=self.options.accumulation_dtype)

@@ -1,18 +1,18 @@
-"""A tile of logits in one Triton kernel: read once for its log-sum-exp, and once more to be written over.
+"""The softmax of a tile in one Triton kernel: CUDA.
 
-The products stay with cuBLAS, which a tiled product in Triton does not reach; what lies between them is a
-read and, where gradients are wanted, a write of the tile in the products' dtype, where torch's operations
-would make float32 copies of it. On paper, for bfloat16 at t = 8,192, d = 2,048, v = 128,256 (1.05e9 logits,
-2.1 GB) on an H100 (3.35 TB/s; about 700 TFLOP/s in such products):
+The kernel reads a tile once for its log-sum-exps and, where gradients are needed, once more to overwrite it,
+in the dtype of the matrix products. torch's operations would make float32 copies of it. The products are left
+to cuBLAS, whose rate a tiled product in Triton does not reach. Estimates for bfloat16 with t = 8,192, d =
+2,048 and v = 128,256 (1.05e9 logits, 2.1 GB) on an H100 (3.35 TB/s, about 700 TFLOP/s in such products):
 
-    product                6.1 ms
-    read of all tiles      0.6 ms
-    write of all tiles     0.6 ms
+    one product              6.1 ms
+    reading all tiles        0.6 ms
+    writing all tiles        0.6 ms
 
-so that a frozen head takes 12.3 ms of products and 2.5 ms of traffic, forward and backward together, where
-recomputing in backward would take 18.4 ms of products alone; a product that folds its tile before it leaves
-the chip (as cut cross-entropy does) saves at most those 2.5 ms, and would have to reach 83% of cuBLAS's rate
-to break even. These are estimates; `tests/benchmarks/log_probs.py` measures.
+A frozen head so takes 12.3 ms of products and 2.5 ms of traffic, forward and backward together. Computing the
+tiles again in backward would take 18.4 ms of products alone. A kernel that reduces each tile before it leaves
+the chip, as cut cross-entropy does, saves at most those 2.5 ms, and has to reach 83% of cuBLAS's rate to
+break even. `tests/benchmarks/log_probs.py` measures it.
 """
 
 from typing import Any
@@ -23,160 +23,161 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dpo_wrapper.log_probs import torch_tile as chunked
-from dpo_wrapper.log_probs.eager import compute_dtype
-from dpo_wrapper.log_probs.statistics import Folded
+from dpo_wrapper.log_probs import tiled, torch_tile
+from dpo_wrapper.log_probs.dtypes import compute_dtype
+from dpo_wrapper.log_probs.statistics import TileSoftmax
 
-BLOCK = 4096
-"""Words that one program holds at a time."""
+BLOCK_SIZE = 4096
+"""The vocabulary entries that a program holds at a time."""
 
 
 @triton.jit
-def _logits(pointer, bias, at, inside, scale, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
-    """Logits of some words and their slopes, in float32."""
-    x = tl.load(pointer + at, mask=inside, other=0.0).to(tl.float32)
+def _load_logits(tile, bias, column, is_valid, scale, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
+    """Logits of a block and their slopes, in float32."""
+    x = tl.load(tile + column, mask=is_valid, other=0.0).to(tl.float32)
     if HAS_BIAS:
-        x += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
+        x += tl.load(bias + column, mask=is_valid, other=0.0).to(tl.float32)
     x *= scale
     slope = tl.zeros_like(x) + scale
     if HAS_CAP:
-        # tanh by exp of what is never positive
-        small = tl.exp(-2.0 * tl.abs(x / softcap))
-        bent = (1.0 - small) / (1.0 + small)
-        bent = tl.where(x < 0, -bent, bent)
-        x = bent * softcap
-        slope *= 1.0 - bent * bent
+        # tanh from e^(-2|x|), which cannot overflow
+        decay = tl.exp(-2.0 * tl.abs(x / softcap))
+        tanh = (1.0 - decay) / (1.0 + decay)
+        tanh = tl.where(x < 0, -tanh, tanh)
+        x = tanh * softcap
+        slope *= 1.0 - tanh * tanh
     return x, slope
 
 
 @triton.jit
-def _fold_row(
-    block,
-    local,
+def _tile_softmax_kernel(
+    tile,
+    target_column,
     bias,
     lse_out,
-    own_out,
-    slope_out,
+    target_logit_out,
+    target_slope_out,
     entropy_out,
-    squares_out,
-    highest_out,
-    total,
-    at_target,
+    sum_p2_out,
+    max_out,
+    lse,
+    target_grad,
     stride,
     width,
     scale,
     softcap,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
-    MOMENTS: tl.constexpr,
-    WRITE: tl.constexpr,
-    AGAINST: tl.constexpr,
-    BLOCK: tl.constexpr,
+    NEEDS_MOMENTS: tl.constexpr,
+    NEEDS_WRITE: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    block += row * stride
-    target = tl.load(local + row)
-    low = float("-inf")
-    highest = tl.full((), low, tl.float32)
+    """One program for each token of the tile."""
+    token = tl.program_id(0).to(tl.int64)
+    tile += token * stride
+    target = tl.load(target_column + token)
+    minus_inf = float("-inf")
+    max_logit = tl.full((), minus_inf, tl.float32)
     sum_exp = tl.zeros((), tl.float32)
     sum_exp_x = tl.zeros((), tl.float32)
     sum_exp_2 = tl.zeros((), tl.float32)
-    own = tl.zeros((), tl.float32)
-    own_slope = tl.zeros((), tl.float32)
-    for start in range(0, width, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        inside = at < width
-        x, slope = _logits(block, bias, at, inside, scale, softcap, HAS_BIAS, HAS_CAP)
-        is_target = at == target
-        own += tl.sum(tl.where(is_target, x, 0.0))
-        own_slope += tl.sum(tl.where(is_target, slope, 0.0))
-        x = tl.where(inside & (at != target), x, low)
-        new = tl.maximum(highest, tl.max(x))
-        reference = tl.where(new == low, 0.0, new)
-        fade = tl.exp(highest - reference)
-        e = tl.exp(x - reference)
-        if MOMENTS:  # Σ e·(x - highest), moved to the new highest
-            moved = sum_exp * tl.where(highest == low, 0.0, highest - reference)
-            sum_exp_x = (sum_exp_x + moved) * fade + tl.sum(tl.where(e > 0.0, e * (x - reference), 0.0))
-            sum_exp_2 = sum_exp_2 * fade * fade + tl.sum(e * e)
-        sum_exp = sum_exp * fade + tl.sum(e)
-        highest = new
-    some = sum_exp > 0.0
-    lse = tl.where(some, highest + tl.log(tl.where(some, sum_exp, 1.0)), low)
-    tl.store(lse_out + row, lse)
-    tl.store(own_out + row, own)
-    tl.store(slope_out + row, own_slope)
-    if MOMENTS:
-        safe = tl.where(some, sum_exp, 1.0)
-        tl.store(entropy_out + row, tl.log(safe) - sum_exp_x / safe)
-        tl.store(squares_out + row, sum_exp_2 / (safe * safe))
-        tl.store(highest_out + row, highest)
-    if WRITE:
-        against = lse
-        if AGAINST:
-            against = tl.load(total + row)
-        against = tl.where(against == low, 0.0, against)
-        for start in range(0, width, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            inside = at < width
-            x, slope = _logits(block, bias, at, inside, scale, softcap, HAS_BIAS, HAS_CAP)
-            p = tl.exp(x - against) * slope
-            if AGAINST:
-                p = tl.where(at == target, -tl.load(at_target + row), p)
+    target_logit = tl.zeros((), tl.float32)
+    target_slope = tl.zeros((), tl.float32)
+    for start in range(0, width, BLOCK_SIZE):
+        column = start + tl.arange(0, BLOCK_SIZE)
+        is_valid = column < width
+        x, slope = _load_logits(tile, bias, column, is_valid, scale, softcap, HAS_BIAS, HAS_CAP)
+        is_target = column == target
+        target_logit += tl.sum(tl.where(is_target, x, 0.0))
+        target_slope += tl.sum(tl.where(is_target, slope, 0.0))
+        x = tl.where(is_valid & (column != target), x, minus_inf)
+        new_max = tl.maximum(max_logit, tl.max(x))
+        finite_max = tl.where(new_max == minus_inf, 0.0, new_max)
+        rescale = tl.exp(max_logit - finite_max)
+        e = tl.exp(x - finite_max)
+        if NEEDS_MOMENTS:  # Σ e·(x - max), moved to the new maximum
+            moved = sum_exp * tl.where(max_logit == minus_inf, 0.0, max_logit - finite_max)
+            sum_exp_x = (sum_exp_x + moved) * rescale + tl.sum(tl.where(e > 0.0, e * (x - finite_max), 0.0))
+            sum_exp_2 = sum_exp_2 * rescale * rescale + tl.sum(e * e)
+        sum_exp = sum_exp * rescale + tl.sum(e)
+        max_logit = new_max
+    has_entries = sum_exp > 0.0
+    tile_lse = tl.where(has_entries, max_logit + tl.log(tl.where(has_entries, sum_exp, 1.0)), minus_inf)
+    tl.store(lse_out + token, tile_lse)
+    tl.store(target_logit_out + token, target_logit)
+    tl.store(target_slope_out + token, target_slope)
+    if NEEDS_MOMENTS:
+        positive_sum = tl.where(has_entries, sum_exp, 1.0)
+        tl.store(entropy_out + token, tl.log(positive_sum) - sum_exp_x / positive_sum)
+        tl.store(sum_p2_out + token, sum_exp_2 / (positive_sum * positive_sum))
+        tl.store(max_out + token, max_logit)
+    if NEEDS_WRITE:
+        normalizer = tile_lse
+        if HAS_LSE:
+            normalizer = tl.load(lse + token)
+        normalizer = tl.where(normalizer == minus_inf, 0.0, normalizer)
+        for start in range(0, width, BLOCK_SIZE):
+            column = start + tl.arange(0, BLOCK_SIZE)
+            is_valid = column < width
+            x, slope = _load_logits(tile, bias, column, is_valid, scale, softcap, HAS_BIAS, HAS_CAP)
+            p = tl.exp(x - normalizer) * slope
+            if HAS_LSE:
+                p = tl.where(column == target, -tl.load(target_grad + token), p)
             else:
-                p = tl.where(at == target, 0.0, p)
-            tl.store(block + at, p.to(block.dtype.element_ty), mask=inside)
+                p = tl.where(column == target, 0.0, p)
+            tl.store(tile + column, p.to(tile.dtype.element_ty), mask=is_valid)
 
 
-def fold(
-    block: Float[Tensor, "r w"],
-    local: Int[Tensor, "r"],
+def tile_softmax(
+    tile: Float[Tensor, "r w"],
+    target_column: Int[Tensor, "r"],
     bias: Float[Tensor, "w"] | None,
     logit_scale: float,
     softcap: float | None,
     *,
-    write: bool = False,
-    moments: bool = False,
-    total: Float[Tensor, "r"] | None = None,
-    at_target: Float[Tensor, "r"] | None = None,
+    needs_softmax: bool = False,
+    needs_moments: bool = False,
+    lse: Float[Tensor, "r"] | None = None,
+    target_grad: Float[Tensor, "r"] | None = None,
     out: Float[Tensor, "r w"] | None = None,
-) -> Folded:
-    """As `chunked.fold`, in float32; what is written is written over the tile itself, never into `out`."""
-    rows, width = block.shape
-    lse, own, slope, entropy, squares, highest = torch.empty(6, rows, device=block.device).unbind()
-    _fold_row[(rows,)](
-        block,
-        local,
-        block if bias is None else bias.contiguous(),
-        lse,
-        own,
-        slope,
-        entropy,
-        squares,
-        highest,
-        lse if total is None else total,
-        lse if at_target is None else at_target,
-        block.stride(0),
+) -> TileSoftmax:
+    """`torch_tile.tile_softmax` in float32. The softmax overwrites the tile itself, and `out` stays
+    unused.
+    """
+    tokens, width = tile.shape
+    outputs = torch.empty(6, tokens, device=tile.device).unbind()
+    tile_lse, target_logit, target_slope, entropy, sum_p2, max_logit = outputs
+    _tile_softmax_kernel[(tokens,)](
+        tile,
+        target_column,
+        tile if bias is None else bias.contiguous(),
+        *outputs,
+        tile_lse if lse is None else lse,
+        tile_lse if target_grad is None else target_grad,
+        tile.stride(0),
         width,
         logit_scale,
         1.0 if softcap is None else softcap,
         HAS_BIAS=bias is not None,
         HAS_CAP=softcap is not None,
-        MOMENTS=moments,
-        WRITE=write or total is not None,
-        AGAINST=total is not None,
-        BLOCK=min(BLOCK, triton.next_power_of_2(width)),
+        NEEDS_MOMENTS=needs_moments,
+        NEEDS_WRITE=needs_softmax or lse is not None,
+        HAS_LSE=lse is not None,
+        BLOCK_SIZE=min(BLOCK_SIZE, triton.next_power_of_2(width)),
         num_warps=8,
     )
-    return Folded(block, lse, own, slope, (entropy, squares, highest) if moments else None)
+    moments = (entropy, sum_p2, max_logit) if needs_moments else None
+    return TileSoftmax(tile, tile_lse, target_logit, target_slope, moments)
 
 
-def runs_on(device: torch.device) -> bool:
-    """Whether Triton can compile for a device, or only interprets (which it does on any)."""
-    return device.type == "cuda" or not isinstance(_fold_row, triton.JITFunction)
+def is_available_on(device: torch.device) -> bool:
+    """Whether the kernel runs on a device: compiled on CUDA, or interpreted on any."""
+    return device.type == "cuda" or not isinstance(_tile_softmax_kernel, triton.JITFunction)
 
 
 def token_log_probs(hidden: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-    """As `chunked.token_log_probs`, to which float64 is left."""
-    wide = compute_dtype(hidden, weight) == torch.float64
-    return chunked.token_log_probs(hidden, weight, *args, fold=chunked.fold if wide else fold, **kwargs)
+    """`tiled.token_log_probs` with this kernel, or, in float64, with torch's operations."""
+    is_wide = compute_dtype(hidden, weight) == torch.float64
+    function = torch_tile.tile_softmax if is_wide else tile_softmax
+    return tiled.token_log_probs(hidden, weight, *args, tile_softmax=function, **kwargs)

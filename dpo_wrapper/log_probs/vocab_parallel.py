@@ -1,13 +1,16 @@
-"""Output heads that lie in parts on several processes."""
+"""Output heads whose vocabulary is divided among processes."""
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 
-def whole(weight: Tensor) -> Tensor:
-    """A weight that is sharded (FSDP2's DTensor) gathered, once; its gradient goes back sharded, as the mean
-    over processes, which is what FSDP2 makes of the gradients of all weights."""
+def full_weight(weight: Tensor) -> Tensor:
+    """Gather a weight that FSDP2 has sharded (a DTensor); other weights are returned as they are.
+
+    Its gradient is sharded again as the mean over processes, which FSDP2 computes for the gradients of all
+    weights.
+    """
     if type(weight) in (Tensor, torch.nn.Parameter):
         return weight
     from torch.distributed.tensor import DTensor, Partial
@@ -17,10 +20,10 @@ def whole(weight: Tensor) -> Tensor:
     return weight
 
 
-def first_word(weight: Tensor, group: ProcessGroup) -> tuple[int, int]:
-    """Where this process's part of the vocabulary begins, and how large the whole is."""
-    rank, world = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
-    sizes = torch.zeros(world, dtype=torch.long, device=weight.device)
+def vocab_offset(weight: Tensor, group: ProcessGroup) -> tuple[int, int]:
+    """Where this process's slice of the vocabulary begins, and the size of the whole vocabulary."""
+    rank, world_size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+    sizes = torch.zeros(world_size, dtype=torch.long, device=weight.device)
     sizes[rank] = len(weight)
     torch.distributed.all_reduce(sizes, group=group)
     return int(sizes[:rank].sum()), int(sizes.sum())

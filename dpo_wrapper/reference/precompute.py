@@ -158,9 +158,7 @@ def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             return tensors, opened.metadata() or {}
     except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{file} should be a whole file, but {error}: delete it to compute it again."
-        ) from error
+        raise ValueError(f"{file} cannot be read ({error}): delete it, and it is computed again.") from error
 
 
 def check_file(file: Path, made_with: dict[str, str]) -> None:

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dpo_wrapper.batches.sequences import ScoredSequences
-from dpo_wrapper.log_probs import FusedLoss, Impl, log_probs_of_rows, token_log_probs
+from dpo_wrapper.log_probs import FusedLoss, Impl, gather_log_probs, token_log_probs
 from dpo_wrapper.models import LanguageModel
 from dpo_wrapper.models.eval_mode import reproducible_forward
 from dpo_wrapper.prefix_tree.layout import TreeOptions
@@ -85,7 +85,7 @@ def _gather(
     head = model.output_head()
     with reproducible_forward(model.model):
         if head is None or not options.head_applies:
-            result = log_probs_of_rows(forward(False).flatten(0, 1), rows, targets, extras)
+            result = gather_log_probs(forward(False).flatten(0, 1), rows, targets, extras)
             return result if extras else (result, {})
         hidden = forward(True).flatten(0, 1).index_select(0, rows)
     arguments = {"impl": options.impl, "extras": extras, "fused_loss": fused_loss, **head.options}

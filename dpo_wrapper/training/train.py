@@ -24,7 +24,6 @@ from dpo_wrapper.data import (
     split_examples,
     tokenize_examples,
 )
-from dpo_wrapper.data.errors import OnError
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.evaluation.report import format_before_and_after, format_completions, plot_curves
 from dpo_wrapper.losses import CombinedLoss, parse_losses

@@ -247,19 +247,23 @@ def micro_batches(dpo: Any, parts: list[Any]) -> Tensors:
     totals = [sum(column) for column in zip(*counts, strict=True)]
     found: Tensors = {}
     for k in range(2):
-        if hasattr(parts[0], "kl_batch") or hasattr(parts[0], "mismatched"):
-            measure = getattr(dpo, "kl_sums", None) or (lambda part: dpo(part.mismatched))
-            sums = torch.stack([measure(part) for part in parts]).sum(dim=0)
-            found[f"kl {k}"] = sums
-            kl = [sums[0] / sums[1]]
-        else:
-            kl = []
-        for j, part in enumerate(parts):
-            ready = method(part, "with_step_totals", "as_part_of")(*totals, *kl)
-            found |= {f"{key} {k} {j}": value for key, value in step(dpo, ready).items()}
+        ready = [attach(dpo, part, parts, totals) for part in parts]
+        for j, part in enumerate(ready):
+            found |= {f"{key} {k} {j}": value for key, value in step(dpo, part).items()}
         dpo.end_step()
         perturb(dpo.policy_model, seed=k)
     return found
+
+
+def attach(dpo: Any, part: Any, parts: list[Any], totals: list[int]) -> Any:
+    """A micro-batch with the totals of its step and, for KTO, the step's estimate of the KL."""
+    if hasattr(part, "mismatched"):
+        total, count = torch.stack([dpo(other.mismatched) for other in parts]).sum(dim=0)
+        return part.as_part_of(*totals, total / count)
+    ready = method(part, "with_step_totals", "as_part_of")(*totals)
+    if getattr(part, "needs_kl", False):
+        ready = ready.with_kl(torch.stack([dpo.kl_sums(other) for other in parts]).sum(dim=0))
+    return ready
 
 
 GROUPS = {f.__name__: f for f in (models, losses, options, batches, log_probs, training)}

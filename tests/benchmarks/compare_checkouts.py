@@ -117,6 +117,8 @@ def main() -> None:
     parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.record is not None:
+        # an editable installation would lend the modules that the checkout does not have
+        sys.meta_path[:] = [f for f in sys.meta_path if getattr(f, "__name__", "") != "_EditableFinder"]
         package = Path(str(importlib.import_module("dpo_wrapper").__file__)).resolve()
         assert package.is_relative_to(options.old.resolve()), package
         record(options.only, options.record)

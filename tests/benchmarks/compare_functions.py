@@ -100,7 +100,7 @@ def train(loss: str) -> Tensors:
                 max_length=64,
                 cpu=True,
                 micro_batch_tokens=600,
-                save_every=0,
+                save_steps=0,
             )
         )
         from safetensors.torch import load_file

@@ -1,6 +1,5 @@
 """What the cases of `compare_checkouts.py` share: names that are looked up, and inputs with fixed seeds."""
 
-import contextlib
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ OLD_NAMES = {
     "sft_learning_rate": "sft_lr",
     "learning_rate": "lr",
     "micro_batch_tokens": "max_tokens",
+    "save_steps": "save_every",
     "precompute_ref_log_probs": "precompute_reference",
 }
 Tensors = dict[str, Any]
@@ -29,9 +29,14 @@ PADDINGS = ("right", "left", "middle")
 def find(*names: str) -> Any:
     """The first of these dotted names that the checkout has."""
     for name in names:
-        module, _, attribute = name.rpartition(".")
-        with contextlib.suppress(ImportError, AttributeError):
-            return getattr(importlib.import_module(f"dpo_wrapper{module and '.'}{module}"), attribute)
+        path, _, attribute = f"dpo_wrapper.{name}".rpartition(".")
+        try:
+            return getattr(importlib.import_module(path), attribute)
+        except ModuleNotFoundError as error:
+            if not path.startswith(str(error.name)):
+                raise
+        except AttributeError:
+            pass
     raise AttributeError(f"dpo_wrapper has none of {', '.join(names)}.")
 
 

@@ -1,75 +1,25 @@
 """One contestant of log_probs.py, in a process of its own: the log-probs of all tokens and their gradients.
 
-A contestant is a function of hidden states, head and targets. It returns what its gradient is taken of, that
-gradient's upstream, and the log-probs of all tokens if it hands them out.
+A contestant is a function of hidden states, head and targets. It returns what to differentiate,
+the upstream gradient, and the log-probs of all tokens if it returns them.
 """
 
-import math
 import statistics
 from argparse import Namespace
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from measure import Missing, can_weigh, forget_peak, gemm_rate, status, tidy, timed
 from torch import Tensor
+from zipf_inputs import BETA, Inputs, Truth, draw, truth
 
 from dpo_wrapper import token_log_probs
 from dpo_wrapper.cpu_matmul import matmul
 from dpo_wrapper.log_probs import FusedLoss
 
-BETA = 0.1
-SAMPLE = 16
-"""Tokens that are held against float64."""
-
 PRODUCTS = {"forward": 1, "frozen": 2, "trained": 3}
 """Each mode with its products of 2·t·d·v FLOPs, if nothing is computed twice."""
-
-
-@dataclass(frozen=True)
-class Inputs:
-    hidden: Tensor  # [t, d]
-    weight: Tensor  # [v, d]
-    targets: Tensor  # [t]
-    upstream: Tensor  # [t], what a DPO loss hands back at its start
-    sequence: int  # tokens of each sequence, chosen ones in the first half
-
-
-def draw(t: int, d: int, v: int, dtype: torch.dtype, device: str, seed: int) -> Inputs:
-    """Words as frequent as Zipf has them, and hidden states that know of their target: a softmax with the
-    few likely words and the long tail that a language model's has."""
-    generator = torch.Generator(device).manual_seed(seed)
-    frequency = -torch.arange(1.0, v + 1, device=device).log()  # [v], of the most frequent word first
-    targets = torch.multinomial(frequency.exp(), t, replacement=True, generator=generator)
-    weight = torch.randn(v, d, generator=generator, device=device).div_(math.sqrt(d))
-    hidden = 2 * torch.randn(t, d, generator=generator, device=device) + 6 * weight[targets]
-    shared = 1 / math.sqrt(d)  # a direction of length 1 along which hidden states know how frequent words are
-    weight += frequency[:, None] / 8 * shared
-    hidden += 8 * shared
-    upstream = torch.full((t,), BETA / 2, device=device)
-    upstream[: t // 2] *= -1
-    longest = min(256, t // 2)
-    sequence = next(n for n in range(longest, 0, -1) if t % (2 * n) == 0)
-    return Inputs(hidden.to(dtype), weight.to(dtype), targets, upstream, sequence)
-
-
-@dataclass(frozen=True)
-class Truth:
-    """Of a sample of tokens, in float64."""
-
-    rows: Tensor
-    log_probs: Tensor
-    slopes: Tensor  # [r, d], of each log-prob by its hidden state
-
-
-def truth(of: Inputs) -> Truth:
-    rows = torch.linspace(0, len(of.targets) - 1, SAMPLE, device=of.hidden.device).long().unique()
-    hidden = of.hidden[rows].double().requires_grad_()
-    every = (hidden @ of.weight.double().T).log_softmax(dim=-1)
-    log_probs = every.gather(-1, of.targets[rows][:, None])[:, 0]
-    (slopes,) = torch.autograd.grad(log_probs.sum(), hidden)
-    return Truth(rows, log_probs.detach(), slopes)
 
 
 # contestants
@@ -79,27 +29,27 @@ Contestant = Callable[[Inputs, Tensor, Tensor], Outcome]
 
 
 def ours(impl: str) -> Contestant:
-    def run(of: Inputs, hidden: Tensor, weight: Tensor) -> Outcome:
-        scores = token_log_probs(hidden, weight, of.targets, impl=impl)
-        return scores, of.upstream, scores
+    def run(inputs: Inputs, hidden: Tensor, weight: Tensor) -> Outcome:
+        scores = token_log_probs(hidden, weight, inputs.targets, impl=impl)
+        return scores, inputs.upstream, scores
 
     return run
 
 
-def ahead() -> Contestant:
-    """The same, told which loss the log-probs will be made into, as `DPO` does by itself."""
+def fused() -> Contestant:
+    """The same with `fused_loss=`, which `DPO` passes by itself."""
 
-    def run(of: Inputs, hidden: Tensor, weight: Tensor) -> Outcome:
-        pairs = len(of.targets) // (2 * of.sequence)
-        side = torch.arange(pairs, device=hidden.device).repeat_interleave(of.sequence)
+    def run(inputs: Inputs, hidden: Tensor, weight: Tensor) -> Outcome:
+        pairs = len(inputs.targets) // (2 * inputs.sequence)
+        side = torch.arange(pairs, device=hidden.device).repeat_interleave(inputs.sequence)
 
         def loss(scores: Tensor) -> Tensor:  # a DPO loss at its start, where policy and reference agree
-            sums = scores.view(2, pairs, of.sequence).sum(dim=-1)
+            sums = scores.view(2, pairs, inputs.sequence).sum(dim=-1)
             chosen, rejected = sums - sums.detach()
             return -torch.nn.functional.logsigmoid(BETA * (chosen - rejected)).sum()
 
-        told = FusedLoss(loss, torch.cat([side, side]))
-        scores = token_log_probs(hidden, weight, of.targets, fused_loss=told)
+        fused_loss = FusedLoss(loss, torch.cat([side, side]))
+        scores = token_log_probs(hidden, weight, inputs.targets, fused_loss=fused_loss)
         return loss(scores), torch.ones((), device=hidden.device), scores
 
     return run
@@ -111,9 +61,9 @@ def compiled() -> Contestant:
         logits = (hidden @ weight.T).float()
         return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(dim=-1)
 
-    def run(of: Inputs, hidden: Tensor, weight: Tensor) -> Outcome:
-        scores = plain(hidden, weight, of.targets)
-        return scores, of.upstream, scores
+    def run(inputs: Inputs, hidden: Tensor, weight: Tensor) -> Outcome:
+        scores = plain(hidden, weight, inputs.targets)
+        return scores, inputs.upstream, scores
 
     return run
 
@@ -125,10 +75,10 @@ def trl() -> Contestant:
     except ImportError as error:
         raise Missing(f"not installed, or of another version: pip install trl==1.16.0 ({error})") from None
 
-    def run(of: Inputs, hidden: Tensor, weight: Tensor) -> Outcome:
+    def run(inputs: Inputs, hidden: Tensor, weight: Tensor) -> Outcome:
         options = (1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ())
-        scores, *_ = ChunkedLogProbFunction.apply(hidden, weight, None, of.targets, *options)
-        return scores, of.upstream, scores
+        scores, *_ = ChunkedLogProbFunction.apply(hidden, weight, None, inputs.targets, *options)
+        return scores, inputs.upstream, scores
 
     return run
 
@@ -140,12 +90,13 @@ def liger() -> Contestant:
         raise Missing(f"not installed: pip install liger-kernel ({error})") from None
     loss_of = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=False)
 
-    def run(of: Inputs, hidden: Tensor, weight: Tensor) -> Outcome:
-        sequences, targets = hidden.unflatten(0, (-1, of.sequence)), of.targets.view(-1, of.sequence)
+    def run(inputs: Inputs, hidden: Tensor, weight: Tensor) -> Outcome:
+        sequences = hidden.unflatten(0, (-1, inputs.sequence))
+        targets = inputs.targets.view(-1, inputs.sequence)
         loss, (chosen, rejected, *_) = loss_of(weight, sequences, targets)
         slope = -BETA * torch.sigmoid(BETA * (rejected - chosen).double()) / len(chosen)
         # for the check alone: what this loss hands back to each token
-        run.upstream = torch.cat([slope, -slope]).repeat_interleave(of.sequence)  # type: ignore[attr-defined]
+        run.upstream = torch.cat([slope, -slope]).repeat_interleave(inputs.sequence)  # type: ignore[attr-defined]
         return loss, torch.ones_like(loss), None
 
     return run
@@ -159,9 +110,9 @@ def cut_cross_entropy(impl: str, device: str) -> Contestant:
     except ImportError as error:
         raise Missing(f"not installed: pip install cut-cross-entropy ({error})") from None
 
-    def run(of: Inputs, hidden: Tensor, weight: Tensor) -> Outcome:
-        scores = -linear_cross_entropy(hidden, weight, of.targets, reduction="none", impl=impl)
-        return scores, of.upstream, scores
+    def run(inputs: Inputs, hidden: Tensor, weight: Tensor) -> Outcome:
+        scores = -linear_cross_entropy(hidden, weight, inputs.targets, reduction="none", impl=impl)
+        return scores, inputs.upstream, scores
 
     return run
 
@@ -169,7 +120,7 @@ def cut_cross_entropy(impl: str, device: str) -> Contestant:
 CONTESTANTS: dict[str, Callable[[str], Contestant]] = {
     "triton": lambda device: ours("triton"),
     "chunked": lambda device: ours("chunked"),
-    "ahead": lambda device: ahead(),
+    "fused": lambda device: fused(),
     "eager": lambda device: ours("eager"),
     "compile": lambda device: compiled(),
     "trl": lambda device: trl(),
@@ -196,86 +147,94 @@ class Scales:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            found = function()
+            result = function()
             torch.cuda.synchronize()
-            return found, (torch.cuda.max_memory_allocated() - before) / 1e6
+            return result, (torch.cuda.max_memory_allocated() - before) / 1e6
         if not self.works:
             return function(), None
         forget_peak()
         before = status("VmRSS")
-        found = function()
-        return found, (status("VmHWM") - before) / 1e6
+        result = function()
+        return result, (status("VmHWM") - before) / 1e6
 
 
-def relative(found: Tensor, true: Tensor) -> float:
+def relative_error(computed: Tensor, true: Tensor) -> float:
     """The largest error among the sampled tokens, relative to the token's own truth."""
-    found, true = found.double().view(len(true), -1), true.view(len(true), -1)
-    return float(((found - true).norm(dim=1) / true.norm(dim=1)).max())
+    computed, true = computed.double().view(len(true), -1), true.view(len(true), -1)
+    return float(((computed - true).norm(dim=1) / true.norm(dim=1)).max())
 
 
-def errors(run: Contestant, of: Inputs, true: Truth, found: tuple[Tensor | None, ...]) -> dict[str, float]:
-    scores, grad_hidden, *_ = found
+def errors(
+    run: Contestant, inputs: Inputs, true: Truth, results: tuple[Tensor | None, ...]
+) -> dict[str, float]:
+    scores, grad_hidden, *_ = results
     of_mode: dict[str, float] = {}
     if scores is not None:
-        of_mode["log_prob_error"] = relative(scores[true.rows], true.log_probs)
+        of_mode["log_prob_error"] = relative_error(scores[true.rows], true.log_probs)
         of_mode["log_prob_error_nats"] = float((scores[true.rows].double() - true.log_probs).abs().max())
     if grad_hidden is not None:
-        upstream = getattr(run, "upstream", of.upstream)[true.rows].double()
-        of_mode["grad_error"] = relative(grad_hidden[true.rows], upstream[:, None] * true.slopes)
+        upstream = getattr(run, "upstream", inputs.upstream)[true.rows].double()
+        of_mode["grad_error"] = relative_error(grad_hidden[true.rows], upstream[:, None] * true.slopes)
     return of_mode
 
 
 def one_mode(
-    mode: str, run: Contestant, of: Inputs, true: Truth, scales: Scales, runs: int, rate: Callable[[], float]
+    mode: str,
+    run: Contestant,
+    inputs: Inputs,
+    true: Truth,
+    scales: Scales,
+    runs: int,
+    rate: Callable[[], float],
 ) -> Iterator[dict[str, Any]]:
     """What there is to say of a mode, better known with each stretch: one that warms up, the timed ones, and
     one that is weighed."""
-    hidden = of.hidden.detach().requires_grad_(mode != "forward")
-    weight = of.weight.detach().requires_grad_(mode == "trained")
+    hidden = inputs.hidden.detach().requires_grad_(mode != "forward")
+    weight = inputs.weight.detach().requires_grad_(mode == "trained")
     device = hidden.device.type
 
     def once() -> tuple[Tensor | None, ...]:
         with torch.set_grad_enabled(mode != "forward"):
-            result, upstream, scores = run(of, hidden, weight)
+            result, upstream, scores = run(inputs, hidden, weight)
             scores = None if scores is None else scores.detach()
             if mode == "forward":
                 return scores, None
-            wanted = [tensor for tensor in (hidden, weight) if tensor.requires_grad]
-            return scores, *torch.autograd.grad(result, wanted, upstream.to(result.dtype))
+            trained = [tensor for tensor in (hidden, weight) if tensor.requires_grad]
+            return scores, *torch.autograd.grad(result, trained, upstream.to(result.dtype))
 
-    known: dict[str, Any] = {"first_seconds": timed(once, device)}
-    yield known
+    figures: dict[str, Any] = {"first_seconds": timed(once, device)}
+    yield figures
     rates, seconds = [], []
     for _ in range(runs):
         before = rate()
         seconds.append(timed(once, device))
         rates.append((before + rate()) / 2)
-        yield known
-    found, peak = scales.weigh(once)
+        yield figures
+    results, peak = scales.weigh(once)
     flops = PRODUCTS[mode] * 2.0 * hidden.numel() * len(weight)
-    known |= {
+    figures |= {
         "seconds": statistics.median(seconds),
         "runs": seconds,
         "peak_mb": peak,
         "gemm_rate": statistics.median(rates),
         "floor_seconds": flops / statistics.median(rates),
         "share_of_floor": statistics.median(flops / r / s for r, s in zip(rates, seconds, strict=True)),
-        **errors(run, of, true, found),
+        **errors(run, inputs, true, results),
     }
     tidy()
-    yield known
+    yield figures
 
 
 def tried(of_mode: Iterator[dict[str, Any]], stretches: int) -> Iterator[dict[str, Any]]:
     """The same, in as many stretches even if it fails, with the reason then."""
-    known: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for _ in range(stretches):
         try:
-            known = next(of_mode, known)
+            figures = next(of_mode, figures)
         except Exception as error:  # of whatever kind: it is a line of the table
             text = (str(error).strip().splitlines() or [""])[0]
-            known = {"failed": f"{type(error).__name__}: {text}"[:160]}
-        yield known
+            figures = {"failed": f"{type(error).__name__}: {text}"[:160]}
+        yield figures
 
 
 def measure(args: Namespace) -> Generator[None, None, dict[str, Any]]:
@@ -284,24 +243,24 @@ def measure(args: Namespace) -> Generator[None, None, dict[str, Any]]:
     (t, d, v), dtype = args.shape[0], getattr(torch, args.dtype)
     try:
         run = CONTESTANTS[args.contestant](args.device)
-        of = draw(t, d, v, dtype, args.device, args.seed)
+        inputs = draw(t, d, v, dtype, args.device, args.seed)
     except Missing as missing:
         return {"missing": str(missing)}
-    true, scales = truth(of), Scales(args.device)
+    true, scales = truth(inputs), Scales(args.device)
     sizes = (min(t, 2048), d, min(v, 16384))
 
     def rate(**options: Any) -> float:
         return gemm_rate(*sizes, dtype=dtype, device=args.device, repeats=3, **options)
 
     rate()  # its own buffers, and the threads, are there now
-    found: dict[str, Any] = {"modes": {}, "sequence": of.sequence}
+    results: dict[str, Any] = {"modes": {}, "sequence": inputs.sequence}
     yield
     for mode in PRODUCTS:
-        of_mode = one_mode(mode, run, of, true, scales, args.runs, rate)
-        for known in tried(of_mode, args.runs + 2):
-            found["modes"][mode] = known
+        of_mode = one_mode(mode, run, inputs, true, scales, args.runs, rate)
+        for figures in tried(of_mode, args.runs + 2):
+            results["modes"][mode] = figures
             yield
     if args.device == "cpu":
         rate(multiply=matmul)
-        found["product_rate"] = rate(multiply=matmul)
-    return found
+        results["product_rate"] = rate(multiply=matmul)
+    return results

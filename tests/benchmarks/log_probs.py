@@ -47,7 +47,7 @@ DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 NAMES = {
     "triton": "dpo_wrapper, triton",
     "chunked": "dpo_wrapper, chunked",
-    "ahead": "dpo_wrapper, loss known ahead",
+    "fused": "dpo_wrapper, fused loss",
     "eager": "dpo_wrapper, eager",
     "compile": "torch.compile of eager's lines",
     "trl": "TRL ChunkedLogProbFunction",
@@ -116,7 +116,7 @@ def report(results: dict[str, dict[str, Any]]) -> None:
     for mode, title in MODES.items():
         print(f"\n{title:<35} {head}")
         lines = {name: result.get("modes", {}).get(mode, result) for name, result in results.items()}
-        ours = next((lines[n] for n in ("ahead", "triton", "chunked") if "seconds" in lines.get(n, {})), None)
+        ours = next((lines[n] for n in ("fused", "triton", "chunked") if "seconds" in lines.get(n, {})), None)
         for name, line in lines.items():
             print(f"{NAMES[name]:<35} {cells(line, ours) if 'seconds' in line else why_not(line)}")
     ran = [result for result in results.values() if "modes" in result]

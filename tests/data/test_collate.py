@@ -87,15 +87,17 @@ def test_loader_with_collator_and_plain_tuples() -> None:
     assert torch.equal(batch["seq_mask"][1], plain["seq_mask"][1])
 
 
-def test_pitfall_07_a_side_of_padding_alone_has_no_token() -> None:
+@pytest.mark.pitfall(7)
+def test_a_side_of_padding_alone_has_no_token() -> None:
     nothing, something = torch.full((2,), -100), torch.tensor([1, 2])
     batch = PreferenceCollator(-100)([(nothing, something, torch.tensor([True, False]))])
     assert batch["preferred_seq"].tolist() == [[0]] and not batch["seq_mask"][0].any()
     assert not batch["prompt_mask"][0].any()
 
 
+@pytest.mark.pitfall(11)
 @pytest.mark.parametrize("pad", ["<pad>", "</s>", None])
-def test_pitfall_11_pad_that_is_eos_masks_no_eos(tmp_path: Path, pad: str | None) -> None:
+def test_pad_that_is_eos_masks_no_eos(tmp_path: Path, pad: str | None) -> None:
     tokenizer = HuggingFaceTokenizer.load(tiny.save_tokenizer(tmp_path / "tokenizer", pad=pad))
     path = write_json_lines(
         tmp_path / "a.jsonl", [{"prompt": "Hello", "chosen": "there", "rejected": "there, how are you?"}]

@@ -71,7 +71,7 @@ def test_pairs_are_ranked_lists_and_become_two_completions_with_a_label() -> Non
         (
             RANKED,
             "unpaired_preference",
-            "line 2: a row should have one completion .* a ranked list of 3: say of",
+            "line 2: a row should have one completion .* a ranked list of 3: give each a label",
         ),
         (
             PAIR,

@@ -81,8 +81,8 @@ def test_from_file(tmp_path: Path) -> None:
     dataset = PreferenceDataset.from_file(path, "bytes", on_error="skip", pad_to=8)
     assert len(dataset) == 1 and dataset.pad_id == ByteTokenizer().pad_id
     assert dataset[0].preferred_seq.tolist() == [256, 81, 65, 257, 258, 258, 258, 258]
-    assert dataset.tokenized is not None and dataset.tokenized.num_identical == 1
-    assert dataset.tokenized.summary() == (
+    assert dataset.tokenized_examples is not None and dataset.tokenized_examples.num_identical == 1
+    assert dataset.tokenized_examples.summary() == (
         "Left out of 3 examples: 1 with an error, 1 with the same tokens in every completion."
     )
     assert PreferenceDataset.from_file(path, on_error="skip", pad_id=-7).pad_id == -7
@@ -118,4 +118,4 @@ def test_from_file_takes_ranked_lists_as_pairs_and_no_labels(tmp_path: Path) -> 
     dataset = PreferenceDataset.from_file(path, on_error="skip")
     sides = [(bytes(x.chosen[:1]), bytes(x.rejected[:1])) for x in dataset.examples]
     assert sides == [(b"A", b"B"), (b"A", b"C"), (b"B", b"C")]
-    assert dataset.tokenized is not None and len(dataset.tokenized.errors) == 1
+    assert dataset.tokenized_examples is not None and len(dataset.tokenized_examples.errors) == 1

@@ -37,6 +37,7 @@ _prompts = st.text(max_size=60) | st.lists(
 ).map(tuple)
 
 
+@pytest.mark.pitfall(7, 9)
 @given(
     _prompts,
     st.text(max_size=60),
@@ -44,7 +45,7 @@ _prompts = st.text(max_size=60) | st.lists(
     st.integers(8, 80),
     st.sampled_from([BYTES, NoBos()]),
 )
-def test_pitfalls_07_and_09_truncation(
+def test_truncation(
     prompt: str | tuple[Message, ...], chosen: str, rejected: str, max_length: int, tokenizer: ByteTokenizer
 ) -> None:
     example = Example(prompt, (chosen, rejected), weight=2.0, margin=0.5, source="here")
@@ -89,12 +90,14 @@ def test_truncation_by_hand() -> None:
     assert tokenize_example(Example("a", ("0123456789", "w")), BYTES, 8).prompt == (BOS, *b"a")
 
 
-def test_pitfall_11_an_eos_that_is_cut_off_is_not_trained() -> None:
+@pytest.mark.pitfall(11)
+def test_an_eos_that_is_cut_off_is_not_trained() -> None:
     pair = tokenize_example(Example("Q", ("0123456789", "01")), BYTES, 8)
     assert EOS not in pair.chosen and pair.rejected.count(EOS) == 1
 
 
-def test_pitfall_07_pairs_that_teach_nothing_are_counted_and_left_out() -> None:
+@pytest.mark.pitfall(7)
+def test_pairs_that_teach_nothing_are_counted_and_left_out() -> None:
     examples = [
         Example("Q", ("A", "B")),
         Example("Q", ("A", "A")),
@@ -111,7 +114,8 @@ def test_pitfall_07_pairs_that_teach_nothing_are_counted_and_left_out() -> None:
     assert len(tokenize_examples(examples[3:], BYTES, 8).examples) == 1
 
 
-def test_pitfall_08_an_invalid_pair_among_them_changes_nothing() -> None:
+@pytest.mark.pitfall(8)
+def test_an_invalid_pair_among_them_changes_nothing() -> None:
     examples = [Example("Q", ("A", "B")), Example("R", ("C", "D"))]
     assert (
         tokenize_examples([examples[0], Example("Q", ("", "")), examples[1]], BYTES, 8).examples
@@ -135,7 +139,8 @@ def test_counts_and_summary() -> None:
     )
 
 
-def test_pitfall_10_tokenizer_errors_name_the_row(tmp_path: Path) -> None:
+@pytest.mark.pitfall(10)
+def test_tokenizer_errors_name_the_row(tmp_path: Path) -> None:
     tiny.save_tokenizer(tmp_path, eos="<|im_end|>", template=tiny.NO_PREFIX)
     tokenizer = HuggingFaceTokenizer.load(tmp_path)
     turns = (Message("user", "Hello"),)

@@ -57,28 +57,31 @@ def test_hugging_face_round_trip(load: Load, text: str) -> None:
     assert max(tokenizer.encode(text), default=0) < tokenizer.vocab_size
 
 
+@pytest.mark.pitfall(11)
 @pytest.mark.parametrize("prompt", ["How are you?", "<s>How are you?", DIALOGUE, CHAT])
 @pytest.mark.parametrize("template", [None, tiny.CHATML, tiny.WITH_BOS])
-def test_pitfall_11_one_bos_if_there_is_one(load: Load, prompt: Any, template: str | None) -> None:
+def test_one_bos_if_there_is_one(load: Load, prompt: Any, template: str | None) -> None:
     tokenizer = load(template=template)
     ids = tokenizer.prompt_ids(prompt)
     assert ids[0] == tokenizer.bos_id == 0 and ids.count(0) == 1
     assert tokenizer.bos_id not in tokenizer.completion_ids(prompt, "Fine.")
 
 
+@pytest.mark.pitfall(11)
 @pytest.mark.parametrize("prompt", ["How are you?", DIALOGUE])
-def test_pitfall_11_no_bos_where_there_is_none(load: Load, prompt: Any) -> None:
+def test_no_bos_where_there_is_none(load: Load, prompt: Any) -> None:
     tokenizer = load(bos=None, **CHATML)
     assert tokenizer.bos_id is None
     assert 0 not in tokenizer.prompt_ids(prompt)
     assert shown(tokenizer, tokenizer.prompt_ids("How are you?")) == "How are you?"
 
 
+@pytest.mark.pitfall(11)
 @pytest.mark.parametrize("prompt", ["How are you?", DIALOGUE])
 @pytest.mark.parametrize("completion", ["Fine.", "Fine.{eos}", "", "{eos}", " Fine.\n", "Fine. "])
 @pytest.mark.parametrize("template", [None, tiny.CHATML, tiny.TRIMS, tiny.WITHOUT_EOS])
 @pytest.mark.parametrize("eos", ["</s>", "<|im_end|>"])
-def test_pitfall_11_exactly_one_eos_at_the_end(
+def test_exactly_one_eos_at_the_end(
     load: Load, prompt: Any, completion: str, template: str | None, eos: str
 ) -> None:
     tokenizer = load(eos=eos, template=template)
@@ -103,6 +106,7 @@ def test_special_tokens_inside_a_completion(
         load(template=template).completion_ids(prompt, completion)
 
 
+@pytest.mark.pitfall(11)
 @pytest.mark.parametrize(
     ("options", "pad_id"),
     [
@@ -113,9 +117,7 @@ def test_special_tokens_inside_a_completion(
         ({"unk": "<pad>"}, -100),
     ],
 )
-def test_pitfall_11_pad_is_never_a_token_of_the_text(
-    load: Load, options: dict[str, Any], pad_id: int
-) -> None:
+def test_pad_is_never_a_token_of_the_text(load: Load, options: dict[str, Any], pad_id: int) -> None:
     tokenizer = load(**options)
     assert tokenizer.pad_id == pad_id
     assert tokenizer.completion_ids("Q", "A")[-1] == tokenizer.eos_id == 1
@@ -127,7 +129,8 @@ def test_gpt2_style_bos_and_eos_alike(load: Load) -> None:
     assert tokenizer.pad_id == -100
 
 
-def test_pitfall_10_plain_prompt_and_completion_are_tokenized_separately(load: Load) -> None:
+@pytest.mark.pitfall(10)
+def test_plain_prompt_and_completion_are_tokenized_separately(load: Load) -> None:
     tokenizer = load()
     together = tokenizer.encode("capital")
     assert len(together) < len(tokenizer.encode("capi") + tokenizer.encode("tal"))
@@ -177,6 +180,7 @@ def test_without_a_template_dialogues_are_text_turns(load: Load) -> None:
     assert shown(tokenizer, tokenizer.prompt_ids(tool)).endswith("\n\nTool: 42\n\nSystem: Now.\n\nAssistant:")
 
 
+@pytest.mark.pitfall(10)
 @pytest.mark.parametrize(
     ("template", "prompt", "message"),
     [
@@ -193,19 +197,19 @@ def test_without_a_template_dialogues_are_text_turns(load: Load) -> None:
         (
             tiny.ALTERNATES,
             CHAT,
-            "but it raises 'roles must alternate' for the roles system, user, .*: change the",
+            "should take the roles system, user, .* but it raises 'roles must alternate': change the",
         ),
         (
             tiny.CRASHES,
             DIALOGUE,
-            "chat template should take the dialogue, but it raises 'can only concatenate str",
+            "chat template should take the roles system, user, but it raises 'can only concatenate str",
         ),
-        ("{{ nonsense.of.it }}", DIALOGUE, "chat template should take the dialogue, but it raises"),
-        ("{% if %}", DIALOGUE, "chat template should take the dialogue, but it raises"),
+        ("{{ nonsense.of.it }}", DIALOGUE, "chat template should take the roles system, user, but it raises"),
+        ("{% if %}", DIALOGUE, "chat template should take the roles system, user, but it raises"),
     ],
     ids=["no prefix", "drops a part", "raises", "crashes", "undefined", "no template at all"],
 )
-def test_pitfall_10_a_template_that_does_not_fit_is_refused(
+def test_a_template_that_does_not_fit_is_refused(
     load: Load, template: str, prompt: tuple[Message, ...], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message) as caught:

@@ -173,7 +173,8 @@ def test_split(value: str | None, split: str | None) -> None:
     )
 
 
-def test_pitfall_12_the_completion_is_the_last_assistant_turn_in_every_form() -> None:
+@pytest.mark.pitfall(12)
+def test_the_completion_is_the_last_assistant_turn_in_every_form() -> None:
     text = "\n\nHuman: Q\n\nAssistant: A\n\nHuman: R\n\nAssistant: {}"
     turns = [USER, ANSWER, {"role": "user", "content": "R"}]
     shares = [HUMAN, GPT, {"from": "human", "value": "R"}]

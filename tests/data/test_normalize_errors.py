@@ -13,7 +13,7 @@ QUESTION = {"role": "user", "content": "R"}
 HUMAN, GPT = {"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}
 ASKED = "Human: Q\n\nAssistant: "
 
-MISSING = "add it, say which field holds it, or give 'completions', or 'completion' and 'label'"
+MISSING = "add it, name its field, or give 'completions', or 'completion' and 'label'"
 LEAVE = "leave the row out"
 ONE_FORM = "write all completions in one form"
 
@@ -31,7 +31,7 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {  # field: record, what should be 
     "": [
         (
             [1, 2],
-            "a row should be an object with a prompt and completions, but it is a list of 2",
+            "a row should be an object with prompt and completions, but it is a list of 2",
             "write one object per row",
         ),
         ("text", "but it is 'text'", "write one object per row"),
@@ -70,7 +70,7 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {  # field: record, what should be 
         ),
         (
             turns("Q", [QUESTION, ANSWER], [USER, OTHER]),
-            "the dialogue should answer field 'prompt' or begin with it, but it begins otherwise",
+            "the dialogue should answer or repeat field 'prompt', but it begins otherwise",
             "correct one of the two",
         ),
         (
@@ -95,7 +95,7 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {  # field: record, what should be 
         ),
         (
             row("prompt", chosen=[USER, ANSWER, ANSWER], rejected=[USER, ANSWER, OTHER]),
-            "the prompt should end in a turn that is not the assistant's, but it ends in an assistant turn",
+            "the last turn of the prompt should not be the assistant's, but it is an assistant turn",
             "leave the answers to the completions",
         ),
     ],
@@ -154,10 +154,10 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {  # field: record, what should be 
         ),
         (
             turns([USER, ANSWER], "A", "B"),
-            "but it ends in an assistant turn",
+            "but it is an assistant turn",
             "leave the answers to the completions",
         ),
-        (row(prompt=f"{ASKED}A\n\nAssistant:"), "but it ends in an assistant turn", "leave the answers"),
+        (row(prompt=f"{ASKED}A\n\nAssistant:"), "but it is an assistant turn", "leave the answers"),
     ],
     "field 'prompt', message 1": [
         (
@@ -219,12 +219,12 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {  # field: record, what should be 
     "field 'completions'": [
         (
             {"prompt": "Q", "completions": ["A"]},
-            "a list of two or more, the best first, but they are",
+            "the completions should be a ranked list, but they are a list of 1",
             "at least two",
         ),
         (
             {"prompt": "Q", "completions": "AB"},
-            "a list of two or more, the best first, but they are 'AB'",
+            "the completions should be a ranked list, but they are 'AB'",
             "at least",
         ),
     ],

@@ -76,7 +76,7 @@ BAD: list[tuple[str, bytes, str, str]] = [  # name, content, message after the n
     (
         "a.json",
         b"[1]",
-        ", row 1: a row should be an object with a prompt and completions, but it is the number 1",
+        ", row 1: a row should be an object with prompt and completions, but it is the number 1",
         "write one object per row",
     ),
     (

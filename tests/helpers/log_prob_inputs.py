@@ -11,13 +11,13 @@ from hypothesis import settings
 from torch import Generator, Tensor
 
 from dpo_wrapper import token_log_probs
-from dpo_wrapper.log_probs import tiles as tiling
-from dpo_wrapper.log_probs import torch_tile as chunked
+from dpo_wrapper.log_probs import fused_backward, tiles
+from dpo_wrapper.log_probs.softmax_cache import SoftmaxCache
 
 FAST = settings(max_examples=60, deadline=None, derandomize=True)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# in the order of `Inputs`: everything trains, the head is frozen, and so on
-WANTED = [wanted for wanted in product((True, False), repeat=3) if any(wanted)]
+# for hidden, weight and bias, whether they require gradients
+NEEDS_GRAD = [needs_grad for needs_grad in product((True, False), repeat=3) if any(needs_grad)]
 OPTIONS: dict[str, dict[str, float]] = {
     "plain": {},
     "scale": {"logit_scale": 0.3},
@@ -46,14 +46,14 @@ class Inputs(NamedTuple):
         return Inputs(*map(move, self))
 
 
-def inputs(
+def random_inputs(
     t: int,
     v: int,
     d: int,
     dtype: torch.dtype = torch.float64,
     *,
     bias: bool = True,
-    wanted: tuple[bool, bool, bool] = (True, True, True),
+    needs_grad: tuple[bool, bool, bool] = (True, True, True),
     scale: float = 1.0,
     seed: int = 0,
 ) -> Inputs:
@@ -65,98 +65,99 @@ def inputs(
         return values.to(dtype).requires_grad_(requires_grad)
 
     return Inputs(
-        normal((t, d), scale, wanted[0]),
-        normal((v, d), d**-0.5, wanted[1]),
-        normal((v,), 0.5, wanted[2]) if bias else None,
+        normal((t, d), scale, needs_grad[0]),
+        normal((v, d), d**-0.5, needs_grad[1]),
+        normal((v,), 0.5, needs_grad[2]) if bias else None,
         torch.randint(0, v, (t,), generator=generator),
     )
 
 
-def in_float64(given: Inputs) -> Inputs:
-    """The same numbers, rounding included, as leaves of their own."""
+def in_float64(inputs: Inputs) -> Inputs:
+    """Leaves with the same numbers, after their rounding to the dtype of `inputs`."""
 
     def widen(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.detach().double().requires_grad_(x.requires_grad)
 
-    return Inputs(widen(given.hidden), widen(given.weight), widen(given.bias), given.targets)
+    return Inputs(widen(inputs.hidden), widen(inputs.weight), widen(inputs.bias), inputs.targets)
 
 
-def slow_logits(given: Inputs, logit_scale: float = 1.0, softcap: float | None = None) -> Tensor:
+def slow_logits(inputs: Inputs, logit_scale: float = 1.0, softcap: float | None = None) -> Tensor:
     """The lines of the docstring, written out again."""
-    logits = given.hidden @ given.weight.T
-    if given.bias is not None:
-        logits = logits + given.bias
+    logits = inputs.hidden @ inputs.weight.T
+    if inputs.bias is not None:
+        logits = logits + inputs.bias
     logits = logit_scale * logits
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     return logits
 
 
-def slow_scores(given: Inputs, logit_scale: float = 1.0, softcap: float | None = None) -> Tensor:
-    logits = slow_logits(given, logit_scale, softcap)
-    return logits.log_softmax(-1)[range(len(given.targets)), given.targets]
+def slow_scores(inputs: Inputs, logit_scale: float = 1.0, softcap: float | None = None) -> Tensor:
+    logits = slow_logits(inputs, logit_scale, softcap)
+    return logits.log_softmax(-1)[range(len(inputs.targets)), inputs.targets]
 
 
-def slow_extras(given: Inputs, **options: Any) -> dict[str, Tensor]:
-    logits = slow_logits(in_float64(given), **options).detach()
+def slow_extras(inputs: Inputs, **options: Any) -> dict[str, Tensor]:
+    logits = slow_logits(in_float64(inputs), **options).detach()
     log_p = logits.log_softmax(-1)
     p = log_p.exp()
-    own = logits[range(len(logits)), given.targets]
+    target_logit = logits[range(len(logits)), inputs.targets]
     return {
         "entropy": -torch.where(p > 0, p * log_p, 0.0).sum(-1),
         "log_sum_p2": p.square().sum(-1).log(),
-        "top1": own >= logits.amax(-1),
+        "top1": target_logit >= logits.amax(-1),
         "greedy": log_p.amax(-1),
     }
 
 
 def cotangent(t: int) -> Tensor:
-    """What comes back from a loss: of either sign, some of it zero."""
+    """A gradient of the log-probs with either sign and some zeros."""
     generator = Generator().manual_seed(99)
     grad = torch.randn(t, generator=generator, dtype=torch.float64)
     return grad * (torch.rand(t, generator=generator) < 0.8)
 
 
-def weighted(scores: Tensor) -> Tensor:
-    """A loss with that gradient."""
+def weighted_sum(scores: Tensor) -> Tensor:
+    """A loss whose gradient is `cotangent`."""
     return (scores * cotangent(len(scores)).to(scores)).sum()
 
 
-def with_grads(scores: Tensor, given: Inputs) -> list[Tensor]:
-    """Scores, then the gradient of each input that wants one."""
+def values_and_grads(scores: Tensor, inputs: Inputs) -> list[Tensor]:
+    """The scores, then the gradient of each input that requires one."""
     grad = cotangent(len(scores)).to(scores.device, scores.dtype)
-    return [scores.detach(), *torch.autograd.grad(scores, given.trained, grad)]
+    return [scores.detach(), *torch.autograd.grad(scores, inputs.trained, grad)]
 
 
-def truth(given: Inputs, **options: Any) -> list[Tensor]:
-    wide = in_float64(given)
-    return with_grads(slow_scores(wide, **options), wide)
+def truth(inputs: Inputs, **options: Any) -> list[Tensor]:
+    """`values_and_grads` of the slow lines in float64."""
+    wide = in_float64(inputs)
+    return values_and_grads(slow_scores(wide, **options), wide)
 
 
-def error(got: Tensor, expected: Tensor) -> float:
+def relative_error(got: Tensor, expected: Tensor) -> float:
     """Root mean square error, relative to the root mean square."""
     assert got.shape == expected.shape and got.isfinite().all()
     return float((got.detach().double() - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
 @contextmanager
-def tiles(rows: int, words: int, per_value: int = 8) -> Iterator[None]:
-    """Inside, a tile holds `rows` tokens and, at so many bytes a logit, `words` words."""
-    room = dict.fromkeys(chunked.TILE_BYTES, rows * words * per_value)
-    with patch.object(tiling, "ROWS", rows), patch.dict(chunked.TILE_BYTES, room):
+def tile_size(tokens: int, entries: int, entry_bytes: int = 8) -> Iterator[None]:
+    """Within, a tile has at most so many tokens and, at `entry_bytes` for a logit, vocabulary entries."""
+    tile_bytes = dict.fromkeys(tiles.TILE_BYTES, tokens * entries * entry_bytes)
+    with patch.object(tiles, "TILE_TOKENS", tokens), patch.dict(tiles.TILE_BYTES, tile_bytes):
         yield
 
 
-def keeps(softmaxes: bool) -> Any:
-    """Inside, softmaxes are kept for backward, or computed again."""
-    return keeps_bytes(2**40 if softmaxes else 0)
+def softmax_caching(is_enabled: bool) -> Any:
+    """Within, all softmaxes are cached for backward, or none."""
+    return cache_budget(2**40 if is_enabled else 0)
 
 
-def keeps_bytes(room: int) -> Any:
-    """Inside, softmaxes of so many bytes are kept for backward."""
-    return patch.object(chunked, "keep_bytes", lambda weight: room)
+def cache_budget(max_bytes: int) -> Any:
+    """Within, softmaxes of so many bytes are cached for backward."""
+    return patch.object(SoftmaxCache, "budget", lambda weight: max_bytes)
 
 
-def parts_of(rows: int) -> Any:
-    """Inside, gradients that are made ahead are made of so many tokens at once, or of one group."""
-    return patch.object(chunked, "part_rows", lambda weight: rows)
+def chunk_size(max_tokens: int) -> Any:
+    """Within, a chunk of a fused loss has at most so many tokens, or one group."""
+    return patch.object(fused_backward, "max_chunk_tokens", lambda weight: max_tokens)

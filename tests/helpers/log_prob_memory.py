@@ -1,13 +1,13 @@
 """Peak memory of `token_log_probs`, forward and backward, in a process of its own.
 
-    python log_prob_memory.py eager|kept|again|frozen|default|ahead|uneven T D V
+    python log_prob_memory.py eager|cached|recomputed|frozen|default|fused|uneven T D V
 
-All but `eager` are `chunked`: softmaxes are kept or computed again, the head does not train, softmaxes are
-kept as far as there is room for them, or the loss is known ahead, for groups of an eighth of the tokens or
-for one of 8/9 and one of the rest.
+All but `eager` use `impl = 'chunked'`. The head trains except under `frozen`. All softmaxes are cached, or
+none (`recomputed`), or as many as fit into the budget (`default`). With a fused loss there are eight groups
+of equal size (`fused`), or one of 8/9 of the tokens and one of the rest (`uneven`).
 
-Prints one line of JSON. `extra` is what the process needed beyond its inputs, in bytes: the peak of its
-resident memory, less what was resident when everything was loaded and the inputs were there and touched.
+Prints one line of JSON. `extra` are the bytes that the process needed beyond its inputs: the peak of its
+resident memory, less the resident memory when all libraries were loaded and the inputs were written.
 """
 
 import json
@@ -20,58 +20,58 @@ import torch
 
 from dpo_wrapper import token_log_probs
 from dpo_wrapper.log_probs import FusedLoss
-from dpo_wrapper.log_probs import torch_tile as chunked
+from dpo_wrapper.log_probs.softmax_cache import SoftmaxCache
 
 THREADS = 2
 
 
-def status(name: str) -> int:
-    """A line of /proc/self/status, in bytes."""
+def read_status(name: str) -> int:
+    """One line of /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def start() -> tuple[str, int]:
-    """Forget the peak so far, if the system can; how it will be read, and how much of it is not ours."""
+def reset_peak() -> tuple[str, int]:
+    """Reset the peak if the system can. Returns how to read the peak, and the memory in use now."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
-        return "VmHWM", status("VmRSS")
+        return "VmHWM", read_status("VmRSS")
     except OSError:
-        return "ru_maxrss", peak("ru_maxrss")
+        return "ru_maxrss", read_peak("ru_maxrss")
 
 
-def peak(method: str) -> int:
+def read_peak(method: str) -> int:
     if method == "VmHWM":
-        return status("VmHWM")
+        return read_status("VmHWM")
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def forward_and_backward(way: str, t: int, d: int, v: int) -> dict[str, str | int | float]:
+def forward_and_backward(mode: str, t: int, d: int, v: int) -> dict[str, str | int | float]:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(t, d, generator=generator).requires_grad_()
-    weight = (torch.randn(v, d, generator=generator) / d**0.5).requires_grad_(way != "frozen")
+    weight = (torch.randn(v, d, generator=generator) / d**0.5).requires_grad_(mode != "frozen")
     targets = torch.randint(0, v, (t,), generator=generator)
 
     trained = [x for x in (hidden, weight) if x.requires_grad]
-    impl = "eager" if way == "eager" else "chunked"
-    groups = {"ahead": torch.arange(t) * 8 // t, "uneven": torch.arange(t) * 9 // (8 * t)}
-    told = FusedLoss(torch.sum, groups[way]) if way in groups else None
-    if way in ("kept", "again"):
-        chunked.keep_bytes = lambda weight: 2**40 if way == "kept" else 0
+    impl = "eager" if mode == "eager" else "chunked"
+    groups = {"fused": torch.arange(t) * 8 // t, "uneven": torch.arange(t) * 9 // (8 * t)}
+    fused_loss = FusedLoss(torch.sum, groups[mode]) if mode in groups else None
+    if mode in ("cached", "recomputed"):
+        SoftmaxCache.budget = lambda weight: 2**40 if mode == "cached" else 0
 
-    method, before = start()
-    began = time.perf_counter()
-    scores = token_log_probs(hidden, weight, targets, impl=impl, fused_loss=told)
+    method, before = reset_peak()
+    start = time.perf_counter()
+    scores = token_log_probs(hidden, weight, targets, impl=impl, fused_loss=fused_loss)
     grads = torch.autograd.grad(scores.sum(), trained)
-    seconds, extra = time.perf_counter() - began, peak(method) - before
+    seconds, extra = time.perf_counter() - start, read_peak(method) - before
     assert all(grad.isfinite().all() for grad in grads)
-    return {"way": way, "extra": extra, "method": method, "seconds": round(seconds, 2)}
+    return {"mode": mode, "extra": extra, "method": method, "seconds": round(seconds, 2)}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(THREADS)
-    way, *sizes = sys.argv[1:]
+    mode, *sizes = sys.argv[1:]
     t, d, v = map(int, sizes)
-    forward_and_backward(way, 64, 64, 64)  # loads what is loaded late
-    print(json.dumps(forward_and_backward(way, t, d, v) | {"t": t, "d": d, "v": v}))
+    forward_and_backward(mode, 64, 64, 64)  # loads what is loaded lazily
+    print(json.dumps(forward_and_backward(mode, t, d, v) | {"t": t, "d": d, "v": v}))

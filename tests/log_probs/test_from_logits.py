@@ -1,4 +1,4 @@
-"""Log-probs from logits that a model hands out, against log-softmax in float64."""
+"""Log-probs from the logits that a model returns, against log-softmax in float64."""
 
 import math
 
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo_wrapper.log_probs import eager, from_logits, log_probs_from_logits, log_probs_of_rows
-from helpers.log_prob_inputs import error
+from dpo_wrapper.log_probs import eager, from_logits, gather_log_probs, log_probs_from_logits
+from helpers.log_prob_inputs import relative_error
 
 
 def random_logits(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -23,7 +23,7 @@ def some_targets(*shape: int, v: int) -> Tensor:
 
 @pytest.fixture(params=(1, 3, 10**6))
 def rows_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(from_logits, "BLOCK_BYTES", request.param * 7 * 8)  # of 7 words in float64
+    monkeypatch.setattr(from_logits, "CHUNK_BYTES", request.param * 7 * 8)  # of 7 entries in float64
 
 
 def test_by_hand():
@@ -43,7 +43,7 @@ def test_every_shape(rows_at_once, shape: tuple[int, ...], masked: bool):
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(2)) < 0.5 if masked else None
     expected = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
     if mask is not None:
-        targets = targets.where(mask, -100)  # what is not scored may be no word
+        targets = targets.where(mask, -100)  # targets that are not scored may be outside the vocabulary
         expected = torch.where(mask, expected, 0.0)
     scores = log_probs_from_logits(logits, targets, mask)
     torch.testing.assert_close(scores, expected)
@@ -61,18 +61,18 @@ def test_nothing_is_scored(rows_at_once):
     assert torch.equal(logits.grad, torch.zeros_like(logits))
 
 
-def test_rows_asked_more_than_once(rows_at_once):
+def test_rows_indexed_more_than_once(rows_at_once):
     logits = random_logits(6, 7)
-    rows = torch.tensor([4, 0, 4, 2, 4, 5, 0])
-    targets = torch.tensor([1, 2, 1, 0, 3, 6, 5])  # row 4 twice for word 1
-    scores = log_probs_of_rows(logits, rows, targets)
-    expected = logits.log_softmax(-1)[rows, targets]
+    row_index = torch.tensor([4, 0, 4, 2, 4, 5, 0])
+    targets = torch.tensor([1, 2, 1, 0, 3, 6, 5])  # row 4 twice for entry 1
+    scores = gather_log_probs(logits, row_index, targets)
+    expected = logits.log_softmax(-1)[row_index, targets]
     torch.testing.assert_close(scores, expected)
     grad = torch.arange(1.0, 8.0).double() - 3.5
     torch.testing.assert_close(
         torch.autograd.grad(scores, logits, grad), torch.autograd.grad(expected, logits, grad)
     )
-    assert torch.autograd.gradcheck(lambda x: log_probs_of_rows(x, rows, targets), (logits,))
+    assert torch.autograd.gradcheck(lambda x: gather_log_probs(x, row_index, targets), (logits,))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
@@ -88,12 +88,12 @@ def test_as_exact_as_log_softmax_in_float32(dtype: torch.dtype):
     true, plain, got = results
     assert got[0].dtype == torch.float32 and got[1].dtype == dtype
     true = [x.detach() for x in true]
-    assert error(got[0], true[0]) < max(2 * error(plain[0], true[0]), 5e-7)
-    assert error(got[1], true[1]) < max(2 * error(plain[1].to(dtype), true[1]), 5e-7)
+    assert relative_error(got[0], true[0]) < max(2 * relative_error(plain[0], true[0]), 5e-7)
+    assert relative_error(got[1], true[1]) < max(2 * relative_error(plain[1].to(dtype), true[1]), 5e-7)
     assert (got[0] <= 0).all()
 
 
-def test_words_and_rows_that_are_extreme():
+def test_extreme_logits():
     logits = torch.tensor([[1e4, -1e4, 0.0], [0.0, -math.inf, 0.0], [80.0, 0.0, 0.0]], requires_grad=True)
     scores = log_probs_from_logits(logits, torch.tensor([1, 0, 0]))
     assert scores.tolist() == pytest.approx([-2e4, -math.log(2), 0.0])
@@ -103,7 +103,7 @@ def test_words_and_rows_that_are_extreme():
 
 
 def test_layouts():
-    storage = random_logits(7, 2, 6)  # words first
+    storage = random_logits(7, 2, 6)  # vocabulary first
     logits, targets = storage.permute(2, 1, 0), some_targets(6, 2, v=7)
     scores = log_probs_from_logits(logits, targets)
     expected = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
@@ -111,15 +111,15 @@ def test_layouts():
     grads = [torch.autograd.grad(x.square().sum(), storage) for x in (scores, expected)]
     torch.testing.assert_close(*grads)
     one = random_logits(1, 7)
-    expanded = log_probs_of_rows(one.expand(5, 7), torch.arange(5), torch.arange(5))
+    expanded = gather_log_probs(one.expand(5, 7), torch.arange(5), torch.arange(5))
     torch.testing.assert_close(expanded, one.log_softmax(-1)[0, :5])
     (grad,) = torch.autograd.grad(expanded.sum(), one)
     expected = torch.autograd.grad(one.log_softmax(-1)[0, :5].sum(), one)[0]
     torch.testing.assert_close(grad, expected)
 
 
-class Made(TorchDispatchMode):
-    """The bytes of each tensor made that is larger than a limit."""
+class LargeTensors(TorchDispatchMode):
+    """The storages of all tensors above a limit of bytes that operations return."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()
@@ -135,19 +135,19 @@ class Made(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("masked", (False, True))
-def test_memory_is_the_gradient_and_blocks(dtype: torch.dtype, masked: bool, monkeypatch: pytest.MonkeyPatch):
+def test_memory_is_the_gradient_and_chunks(dtype: torch.dtype, masked: bool, monkeypatch: pytest.MonkeyPatch):
     t, v = 200, 100
     logits, targets = random_logits(t, v, dtype=dtype), some_targets(t, v=v)
     mask = torch.arange(t) % 3 > 0 if masked else None
-    block = 16 * v * 4
-    monkeypatch.setattr(from_logits, "BLOCK_BYTES", block)
-    with Made(block) as made:
+    chunk = 16 * v * 4
+    monkeypatch.setattr(from_logits, "CHUNK_BYTES", chunk)
+    with LargeTensors(chunk) as tensors:
         log_probs_from_logits(logits, targets, mask).sum().backward()
-    assert made.large == {logits.untyped_storage().data_ptr(), logits.grad.untyped_storage().data_ptr()}
+    assert tensors.large == {logits.untyped_storage().data_ptr(), logits.grad.untyped_storage().data_ptr()}
 
-    with Made(block) as made:  # the measure sees what log-softmax makes
+    with LargeTensors(chunk) as tensors:  # the measurement shows what log-softmax allocates
         eager.log_probs_from_logits(logits, targets).sum().backward()
-    assert len(made.large) > 2
+    assert len(tensors.large) > 2
 
 
 def test_logits_changed_before_backward_are_noticed():
@@ -159,7 +159,7 @@ def test_logits_changed_before_backward_are_noticed():
         scores.sum().backward()
 
 
-def test_nothing_given_is_written_to_and_backward_may_come_twice():
+def test_inputs_are_not_changed_and_backward_may_run_twice():
     logits, targets = random_logits(6, 7), some_targets(6, v=7)
     before = logits.detach().clone()
     scores = log_probs_from_logits(logits, targets)
@@ -171,26 +171,34 @@ def test_nothing_given_is_written_to_and_backward_may_come_twice():
 def test_double_backward_is_refused():
     logits = random_logits(3, 7)
     scores = log_probs_from_logits(logits, some_targets(3, v=7))
-    with pytest.raises(RuntimeError, match=r"cannot be differentiated twice .*: take logits.log_softmax"):
+    with pytest.raises(RuntimeError, match=r"should be differentiated once, but .*: use logits.log_softmax"):
         torch.autograd.grad(scores.sum(), logits, create_graph=True)
 
 
 L, T, M = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool)
-SHAPES = "for logits of shape (..., v), targets and mask should have the shape (...), but the shapes are "
+SHAPES = "should have the shape of logits without the vocabulary, (2, 3), but its shape is "
 REFUSED = {
-    "logits that are a list": (TypeError, {"logits": [1.0]}, "logits should be a tensor of floats."),
-    "logits of int": (TypeError, {"logits": L.long()}, "logits should be a tensor of floats."),
+    "logits that are a list": (
+        TypeError,
+        {"logits": [1.0]},
+        "logits should be a tensor of floats, but it is a list.",
+    ),
+    "logits of int": (
+        TypeError,
+        {"logits": L.long()},
+        "logits should be a tensor of floats, but it is torch.int64.",
+    ),
     "targets of float": (
         TypeError,
         {"targets": T.float()},
-        "targets should be a tensor of token ids (int64).",
+        "targets should be a tensor of token ids (int64), but it is torch.float32.",
     ),
     "targets of another shape": (
         ValueError,
         {"targets": T[:, :2]},
-        f"{SHAPES}(2, 3, 5), (2, 2), (2, 3).",
+        f"targets {SHAPES}(2, 2).",
     ),
-    "a mask of another shape": (ValueError, {"mask": M[:1]}, f"{SHAPES}(2, 3, 5), (2, 3), (1, 3)."),
+    "a mask of another shape": (ValueError, {"mask": M[:1]}, f"mask {SHAPES}(1, 3)."),
     "a mask of int": (TypeError, {"mask": M.long()}, "mask should be bool, but it is torch.int64."),
     "a target above": (
         ValueError,

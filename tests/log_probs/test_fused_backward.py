@@ -1,119 +1,129 @@
-"""Gradients that `token_log_probs` makes in forward, for a loss that it is told of."""
+"""Gradients that `token_log_probs` computes in forward, with `fused_loss=`."""
 
 import pytest
 import torch
-from hypothesis import given as drawn
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dpo_wrapper.log_probs import FusedLoss
-from dpo_wrapper.log_probs import fused_backward as module
+from dpo_wrapper.log_probs import FusedLoss, fused_backward
 from helpers.log_prob_inputs import (
     DTYPES,
     FAST,
+    NEEDS_GRAD,
     OPTIONS,
-    WANTED,
     Inputs,
+    cache_budget,
+    chunk_size,
     cotangent,
-    error,
-    inputs,
-    keeps_bytes,
-    parts_of,
-    tiles,
+    random_inputs,
+    relative_error,
+    tile_size,
     truth,
-    weighted,
-    with_grads,
+    values_and_grads,
+    weighted_sum,
 )
 
 T, V, D = 12, 45, 6
 GROUPS = torch.tensor([0, 0, 1, 1, 2, 2, 2, 0, 3, 3, 3, 3])
-TRAINED = [wanted for wanted in WANTED if wanted[1] or wanted[2]]  # else a gradient is ready anyhow
+# under a frozen head, forward computes the gradient without a loss
+TRAINED = [needs_grad for needs_grad in NEEDS_GRAD if needs_grad[1] or needs_grad[2]]
 
 
-def never(*args, **kwargs):
+def fail_if_called(*args, **kwargs):
     raise AssertionError("gradients were computed again")
 
 
 @pytest.mark.parametrize("tokens", (1, 5, 99))
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("wanted", TRAINED, ids=str)
+@pytest.mark.parametrize("needs_grad", TRAINED, ids=str)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
-def test_what_was_foretold(dtype: torch.dtype, wanted: tuple, options: dict, tokens: int, monkeypatch):
-    monkeypatch.setattr(module, "gradients_of", never)
-    given = inputs(T, V, D, dtype, wanted=wanted)
-    plain = with_grads(given.scores(impl="eager", **options), given)
-    expected = truth(given, **options)
-    for factor in (1.0, -0.5, 65536.0):  # a scaler's, or a share of a step
+def test_predicted_gradients_are_not_recomputed(
+    dtype: torch.dtype, needs_grad: tuple, options: dict, tokens: int, monkeypatch
+):
+    monkeypatch.setattr(fused_backward, "gradients_from_saved", fail_if_called)
+    inputs = random_inputs(T, V, D, dtype, needs_grad=needs_grad)
+    plain = values_and_grads(inputs.scores(impl="eager", **options), inputs)
+    expected = truth(inputs, **options)
+    for factor in (1.0, -0.5, 65536.0):  # of a scaler, or the share of a micro-batch
 
         def loss(scores: Tensor, factor: float = factor) -> Tensor:
-            return weighted(scores) * factor
+            return weighted_sum(scores) * factor
 
-        with tiles(3, 8), parts_of(tokens):
-            found = with_grads(
-                given.scores(impl="chunked", fused_loss=FusedLoss(loss, GROUPS), **options), given
+        with tile_size(3, 8), chunk_size(tokens):
+            results = values_and_grads(
+                inputs.scores(impl="chunked", fused_loss=FusedLoss(loss, GROUPS), **options), inputs
             )
-        for one, eager, true in zip(found, plain, expected, strict=True):
+        for one, eager, true in zip(results, plain, expected, strict=True):
             assert one.dtype == eager.dtype
-            assert error(one, true) <= max(3 * error(eager, true), 3 * torch.finfo(dtype).eps)
+            assert relative_error(one, true) <= max(
+                3 * relative_error(eager, true), 3 * torch.finfo(dtype).eps
+            )
 
 
 @pytest.mark.parametrize("tokens", (1, 99))
-@pytest.mark.parametrize("wanted", TRAINED, ids=str)
-def test_what_comes_otherwise_is_computed_again(wanted: tuple, tokens: int):
-    given = inputs(T, V, D, wanted=wanted)
+@pytest.mark.parametrize("needs_grad", TRAINED, ids=str)
+def test_other_gradients_are_recomputed(needs_grad: tuple, tokens: int):
+    inputs = random_inputs(T, V, D, needs_grad=needs_grad)
     losses = {
-        "of another form": lambda scores: scores.square().sum(),
-        "not of the scores": lambda scores: torch.ones((), requires_grad=True) * 2,
+        "another function": lambda scores: scores.square().sum(),
+        "independent of the scores": lambda scores: torch.ones((), requires_grad=True) * 2,
         "without a gradient": lambda scores: scores.detach().sum(),
-        "of a part of them": lambda scores: weighted(scores)[None].sum() - scores[3],
+        "one score twice": lambda scores: weighted_sum(scores)[None].sum() - scores[3],
         "not a number": lambda scores: (scores * torch.nan).sum(),
-        "of groups that are none": lambda scores: weighted(scores) * scores.sum().detach().exp(),
+        "across groups": lambda scores: weighted_sum(scores) * scores.sum().detach().exp(),
     }
     for name, loss in losses.items():
-        with tiles(3, 8), parts_of(tokens):
-            found = with_grads(given.scores(impl="chunked", fused_loss=FusedLoss(loss, GROUPS)), given)
-        for one, true in zip(found, truth(given), strict=True):
+        with tile_size(3, 8), chunk_size(tokens):
+            results = values_and_grads(
+                inputs.scores(impl="chunked", fused_loss=FusedLoss(loss, GROUPS)), inputs
+            )
+        for one, true in zip(results, truth(inputs), strict=True):
             torch.testing.assert_close(one, true, msg=name)
 
 
-def test_nothing_comes_back_and_nothing_was_foretold():
-    given = inputs(T, V, D)
-    scores = given.scores(impl="chunked", fused_loss=FusedLoss(lambda scores: (scores * 0.0).sum()))
-    found = torch.autograd.grad((scores * 0.0).sum(), given.trained)
-    assert all((x == 0).all() for x in found)
+def test_gradients_of_zero():
+    inputs = random_inputs(T, V, D)
+    scores = inputs.scores(impl="chunked", fused_loss=FusedLoss(lambda scores: (scores * 0.0).sum()))
+    results = torch.autograd.grad((scores * 0.0).sum(), inputs.trained)
+    assert all((x == 0).all() for x in results)
 
 
-@pytest.mark.parametrize("foretold", ("right", "wrong", "frozen"))
-def test_the_number_of_products(foretold: str):
-    given = inputs(T, V, D, torch.float32, bias=False, wanted=(True, foretold != "frozen", False))
+@pytest.mark.parametrize("prediction", ("right", "wrong", "frozen"))
+def test_the_number_of_products(prediction: str):
+    inputs = random_inputs(
+        T, V, D, torch.float32, bias=False, needs_grad=(True, prediction != "frozen", False)
+    )
     counters = [FlopCounterMode(display=False) for _ in range(2)]
 
     def loss(scores: Tensor) -> Tensor:
-        return scores.square().sum() if foretold == "wrong" else scores.sum() / 3
+        return scores.square().sum() if prediction == "wrong" else scores.sum() / 3
 
-    with tiles(3, 8), parts_of(4):
+    with tile_size(3, 8), chunk_size(4):
         with counters[0]:
-            scores = given.scores(impl="chunked", fused_loss=FusedLoss(loss, GROUPS))
+            scores = inputs.scores(impl="chunked", fused_loss=FusedLoss(loss, GROUPS))
         with counters[1]:
             scores.sum().backward()
-    products = {"right": [3, 0], "wrong": [3, 3], "frozen": [2, 0]}[foretold]
+    products = {"right": [3, 0], "wrong": [3, 3], "frozen": [2, 0]}[prediction]
     assert [counter.get_total_flops() for counter in counters] == [n * 2 * T * D * V for n in products]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_where_gradients_could_not_be_added_up_nothing_is_made_ahead(dtype: torch.dtype):
-    for tokens, parts in ((4, 2), (99, 1)):
-        given, counter = inputs(T, V, D, dtype, bias=False), FlopCounterMode(display=False)
-        expected, eager = truth(given), with_grads(given.scores(impl="eager"), given)
-        with tiles(3, 8), parts_of(tokens):
+def test_narrow_gradients_of_several_chunks_are_left_to_backward(dtype: torch.dtype):
+    for tokens, chunks in ((4, 2), (99, 1)):
+        inputs, counter = random_inputs(T, V, D, dtype, bias=False), FlopCounterMode(display=False)
+        expected, eager = truth(inputs), values_and_grads(inputs.scores(impl="eager"), inputs)
+        with tile_size(3, 8), chunk_size(tokens):
             with counter:
-                scores = given.scores(impl="chunked", fused_loss=FusedLoss(weighted, GROUPS))
-            for one, plain, true in zip(with_grads(scores, given), eager, expected, strict=True):
-                assert error(one, true) <= max(3 * error(plain, true), 3 * torch.finfo(dtype).eps)
-        narrow = torch.finfo(dtype).bits < 32
-        plainly = dtype == torch.float16 or (narrow and parts > 1)
-        assert counter.get_total_flops() == (1 if plainly else 3) * 2 * T * D * V
+                scores = inputs.scores(impl="chunked", fused_loss=FusedLoss(weighted_sum, GROUPS))
+            for one, plain, true in zip(values_and_grads(scores, inputs), eager, expected, strict=True):
+                assert relative_error(one, true) <= max(
+                    3 * relative_error(plain, true), 3 * torch.finfo(dtype).eps
+                )
+        is_narrow = torch.finfo(dtype).bits < 32
+        is_fused = dtype != torch.float16 and not (is_narrow and chunks > 1)
+        assert counter.get_total_flops() == (3 if is_fused else 1) * 2 * T * D * V
 
 
 @pytest.mark.parametrize(
@@ -126,128 +136,140 @@ def test_where_gradients_could_not_be_added_up_nothing_is_made_ahead(dtype: torc
     ids=str,
 )
 def test_no_gradient_is_rounded_to_float16_before_a_scaler(dtypes: tuple[torch.dtype, ...]):
-    given = inputs(T, V, D, torch.float32)
-    given = Inputs(
-        *(x.detach().to(d).requires_grad_() for x, d in zip(given[:3], dtypes, strict=True)), given.targets
+    inputs = random_inputs(T, V, D, torch.float32)
+    inputs = Inputs(
+        *(x.detach().to(d).requires_grad_() for x, d in zip(inputs[:3], dtypes, strict=True)), inputs.targets
     )
-    with parts_of(4):
-        scores = given.scores(
-            impl="chunked", fused_loss=FusedLoss(lambda scores: weighted(scores) * 1e-7, GROUPS)
+    with chunk_size(4):
+        scores = inputs.scores(
+            impl="chunked", fused_loss=FusedLoss(lambda scores: weighted_sum(scores) * 1e-7, GROUPS)
         )
-        (weighted(scores) * 1e-7 * 65536).backward()
-    for one, true in zip(given.trained, truth(given)[1:], strict=True):
-        assert error(one.grad, true * 1e-7 * 65536) < 3e-3
+        (weighted_sum(scores) * 1e-7 * 65536).backward()
+    for one, true in zip(inputs.trained, truth(inputs)[1:], strict=True):
+        assert relative_error(one.grad, true * 1e-7 * 65536) < 3e-3
 
 
 def test_under_autocast():
-    given = inputs(T, V, D, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16), parts_of(4):
-        found = with_grads(given.scores(impl="chunked", fused_loss=FusedLoss(weighted, GROUPS)), given)
-        plain = with_grads(given.scores(impl="eager"), given)
-    for one, eager, true in zip(found, plain, truth(given), strict=True):
-        assert one.dtype == torch.float32 and error(one, true) < 3 * error(eager, true)
+    inputs = random_inputs(T, V, D, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), chunk_size(4):
+        results = values_and_grads(
+            inputs.scores(impl="chunked", fused_loss=FusedLoss(weighted_sum, GROUPS)), inputs
+        )
+        plain = values_and_grads(inputs.scores(impl="eager"), inputs)
+    for one, eager, true in zip(results, plain, truth(inputs), strict=True):
+        assert one.dtype == torch.float32 and relative_error(one, true) < 3 * relative_error(eager, true)
 
 
 def test_backward_may_run_twice():
-    given = inputs(T, V, D)
-    with parts_of(4):
-        scores = given.scores(impl="chunked", fused_loss=FusedLoss(weighted, GROUPS))
+    inputs = random_inputs(T, V, D)
+    with chunk_size(4):
+        scores = inputs.scores(impl="chunked", fused_loss=FusedLoss(weighted_sum, GROUPS))
     grad = cotangent(T)
-    first = torch.autograd.grad(scores, given.trained, grad, retain_graph=True)
-    second = torch.autograd.grad(scores, given.trained, 2 * grad)
+    first = torch.autograd.grad(scores, inputs.trained, grad, retain_graph=True)
+    second = torch.autograd.grad(scores, inputs.trained, 2 * grad)
     for one, two in zip(first, second, strict=True):
         torch.testing.assert_close(2 * one, two)
 
 
-def test_gradients_are_handed_over_and_not_copied():
-    given = inputs(T, V, D, torch.float32)
-    scores = given.scores(impl="chunked", fused_loss=FusedLoss(weighted, GROUPS))
-    made = [x.data_ptr() for x in scores.grad_fn.made]
-    weighted(scores).backward()
-    assert [x.grad.data_ptr() for x in given.trained] == made
+def test_gradients_are_not_copied():
+    inputs = random_inputs(T, V, D, torch.float32)
+    scores = inputs.scores(impl="chunked", fused_loss=FusedLoss(weighted_sum, GROUPS))
+    computed = [x.data_ptr() for x in scores.grad_fn.grads]
+    weighted_sum(scores).backward()
+    assert [x.grad.data_ptr() for x in inputs.trained] == computed
 
 
-def test_differentiating_twice_is_refused():
-    given = inputs(T, V, D)
-    loss = given.scores(impl="chunked", fused_loss=FusedLoss(weighted, GROUPS)).sum().sigmoid()
-    with pytest.raises(RuntimeError, match=r"differentiated twice"):
-        torch.autograd.grad(loss, given.trained, create_graph=True)
+def test_double_backward_is_refused():
+    inputs = random_inputs(T, V, D)
+    loss = inputs.scores(impl="chunked", fused_loss=FusedLoss(weighted_sum, GROUPS)).sum().sigmoid()
+    with pytest.raises(RuntimeError, match="should be differentiated once"):
+        torch.autograd.grad(loss, inputs.trained, create_graph=True)
 
 
 @pytest.mark.parametrize("mode", (torch.no_grad, torch.inference_mode))
-def test_without_gradients_the_loss_is_not_asked(mode):
+def test_without_gradients_the_loss_is_not_called(mode):
     with mode():
-        inputs(T, V, D).scores(impl="chunked", fused_loss=FusedLoss(never, GROUPS))
-    inputs(T, V, D, wanted=(True, False, False)).scores(impl="chunked", fused_loss=FusedLoss(never, GROUPS))
-    inputs(0, V, D).scores(impl="chunked", fused_loss=FusedLoss(never, GROUPS[:0])).sum().backward()
+        random_inputs(T, V, D).scores(impl="chunked", fused_loss=FusedLoss(fail_if_called, GROUPS))
+    random_inputs(T, V, D, needs_grad=(True, False, False)).scores(
+        impl="chunked", fused_loss=FusedLoss(fail_if_called, GROUPS)
+    )
+    random_inputs(0, V, D).scores(
+        impl="chunked", fused_loss=FusedLoss(fail_if_called, GROUPS[:0])
+    ).sum().backward()
 
 
-def test_with_extras_the_loss_is_not_asked():
-    given = inputs(T, V, D)
-    scores, _ = given.scores(impl="chunked", extras=["entropy"], fused_loss=FusedLoss(never, GROUPS))
-    for one, true in zip(with_grads(scores, given), truth(given), strict=True):
+def test_with_extras_the_loss_is_not_called():
+    inputs = random_inputs(T, V, D)
+    scores, _ = inputs.scores(
+        impl="chunked", extras=["entropy"], fused_loss=FusedLoss(fail_if_called, GROUPS)
+    )
+    for one, true in zip(values_and_grads(scores, inputs), truth(inputs), strict=True):
         torch.testing.assert_close(one, true)
 
 
-def test_eager_needs_no_telling():
-    given = inputs(T, V, D)
+def test_eager_does_not_call_the_loss():
+    inputs = random_inputs(T, V, D)
     for one, true in zip(
-        with_grads(given.scores(impl="eager", fused_loss=FusedLoss(never)), given), truth(given), strict=True
+        values_and_grads(inputs.scores(impl="eager", fused_loss=FusedLoss(fail_if_called)), inputs),
+        truth(inputs),
+        strict=True,
     ):
         torch.testing.assert_close(one, true)
 
 
 @pytest.mark.pitfall(24)
 def test_inside_activation_checkpointing():
-    given = inputs(T, V, D)
-    with parts_of(4):
+    inputs = random_inputs(T, V, D)
+    with chunk_size(4):
         scores = torch.utils.checkpoint.checkpoint(
-            lambda: given.scores(impl="chunked", fused_loss=FusedLoss(weighted, GROUPS)), use_reentrant=False
+            lambda: inputs.scores(impl="chunked", fused_loss=FusedLoss(weighted_sum, GROUPS)),
+            use_reentrant=False,
         )
     with FlopCounterMode(display=False) as counter:
-        found = with_grads(scores, given)
-    for one, true in zip(found, truth(given), strict=True):
+        results = values_and_grads(scores, inputs)
+    for one, true in zip(results, truth(inputs), strict=True):
         torch.testing.assert_close(one, true)
-    # forward once more, for backward alone and not for each part
+    # the checkpoint runs forward once more, not once for each chunk
     assert counter.get_total_flops() == 3 * 2 * T * D * V + 2 * T * V
 
 
-@drawn(
-    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=12), most=st.integers(1, 30), seed=st.integers()
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=12),
+    max_tokens=st.integers(1, 30),
+    seed=st.integers(),
 )
 @FAST
-def test_parts_are_whole_groups(sizes: list[int], most: int, seed: int):
+def test_chunks_are_whole_groups(sizes: list[int], max_tokens: int, seed: int):
     numbers = torch.tensor([7 * k - 20 for k, size in enumerate(sizes) for _ in range(size)])
     shuffled = numbers[torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed % 2**31))]
-    parts = [
-        torch.arange(len(numbers))[rows] for rows in FusedLoss(never, shuffled).parts(len(numbers), most)
-    ]
-    assert sorted(torch.cat(parts).tolist()) == list(range(len(numbers)))
-    seen = [set(shuffled[rows].tolist()) for rows in parts]
-    assert sum(map(len, seen)) == len(set.union(*seen))  # no group in two parts
-    assert all(len(rows) <= most or len(groups) == 1 for rows, groups in zip(parts, seen, strict=True))
-    assert len(parts) <= 1 + 2 * len(numbers) // most  # two neighbours would not fit into one
+    chunks = FusedLoss(fail_if_called, shuffled).split(max_tokens)
+    chunks = [torch.arange(len(numbers))[chunk] for chunk in chunks]
+    assert sorted(torch.cat(chunks).tolist()) == list(range(len(numbers)))
+    groups = [set(shuffled[chunk].tolist()) for chunk in chunks]
+    assert sum(map(len, groups)) == len(set.union(*groups))  # no group in two chunks
+    assert all(len(c) <= max_tokens or len(g) == 1 for c, g in zip(chunks, groups, strict=True))
+    assert len(chunks) <= 1 + 2 * len(numbers) // max_tokens  # two neighbours exceed one chunk
 
 
-def test_of_a_group_without_room_a_part_is_computed_again():
+def test_a_group_beyond_the_cache_is_computed_again_in_part():
     t, v, d = 64, 96, 4
-    given = inputs(t, v, d, torch.float32, bias=False)
+    inputs = random_inputs(t, v, d, torch.float32, bias=False)
     counter = FlopCounterMode(display=False)
-    with tiles(t, 16, per_value=4), keeps_bytes(2 * t * 16 * 4), parts_of(0), counter:
-        found = with_grads(given.scores(impl="chunked", fused_loss=FusedLoss(weighted)), given)
-    # of its six tiles two are kept
+    with tile_size(t, 16, entry_bytes=4), cache_budget(2 * t * 16 * 4), chunk_size(0), counter:
+        results = values_and_grads(inputs.scores(impl="chunked", fused_loss=FusedLoss(weighted_sum)), inputs)
+    # two of its six tiles are cached
     assert counter.get_total_flops() == (3 + 4 / 6) * 2 * t * v * d
-    for one, true in zip(found, truth(given), strict=True):
-        assert error(one, true) < 1e-6
+    for one, true in zip(results, truth(inputs), strict=True):
+        assert relative_error(one, true) < 1e-6
 
 
 @pytest.mark.parametrize(
     "fused_loss, problem",
     (
-        (weighted, "fused_loss should be a FusedLoss, but it is a function"),
+        (weighted_sum, "fused_loss should be a FusedLoss, but it is a function"),
         (
-            FusedLoss(weighted, GROUPS[:5]),
-            r"one number for each target, but their shapes are \(5,\) and \(12,\)",
+            FusedLoss(weighted_sum, GROUPS[:5]),
+            r"should have the shape of targets, \(12,\), but its shape is \(5,\)",
         ),
         (FusedLoss(lambda scores: scores), "should return a tensor without dimensions"),
         (FusedLoss(lambda scores: 1.0), "should return a tensor without dimensions"),
@@ -255,28 +277,24 @@ def test_of_a_group_without_room_a_part_is_computed_again():
 )
 def test_refusals(fused_loss: object, problem: str):
     with pytest.raises((TypeError, ValueError), match=problem):
-        inputs(T, V, D).scores(impl="chunked", fused_loss=fused_loss)
+        random_inputs(T, V, D).scores(impl="chunked", fused_loss=fused_loss)
 
 
-def test_refusals_when_made():
+def test_refusals_of_its_arguments():
     with pytest.raises(TypeError, match="should be a function"):
         FusedLoss(3.0)
     with pytest.raises(TypeError, match="int64 tensor"):
-        FusedLoss(weighted, GROUPS.float())
+        FusedLoss(weighted_sum, GROUPS.float())
 
 
 def test_gradcheck():
-    given = inputs(5, 5, 3)
+    inputs = random_inputs(5, 5, 3)
 
     def loss(weight: Tensor, hidden: Tensor) -> Tensor:
-        told = FusedLoss(lambda scores: scores.sigmoid().sum(), torch.arange(5))
-        return (
-            Inputs(hidden, weight, None, given.targets)
-            .scores(impl="chunked", fused_loss=told)
-            .sigmoid()
-            .sum()
-        )
+        fused_loss = FusedLoss(lambda scores: scores.sigmoid().sum(), torch.arange(5))
+        scores = Inputs(hidden, weight, None, inputs.targets).scores(impl="chunked", fused_loss=fused_loss)
+        return scores.sigmoid().sum()
 
-    with tiles(2, 2), parts_of(2):
-        # a second time gradients are computed again, in another order
-        assert torch.autograd.gradcheck(loss, (given.weight, given.hidden), nondet_tol=1e-12)
+    with tile_size(2, 2), chunk_size(2):
+        # a second backward computes gradients again, in another order
+        assert torch.autograd.gradcheck(loss, (inputs.weight, inputs.hidden), nondet_tol=1e-12)

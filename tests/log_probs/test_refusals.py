@@ -1,4 +1,4 @@
-"""What `token_log_probs` refuses, and in what words."""
+"""The errors of `token_log_probs`."""
 
 import math
 import sys
@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from dpo_wrapper import token_log_probs
-from dpo_wrapper.log_probs import choose_impl
-from dpo_wrapper.log_probs import torch_tile as chunked
+from dpo_wrapper.log_probs import choose_impl, torch_tile
 
 H, W, T = torch.zeros(3, 4), torch.zeros(5, 4), torch.tensor([0, 1, 4])
 REFUSED = {
@@ -28,12 +27,12 @@ REFUSED = {
     "weight-device": (
         ValueError,
         {"weight": W.to("meta")},
-        "weight is on meta but hidden is on cpu: move one of them.",
+        "weight should be on cpu like hidden, but it is on meta: move one of them.",
     ),
     "targets-device": (
         ValueError,
         {"targets": T.to("meta")},
-        "targets is on meta but hidden is on cpu: move one of them.",
+        "targets should be on cpu like hidden, but it is on meta: move one of them.",
     ),
     "hidden-int": (
         TypeError,
@@ -55,9 +54,21 @@ REFUSED = {
         {"targets": T.bool()},
         "targets should be token ids (int64), but they are torch.bool.",
     ),
-    "widths": (ValueError, {"weight": W[:, :3]}, "hidden is 4 wide but weight is 3 wide."),
-    "lengths": (ValueError, {"targets": T[:2]}, "there are 3 hidden states but 2 targets."),
-    "no-targets": (ValueError, {"targets": T[:0]}, "there are 3 hidden states but 0 targets."),
+    "widths": (
+        ValueError,
+        {"weight": W[:, :3]},
+        "weight should be 4 wide like hidden, but it is 3 wide: take both from the same model.",
+    ),
+    "lengths": (
+        ValueError,
+        {"targets": T[:2]},
+        "targets should be one for each of 3 hidden states, but there are 2: select both by the same mask.",
+    ),
+    "no-targets": (
+        ValueError,
+        {"targets": T[:0]},
+        "targets should be one for each of 3 hidden states, but there are 0: select both by the same mask.",
+    ),
     "bias-length": (
         ValueError,
         {"bias": torch.zeros(4)},
@@ -93,12 +104,13 @@ REFUSED = {
     "extras-unknown": (
         ValueError,
         {"extras": ["top1", "top5"]},
-        "extras should be among entropy, log_sum_p2, top1, greedy, as a list, but they are ['top1', 'top5'].",
+        "extras should be a list of names from entropy, log_sum_p2, top1, greedy, "
+        "but it is ['top1', 'top5'].",
     ),
     "extras-string": (
         ValueError,
         {"extras": "entropy"},
-        "extras should be among entropy, log_sum_p2, top1, greedy, as a list, but they are 'entropy'.",
+        "extras should be a list of names from entropy, log_sum_p2, top1, greedy, but it is 'entropy'.",
     ),
 }
 
@@ -115,7 +127,9 @@ def test_triton_on_the_cpu_is_refused():
     pytest.importorskip("triton")
     with pytest.raises(ValueError) as caught:
         token_log_probs(H, W, T, impl="triton")
-    assert str(caught.value) == "impl = 'triton' needs tensors on CUDA, but they are on cpu: use 'auto'."
+    assert str(caught.value) == (
+        "tensors should be on CUDA for impl = 'triton', but they are on cpu: use 'auto'."
+    )
 
 
 def test_triton_that_is_not_installed_is_named(monkeypatch):
@@ -123,11 +137,13 @@ def test_triton_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ImportError) as caught:
         token_log_probs(H, W, T, impl="triton")
-    assert str(caught.value) == "impl = 'triton' needs triton: pip install triton."
-    assert choose_impl("auto", torch.device("cuda")) is chunked.token_log_probs
+    assert str(caught.value) == (
+        "triton should be installed for impl = 'triton', but it is not: pip install triton."
+    )
+    assert choose_impl("auto", torch.device("cuda")) is torch_tile.token_log_probs
 
 
-MORE = {
+MORE_REFUSED = {
     "bias-int": (TypeError, {"bias": torch.zeros(5, dtype=torch.long)}),
     "bias-device": (ValueError, {"bias": torch.zeros(5, device="meta")}),
     "softcap-inf": (ValueError, {"softcap": math.inf}),
@@ -136,7 +152,7 @@ MORE = {
 }
 
 
-@pytest.mark.parametrize("kind, change", MORE.values(), ids=MORE)
+@pytest.mark.parametrize("kind, change", MORE_REFUSED.values(), ids=MORE_REFUSED)
 def test_more_refusals(kind: type[Exception], change: dict):
     with pytest.raises(kind, match=next(iter(change))) as caught:
         token_log_probs(H, W, T, **change)

@@ -1,4 +1,4 @@
-"""The Triton fold: interpreted on the CPU in a process of its own, and on CUDA where there is one."""
+"""The Triton kernel: interpreted on the CPU in a process of its own, and on CUDA where it is available."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Output heads in parts on two processes: those of `helpers/vocab_parallel_checks.py`, each by its name."""
+"""Heads that are divided among two processes: each check of `helpers/vocab_parallel_checks.py`."""
 
 import json
 import os
@@ -11,19 +11,19 @@ import torch
 
 TESTS = Path(__file__).parents[1]
 CHECKS = (
-    "unequal_parts_of_the_vocabulary",
-    "a_process_without_words",
-    "no_tokens_and_a_single_word",
-    "parts_in_bfloat16_and_without_a_bias",
-    "words_of_no_process_are_refused",
-    "eager_takes_no_parts",
+    "unequal_slices_of_the_vocabulary",
+    "a_process_without_entries",
+    "no_tokens_and_a_single_entry",
+    "slices_in_bfloat16_and_without_a_bias",
+    "targets_outside_the_vocabulary_are_refused",
+    "eager_takes_no_vocab_group",
     "distributed_tensors",
     "heads_sharded_by_fsdp2",
 )
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:
+def problems(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("needs torch.distributed with gloo")
     folder = tmp_path_factory.mktemp("processes")
@@ -42,11 +42,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None
 
 @pytest.mark.pitfall(19)
 @pytest.mark.parametrize("name", CHECKS)
-def test_two_processes(found: list[dict[str, str | None]], name: str):
-    for rank, wrong in enumerate(found):
-        assert name in wrong, f"process {rank} did not come to {name}: {wrong}"
-        assert wrong[name] is None, f"process {rank}:\n{wrong[name]}"
+def test_two_processes(problems: list[dict[str, str | None]], name: str):
+    for rank, of_process in enumerate(problems):
+        assert name in of_process, f"process {rank} did not reach {name}: {of_process}"
+        assert of_process[name] is None, f"process {rank}:\n{of_process[name]}"
 
 
-def test_every_check_is_named(found: list[dict[str, str | None]]):
-    assert all(tuple(wrong) == CHECKS for wrong in found)
+def test_every_check_runs(problems: list[dict[str, str | None]]):
+    assert all(tuple(of_process) == CHECKS for of_process in problems)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import dpo_wrapper.reference.precompute as cached_module
 from dpo_wrapper import DPO, PreferenceBatch, PreferenceCollator, Sigmoid, precompute_ref_log_probs
-from dpo_wrapper.batches.ranked import RankedBatch, UnpairedBatch
-from dpo_wrapper.data import TokenizedExample
+from dpo_wrapper.batches import RankedBatch, SequenceLogProbs, UnpairedBatch
+from dpo_wrapper.data import TokenizedExample, scored_sequences
 from dpo_wrapper.losses import KTO, PlackettLuce
 from dpo_wrapper.pretrained import PRESETS
+from dpo_wrapper.reference import precompute
 from dpo_wrapper.reference.cache import LogProbCache
 from dpo_wrapper.scoring.scorer import Scorer
 from dpo_wrapper.training.train import train
@@ -28,23 +28,28 @@ from helpers.runs import Interrupted, interrupt_training, make_config, read_metr
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", {"dim": 32, "depth": 1, "heads": 1})
-    monkeypatch.setattr(cached_module, "PART", 3)
+    monkeypatch.setattr(precompute, "SEQUENCES_PER_FILE", 6)
 
 
 def columns(data, rows):
     return PreferenceCollator(-100)([data[k] for k in rows])
 
 
+def precompute_all(data, model, folder, **options):
+    """Pair by pair, three pairs to a file."""
+    return precompute_ref_log_probs(scored_sequences(data, 1), model, folder, **options)
+
+
 def calls_of(monkeypatch):
     """How many sequences each scorer is given from now on."""
     counts: dict[int, int] = {}
-    score = Scorer.token_scores_and
+    score = Scorer.__call__
 
-    def counted(self, sequences, *args):
+    def counted(self, sequences, *args, **kwargs):
         counts[id(self)] = counts.get(id(self), 0) + len(sequences.ids)
-        return score(self, sequences, *args)
+        return score(self, sequences, *args, **kwargs)
 
-    monkeypatch.setattr(Scorer, "token_scores_and", counted)
+    monkeypatch.setattr(Scorer, "__call__", counted)
     return counts
 
 
@@ -52,7 +57,8 @@ def calls_of(monkeypatch):
 @pytest.mark.parametrize("ld_alpha", [1.0, 0.3])
 def test_a_cache_gives_the_loss_of_the_reference(name, ld_alpha, tmp_path):
     policy, reference, data = ZOO[name](0), ZOO[name](1), dataset()
-    cached = precompute_ref_log_probs(data, reference, tmp_path, per_token=ld_alpha < 1, max_tokens=30)
+    sequences = scored_sequences(data.examples, 30)
+    cached = precompute_ref_log_probs(sequences, reference, tmp_path, per_token=ld_alpha < 1)
     plain = DPO(policy, reference=reference, ld_alpha=ld_alpha)
     dpo = DPO(policy, reference=cached, ld_alpha=ld_alpha)
     assert dpo.ref_model is None and "sequences, computed before" in dpo.explain()
@@ -66,7 +72,7 @@ def test_a_cache_gives_the_loss_of_the_reference(name, ld_alpha, tmp_path):
     # padding does not matter, and so it is known from the left as well
     left = PreferenceCollator(-100, padding_side="left")([data[k] for k in (1, 4)])
     torch.testing.assert_close(dpo(**left), plain(**left), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match=r"knows \d+ sequences, but not all of this batch: run cache_ref"):
+    with pytest.raises(ValueError, match=r"knows \d+ sequences, but not all of this batch: run precompute"):
         dpo(**columns(dataset(pairs(2, seed=9)), [0, 1]))
 
 
@@ -80,19 +86,17 @@ def test_every_kind_of_reference_can_be_cached(tmp_path):
         "module": DPO(ZOO["xt-rotary"](0), reference=ZOO["hf-llama"](1)),
     }
     for name, dpo in kinds.items():
-        cached = precompute_ref_log_probs(data, dpo, tmp_path / name)
+        cached = precompute_all(data.examples, dpo.reference, tmp_path / name)
         with torch.no_grad():
             for p in dpo.policy_model.parameters():
                 p += 0.1 * torch.randn_like(p) if p.requires_grad else 0.0
         found = DPO(dpo.policy_model, reference=cached)(**columns(data, range(7)))
         torch.testing.assert_close(found, dpo(**columns(data, range(7))), rtol=1e-5, atol=1e-5)
-        precompute_ref_log_probs(
-            data, dpo, tmp_path / name
-        )  # the reference is the same, so its cache is not stale
-    with pytest.raises(ValueError, match="this DPO has no reference model"):
-        precompute_ref_log_probs(data, DPO(ZOO["xt-tied"](0), reference="none"), tmp_path / "none")
+        precompute_all(data.examples, dpo.reference, tmp_path / name)  # the reference is the same: not stale
+    with pytest.raises(ValueError, match="the reference should have a model to compute log-probs with"):
+        precompute_all(data.examples, DPO(ZOO["xt-tied"](0), reference="none").reference, tmp_path / "none")
     with pytest.raises(
-        TypeError, match="takes a PreferenceDataset or a list of what is in one, not a list of"
+        TypeError, match="sequences should be a list of ScoredSequences, but it is a list of 8"
     ):
         precompute_ref_log_probs([*pairs(), "a"], ZOO["xt-tied"](0), tmp_path / "list")
 
@@ -103,8 +107,8 @@ def test_entries_of_any_kind_can_be_cached(tmp_path):
         TokenizedExample((1, 2), ((3, 4), (5,), (6, 7)), weight=2.0),
         TokenizedExample((8,), ((9,),), label=True, kl_completion=(3, 4)),
     ]
-    cached = precompute_ref_log_probs(rows, reference, tmp_path)
-    assert len(cached) == 5 and len(precompute_ref_log_probs(pairs(), reference, tmp_path / "pairs")) == 14
+    cached = precompute_all(rows, reference, tmp_path)
+    assert len(cached) == 5 and len(precompute_all(pairs(), reference, tmp_path / "pairs")) == 14
     batches = (
         (PlackettLuce(), RankedBatch.from_lists([(1, 2)], [((3, 4), (5,), (6, 7))])),
         (KTO(), UnpairedBatch.from_lists([(8,)], [(9,)], [True], [(3, 4)])),
@@ -113,13 +117,13 @@ def test_entries_of_any_kind_can_be_cached(tmp_path):
         expected = DPO(policy, loss=loss, reference=reference)(batch)
         torch.testing.assert_close(DPO(policy, loss=loss, reference=cached)(batch), expected)
     moved = [*rows[:1], TokenizedExample((8,), ((9,),), label=True, kl_completion=(3, 5))]
-    with pytest.raises(ValueError, match="was made with other token ids"):
-        precompute_ref_log_probs(moved, reference, tmp_path)
+    with pytest.raises(ValueError, match="was made with other sequences"):
+        precompute_all(moved, reference, tmp_path)
 
 
 def test_a_cache_without_tokens_is_refused_where_tokens_are_needed(tmp_path):
-    cached = precompute_ref_log_probs(dataset(), ZOO["xt-rotary"](0), tmp_path)
-    with pytest.raises(ValueError, match=r"the cache holds sums: make it with .*token_scores = True"):
+    cached = precompute_all(pairs(), ZOO["xt-rotary"](0), tmp_path)
+    with pytest.raises(ValueError, match=r"the cache holds sums: make it with .*per_token = True"):
         DPO(ZOO["xt-rotary"](0), reference=cached, ld_alpha=0.5)
 
 
@@ -127,7 +131,7 @@ def test_the_data_of_other_losses_can_be_remembered_as_well():
     dpo = DPO(ZOO["xt-rotary"](0), loss=KTO(), cache_ref_log_probs=True)
     batch = UnpairedBatch.from_lists([[1, 2], [3]], [[4, 5], [6, 7, 8]], [True, False])
     first = dpo(batch)
-    assert len(dpo.reference.memory) == 4  # two and their mismatches
+    assert len(dpo.reference.cache) == 4  # two and their KL sequences
     assert torch.equal(dpo(batch), first)
 
 
@@ -138,11 +142,8 @@ def edited(rows, **changes):
 STALE = {
     "weights": lambda data, model: (data, ZOO["xt-rotary"](1)),
     "dtype": lambda data, model: (data, copy.deepcopy(model).double()),
-    "token ids": lambda data, model: (
-        dataset(edited(data.examples, completions=((1, 2, 3), data.examples[0].rejected))),
-        model,
-    ),
-    "scored tokens": lambda data, model: (dataset(moved_border(data.examples)), model),
+    "token ids": lambda data, model: (edited(data, completions=((1, 2, 3), data[0].rejected)), model),
+    "scored tokens": lambda data, model: (moved_border(data), model),
 }
 
 
@@ -155,38 +156,39 @@ def moved_border(rows):
 @pytest.mark.parametrize("key", [*STALE, "package version", "values"])
 def test_a_stale_cache_is_refused(key, tmp_path, monkeypatch):
     rows = [TokenizedExample((5, 6), ((7,), (8,))), *pairs()[1:]]
-    data, model = dataset(rows), ZOO["xt-rotary"](0)
-    precompute_ref_log_probs(data, model, tmp_path)
+    data, model = rows, ZOO["xt-rotary"](0)
+    precompute_all(data, model, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    options = {"token_scores": key == "values"}
+    options = {"per_token": key == "values"}
     if key == "package version":
-        monkeypatch.setattr(cached_module, "__version__", "9.9")
+        monkeypatch.setattr(precompute, "__version__", "9.9")
     elif key in STALE:
         data, model = STALE[key](data, model)
-    others = "weights and dtype" if key == "dtype" else key  # other bytes are other weights
+    changed = {"dtype": "weights and dtype", "token ids": "sequences", "scored tokens": "sequences"}
+    others = changed.get(key, key)  # other bytes are other weights
     with pytest.raises(ValueError, match=f"was made with other {others}: delete the folder, or name another"):
-        precompute_ref_log_probs(data, model, tmp_path, **options)
+        precompute_all(data, model, tmp_path, **options)
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 def test_autocast_is_a_dtype_of_its_own(tmp_path):
-    data, model = dataset(), ZOO["hf-llama"](0)
+    data, model = pairs(), ZOO["hf-llama"](0)
     with torch.autocast("cpu", torch.bfloat16):
-        precompute_ref_log_probs(data, model, tmp_path)
+        precompute_all(data, model, tmp_path)
     with pytest.raises(ValueError, match="was made with other dtype: "):
-        precompute_ref_log_probs(data, model, tmp_path)
+        precompute_all(data, model, tmp_path)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
-    data, model = dataset(), ZOO["xt-rotary"](0)
-    precompute_ref_log_probs(data, model, tmp_path)
+    data, model = pairs(), ZOO["xt-rotary"](0)
+    precompute_all(data, model, tmp_path)
     (tmp_path / "part-00001.safetensors").write_bytes(b"cut off")
     with pytest.raises(ValueError, match=r"part-00001.safetensors cannot be read \(.*: delete it"):
-        precompute_ref_log_probs(data, model, tmp_path)
+        precompute_all(data, model, tmp_path)
 
 
 def test_an_interrupted_computation_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    data, model = dataset(), ZOO["xt-rotary"](0)
+    data, model = pairs(), ZOO["xt-rotary"](0)
     done = []
 
     def interrupt(count):
@@ -195,20 +197,20 @@ def test_an_interrupted_computation_goes_on_where_it_stopped(tmp_path, monkeypat
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        precompute_ref_log_probs(data, model, tmp_path / "a", progress=interrupt)
-    assert done == [3, 3]
+        precompute_all(data, model, tmp_path / "a", progress=interrupt)
+    assert done == [6, 6]
     (tmp_path / "a" / "part-00002.new").write_bytes(b"half a file")
     counts = calls_of(monkeypatch)
-    resumed = precompute_ref_log_probs(data, model, tmp_path / "a")
+    resumed = precompute_all(data, model, tmp_path / "a")
     look = 8  # what a scorer's first look at a model takes: two pairs, twice or three times
     assert 2 <= sum(counts.values()) <= 2 + 2 * look  # the one pair that was left
-    whole = precompute_ref_log_probs(data, model, tmp_path / "b")
+    whole = precompute_all(data, model, tmp_path / "b")
     assert resumed.values == whole.values and len(whole) == 14
     counts.clear()
-    assert precompute_ref_log_probs(data, model, tmp_path / "b").values == whole.values and not counts
+    assert precompute_all(data, model, tmp_path / "b").values == whole.values and not counts
 
 
-def test_what_is_recalled_is_what_was_kept():
+def test_a_lookup_gives_what_was_stored():
     batch = PreferenceBatch.from_padded(
         (torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[1, 2], [4, 9]])),
         (torch.tensor([[1, 0, 0], [1, 1, 1]]).bool(), torch.tensor([[1, 0], [1, 0]]).bool()),
@@ -219,16 +221,19 @@ def test_what_is_recalled_is_what_was_kept():
         len(set(sequences.content_hashes())) == 4
         and sequences.to("cpu").content_hashes() == sequences.content_hashes()
     )
-    for recall, values in (
-        (LogProbCache(), -torch.arange(4.0).double()),
-        (LogProbCache(True), -torch.arange(4.0)),
+    tokens = -torch.arange(4.0)
+    for cache, log_probs in (
+        (LogProbCache(), SequenceLogProbs(-torch.arange(4.0).double())),
+        (LogProbCache(per_token=True), sequences.log_probs(tokens)),
     ):
-        assert recall.find(sequences) is None
-        recall.keep(sequences, values)
-        other = LogProbCache(recall.per_token)
-        other.load_state_dict(recall.state_dict())
-        for each in (recall, other, copy.deepcopy(recall), pickle.loads(pickle.dumps(recall))):
-            assert torch.equal(each.find(sequences), values) and each.find(sequences).dtype == values.dtype
+        assert cache.lookup(sequences) is None
+        cache.store(sequences, log_probs)
+        other = LogProbCache(cache.per_token)
+        other.load_state_dict(cache.state_dict())
+        for each in (cache, other, copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+            found = each.lookup(sequences)
+            assert torch.equal(found.sums, log_probs.sums) and found.sums.dtype == log_probs.sums.dtype
+            assert torch.equal(found.tokens, tokens) if cache.per_token else found.tokens is None
     empty = LogProbCache()
     empty.load_state_dict(LogProbCache().state_dict())
     assert len(empty) == 0
@@ -251,7 +256,7 @@ def test_the_reference_runs_once_for_each_sequence(monkeypatch):
     torch.testing.assert_close(dpo(**columns(data, [3, 1])), plain(**columns(data, [3, 1])))
     assert counts[id(dpo.reference.scorer)] == 4
     twin = copy.deepcopy(dpo)
-    assert len(dpo.reference.memory) == 4 and len(twin.reference.memory) == 0
+    assert len(dpo.reference.cache) == 4 and len(twin.reference.cache) == 0
     assert torch.equal(twin(**columns(data, [3, 1])), dpo(**columns(data, [3, 1])))
 
 
@@ -273,7 +278,7 @@ def without_memory(rows, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "plain"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "tiny", {"dim": 32, "depth": 1, "heads": 1})
-        patch.setattr(LogProbCache, "find", lambda self, sequences: None)
+        patch.setattr(LogProbCache, "lookup", lambda self, sequences: None)
         train(make_config(rows, out))
     return out
 
@@ -303,11 +308,11 @@ def test_precomputation_trains_alike_without_a_reference(rows, tmp_path, monkeyp
 
     monkeypatch.setattr(Trainer, "train_step", watched)
     out = tmp_path / "out"
-    train(make_config(rows, out, precompute_ref_log_probs=True))
+    train(make_config(rows, out, precompute_ref_log_probs=True, micro_batch_tokens=1))
     assert stages[-1].dpo.ref_model is None
     close(read_metrics(out), read_metrics(without_memory))
     parts = [len(list((out / "reference" / name).iterdir())) for name in ("train", "eval")]
-    assert parts == [8, 2]
+    assert parts == [8, 2]  # of three pairs
     assert (
         load_file(out / "model.safetensors").keys() == load_file(without_memory / "model.safetensors").keys()
     )
@@ -315,15 +320,15 @@ def test_precomputation_trains_alike_without_a_reference(rows, tmp_path, monkeyp
 
 @pytest.mark.parametrize("where", ["precomputation", "training"])
 def test_an_interrupted_run_with_a_cache_resumes(rows, tmp_path, monkeypatch, where):
-    options = {"precompute_ref_log_probs": True, "save_steps": 2, "ld_alpha": 0.5}
+    options = {"precompute_ref_log_probs": True, "micro_batch_tokens": 1, "save_steps": 2, "ld_alpha": 0.5}
     train(make_config(rows, tmp_path / "whole", **options))
-    computed = cached_module.computed
+    write_file = precompute.write_file
 
     def breaks(*args):
         breaks.left -= 1
         if breaks.left == 0:
             raise Interrupted
-        return computed(*args)
+        return write_file(*args)
 
     if where == "training":
         with interrupt_training("dpo", after_steps=5):
@@ -331,9 +336,9 @@ def test_an_interrupted_run_with_a_cache_resumes(rows, tmp_path, monkeypatch, wh
     else:
         breaks.left = 4
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
-            patch.setattr(cached_module, "computed", breaks)
+            patch.setattr(precompute, "write_file", breaks)
             train(make_config(rows, tmp_path / "out", **options))
-    monkeypatch.setattr(cached_module, "computed", breaks)
+    monkeypatch.setattr(precompute, "write_file", breaks)
     breaks.left = 0
     train(make_config(rows, tmp_path / "out", resume=True, **options))
     assert -breaks.left == (7 if where == "precomputation" else 0)  # of 10 parts, 3 were there
@@ -347,29 +352,30 @@ def test_two_processes_cache_what_one_does(rows, tmp_path, without_memory):
         "import json, sys\n"
         "from pathlib import Path\n"
         "import torch\n"
-        "import dpo_wrapper.reference.precompute as cached\n"
+        "from dpo_wrapper.reference import precompute\n"
         "from dpo_wrapper.pretrained import PRESETS\n"
         "from dpo_wrapper.training.config import TrainConfig\n"
         "from dpo_wrapper.training.trainer import Trainer\n"
         "from dpo_wrapper.scoring.scorer import Scorer\n"
         "from dpo_wrapper.training.train import train\n"
         "torch.set_num_threads(1)\n"
-        "cached.PART = 3\n"
+        "precompute.SEQUENCES_PER_FILE = 6\n"
         "PRESETS['tiny'] = {'dim': 32, 'depth': 1, 'heads': 1}\n"
         "data, out = map(Path, sys.argv[1:])\n"
-        "score, step, seen, calls = Scorer.token_scores_and, Trainer.train_step, [], {}\n"
-        "def counted(self, *args):\n"
+        "score, step, seen, calls = Scorer.__call__, Trainer.train_step, [], {}\n"
+        "def counted(self, *args, **kwargs):\n"
         "    calls[id(self)] = calls.get(id(self), 0) + 1\n"
-        "    return score(self, *args)\n"
+        "    return score(self, *args, **kwargs)\n"
         "def watched(self, *args):\n"
         "    values = step(self, *args)\n"
         "    if self.stage.name == 'dpo':\n"
-        "        seen.append(calls.get(id(self.stage.dpo.reference.scorer), 0))\n"
+        "        seen.append(calls.get(id(getattr(self.stage.dpo.reference, 'scorer', None)), 0))\n"
         "    return values\n"
-        "Scorer.token_scores_and, Trainer.train_step = counted, watched\n"
+        "Scorer.__call__, Trainer.train_step = counted, watched\n"
         "for name, ahead in (('first', False), ('ahead', True)):\n"
         "    train(TrainConfig(data=data, out=out / name, sft_epochs=1, epochs=2, batch_size=4,\n"
-        "          max_length=128, cpu=True, save_steps=0, precompute_ref_log_probs=ahead))\n"
+        "          max_length=128, cpu=True, save_steps=0, micro_batch_tokens=1 if ahead else 16384,\n"
+        "          precompute_ref_log_probs=ahead))\n"
         "    if not ahead:\n"
         "        assert seen[len(seen) // 2 - 1] == seen[-1] > 0, seen\n"
     )
@@ -387,6 +393,6 @@ def test_options_that_cannot_act_are_refused(rows, tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(TypeError, match="cache_ref_log_probs should be True or False"):
         DPO(ZOO["xt-rotary"](0), cache_ref_log_probs=1)
-    assert DPO(ZOO["xt-rotary"](0), loss=Sigmoid()).reference.memory is None
+    assert DPO(ZOO["xt-rotary"](0), loss=Sigmoid()).reference.cache is None
     settings = json.dumps(make_config(rows, Path("x")).as_json())
     assert '"precompute_ref_log_probs": false' in settings

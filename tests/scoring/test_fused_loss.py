@@ -12,15 +12,14 @@ from torch import Generator, Tensor
 
 from dpo_wrapper import DPO, PairLogProbs, PreferenceBatch, RankedBatch, Sigmoid
 from dpo_wrapper.batches import ScoredSequences, SFTBatch
-from dpo_wrapper.log_probs import fused_backward as ahead
-from dpo_wrapper.log_probs import torch_tile as chunked
+from dpo_wrapper.log_probs import fused_backward
 from dpo_wrapper.losses import ORPO, SFT, APODown, BetaDPO, DiscoPOP, PlackettLuce
 from dpo_wrapper.scoring import token_log_probs as scoring
 from dpo_wrapper.scoring.fused_loss import group_linked
 from dpo_wrapper.training.stages import SFTModule
 from helpers.batches import random_batch
 from helpers.every_loss import EVERY_LOSS, loss_id
-from helpers.log_prob_inputs import tiles
+from helpers.log_prob_inputs import tile_size
 from helpers.models import ZOO
 from helpers.ranked_batches import lists_in_parts, lists_of_ids, rows_in_parts
 
@@ -31,20 +30,20 @@ class Watch:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
         self.parts: list[int] = []
         self.wrong = 0
-        of_ahead, again = ahead.FusedLoss.parts, ahead.gradients_of
+        split, again = fused_backward.FusedLoss.split, fused_backward.gradients_from_saved
 
         def parts(*args) -> list:
-            found = of_ahead(*args)
+            found = split(*args)
             self.parts.append(len(found))
             return found
 
-        def gradients_of(*args):
+        def gradients_from_saved(*args):
             self.wrong += 1
             return again(*args)
 
-        monkeypatch.setattr(ahead.FusedLoss, "parts", parts)
-        monkeypatch.setattr(ahead, "gradients_of", gradients_of)
-        monkeypatch.setattr(chunked, "part_rows", lambda weight: tokens)
+        monkeypatch.setattr(fused_backward.FusedLoss, "split", parts)
+        monkeypatch.setattr(fused_backward, "gradients_from_saved", gradients_from_saved)
+        monkeypatch.setattr(fused_backward, "max_chunk_tokens", lambda weight: tokens)
 
 
 @pytest.fixture
@@ -60,7 +59,7 @@ def compared(dpo: torch.nn.Module, loss_of: Callable[[], Tensor], factor: float 
         for name, buffer in dpo.named_buffers():  # a running gap is where it was
             buffer.copy_(before[name])
         dpo.zero_grad(set_to_none=True)
-        with tiles(2, 16):
+        with tile_size(2, 16):
             loss = loss_of()
             (loss * factor).backward()
         gradients = {name: p.grad for name, p in dpo.named_parameters() if p.grad is not None}

@@ -182,7 +182,7 @@ def row(**columns):
             "kto",
             [row(completions=["a", "b", "c"])],
             [],
-            "line 1: a row should have one completion with a label, but it has a ranked list of 3: say",
+            "line 1: a row should have one completion with a label, but it has a ranked list of 3: give",
         ),
         (
             "kto",

@@ -4,10 +4,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from dpo_wrapper.data.groups import micro_batches
 from safetensors.torch import load_file
 
 from dpo_wrapper.data import TokenPair
-from dpo_wrapper.data.groups import micro_batches
 from dpo_wrapper.training.train import train
 from dpo_wrapper.training.trainer import learning_rate_factor, step_indices
 from helpers.runs import assert_metrics_close, make_config, read_metrics, train_in_two_processes
