@@ -1,0 +1,105 @@
+"""Every Python block of README.md and docs/ runs, and what they say of files, options and losses is so."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import dpo_wrapper
+from dpo_wrapper.losses.registry import builtin_losses, losses_table
+from dpo_wrapper.training.config import TrainConfig
+from helpers.runs import BUNDLED
+
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in [*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md"))]
+}
+README = PAGES["README.md"]
+
+
+def find_blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+
+
+BLOCKS = [(page, k) for page in PAGES for k in range(len(find_blocks(page, "python")))]
+
+
+@pytest.fixture(scope="module")
+def folder_with_a_run(tmp_path_factory):
+    """A working folder as that of the README: the bundled data, and a run in runs/first."""
+    from dpo_wrapper.training.train import train
+
+    folder = tmp_path_factory.mktemp("docs")
+    (folder / "examples").symlink_to(ROOT / "examples")
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(BUNDLED.read_text(encoding="utf-8").splitlines(keepends=True)[:26]))
+    out = folder / "runs" / "first"
+    train(TrainConfig(data=rows, out=out, sft_epochs=0, epochs=1, cpu=True, max_length=64, save_steps=0))
+    return folder
+
+
+@pytest.mark.parametrize(("page", "number"), BLOCKS)
+def test_python_blocks_run(page, number, folder_with_a_run, monkeypatch):
+    block = find_blocks(page, "python")[number]
+    monkeypatch.chdir(folder_with_a_run)
+    torch.manual_seed(0)
+    names: dict = {}
+    exec(compile(block, page, "exec"), names)
+    if "loss" in names:
+        assert names["loss"].isfinite()
+    if "runs/first" in block:
+        assert names["model"](torch.arange(5)[None]).shape == (1, 5, 263)
+    assert "loss" in names or "runs/first" in block or "assert" in block
+
+
+def test_the_first_two_shell_blocks_are_the_two_commands():
+    train, test = find_blocks("README.md", "sh")[:2]
+    assert "pip install" in train and "dpo-wrapper train --data examples/data/preferences.jsonl" in train
+    assert "pip install" in test and "pytest" in test
+    assert all("-c constraints.txt" in block for block in (train, test))
+
+
+def test_the_table_of_losses_is_what_the_classes_say():
+    assert f"\n\n{losses_table()}\n\n" in PAGES["docs/losses.md"], "paste losses_table() into docs/losses.md"
+
+
+def test_every_loss_is_named_in_the_readme():
+    section = README.split("## Losses")[1].split("\n## ")[0]
+    assert {loss.__name__ for loss in builtin_losses()} <= set(re.findall(r"\w+", section))
+
+
+def test_losses_that_take_margins_are_named():
+    named = PAGES["docs/losses.md"].split("Margins work with ")[1].split(".")[0]
+    assert set(re.findall(r"\w+", named)) - {"and"} == {
+        loss.__name__ for loss in builtin_losses() if loss.has_margin
+    }
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_are_named_exist(page):
+    for name in re.findall(r"(?:dpo_wrapper|examples|tests)/[\w/]+\.(?:py|jsonl|md)", PAGES[page]):
+        assert (ROOT / name).exists(), name
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", PAGES[page]):
+        assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])
+def test_options_that_are_named_exist(page):
+    known = {f"--{name.replace('_', '-')}" for name in TrainConfig.__dataclass_fields__}
+    assert set(re.findall(r"`(--[a-z-]+)", PAGES[page])) <= known | {"--help"}
+
+
+@pytest.mark.parametrize("name", sorted(dpo_wrapper.__all__))
+def test_what_is_exported_has_docstrings(name):
+    exported = getattr(dpo_wrapper, name)
+    if name == "__version__":
+        assert re.fullmatch(r"\d+\.\d+\.\d+", exported)
+        return
+    assert inspect.getdoc(exported), name
+    members = vars(exported).items() if inspect.isclass(exported) else ()
+    for member, value in members:
+        is_public = not member.startswith("_") and (inspect.isfunction(value) or isinstance(value, property))
+        assert not is_public or inspect.getdoc(getattr(exported, member)), f"{name}.{member}"
