@@ -10,6 +10,7 @@ from helpers.models import VOCAB, ZOO, hf_llama
 from helpers.naive_dpo import ARGUMENTS, naive_loss, train
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:a Hugging Face model should be compiled")
 @pytest.mark.parametrize("name", ["xt-tied", "xt-wrapped", "hf-llama", "plain-transformer"])
 def test_a_compiled_model_is_of_its_family(name):
