@@ -34,7 +34,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def train(config: "TrainConfig") -> None:
     try:
-        from dpo_wrapper.training.train import run_training, set_up_training
+        from dpo_wrapper.training.setup import set_up_training
+        from dpo_wrapper.training.train import run_training
 
         setup = set_up_training(config)
     except (ValueError, TypeError, OSError, ImportError) as error:

@@ -327,18 +327,21 @@ bad_call(
 
 # ready-made batches
 
-ALONE = "^a PreferenceBatch holds ids and masks already: give it alone"
+ALONE = "^a PreferenceBatch holds ids, masks and weights already: give it alone"
 bad_batch("and ids", TypeError, ALONE, unpreferred_seq=REJECTED)
 bad_batch("and a mask", TypeError, ALONE, preferred_seq_mask=REAL)
 bad_batch("in a list", TypeError, f"^preferred_seq {NO_TENSOR} a list of 1", [BATCH])
 bad_batch(
     "pairs of another batch",
     ValueError,
-    r"^pairs should hold indices in \[0, 4\), .*, but they reach from 4 to 7: index into this batch alone",
-    dataclasses.replace(BATCH, pairs=BATCH.pairs + 4),
+    r"^pair_index should hold indices in \[0, 4\), .* reach from 4 to 7: index into this batch alone",
+    dataclasses.replace(BATCH, pair_index=BATCH.pair_index + 4),
 )
 bad_batch(
-    "negative pairs", ValueError, "reach from -1 to 2", dataclasses.replace(BATCH, pairs=BATCH.pairs - 1)
+    "negative pairs",
+    ValueError,
+    "reach from -1 to 2",
+    dataclasses.replace(BATCH, pair_index=BATCH.pair_index - 1),
 )
 bad_batch(
     "sums of another batch",
@@ -408,7 +411,8 @@ for weight in (0, -1.0, math.nan, math.inf, True, "1"):
 KINDS = "^reference should be a module or one of auto, copy, adapter, none, but it is"
 bad_option("an unknown reference", ValueError, f"{KINDS} 'frozen'", reference="frozen")
 bad_option("a reference that is None", ValueError, f"{KINDS} None", reference=None)
-bad_option("a class as reference", ValueError, f"{KINDS} <class 'zoo.PlainGRU'>", reference=PlainGRU)
+A_CLASS = f"{KINDS} <class 'helpers.models.PlainGRU'>"
+bad_option("a class as reference", ValueError, A_CLASS, reference=PlainGRU)
 SHARES = "shares trained parameters with the policy and would follow it: use reference = 'copy'"
 bad_option("the policy as reference", ValueError, SHARES, reference=lambda model: model)
 bad_option("a wrapped policy as reference", ValueError, SHARES, reference=lambda model: nn.Sequential(model))
@@ -446,13 +450,13 @@ def bad_gather(name: str, sentence: str, **options: Any) -> None:
     CASES.append(Case(f"token_log_probs(): {name}", act, ValueError, sentence))
 
 
-OF_EXTRAS = "^extras should be among entropy, log_sum_p2, top1, greedy, as a list, but they are"
+OF_EXTRAS = "^extras should be a list of names from entropy, log_sum_p2, top1, greedy, but it is"
 bad_gather("unknown extras", rf"{OF_EXTRAS} \['top5'\]", extras=["top5"])
 bad_gather("extras as a string", f"{OF_EXTRAS} 'entropy'", extras="entropy")
 if find_spec("triton") is not None:
     bad_gather(
         "triton on the CPU",
-        "^impl = 'triton' needs tensors on CUDA, but they are on cpu: use 'auto'",
+        "^tensors should be on CUDA for impl = 'triton', but they are on cpu: use 'auto'",
         impl="triton",
     )
 for value in (0.0, True, "<pad>", torch.tensor(0)):
@@ -509,13 +513,11 @@ class Answering(nn.Module):
         return self.change(self.body(ids))
 
 
-AHEAD = (
-    "^the model is not autoregressive, for changing a token changes the logits before it: use a causal model"
-)
+AHEAD = "^the model should be autoregressive, but changing a token changes the logits before it: use a causal"
 bad_model("an encoder of x-transformers", ValueError, AHEAD, x_encoder)
 bad_model("nn.Transformer without a mask", ValueError, AHEAD, Bidirectional)
 bad_model("an encoder as reference", ValueError, AHEAD, PlainTransformer, reference=lambda: Bidirectional())
-LOGITS = "^the model should return logits, a float tensor or an output with .logits, not"
+LOGITS = "^the model should return logits, a float tensor or an output with .logits, but it returns"
 HEADED = r"give one with a language-model head \(AutoModelForCausalLM\), or wrap it"
 bad_model(
     "a tuple returned", TypeError, f"{LOGITS} a tuple of 2: {HEADED}", lambda: Answering(lambda x: (x, None))
@@ -537,7 +539,7 @@ bad_model("logits cut short", TypeError, rf"{WANTED} \(2, 4, 37\)", lambda: Answ
 bad_model(
     "logits that are no numbers",
     ValueError,
-    r"^the model's logits are NaN: are its weights loaded, and is its dtype wide enough\?",
+    r"^the model's logits should be numbers, but they are NaN: are its weights loaded, .*\?",
     lambda: Answering(lambda x: x * math.nan),
 )
 bad_model(

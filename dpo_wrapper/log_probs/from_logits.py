@@ -87,11 +87,11 @@ class LogProbsFromLogits(torch.autograd.Function):
         ctx: Any, logits: Float[Tensor, "n v"], row_index: Int[Tensor, "t"], targets: Int[Tensor, "t"]
     ) -> Float[Tensor, "t"]:
         dtype = accumulation_dtype(logits.dtype)
-        rows, row_of_target = row_index.unique(return_inverse=True)
-        lse = logits.new_empty(len(rows), dtype=dtype)
-        for chunk in row_chunks(logits, len(rows)):
-            lse[chunk] = logits[rows[chunk]].to(dtype).logsumexp(dim=-1)
-        ctx.save_for_backward(logits, targets, rows, row_of_target, lse)
+        unique_rows, row_of_target = row_index.unique(return_inverse=True)
+        lse = logits.new_empty(len(unique_rows), dtype=dtype)
+        for chunk in row_chunks(logits, len(unique_rows)):
+            lse[chunk] = logits[unique_rows[chunk]].to(dtype).logsumexp(dim=-1)
+        ctx.save_for_backward(logits, targets, unique_rows, row_of_target, lse)
         return (logits[row_index, targets].to(dtype) - lse[row_of_target]).clamp(max=0.0)
 
     @staticmethod
@@ -101,17 +101,17 @@ class LogProbsFromLogits(torch.autograd.Function):
                 "log-probs from logits should be differentiated once, but create_graph is True: "
                 "use logits.log_softmax(-1)."
             )
-        logits, targets, rows, row_of_target, lse = ctx.saved_tensors
-        covers_all = len(rows) == len(logits)
+        logits, targets, unique_rows, row_of_target, lse = ctx.saved_tensors
+        covers_all = len(unique_rows) == len(logits)
         logits_grad = torch.empty_like(logits) if covers_all else torch.zeros_like(logits)
         row_grad = torch.zeros_like(lse).index_add_(0, row_of_target, grad)
-        for chunk in row_chunks(logits, len(rows)):
-            chunk_grad = logits[rows[chunk]].to(lse.dtype)
+        for chunk in row_chunks(logits, len(unique_rows)):
+            chunk_grad = logits[unique_rows[chunk]].to(lse.dtype)
             chunk_grad = chunk_grad.sub_(lse[chunk, None]).exp_().mul_(-row_grad[chunk, None])
             tokens = ((row_of_target >= chunk.start) & (row_of_target < chunk.stop)).nonzero()[:, 0]
             index = (row_of_target[tokens] - chunk.start, targets[tokens])
             chunk_grad.index_put_(index, grad[tokens], accumulate=True)
-            logits_grad[rows[chunk]] = chunk_grad.to(logits.dtype)
+            logits_grad[unique_rows[chunk]] = chunk_grad.to(logits.dtype)
         return logits_grad, None, None
 
 
@@ -119,10 +119,10 @@ class LogProbsFromLogits(torch.autograd.Function):
 def log_sum_p2(logits: Float[Tensor, "n v"], row_index: Int[Tensor, "t"]) -> Float[Tensor, "t"]:
     """Log Σ p² over the vocabulary, of the softmax of each indexed row."""
     dtype = accumulation_dtype(logits.dtype)
-    rows, row_of_target = row_index.unique(return_inverse=True)
-    result = logits.new_empty(len(rows), dtype=dtype)
-    for chunk in row_chunks(logits, len(rows)):
-        result[chunk] = logits[rows[chunk]].to(dtype).log_softmax(dim=-1).mul_(2).logsumexp(dim=-1)
+    unique_rows, row_of_target = row_index.unique(return_inverse=True)
+    result = logits.new_empty(len(unique_rows), dtype=dtype)
+    for chunk in row_chunks(logits, len(unique_rows)):
+        result[chunk] = logits[unique_rows[chunk]].to(dtype).log_softmax(dim=-1).mul_(2).logsumexp(dim=-1)
     return result[row_of_target]
 
 

@@ -119,12 +119,12 @@ def split_for_fused_loss(
     targets: Tensor,
     options: GatherOptions,
 ) -> list[TokenIndex] | None:
-    """The chunks whose gradients forward computes; None where backward should compute them.
+    """The chunks whose gradients forward computes; None where it should not use the loss:
 
-    Backward computes them without a fused loss, and where the head is frozen (forward knows that gradient
-    without a loss). float16 needs a scaler's factor before gradients are rounded. The gradients of several
-    chunks are summed in the gradient itself, whose dtype has to be wide enough. Processes that share a
-    vocabulary would not agree on chunks.
+    - without a loss or gradients, and under a frozen head, where the gradient needs no loss;
+    - in float16, where gradients need a scaler's factor before they are rounded;
+    - for several chunks of a head narrower than float32, because chunks are summed in the gradient itself;
+    - with extras, or with a `vocab_group`, whose processes would not agree on chunks.
     """
     trained = [x for x in (weight, bias) if x is not None and x.requires_grad]
     if fused_loss is None or not trained or not len(targets) or not options.needs_grad:
@@ -138,9 +138,9 @@ def split_for_fused_loss(
 
 
 def shared_buffer(chunks: list[Any], tiles: Tiles) -> Tensor | None:
-    """Memory that the softmaxes of one chunk after another use, on the CPU; None for a single chunk.
+    """Memory that the softmaxes of all chunks use in turn, on the CPU; None for a single chunk.
 
-    Chunks that exceed the usual size, for a large group, do not fit: their memory is returned afterwards.
+    A chunk that is larger than `max_chunk_tokens`, because its group is, has memory of its own.
     """
     if len(chunks) == 1 or tiles.hidden.device.type != "cpu":
         return None

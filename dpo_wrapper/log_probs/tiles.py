@@ -17,8 +17,8 @@ TILE_TOKENS = 8192
 """The most tokens in a tile."""
 
 TILE_BYTES = {"cpu": 12 * 2**20, "other": 256 * 2**20}
-"""The memory of a tile, by kind of device. On the CPU a tile stays in its cache, and it is smaller than what
-the C library would return to the system each time it is freed."""
+"""The memory of a tile, by kind of device. On the CPU a tile fits into the
+processor's cache, and it is too small for the C library to return to the system each time it is freed."""
 
 TokenIndex = slice | Int[Tensor, "k"]
 """What selects some of the t tokens."""

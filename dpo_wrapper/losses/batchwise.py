@@ -24,7 +24,7 @@ from dpo_wrapper.losses.inputs import PairLogProbs
 from dpo_wrapper.losses.pairwise import logistic_loss
 
 DECAY = 0.9
-"""How much of BetaDPO's running mean stays at each step."""
+"""The part of BetaDPO's running statistics that stays at each step."""
 MIN_BETA = 1e-3
 """The smallest β that BetaDPO adapts to."""
 
@@ -58,7 +58,7 @@ class AOTUnpaired(PairLoss):
     Value k belongs to the k-th smallest log-ratios, not to pair k. The pairs of one forward pass are sorted.
 
     Paper: Melnyk 2024 (arXiv 2406.05882)
-    For: the same where the two sides answer different prompts
+    For: AOT where the two sides answer different prompts
     """
 
     is_per_pair: ClassVar[bool] = False
@@ -72,7 +72,7 @@ class AOTUnpaired(PairLoss):
 
 
 def decay_towards(running: Tensor, value: Tensor) -> Tensor:
-    """The running mean after a step that had this value."""
+    """The running mean or standard deviation after a step with this value."""
     return (1 - DECAY) * value + DECAY * running
 
 
@@ -80,7 +80,7 @@ class RunningStatistics(nn.Module):
     """Exponential running mean and standard deviation of `A = a - b` over optimizer steps, 0 at the start.
 
     `add` collects the pairs of a step's forward passes and `end_step` moves the buffers once, however the
-    step was split. Checkpoints hold the buffers, and not the sums of a step that is under way.
+    step is split. Checkpoints hold the buffers, and not the sums of a step that is under way.
     """
 
     mean: Tensor

@@ -19,7 +19,7 @@ LN2 = 0.6931471805599453
 
 @dataclass(frozen=True)
 class Divergence(ValidatedDataclass, ABC):
-    """Called with log-ratios in nats it gives their scores, in the same shape."""
+    """An f-divergence: from log-ratios in nats to their scores `s = f'(e^a)`, in the same shape."""
 
     @abstractmethod
     def __call__(self, logratio: Float[Tensor, "p"]) -> Float[Tensor, "p"]: ...
@@ -27,7 +27,7 @@ class Divergence(ValidatedDataclass, ABC):
 
 @dataclass(frozen=True)
 class ReverseKL(Divergence):
-    """`s(a) = a`: what DPO has."""
+    """`s(a) = a`: the divergence of DPO."""
 
     def __call__(self, logratio: Float[Tensor, "p"]) -> Float[Tensor, "p"]:
         return logratio
@@ -77,17 +77,17 @@ def divergence_field() -> Any:
 
 
 def scores(pairs: PairLogProbs, divergence: Divergence) -> tuple[Float[Tensor, "p"], Float[Tensor, "p"]]:
-    """`s_w` and `s_l`."""
+    """The scores `s_w` and `s_l` of chosen and rejected."""
     return divergence(pairs.chosen_logratio), divergence(pairs.rejected_logratio)
 
 
 def logit_difference(pairs: PairLogProbs, divergence: Divergence) -> Float[Tensor, "p"]:
-    """`Δ = s_w - s_l`."""
+    """`Δ = s_w - s_l`, from sums over tokens."""
     chosen, rejected = scores(pairs, divergence)
     return chosen - rejected
 
 
 def mean_logit_difference(pairs: PairLogProbs, divergence: Divergence) -> Float[Tensor, "p"]:
-    """`s_w / n_w - s_l / n_l`."""
+    """`s_w / n_w - s_l / n_l`, from scores per token."""
     chosen, rejected = scores(pairs, divergence)
     return chosen / pairs.chosen_length - rejected / pairs.rejected_length

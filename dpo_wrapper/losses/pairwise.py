@@ -58,7 +58,7 @@ class Sigmoid(PairLoss):
 class SigmoidNorm(PairLoss):
     """DPO on scores per token: `-log σ(β(s_w / n_w - s_l / n_l))`.
 
-    What x-transformers' `DPO` means to compute.
+    Each side's score is divided by its number of scored tokens, as x-transformers' `DPO` intends.
 
     Paper: x-transformers
     For: completions of very different lengths
@@ -118,7 +118,8 @@ class Hinge(PairLoss):
 class IPO(PairLoss):
     """`(s_w / n_w - s_l / n_l - 1 / (2β))²`.
 
-    Of means per token, as its authors have it; the margin aimed at is 1 / (2β).
+    The mean over tokens takes the place of the sum, as the authors recommend; the loss is 0 at a margin of
+    1 / (2β).
 
     Paper: Azar 2023 (arXiv 2310.12036), eq. 17
     For: margins that do not run away
@@ -135,7 +136,8 @@ class IPO(PairLoss):
 class EXO(PairLoss):
     """`σ(βΔ)(log σ(βΔ) - log(1 - ε)) + σ(-βΔ)(log σ(-βΔ) - log ε)`.
 
-    The KL divergence, in the reverse direction, from the logistic_loss labels (1 - ε, ε).
+    The KL divergence of the policy's choice between the two sides from the smoothed labels (1 - ε, ε): the
+    reverse of the direction that cross-entropy has.
 
     Paper: Ji 2024 (arXiv 2402.00856), eq. 16
     For: a policy that keeps to the best answers instead of covering all

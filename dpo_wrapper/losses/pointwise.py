@@ -1,4 +1,4 @@
-"""Losses that ask something of each side by itself: of `a` and of `b`."""
+"""Losses of the two log-ratios `a` and `b`, and not of their difference alone."""
 
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ class NCA(PairLoss):
 class BCO(PairLoss):
     """`-log σ(βa) - log σ(-βb)`.
 
-    Of pairs, without the running shift δ of the paper.
+    For pairs, without the paper's running shift δ.
 
     Paper: Jung 2024 (arXiv 2404.04656)
     For: sides that are good and bad by themselves; a part of MPO

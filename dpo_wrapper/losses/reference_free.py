@@ -118,6 +118,7 @@ class AlphaPO(PairLoss):
         return -F.logsigmoid(pairs.subtract_margin(logits))
 
     def reward(self, mean: Float[Tensor, "p"]) -> Float[Tensor, "p"]:
+        """`f(x)`, of mean log-probs."""
         return mean if self.alpha == 0 else -finite_expm1(-self.alpha * mean) / self.alpha
 
 

@@ -64,7 +64,9 @@ def attend_by_branch(
     branches: tuple[Branch, ...],
     scale: float | None,
 ) -> Float[Tensor, "1 h w d"]:
-    """Compute softmax attention over a tree. Equal, in differentiable lines, to
+    """Compute softmax attention over a tree.
+
+    Equal, in differentiable lines, to
 
         mask = tree.attention_mask()
         F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)

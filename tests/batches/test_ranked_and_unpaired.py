@@ -1,110 +1,27 @@
-"""Ranked lists and rows with a label: by hand, against DPO and TRL, and through `DPO` end to end."""
-
-import copy
-from itertools import permutations
-from math import log
+"""Ranked lists and rows with a label through `DPO` end to end."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Generator, Tensor
+from torch import Tensor
 
-from dpo_wrapper import DPO, SFT, RankedBatch, Sigmoid, UnpairedBatch, sequence_log_probs
+from dpo_wrapper import DPO, RankedBatch, Sigmoid, UnpairedBatch, sequence_log_probs
 from dpo_wrapper.batches import normalize_over_step
 from dpo_wrapper.batches.unpaired import kl_partner_indices
 from dpo_wrapper.evaluation.evaluate import evaluate
-from dpo_wrapper.losses import KTO, PlackettLuce, RankedLogProbs, UnpairedLogProbs, as_weighted_losses
+from dpo_wrapper.losses import KTO, PlackettLuce, RankedLogProbs, UnpairedLogProbs
 from dpo_wrapper.metrics import MetricSums, batch_metrics
 from helpers.models import ZOO
 from helpers.pair_log_probs import sigmoid
-from helpers.ranked_batches import doubles, lists_in_parts, lists_of_ids, rows_in_parts, rows_of_ids
-
-LN2, LN3 = log(2), log(3)
-
-
-def ranked(policy: list, reference: list | None = None, real: list | None = None) -> RankedLogProbs:
-    p = doubles(policy).requires_grad_()
-    mask = torch.ones_like(p, dtype=torch.bool) if real is None else torch.tensor(real)
-    return RankedLogProbs(p, None if reference is None else doubles(reference), mask)
-
-
-def test_plackett_luce_by_hand():
-    # scores ln 4, ln 2, ln 2: 4/8 for the first to be first, then 2/4
-    lists = ranked([[-1.0 + 2 * LN2, -3.0 + LN2, -2.0 + LN2]], [[-1.0, -3.0, -2.0]])
-    assert PlackettLuce(1.0)(lists).tolist() == pytest.approx([2 * LN2], rel=1e-12)
-    # the slope in the first score: 4/8 - 1; in the last: 2/8 + 2/4 + 1 - 1
-    (slope,) = torch.autograd.grad(PlackettLuce(1.0)(lists).sum(), lists.policy)
-    assert slope.tolist()[0] == pytest.approx([-0.5, 0.25 - 0.5, 0.75], abs=1e-12)
-    # β = 2 squares the odds: 16/24, then 4/8
-    assert PlackettLuce(2.0)(lists).tolist() == pytest.approx([log(24 / 16) + LN2])
-
-
-@given(st.lists(st.floats(-50, 0), min_size=4, max_size=4), st.floats(0.01, 2))
-@settings(max_examples=50, deadline=None, derandomize=True)
-def test_plackett_luce_of_two_is_dpo(values: list[float], beta: float):
-    lists = ranked([values[:2]], [values[2:]])
-    gap = (values[0] - values[2]) - (values[1] - values[3])
-    expected = torch.nn.functional.softplus(doubles([-beta * gap]))
-    torch.testing.assert_close(PlackettLuce(beta)(lists), expected, rtol=1e-9, atol=1e-12)
-
-
-def test_plackett_luce_is_a_distribution_over_rankings():
-    scores = [-1.0, 0.3, 2.0, -0.5]
-    orders = doubles([[scores[k] for k in order] for order in permutations(range(4))])
-    lists = RankedLogProbs(orders, None, torch.ones_like(orders, dtype=torch.bool))
-    assert (-PlackettLuce(0.7)(lists)).exp().sum().item() == pytest.approx(1.0)
-
-
-def test_what_is_no_completion_does_not_count():
-    whole = PlackettLuce(0.5)(ranked([[-1.0, -2.0, -4.0]]))
-    for policy, real in (
-        ([[-1.0, -2.0, -4.0, 7.0]], [[True, True, True, False]]),
-        ([[-1.0, 9.0, -2.0, -4.0]], [[True, False, True, True]]),
-    ):
-        lists = ranked(policy, None, real)
-        torch.testing.assert_close(PlackettLuce(0.5)(lists), whole)
-        (slope,) = torch.autograd.grad(PlackettLuce(0.5)(lists).sum(), lists.policy)
-        assert slope.isfinite().all() and (slope[~lists.is_real] == 0).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_listed_losses_at_the_extremes(dtype: torch.dtype):
-    values = torch.tensor([0.0, -1e4, -1e-30, -1.0, -104.0, 0.0, -1e4, -1e4], dtype=dtype)
-    policy = values.view(2, 4).clone().requires_grad_()
-    lists = RankedLogProbs(
-        policy, values.flip(0).view(2, 4), torch.tensor([[True] * 4, [True, True] + [False] * 2])
-    )
-    for loss in (PlackettLuce(), PlackettLuce(10.0)):
-        (slope,) = torch.autograd.grad(loss(lists).sum(), policy)
-        assert loss(lists).isfinite().all() and slope.isfinite().all()
-    flat = values.clone().requires_grad_()
-    for shift in (0.0, -1e4, 1e4):
-        rows = UnpairedLogProbs(flat, values.flip(0), values > -1, torch.tensor(shift, dtype=dtype))
-        (slope,) = torch.autograd.grad(KTO(10.0)(rows).sum(), flat)
-        assert KTO(10.0)(rows).isfinite().all() and slope.isfinite().all()
-
-
-def unpaired(policy: list, reference: list | None, label: list[bool], shift: float) -> UnpairedLogProbs:
-    p = doubles(policy).requires_grad_()
-    fixed = None if reference is None else doubles(reference)
-    return UnpairedLogProbs(p, fixed, torch.tensor(label), doubles(shift).requires_grad_())
-
-
-def test_kto_by_hand():
-    # a = 3 and b = -1, z = 1: σ(β 2) = 3/4 with β = ln 3 / 2, and 1 - σ(β 2) for the other side
-    rows = unpaired([-1.0, -3.0], [-4.0, -2.0], [True, False], 1.0)
-    loss = KTO(LN3 / 2, desirable=2.0, undesirable=0.5)
-    assert loss(rows).tolist() == pytest.approx([2 / 4, 0.5 / 4])
-    slopes = torch.autograd.grad(loss(rows).sum(), (rows.policy, rows.kl), allow_unused=True)
-    # -β σ (1 - σ) for what is wanted, +β for what is not, and none for the estimate of the KL
-    assert slopes[0].tolist() == pytest.approx([-2 * LN3 / 2 * 3 / 16, 0.5 * LN3 / 2 * 3 / 16])
-    assert slopes[1] is None
-    # a negative estimate is 0
-    assert KTO(LN3)(unpaired([1.0, -1.0], None, [True, False], -5.0)).tolist() == pytest.approx([0.25, 0.25])
-
-
-# through DPO
+from helpers.ranked_batches import (
+    doubles,
+    lists_in_parts,
+    lists_of_ids,
+    make_lists,
+    rows_in_parts,
+    rows_of_ids,
+)
 
 
 def models() -> tuple:
@@ -254,7 +171,9 @@ def test_rows_without_a_common_estimate_have_their_own():
 
 def test_metrics_of_lists_by_hand():
     # rewards 0.5 times (3, 1, 1, 2) and (-1, 2): of 6 pairs 3 are in order and 1 is tied; of 1 none is
-    lists = ranked([[-1.0, -2.0, -3.0, -2.0], [-4.0, -1.0, 9.0, 9.0]], [[-4.0, -3.0, -4.0, -4.0], [-3.0] * 4])
+    lists = make_lists(
+        [[-1.0, -2.0, -3.0, -2.0], [-4.0, -1.0, 9.0, 9.0]], [[-4.0, -3.0, -4.0, -4.0], [-3.0] * 4]
+    )
     real = torch.tensor([[True] * 4, [True, True, False, False]])
     length = torch.tensor([[2, 1, 1, 4], [3, 5, 7, 7]])
     lists = RankedLogProbs(lists.policy, lists.reference, real, length)
@@ -354,11 +273,6 @@ def test_metrics_of_rows_by_hand():
             ValueError,
             "should have at least one completion",
         ),
-        (
-            lambda: as_weighted_losses([(KTO(), 1.0), (SFT(), 1.0)]),
-            TypeError,
-            "KTO and SFT learn from different data",
-        ),
     ],
 )
 def test_bad_batches(call, kind: type[Exception], message: str):
@@ -397,54 +311,3 @@ def test_data_of_another_kind_is_refused():
     for loss in (KTO(), PlackettLuce()):
         with pytest.raises(ValueError, match="ld_alpha compares the two sides of a pair, and"):
             DPO(policy, loss=loss, reference=reference, ld_alpha=0.5)
-
-
-def test_kto_equals_trl(tmp_path):
-    trl = pytest.importorskip("trl")
-    from datasets import Dataset
-
-    from helpers.trl import difference, differentiated, tokenizer
-
-    reference = ZOO["hf-llama"](0).eval()
-    policy = copy.deepcopy(reference)
-    generator = Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
-    config = trl.KTOConfig(
-        output_dir=str(tmp_path),
-        beta=0.3,
-        desirable_weight=1.5,
-        undesirable_weight=0.5,
-        max_length=None,
-        use_cpu=True,
-        bf16=False,
-        report_to=[],
-        gradient_checkpointing=False,
-        train_sampling_strategy="sequential",
-    )
-    rows = [{"prompt": "a", "completion": "b", "label": k % 2 == 0} for k in range(4)]
-    made = trl.KTOTrainer(
-        model=policy,
-        ref_model=reference,
-        args=config,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer(),
-    )
-    made.model.eval()
-    prompts, completions, labels = rows_of_ids()
-    inputs = made.data_collator(
-        [
-            {
-                "prompt_ids": x,
-                "completion_ids": y,
-                "KL_completion_ids": completions[k - 1],
-                "label": label,
-            }
-            for k, (x, y, label) in enumerate(zip(prompts, completions, labels, strict=True))
-        ]
-    )
-    expected = differentiated(made.compute_loss(made.model, inputs), policy)
-    dpo = DPO(policy, loss=KTO(0.3, 1.5, 0.5), reference=reference, share_prefix=True)
-    batch = UnpairedBatch.from_lists(prompts, completions, labels, [completions[-1], *completions[:-1]])
-    assert difference(differentiated(dpo(batch), policy), expected) <= 1e-5

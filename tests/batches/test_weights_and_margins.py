@@ -1,6 +1,5 @@
 """Weights and margins from a data row to the loss, and what runs over the steps of `BetaDPO`."""
 
-import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from dpo_wrapper import DPO, IPO, PreferenceBatch, PreferenceCollator, PreferenceDataset, Sigmoid, SimPO
 from dpo_wrapper.data import ByteTokenizer, to_example, tokenize_examples
-from dpo_wrapper.losses import AOT, BetaDPO
+from dpo_wrapper.losses import AOT
 from helpers.models import ZOO
 
 ROWS = [
@@ -155,7 +154,8 @@ def test_the_command_trains_on_columns(tmp_path: Path, monkeypatch):
 
     from dpo_wrapper.pretrained import PRESETS
     from dpo_wrapper.training.config import TrainConfig
-    from dpo_wrapper.training.train import set_up_training, train
+    from dpo_wrapper.training.setup import set_up_training
+    from dpo_wrapper.training.train import train
 
     monkeypatch.setitem(PRESETS, "tiny", {"dim": 16, "depth": 1, "heads": 1})
     data = tmp_path / "rows.jsonl"
@@ -164,69 +164,6 @@ def test_the_command_trains_on_columns(tmp_path: Path, monkeypatch):
     train(TrainConfig(data=data, out=tmp_path / "run", batch_size=3, **more))
     with pytest.raises(ValueError, match="margins have no meaning for IPO"):
         set_up_training(TrainConfig(data=data, out=tmp_path / "other", loss="ipo", **more))
-
-
-# what runs over steps
-
-
-@torch.no_grad()
-def gaps_of(dpo: DPO, given: PreferenceBatch) -> Tensor:
-    parts = [replace(given, pair_index=given.pair_index[k : k + 1]) for k in range(len(given.pair_index))]
-    return torch.stack([dpo(part, return_metrics=True)[1]["rewards/margins"] / dpo.beta for part in parts])
-
-
-def test_beta_dpo_keeps_its_running_mean():
-    dpo = made(BetaDPO(0.2, k=0.5))
-    assert {"loss.states.0.mean", "loss.states.0.std"} <= set(dpo.state_dict())
-    assert not any("loss" in name for name in made(Sigmoid()).state_dict())
-    given, mean, spread = batch(), 0.0, 0.0
-    gaps = gaps_of(dpo, given)
-    statistics = dpo.loss.first.statistics
-    assert not statistics.mean and statistics.step_sums[0] == 0  # without gradients nothing moves
-    for _ in range(3):
-        loss = dpo(given)
-        mean, spread = 0.9 * mean + 0.1 * gaps.mean(), 0.9 * spread + 0.1 * gaps.std()
-        beta = max(0.2 * (1 + 0.5 * (gaps.mean() - mean)), 1e-3)
-        torch.testing.assert_close(loss, torch.nn.functional.softplus(-beta * gaps).mean(), rtol=1e-5, atol=0)
-        torch.testing.assert_close(dpo.loss.first.statistics.mean, mean.float())
-        torch.testing.assert_close(dpo.loss.first.statistics.std, spread.float())
-
-
-def test_a_step_in_parts_moves_the_running_mean_once():
-    whole, parts = (made(BetaDPO(0.2)) for _ in range(2))
-    given = batch()
-    for _ in range(2):
-        whole(given).backward()
-        before = parts.loss.first.statistics.mean.clone()
-        for rows in (given.pair_index[:1], given.pair_index[1:]):
-            parts(replace(given, pair_index=rows).with_step_totals(*given.step_totals())).backward()
-            assert torch.equal(parts.loss.first.statistics.mean, before)
-        parts.end_step()
-        torch.testing.assert_close(parts.loss.first.statistics.mean, whole.loss.first.statistics.mean)
-        torch.testing.assert_close(parts.loss.first.statistics.std, whole.loss.first.statistics.std)
-    parts.end_step()  # a step without pairs
-    torch.testing.assert_close(parts.loss.first.statistics.mean, whole.loss.first.statistics.mean)
-
-    other = made(BetaDPO(0.2))
-    other.load_state_dict(whole.state_dict())
-    assert torch.equal(other.loss.first.statistics.mean, whole.loss.first.statistics.mean)
-    twin = copy.deepcopy(whole)
-    twin(given)
-    assert twin.loss.first.statistics.mean != whole.loss.first.statistics.mean
-
-
-@pytest.mark.pitfall(22)
-def test_two_processes_move_it_as_one_does():
-    shares = [made(BetaDPO(0.2)) for _ in range(2)]
-    one, given = made(BetaDPO(0.2)), batch()
-    one(given)
-    for share, rows in zip(shares, (given.pair_index[:3], given.pair_index[3:]), strict=True):
-        share(replace(given, pair_index=rows).with_step_totals(*given.step_totals()))
-    total = sum(torch.tensor(share.loss.first.statistics.step_sums) for share in shares)
-    shares[0].end_step(lambda sums: total)
-    first, expected = shares[0].loss.first.statistics, one.loss.first.statistics
-    torch.testing.assert_close(first.mean, expected.mean)
-    torch.testing.assert_close(first.std, expected.std, rtol=1e-4, atol=1e-5)
 
 
 def test_a_reference_is_not_made_for_a_function_that_needs_none():

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from dpo_wrapper.batches import TreeOptions
 from dpo_wrapper.batches.sequences import ScoredSequences
 from dpo_wrapper.data import (
     COLLATE_FNS,
@@ -177,7 +178,7 @@ def test_groups_hold_so_many_unique_tokens_and_keep_prompts_together() -> None:
 def token_ids(sequences: ScoredSequences) -> list[tuple[list[int], list[int]]]:
     """Each sequence's inputs and its scored tokens."""
     targets = sequences.target.split(sequences.length.tolist())
-    return [(ids.tolist(), y.tolist()) for ids, y in zip(sequences.inputs(), targets, strict=True)]
+    return [(ids.tolist(), y.tolist()) for ids, y in zip(sequences.unpadded_ids(), targets, strict=True)]
 
 
 def test_scored_sequences_are_all_of_the_examples() -> None:
@@ -212,7 +213,7 @@ def test_batches_of_every_type() -> None:
     ]
     unpaired = collate_unpaired(labelled)
     assert unpaired.label.tolist() == [False, True] and unpaired.weights is None
-    assert token_ids(unpaired.mismatched.sequences) == [([6], [3]), ([], [])]
+    assert token_ids(unpaired.kl_sequences) == [([6], [3]), ([], [])]
     sft = collate_sft([pairs[0], labelled[1]])
     assert token_ids(sft.sequences) == [([1, 2, 3], [2, 3, 4]), ([1], [2])]
 

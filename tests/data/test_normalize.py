@@ -214,7 +214,23 @@ def test_dialogue_text_is_parsed_into_the_turns_it_was_made_of(
     assert example == Example(prompt, (chosen, rejected))
 
 
-_keys = st.sampled_from(["role", "content", "from", "value", "prompt", "chosen", "rejected", "split"])
+_keys = st.sampled_from(
+    [
+        "role",
+        "content",
+        "from",
+        "value",
+        "prompt",
+        "chosen",
+        "rejected",
+        "completions",
+        "completion",
+        "label",
+        "split",
+        "weight",
+        "margin",
+    ]
+)
 _leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 
 

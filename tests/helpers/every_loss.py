@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from typing import Any
 
 from dpo_wrapper import Loss, PairLoss
 from dpo_wrapper.losses.registry import builtin_losses, divergences_by_name
@@ -11,7 +12,7 @@ DIVERGENCES = [divergence() for divergence in divergences_by_name().values()]
 OTHER_OPTIONS = {"beta": 0.4, "label_smoothing": 0.2, "gamma": 0.3, "tau": 0.7, "penalty": 2.0, "k": 0.2}
 
 
-def iterate_options(loss_class: type[Loss]) -> Iterator[Loss]:
+def iterate_options(loss_class: type[Any]) -> Iterator[Loss]:
     """The loss with its defaults, with other options, and with every divergence."""
     yield loss_class()
     names = {option.name for option in fields(loss_class)}

@@ -30,8 +30,10 @@ def make_pairs(
 
     lengths = [torch.tensor(n or [1] * len(chosen), dtype=torch.long) for n in (n_w, n_l)]
     mean = lengths[0].to(dtype).sum() / max(1, len(chosen))
-    policy = (floats(chosen).requires_grad_(), floats(rejected).requires_grad_())
-    return PairLogProbs(*policy, floats(ref_chosen), floats(ref_rejected), *lengths, mean)
+    sides = (floats(chosen), floats(rejected), floats(ref_chosen), floats(ref_rejected))
+    for policy in sides[:2]:
+        policy.requires_grad_()
+    return PairLogProbs(*sides, *lengths, mean_chosen_length=mean)
 
 
 def example_pair() -> PairLogProbs:

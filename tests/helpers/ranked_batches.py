@@ -2,12 +2,26 @@ import torch
 from torch import Generator, Tensor
 
 from dpo_wrapper import RankedBatch, UnpairedBatch
-from dpo_wrapper.losses import KTO, PlackettLuce
+from dpo_wrapper.losses import KTO, PlackettLuce, RankedLogProbs, UnpairedLogProbs
 from helpers.models import VOCAB
 
 
 def doubles(values: list) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
+
+
+def make_lists(policy: list, reference: list | None = None, is_real: list | None = None) -> RankedLogProbs:
+    """Log-probs of lists; those of the policy require gradients."""
+    leaf = doubles(policy).requires_grad_()
+    mask = torch.ones_like(leaf, dtype=torch.bool) if is_real is None else torch.tensor(is_real)
+    return RankedLogProbs(leaf, None if reference is None else doubles(reference), mask)
+
+
+def make_rows(policy: list, reference: list | None, label: list[bool], kl: float) -> UnpairedLogProbs:
+    """Log-probs of completions with a label; those of the policy and the KL require gradients."""
+    leaves = doubles(policy).requires_grad_(), doubles(kl).requires_grad_()
+    fixed = None if reference is None else doubles(reference)
+    return UnpairedLogProbs(leaves[0], fixed, torch.tensor(label), leaves[1])
 
 
 def ids(generator: Generator, n: int) -> list[int]:

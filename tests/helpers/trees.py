@@ -1,23 +1,28 @@
+"""Sequences that share prefixes, random trees of them, and what a tree's paths say."""
+
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from hypothesis import strategies as st
-from torch import Generator
+from torch import Generator, Tensor
 
 from dpo_wrapper.prefix_tree import PrefixTree
 
-ids = st.integers(0, 2) | st.sampled_from([-(2**63), -256, -1, 255, 256, 2**63 - 1])
+token_ids = st.integers(0, 2) | st.sampled_from([-(2**63), -256, -1, 255, 256, 2**63 - 1])
+"""Few different ids, so that prefixes are shared; now and then the extremes of int64."""
 
-
-sequence_sets = st.lists(st.lists(ids, max_size=8), max_size=12)
+sequence_sets = st.lists(st.lists(token_ids, max_size=8), max_size=12)
 
 
 @st.composite
-def branching(draw):
-    """Sequences that go on from prefixes of one another, or stop there."""
-    rows = [draw(st.lists(ids, max_size=12))]
+def branching_sequences(draw: Callable[..., Any]) -> list[list[int]]:
+    """Sequences that begin with prefixes of one another, or end there."""
+    rows = [draw(st.lists(token_ids, max_size=12))]
     for _ in range(draw(st.integers(0, 10))):
-        like = draw(st.sampled_from(rows))
-        kept = draw(st.integers(0, len(like)))
-        rows.append(like[:kept] + draw(st.lists(ids, max_size=4)))
+        other = draw(st.sampled_from(rows))
+        shared = draw(st.integers(0, len(other)))
+        rows.append(other[:shared] + draw(st.lists(token_ids, max_size=4)))
     return draw(st.permutations(rows))
 
 
@@ -31,3 +36,19 @@ def random_tree(seed: int, sequences: int = 6, longest: int = 200) -> PrefixTree
     stem = torch.randint(0, 3, (longest,), generator=generator)
     tails = [torch.randint(0, 3, (1 + number(longest),), generator=generator) for _ in range(sequences)]
     return PrefixTree.from_sequences([torch.cat([stem[: number(longest)], tail]) for tail in tails])
+
+
+def paths_of(tree: PrefixTree) -> tuple[Tensor, ...]:
+    """The path of each sequence."""
+    return tree.path.split(tree.start.diff().tolist())
+
+
+def nodes_of(tree: PrefixTree) -> list[Any]:
+    """For each token the ids from the root to it, read off the paths."""
+    nodes: list[Any] = [None] * len(tree.ids)
+    for path in paths_of(tree):
+        for n, token in enumerate(path.tolist(), start=1):
+            node = tuple(tree.ids[path[:n]].tolist())
+            assert nodes[token] in (None, node)
+            nodes[token] = node
+    return nodes

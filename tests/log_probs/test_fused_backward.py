@@ -46,10 +46,10 @@ def test_predicted_gradients_are_not_recomputed(
     inputs = random_inputs(T, V, D, dtype, needs_grad=needs_grad)
     plain = values_and_grads(inputs.scores(impl="eager", **options), inputs)
     expected = truth(inputs, **options)
-    for factor in (1.0, -0.5, 65536.0):  # of a scaler, or the share of a micro-batch
+    for scale in (1.0, -0.5, 65536.0):  # of a scaler, or the share of a micro-batch
 
-        def loss(scores: Tensor, factor: float = factor) -> Tensor:
-            return weighted_sum(scores) * factor
+        def loss(scores: Tensor, scale: float = scale) -> Tensor:
+            return weighted_sum(scores) * scale
 
         with tile_size(3, 8), chunk_size(tokens):
             results = values_and_grads(

@@ -6,11 +6,16 @@ from math import exp, log, log1p
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Generator
 
-from dpo_wrapper import PairLogProbs
+from dpo_wrapper import DPO, PairLogProbs, PairLoss, PreferenceBatch
 from dpo_wrapper.losses import AOT, AOTUnpaired, BetaDPO, CombinedLoss, Sigmoid
+from dpo_wrapper.losses.batchwise import RunningStatistics
+from helpers.batches import random_batch
+from helpers.models import ZOO
 from helpers.pair_log_probs import (
     SETTINGS,
     example_pair,
@@ -129,20 +134,6 @@ def test_calls_move_no_statistics():
     assert loss.statistics.mean == 0 and loss.statistics.step_sums == [0.0, 0.0, 0.0]
 
 
-@pytest.mark.pitfall(22)
-def test_two_processes_move_the_statistics_as_one_does():
-    differences = (6.0, 2.0, -3.0, 0.5)
-    whole, shares = BetaDPO(), [BetaDPO(), BetaDPO()]
-    whole.observe(pairs_with_differences(*differences))
-    shares[0].observe(pairs_with_differences(*differences[:3]))
-    shares[1].observe(pairs_with_differences(*differences[3:]))
-    total = sum(torch.tensor(share.statistics.step_sums) for share in shares)
-    whole.end_step()
-    shares[0].end_step(lambda sums: total)
-    torch.testing.assert_close(shares[0].statistics.mean, whole.statistics.mean)
-    torch.testing.assert_close(shares[0].statistics.std, whole.statistics.std)
-
-
 def test_each_loss_and_each_copy_has_its_own_statistics():
     first, second = BetaDPO(), BetaDPO()
     first.observe(pairs_with_differences(6.0, 2.0))
@@ -158,6 +149,88 @@ def test_combined_losses_save_and_load_the_statistics():
     source, target = CombinedLoss([(Sigmoid(), 1.0), (BetaDPO(), 0.5)]), CombinedLoss(BetaDPO())
     source.observe(pairs_with_differences(6.0, 2.0), is_whole_step=True)
     target.load_state_dict(source.state_dict())
-    (loss, _) = target.terms[0]
-    assert loss.statistics.mean.item() == pytest.approx(0.4)
+    assert vars(target.terms[0][0])["statistics"].mean.item() == pytest.approx(0.4)
     assert not CombinedLoss(Sigmoid()).state_dict()
+
+
+# through DPO
+
+
+def build_dpo(loss: PairLoss) -> DPO:
+    return DPO(ZOO["xt-rotary"](0).double(), loss=loss, reference=ZOO["xt-rotary"](1).double())
+
+
+def build_batch() -> PreferenceBatch:
+    case = random_batch(Generator().manual_seed(2), b=4, odd=0.0)
+    return PreferenceBatch.from_padded(
+        (case.preferred_seq, case.unpreferred_seq), case.prompt_masks, case.seq_masks
+    )
+
+
+def split_batch(batch: PreferenceBatch, pairs: int) -> list[PreferenceBatch]:
+    """Two parts of a step, of which the first has so many pairs."""
+    parts = (batch.pair_index[:pairs], batch.pair_index[pairs:])
+    return [replace(batch, pair_index=part).with_step_totals(*batch.step_totals()) for part in parts]
+
+
+def statistics_of(dpo: DPO) -> RunningStatistics:
+    return vars(dpo.loss.terms[0][0])["statistics"]
+
+
+def assert_same_statistics(left: DPO, right: DPO) -> None:
+    torch.testing.assert_close(statistics_of(left).mean, statistics_of(right).mean)
+    torch.testing.assert_close(statistics_of(left).std, statistics_of(right).std, rtol=1e-4, atol=1e-5)
+
+
+def test_each_step_of_dpo_moves_the_statistics():
+    dpo, batch = build_dpo(BetaDPO(0.2, k=0.5)), build_batch()
+    assert sum("loss" in name for name in dpo.state_dict()) == 2
+    with torch.no_grad():
+        pairs = [replace(batch, pair_index=index[None]) for index in batch.pair_index]
+        margins = [dpo(pair, return_metrics=True)[1]["rewards/margins"] for pair in pairs]
+    differences = torch.stack(margins) / dpo.beta
+    statistics = statistics_of(dpo)
+    assert not statistics.mean and statistics.step_sums[0] == 0  # without gradients nothing moves
+    mean = std = torch.tensor(0.0)
+    for _ in range(3):
+        loss = dpo(batch)
+        mean, std = 0.9 * mean + 0.1 * differences.mean(), 0.9 * std + 0.1 * differences.std()
+        beta = max(0.2 * (1 + 0.5 * (differences.mean() - mean)), 1e-3)
+        torch.testing.assert_close(loss, F.softplus(-beta * differences).mean(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(statistics.mean, mean.float())
+        torch.testing.assert_close(statistics.std, std.float())
+
+
+def test_a_step_of_several_parts_moves_the_statistics_once():
+    whole, split, batch = build_dpo(BetaDPO(0.2)), build_dpo(BetaDPO(0.2)), build_batch()
+    for _ in range(2):
+        whole(batch).backward()
+        before = statistics_of(split).mean.clone()
+        for part in split_batch(batch, 1):
+            split(part).backward()
+            assert torch.equal(statistics_of(split).mean, before)
+        split.end_step()
+        assert_same_statistics(split, whole)
+    split.end_step()  # a step without pairs
+    assert_same_statistics(split, whole)
+
+    loaded, duplicate = build_dpo(BetaDPO(0.2)), copy.deepcopy(whole)
+    loaded.load_state_dict(whole.state_dict())
+    assert_same_statistics(loaded, whole)
+    duplicate(batch)
+    assert statistics_of(duplicate).mean != statistics_of(whole).mean
+
+
+@pytest.mark.pitfall(22)
+def test_two_processes_move_the_statistics_as_one_does():
+    single, processes, batch = (
+        build_dpo(BetaDPO(0.2)),
+        [build_dpo(BetaDPO(0.2)) for _ in range(2)],
+        build_batch(),
+    )
+    single(batch)
+    for process, part in zip(processes, split_batch(batch, 3), strict=True):
+        process(part)
+    total = torch.tensor([statistics_of(process).step_sums for process in processes]).sum(dim=0)
+    processes[0].end_step(lambda sums: total)
+    assert_same_statistics(processes[0], single)

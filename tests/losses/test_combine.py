@@ -173,7 +173,8 @@ def test_a_function_needs_a_reference_unless_it_says_otherwise():
 
     defaults = CombinedLoss(chosen_nll)
     assert defaults.needs_reference and defaults.is_per_pair and not defaults.is_deterministic
-    chosen_nll.needs_reference, chosen_nll.is_per_pair, chosen_nll.is_deterministic = False, False, True
+    attributes = {"needs_reference": False, "is_per_pair": False, "is_deterministic": True}
+    vars(chosen_nll).update(attributes)
     own = CombinedLoss(chosen_nll)
     assert not own.needs_reference and not own.is_per_pair and own.is_deterministic
 

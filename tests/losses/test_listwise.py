@@ -9,15 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_wrapper.losses import PlackettLuce, RankedLogProbs
-from helpers.ranked_batches import doubles
+from helpers.ranked_batches import doubles, make_lists
 
 LN2 = log(2)
-
-
-def make_lists(policy: list, reference: list | None = None, is_real: list | None = None) -> RankedLogProbs:
-    leaf = doubles(policy).requires_grad_()
-    mask = torch.ones_like(leaf, dtype=torch.bool) if is_real is None else torch.tensor(is_real)
-    return RankedLogProbs(leaf, None if reference is None else doubles(reference), mask)
 
 
 def test_plackett_luce_by_hand():

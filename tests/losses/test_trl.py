@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -104,7 +105,7 @@ CASES = [
 ]
 
 
-def with_divergence(loss: Loss, divergence: str) -> Loss:
+def with_divergence(loss: Any, divergence: str) -> Loss:
     return replace(loss, divergence=DIVERGENCES[divergence]) if hasattr(loss, "divergence") else loss
 
 

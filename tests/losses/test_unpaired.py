@@ -6,15 +6,9 @@ import pytest
 import torch
 
 from dpo_wrapper.losses import KTO, UnpairedLogProbs
-from helpers.ranked_batches import doubles
+from helpers.ranked_batches import make_rows
 
 LN3 = log(3)
-
-
-def make_rows(policy: list, reference: list | None, label: list[bool], kl: float) -> UnpairedLogProbs:
-    leaves = doubles(policy).requires_grad_(), doubles(kl).requires_grad_()
-    fixed = None if reference is None else doubles(reference)
-    return UnpairedLogProbs(leaves[0], fixed, torch.tensor(label), leaves[1])
 
 
 def test_kto_by_hand():

@@ -1,5 +1,7 @@
 """Attention branch by branch, against the rule of the tree as a dense mask."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,12 +14,13 @@ from dpo_wrapper.prefix_tree import PrefixTree, TreeLayout, TreeOptions, attend_
 from dpo_wrapper.prefix_tree.cpu_attention import attend_by_branch, find_branches
 from helpers.batches import random_batch
 from helpers.dpo_calls import arguments
+from helpers.kernels import tree_kernels
 from helpers.models import ZOO
-from helpers.trees import branching, random_tree, sequence_sets
+from helpers.trees import branching_sequences, random_tree, sequence_sets
 
 
-def tokens(places):
-    return [token for place in places for token in range(place.start, place.stop)]
+def tokens(slices):
+    return [token for run in slices for token in range(run.start, run.stop)]
 
 
 def inputs(u, heads, width=8, dtype=torch.float64):
@@ -31,18 +34,19 @@ def test_the_branches_of_the_tree_in_the_docstring():
     assert find_branches(tree.position) == expected
 
 
-@given(sequence_sets | branching())
+@given(sequence_sets | branching_sequences())
 @settings(max_examples=200, deadline=None)
-def test_branches_lie_end_to_end_and_continue_their_past(sequences):
+def test_branches_lie_end_to_end_and_continue_their_prefix(sequences):
     tree = PrefixTree.from_sequences(sequences)
     branches = find_branches(tree.position)
-    assert tokens(own for own, _ in branches) == list(range(len(tree.ids)))
-    attends = tree.attention_mask()
-    for own, past in branches:
-        seen = attends[own.start].nonzero()[:, 0].tolist()
-        assert [*tokens(past), own.start] == seen
-        assert all(place.start < place.stop <= own.start for place in past)
-        assert tree.position[own].tolist() == list(range(len(seen) - 1, len(seen) - 1 + own.stop - own.start))
+    assert tokens(branch for branch, _ in branches) == list(range(len(tree.ids)))
+    mask = tree.attention_mask()
+    for branch, prefix in branches:
+        path = mask[branch.start].nonzero()[:, 0].tolist()
+        assert [*tokens(prefix), branch.start] == path
+        assert all(run.start < run.stop <= branch.start for run in prefix)
+        depth, length = len(path) - 1, branch.stop - branch.start
+        assert tree.position[branch].tolist() == list(range(depth, depth + length))
 
 
 @pytest.mark.parametrize("heads", [(4, 4, 4), (4, 2, 2), (4, 1, 1)])
@@ -69,7 +73,7 @@ def test_output_and_gradients_are_those_under_the_dense_rule(seed, heads):
 def test_gradcheck():
     branches = find_branches(random_tree(5, sequences=4, longest=6).position)
     u = branches[-1][0].stop
-    assert any(past for _, past in branches)
+    assert any(prefix for _, prefix in branches)
     assert torch.autograd.gradcheck(
         lambda q, k, v: attend_by_branch(q, k, v, branches, None), inputs(u, (2, 2, 2), 4)
     )
@@ -105,13 +109,11 @@ def test_derivatives_of_derivatives_are_refused():
 @pytest.mark.parametrize("longest, width, calls", [(3, 1024, 0), (300, 1024, 1), (300, 16, 0)])
 def test_short_branches_and_narrow_heads_are_left_to_the_model(longest, width, calls, monkeypatch):
     layout = TreeLayout.from_tree(random_tree(0, longest=longest), TreeOptions(kernel="branches"))
-    made = []
-    monkeypatch.setattr(
-        cpu_attention, "attend_by_branch", lambda *args: made.append(1) or attend_by_branch(*args)
-    )
+    attend = Mock(wraps=attend_by_branch)
+    monkeypatch.setattr(cpu_attention, "attend_by_branch", attend)
     q, k, v = (t.float() for t in inputs(layout.ids.numel(), (4, 4, 4), width // 4))
     attend_with_kernel(layout, q, k, v, None, None)
-    assert len(made) == calls
+    assert attend.call_count == calls
 
 
 @pytest.mark.parametrize("name", ["hf-llama", "xt-rotary-flash"])
@@ -120,16 +122,16 @@ def test_a_kernel_that_does_not_give_the_models_attention_is_not_used(name, monk
     case = arguments(random_batch(Generator().manual_seed(0), b=4))
     right = DPO(ZOO[name](0))
     expected = right(**case)
-    assert right.score_policy.kernel == right.score_reference.kernel == "branches"
+    assert tree_kernels(right) == {"branches"}
     monkeypatch.setattr(cpu_attention, "attend_by_branch", lambda q, *_: torch.zeros_like(q))
     wrong = DPO(ZOO[name](0))
-    assert torch.allclose(wrong(**case), expected) and wrong.score_policy.kernel == "model"
+    assert torch.allclose(wrong(**case), expected) and tree_kernels(wrong) == {"model"}
     assert "along each path" in wrong.explain()
 
 
 @given(st.integers(0, 1000))
 @settings(max_examples=20, deadline=None)
-def test_rows_are_one_stretch_of_tokens_to_it(seed):
+def test_branches_run_through_the_rows_of_a_layout(seed):
     tree = random_tree(seed, longest=30)
     layout = TreeLayout.from_tree(tree, TreeOptions(16, "branches"))
     assert layout.branches == find_branches(tree.position)

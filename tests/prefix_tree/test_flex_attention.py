@@ -1,5 +1,7 @@
 """FlexAttention over a tree: its block mask and forward pass on the CPU, its gradients on CUDA."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,33 +9,36 @@ from hypothesis import strategies as st
 from torch import Generator
 
 from dpo_wrapper import DPO
+from dpo_wrapper.prefix_tree import flex_attention
 from dpo_wrapper.prefix_tree.flex_attention import BLOCK_SIZE, attend_with_flex, create_tree_block_mask
+from helpers.batches import random_batch
 from helpers.dpo_calls import arguments, nudged
+from helpers.kernels import tree_kernels, use_kernel
 from helpers.models import ZOO, x_transformer
 from helpers.trees import random_tree
 
 
 @given(st.integers(0, 10_000), st.integers(1, 8), st.sampled_from([3, 40, 200, 500]))
 @settings(max_examples=40, deadline=None)
-def test_blocks_hold_every_pair_that_attends_and_whole_blocks_no_other(seed, sequences, longest):
+def test_blocks_hold_every_pair_that_attends_and_full_blocks_no_other(seed, sequences, longest):
     tree = random_tree(seed, sequences, longest)
     mask, attends = create_tree_block_mask(tree.subtree_end, tree.position), tree.attention_mask()
     u, count = len(tree.ids), -(-len(tree.ids) // BLOCK_SIZE)
-    some, whole = (torch.zeros(count, count, dtype=torch.bool) for _ in range(2))
+    partial, full = (torch.zeros(count, count, dtype=torch.bool) for _ in range(2))
     for table, numbers, indices in (
-        (some, mask.kv_num_blocks, mask.kv_indices),
-        (whole, mask.full_kv_num_blocks, mask.full_kv_indices),
+        (partial, mask.kv_num_blocks, mask.kv_indices),
+        (full, mask.full_kv_num_blocks, mask.full_kv_indices),
     ):
         for row, (number, index) in enumerate(zip(numbers[0, 0], indices[0, 0], strict=True)):
             table[row, index[:number].long()] = True
-    assert not (some & whole).any()
+    assert not (partial & full).any()
     for i in range(count):
         for j in range(count):
             block = attends[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE, j * BLOCK_SIZE : (j + 1) * BLOCK_SIZE]
-            assert (some[i, j] or whole[i, j]) == block.any(), (
+            assert (partial[i, j] or full[i, j]) == block.any(), (
                 "computed where and only where something attends"
             )
-            if whole[i, j]:
+            if full[i, j]:
                 assert block.all() and block.shape == (min(BLOCK_SIZE, u - i * BLOCK_SIZE), BLOCK_SIZE)
 
 
@@ -70,21 +75,16 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_log_probs_of_whole_models(name, monkeypatch):
-    from helpers.batches import random_batch
-
-    calls = []
-    monkeypatch.setattr(
-        "dpo_wrapper.prefix_tree.flex_attention.attend_with_flex",
-        lambda *args: calls.append(1) or attend_with_flex(*args),
-    )
+    attend = Mock(wraps=attend_with_flex)
+    monkeypatch.setattr(flex_attention, "attend_with_flex", attend)
     case = random_batch(Generator().manual_seed(0), b=4, odd=0)
     dpo = DPO(nudged(MODELS[name]()), reference=MODELS[name](), share_prefix=True)
     with torch.no_grad():
         expected = dpo(**arguments(case), return_metrics=True)[1]
-        assert not calls
-        dpo.score_policy.kernel = dpo.score_reference.kernel = "flex"
+        assert not attend.called
+        use_kernel(dpo, "flex")
         got = dpo(**arguments(case), return_metrics=True)[1]
-    assert bool(calls) == (name != "not plain")
+    assert attend.called == (name != "not plain")
     for metric in expected:
         assert torch.allclose(got[metric], expected[metric], atol=1e-4), metric
 
@@ -92,8 +92,6 @@ def test_log_probs_of_whole_models(name, monkeypatch):
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_on_cuda(name):
-    from helpers.batches import random_batch
-
     case = arguments(random_batch(Generator().manual_seed(0), b=4, odd=0))
     on_cuda = {k: tuple(t.cuda() for t in v) if isinstance(v, tuple) else v.cuda() for k, v in case.items()}
     grads = []
@@ -101,7 +99,7 @@ def test_gradients_on_cuda(name):
         policy = nudged(MODELS[name]()).cuda()
         dpo = DPO(policy, reference=MODELS[name]().cuda(), share_prefix=share)
         dpo(**on_cuda).backward()
-        assert (dpo.score_policy.kernel == "flex") == share
+        assert tree_kernels(dpo) == ({"flex"} if share else set())
         grads.append([p.grad for p in policy.parameters()])
     for a, b in zip(*grads, strict=True):
         assert torch.allclose(a, b, atol=1e-4)

@@ -8,11 +8,12 @@ import torch
 from torch import Generator
 
 from dpo_wrapper import DPO, precompute_ref_log_probs
+from dpo_wrapper.data import scored_sequences
 from dpo_wrapper.pretrained import PRESETS
 from dpo_wrapper.training.train import train
 from helpers.adapters import lora
 from helpers.batches import random_batch
-from helpers.datasets import dataset
+from helpers.datasets import pairs
 from helpers.dpo_calls import arguments
 from helpers.models import ZOO
 from helpers.runs import BUNDLED, interrupt_training, make_config, read_metrics
@@ -91,9 +92,9 @@ def test_what_cannot_be_updated_is_refused(tmp_path):
     model = ZOO["xt-rotary"](0)
     refused = {
         "with its adapter off and has no weights": DPO(lora(ZOO["hf-llama"](0))),
-        "expected, but there is none": DPO(model, reference="none"),
+        "should have weights of its own, but there is none": DPO(model, reference="none"),
         "computed before cannot be updated": DPO(
-            model, reference=precompute_ref_log_probs(dataset(), model, tmp_path)
+            model, reference=precompute_ref_log_probs(scored_sequences(pairs(), 30), model, tmp_path)
         ),
         "of another architecture than the policy": DPO(model, reference=ZOO["hf-llama"](0)),
     }

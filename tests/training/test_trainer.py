@@ -4,10 +4,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from dpo_wrapper.data.groups import micro_batches
 from safetensors.torch import load_file
 
-from dpo_wrapper.data import TokenPair
 from dpo_wrapper.training.train import train
 from dpo_wrapper.training.trainer import learning_rate_factor, step_indices
 from helpers.runs import assert_metrics_close, make_config, read_metrics, train_in_two_processes
@@ -25,18 +23,6 @@ def test_the_learning_rate_rises_and_falls():
     factors = [learning_rate_factor(step, 20, 0.1) for step in range(20)]
     assert factors[:3] == [0.5, 1.0, 1.0]
     assert all(a > b for a, b in pairwise(factors[2:])) and factors[-1] < 0.02
-
-
-def test_micro_batches_hold_so_many_unique_tokens_and_keep_prompts_together():
-    def pair(prompt, chosen, rejected):
-        return TokenPair(prompt, (7,) * chosen, (8,) * rejected)
-
-    pairs = [pair((1, 2, 3), 4, 4), pair((5,), 2, 2), pair((1, 2, 3), 1, 1), pair((1, 2, 4), 3, 3)]
-    # 11 and then 2 more, 7 with the prompt's last token; 5 on its own
-    assert micro_batches(pairs, 1000) == [[0, 2, 3, 1]]
-    assert micro_batches(pairs, 20) == [[0, 2, 3], [1]]
-    assert micro_batches(pairs, 13) == [[0, 2], [3], [1]]
-    assert micro_batches(pairs, 1) == [[0], [2], [3], [1]]
 
 
 @pytest.mark.pitfall(23)

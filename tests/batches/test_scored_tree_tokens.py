@@ -1,0 +1,74 @@
+"""`ScoredTreeTokens` against brute force: what is scored on a tree comes back to its sequences."""
+
+import pytest
+import torch
+from torch import Generator
+
+from dpo_wrapper import PreferenceBatch
+from dpo_wrapper.batches.sequences import ScoredSequences, ScoredTreeTokens
+from dpo_wrapper.prefix_tree import PrefixTree, TreeOptions
+from helpers.batches import random_batch
+from helpers.trees import nodes_of
+
+
+def scored_sequences(seed, **kwargs):
+    case = random_batch(Generator().manual_seed(seed), vocab=4, b=5, **kwargs)
+    sides = (case.preferred_seq, case.unpreferred_seq)
+    return PreferenceBatch.from_padded(sides, case.prompt_masks, case.seq_masks).sequences
+
+
+def test_a_tree_is_built_once_for_each_of_the_options_and_moves_with_the_sequences():
+    sequences = scored_sequences(0)
+    tree = sequences.as_tree(TreeOptions(5))
+    assert sequences.as_tree(TreeOptions(5)) is tree and sequences.as_tree(TreeOptions()) is not tree
+    for twin in (tree.to("meta"), sequences.to("meta").as_tree(TreeOptions(5))):
+        assert twin.unique_tokens == tree.unique_tokens
+        for tensor in (twin.source, twin.target, twin.entry, twin.layout.ids):
+            assert tensor.device.type == "meta"
+
+
+def score_of(past, target):
+    """A number that tells pasts and targets apart: any table would do."""
+    return hash((*past, -7, target)) % 1000003 / 1000
+
+
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("max_positions", [None, 4])
+def test_scores_come_back_to_the_sequences_they_belong_to(seed, max_positions):
+    sequences = scored_sequences(seed)
+    tree = ScoredTreeTokens.from_sequences(sequences, TreeOptions(max_positions))
+    real, rows = PrefixTree.from_sequences(sequences.unpadded_ids()), sequences.unpadded_ids()
+    assert tree.unique_tokens == len(real.ids) == sequences.unique_tokens()
+    nodes = nodes_of(real)
+    table = [score_of(nodes[k], t) for k, t in zip(tree.source.tolist(), tree.target.tolist(), strict=True)]
+    got = sequences.sum_per_sequence(torch.tensor(table, dtype=torch.float64)[tree.entry])
+
+    expected, different = torch.zeros(len(rows), dtype=torch.float64), set()
+    scored = (sequences.row.tolist(), sequences.source.tolist(), sequences.target.tolist())
+    for row, source, target in zip(*scored, strict=True):
+        past = tuple(rows[row][: source + 1].tolist())
+        different.add((past, target))
+        expected[row] += score_of(past, target)
+    assert torch.allclose(got, expected, atol=1e-9, rtol=0)
+    assert len(table) == len(different)  # what two sequences score is scored once
+
+
+def test_equal_sequences_are_laid_and_scored_once():
+    seq = torch.tensor([[3, 1, 2, 5]] * 4)
+    all_true = torch.ones_like(seq, dtype=torch.bool)
+    tree = ScoredTreeTokens.from_sequences(
+        ScoredSequences.from_padded(seq, all_true, all_true), TreeOptions()
+    )
+    assert tree.unique_tokens == 3 and tree.target.tolist() == [1, 2, 5]
+    assert tree.entry.tolist() == [0, 1, 2] * 4 and tree.layout.groups[0].shape == (1, 3)
+
+
+def test_one_token_with_two_targets_and_two_tokens_with_one():
+    seq = torch.tensor([[3, 1], [3, 2], [4, 1]])
+    all_true = torch.ones_like(seq, dtype=torch.bool)
+    tree = ScoredTreeTokens.from_sequences(
+        ScoredSequences.from_padded(seq, all_true, all_true), TreeOptions()
+    )
+    assert tree.unique_tokens == 2
+    pairs = list(zip(tree.source.tolist(), tree.target.tolist(), strict=True))
+    assert [pairs[k] for k in tree.entry.tolist()] == [(0, 1), (0, 2), (1, 1)]

@@ -1,0 +1,61 @@
+"""Modes and dtypes of models: train and eval mode, autocast, `DPO.to(dtype)`."""
+
+import pytest
+import torch
+
+from dpo_wrapper import DPO
+from helpers.dpo_calls import LN2, nudged
+from helpers.models import ZOO
+from helpers.naive_dpo import ARGUMENTS, reference_log_probs, train
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["xt-tied", "xt-rotary", "hf-llama", "hf-gemma2", "plain-transformer"])
+def test_a_dpo_changes_its_dtype_as_a_whole(name, dtype):
+    dpo = DPO(ZOO[name](0))
+    dpo(**ARGUMENTS)
+    loss = dpo.to(dtype)(**ARGUMENTS)
+    assert abs(loss.item() - LN2) < 1e-6
+    assert loss.dtype == torch.promote_types(dtype, torch.float32)
+    before = reference_log_probs(dpo)
+    nudged(dpo.policy_model, 0.05)
+    assert reference_log_probs(dpo) == before
+    # the margins of three pairs may cancel in the loss (in bfloat16 a rounding of the attention decides);
+    # the log-probs of a side, by 0.1 nats or more, show that the policy is not the reference
+    metrics = dpo(**ARGUMENTS, return_metrics=True)[1]
+    assert max(abs(metrics["rewards/chosen"]), abs(metrics["rewards/rejected"])) > 0.01  # beta = 0.1
+
+
+@pytest.mark.parametrize("name", ["xt-rotary", "hf-llama", "plain-transformer", "plain-tied"])
+def test_the_first_step_under_autocast_trains_what_later_ones_do(name):
+    """The first look makes no casts of weights that the step would then use without gradients."""
+    dpo = DPO(ZOO[name](0))
+    steps = []
+    for _ in range(2):
+        dpo.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = dpo(**ARGUMENTS)
+        loss.backward()
+        assert loss.dtype == torch.float32 and abs(loss.item() - LN2) < 1e-6
+        steps.append({name: p.grad for name, p in dpo.policy_model.named_parameters()})
+    for name, gradient in steps[0].items():
+        assert gradient is not None and torch.equal(gradient, steps[1][name]), name
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_evaluation_may_come_first(context):
+    for name in ("xt-alibi", "xt-xpos", "hf-llama"):  # some of these register buffers on their first run
+        dpo = DPO(ZOO[name](0))
+        with context():
+            assert abs(dpo(**ARGUMENTS).item() - LN2) < 1e-6
+        train(dpo, steps=1)
+
+
+@pytest.mark.parametrize("name", ["xt-dropout", "hf-gpt2", "hf-opt", "plain-transformer"])
+def test_train_mode_between_calls_changes_nothing(name):
+    dpo = DPO(ZOO[name](0))
+    nudged(dpo.policy_model)
+    expected = dpo(**ARGUMENTS)
+    for module in (dpo.policy_model, dpo.ref_model, dpo):
+        module.train()
+        assert dpo(**ARGUMENTS) == expected
