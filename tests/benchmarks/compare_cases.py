@@ -174,16 +174,17 @@ def synchronized() -> Tensors:
 
 
 def precomputed() -> Tensors:
-    lists = [make_lists(5, seed) for seed in (1, 2, 3)]
-    sequences = find("batches.sequences.ScoredSequences", "sequences.ScoredSequences")
+    """A step with a reference whose log-probs were written to files."""
+    lists = [[tuple(ids) for ids in make_lists(5, seed)] for seed in (1, 2, 3)]
+    model = MODELS["xt-rotary"](4)
     with tempfile.TemporaryDirectory() as folder:
-        model = MODELS["xt-rotary"](4)
         try:
-            compute = find("precompute_ref_log_probs")
-            data = [sequences.from_lists([x, x], [y, z]) for x, y, z in zip(*lists, strict=True)]
+            compute, example = find("precompute_ref_log_probs"), find("data.TokenizedExample")
+            examples = [example(x, (y, z)) for x, y, z in zip(*lists, strict=True)]
+            data = find("data.scored_sequences")(examples, 16384)
         except AttributeError:
             compute, pair = find("cache_reference"), find("data.TokenPair")
-            data = [pair(*map(tuple, row)) for row in zip(*lists, strict=True)]
+            data = [pair(*row) for row in zip(*lists, strict=True)]
         cached = compute(data, model, Path(folder) / "reference")
     return step(make_dpo(reference=cached), find("PreferenceBatch").from_lists(*lists))
 
