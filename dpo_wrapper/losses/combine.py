@@ -219,7 +219,8 @@ class CombinedLoss(nn.Module):
             raise TypeError(f"wpo should be True or False, but it is {wpo!r}.")
         if wpo and self.dataset_type != "preference":
             raise ValueError(
-                f"wpo weights pairs, and {join_names([self.first_loss])} learns from other data: leave it out."
+                f"wpo weights pairs, and {join_names([self.first_loss])} learns from other data: leave it "
+                "out."
             )
         if wpo:
             self.check_columns(has_margins=False, has_weights=True)

@@ -144,7 +144,7 @@ def ours(model: nn.Module, batch: Batch, args: Namespace, share: str | bool, cac
 
 def x_transformers(model: nn.Module, batch: Batch, args: Namespace) -> Step:
     """Theirs takes both sides in one shape, and means over the answer's tokens (with its mask off by one)."""
-    from x_transformers.dpo import DPO as TheirDPO
+    from x_transformers.dpo import DPO as TheirDPO  # noqa: N811
 
     dpo = TheirDPO(model, beta=BETA)
     perturb(model, args.seed)
