@@ -22,7 +22,14 @@ from dpo_wrapper.training.trainer import Trainer
 from helpers.adapters import lora
 from helpers.datasets import dataset, pairs
 from helpers.models import ZOO
-from helpers.runs import Interrupted, interrupt_training, make_config, read_metrics, run_in_two_processes
+from helpers.runs import (
+    InterruptedRunError,
+    assert_metrics_close,
+    interrupt_training,
+    make_config,
+    read_metrics,
+    run_in_two_processes,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -194,9 +201,9 @@ def test_an_interrupted_computation_goes_on_where_it_stopped(tmp_path, monkeypat
     def interrupt(count):
         done.append(count)
         if len(done) == 2:
-            raise Interrupted
+            raise InterruptedRunError
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedRunError):
         precompute_all(data, model, tmp_path / "a", progress=interrupt)
     assert done == [6, 6]
     (tmp_path / "a" / "part-00002.new").write_bytes(b"half a file")
@@ -263,15 +270,6 @@ def test_the_reference_runs_once_for_each_sequence(monkeypatch):
 # the training command
 
 
-def close(one, two):
-    assert len(one) == len(two)
-    for a, b in zip(one, two, strict=True):
-        other = {"tokens/padded", "tokens/unique", "stage", "part"}
-        # before the first step policy and reference are equal up to rounding, which then decides who wins
-        for name in a.keys() - other - ({"rewards/accuracies"} if a["step"] == 0 else set()):
-            assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-4), (a["part"], a["step"], name)
-
-
 @pytest.fixture(scope="module")
 def without_memory(rows, tmp_path_factory):
     """A run in which the reference is computed each time."""
@@ -297,7 +295,7 @@ def test_from_the_second_epoch_on_the_reference_is_not_called(rows, tmp_path, mo
     train(make_config(rows, tmp_path / "out"))
     half = len(seen) // 2
     assert seen[half - 1] == seen[-1] > 0
-    close(read_metrics(tmp_path / "out"), read_metrics(without_memory))
+    assert_metrics_close(read_metrics(tmp_path / "out"), read_metrics(without_memory))
 
 
 @pytest.mark.slow
@@ -312,7 +310,7 @@ def test_precomputation_trains_alike_without_a_reference(rows, tmp_path, monkeyp
     out = tmp_path / "out"
     train(make_config(rows, out, precompute_ref_log_probs=True, micro_batch_tokens=1))
     assert stages[-1].dpo.ref_model is None
-    close(read_metrics(out), read_metrics(without_memory))
+    assert_metrics_close(read_metrics(out), read_metrics(without_memory))
     parts = [len(list((out / "reference" / name).iterdir())) for name in ("train", "eval")]
     assert parts == [8, 2]  # of three pairs
     assert (
@@ -330,7 +328,7 @@ def test_an_interrupted_run_with_a_cache_resumes(rows, tmp_path, monkeypatch, wh
     def breaks(*args):
         breaks.left -= 1
         if breaks.left == 0:
-            raise Interrupted
+            raise InterruptedRunError
         return write_file(*args)
 
     if where == "training":
@@ -338,7 +336,7 @@ def test_an_interrupted_run_with_a_cache_resumes(rows, tmp_path, monkeypatch, wh
             train(make_config(rows, tmp_path / "out", **options))
     else:
         breaks.left = 4
-        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        with monkeypatch.context() as patch, pytest.raises(InterruptedRunError):
             patch.setattr(precompute, "write_file", breaks)
             train(make_config(rows, tmp_path / "out", **options))
     monkeypatch.setattr(precompute, "write_file", breaks)
@@ -385,7 +383,7 @@ def test_two_processes_cache_what_one_does(rows, tmp_path, without_memory):
     )
     run_in_two_processes(script, rows, tmp_path)
     for name in ("first", "ahead"):
-        close(read_metrics(without_memory), read_metrics(tmp_path / name))
+        assert_metrics_close(read_metrics(without_memory), read_metrics(tmp_path / name))
     assert len(list((tmp_path / "ahead" / "reference" / "train").iterdir())) == 8
 
 

@@ -10,7 +10,7 @@ from dpo_wrapper.pretrained import load_pretrained
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.train import train
 from dpo_wrapper.training.trainer import Trainer
-from helpers.runs import Interrupted, interrupt_training, make_config, read_metrics
+from helpers.runs import InterruptedRunError, interrupt_training, make_config, read_metrics
 
 
 @pytest.mark.slow
@@ -34,7 +34,7 @@ def test_the_running_mean_of_a_loss_resumes(rows, tmp_path, monkeypatch):
         values = train_step(self, *args)
         seen.append((float(self.stage.dpo.gap.mean), float(self.stage.dpo.gap.spread)))
         if len(seen) == interrupt_after:
-            raise Interrupted
+            raise InterruptedRunError
         return values
 
     monkeypatch.setattr(Trainer, "train_step", record_gap)
@@ -44,7 +44,7 @@ def test_the_running_mean_of_a_loss_resumes(rows, tmp_path, monkeypatch):
     whole, interrupt_after = seen.copy(), 3
     assert len(whole) > 3 and len({mean for mean, _ in whole}) == len(whole)
     seen.clear()
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedRunError):
         train(make_config(rows, tmp_path / "out", **options))
     interrupt_after = 0
     train(make_config(rows, tmp_path / "out", resume=True, **options))
