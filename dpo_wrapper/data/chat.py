@@ -205,13 +205,11 @@ def parse_dialogues(dialogues: dict[str, Turns], prompt: Prompt) -> tuple[Turns,
     for field, turns in prompts.items():
         if turns != shared:
             equal = [a == b for a, b in zip(turns, shared, strict=False)]
-            start = (equal.index(False) if False in equal else len(equal)) + 1
-            lengths = f"{len(turns)} turns instead of {len(shared)}"
-            raise ExampleError(
-                f"the turns before the last answer should be those of field '{first}', but they differ from "
-                f"turn {start} on ({lengths}): let all completions answer one prompt or leave the row out.",
-                field,
-            )
+            start = [*equal, False].index(False) + 1
+            difference = f"differ from turn {start} on ({len(turns)} turns instead of {len(shared)})"
+            expected = f"the turns before the last answer should be those of field '{first}'"
+            remedy = "let all completions answer one prompt or leave the row out"
+            raise ExampleError(f"{expected}, but they {difference}: {remedy}.", field)
     _check_prompt(shared, first if prompt.is_blank else prompt.field)
     return shared, tuple(turns[-1].content for turns in dialogues.values())
 
@@ -226,11 +224,9 @@ def _check_all_have_turns(texts: dict[str, str], prompt: Prompt) -> None:
         raise ExampleError(f"{problem}: fill it in or leave the row out.", prompt.field)
     if plain:
         other = next(field for field in texts if field not in plain)
-        raise ExampleError(
-            f"the completion should be a dialogue with '\\n\\nAssistant:' turns as in field '{other}', but "
-            "it is text without turns: write all completions in one form or add a prompt.",
-            plain[0],
-        )
+        form = f"a dialogue with '\\n\\nAssistant:' turns as in field '{other}'"
+        problem = f"the completion should be {form}, but it is text without turns"
+        raise ExampleError(f"{problem}: write all completions in one form or add a prompt.", plain[0])
 
 
 def _check_prompt(prompt: Turns, field: str) -> None:

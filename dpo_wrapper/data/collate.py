@@ -1,4 +1,4 @@
-"""Tokenized examples, or items of a dataset -> batches."""
+"""Tokenized examples, or items of a dataset -> batches, which no other file of `data` imports."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

@@ -126,18 +126,16 @@ class HuggingFaceTokenizer:
         try:
             from transformers import AutoTokenizer
         except ImportError as error:
-            raise ImportError(
-                "Hugging Face tokenizers need transformers: pip install 'dpo-wrapper[train]'."
-            ) from error
+            remedy = "pip install 'dpo-wrapper[train]'"
+            raise ImportError(f"Hugging Face tokenizers need transformers: {remedy}.") from error
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(name_or_folder))
         except Exception as error:  # OSError, ValueError, KeyError and more, by what is missing or broken
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(
-                "the tokenizer should be a folder that holds one or the name of a model on the hub, but "
-                f"'{name_or_folder}' is neither ({reason}): save a tokenizer there with save_pretrained, "
-                "check the name, or use 'bytes'."
-            ) from error
+            expected = "a folder that holds one or the name of a model on the hub"
+            problem = f"the tokenizer should be {expected}, but '{name_or_folder}' is neither ({reason})"
+            remedy = "save a tokenizer there with save_pretrained, check the name, or use 'bytes'"
+            raise ValueError(f"{problem}: {remedy}.") from error
         return cls(tokenizer)
 
     def encode(self, text: str) -> list[int]:
@@ -174,10 +172,9 @@ class HuggingFaceTokenizer:
         opening = self._prompt_text(prompt)
         dialogue = self._render((*prompt, Message("assistant", answer)), add_generation_prompt=False)
         if not dialogue.startswith(opening):
-            raise ValueError(
-                "the chat template should render a dialogue that begins with its prompt and generation "
-                "prompt, but it does not: use another template or plain text rows."
-            )
+            expected = "render a dialogue that begins with its prompt and generation prompt"
+            problem = f"the chat template should {expected}, but it does not"
+            raise ValueError(f"{problem}: use another template or plain text rows.")
         rest = dialogue[len(opening) :]
         ids = self.encode(rest)
         end = ids.index(self.eos_id) if self.eos_id in ids else len(ids)
