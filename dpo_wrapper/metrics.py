@@ -48,21 +48,25 @@ def batch_metrics(batch: Batch, log_probs: Any, losses: Float[Tensor, "_"], beta
         beta: the scale of rewards.
     """
     if isinstance(log_probs, PairLogProbs):
-        metrics = pair_metrics(log_probs, losses, beta)
+        valid, metrics = "pairs/valid", pair_metrics(log_probs, beta)
     elif isinstance(log_probs, RankedLogProbs):
-        metrics = ranked_metrics(log_probs, losses, beta)
+        valid, metrics = "lists/valid", ranked_metrics(log_probs, beta)
     else:
-        metrics = unpaired_metrics(log_probs, losses, beta)
+        valid, metrics = "rows/valid", unpaired_metrics(log_probs, beta)
     sequences = batch.sequences
-    tokens = {"tokens/unique": sequences.unique_tokens(), "tokens/padded": sequences.ids.numel()}
-    return metrics | {name: losses.new_tensor(float(count)) for name, count in tokens.items()}
+    counts = {
+        valid: len(losses),
+        "tokens/unique": sequences.unique_tokens(),
+        "tokens/padded": sequences.ids.numel(),
+    }
+    count_tensors = {name: losses.new_tensor(float(count)) for name, count in counts.items()}
+    return {"loss": mean(losses)} | metrics | count_tensors
 
 
-def pair_metrics(pairs: PairLogProbs, losses: Float[Tensor, "p"], beta: float) -> Metrics:
+def pair_metrics(pairs: PairLogProbs, beta: float) -> Metrics:
     """Metrics of preference pairs."""
     differences = pairs.chosen_logratio - pairs.rejected_logratio
     values = {
-        "loss": losses,
         "rewards/chosen": beta * pairs.chosen_logratio,
         "rewards/rejected": beta * pairs.rejected_logratio,
         "rewards/margins": beta * differences,
@@ -76,41 +80,33 @@ def pair_metrics(pairs: PairLogProbs, losses: Float[Tensor, "p"], beta: float) -
         values["logps/ref_chosen"] = pairs.ref_chosen
         values["logps/ref_rejected"] = pairs.ref_rejected
         values["kl/chosen"] = pairs.chosen_logratio
-    means = {name: mean(value) for name, value in values.items()}
-    return means | {"pairs/valid": losses.new_tensor(float(len(losses)))}
+    return {name: mean(value) for name, value in values.items()}
 
 
-def ranked_metrics(lists: RankedLogProbs, losses: Float[Tensor, "l"], beta: float) -> Metrics:
+def ranked_metrics(lists: RankedLogProbs, beta: float) -> Metrics:
     """Metrics of ranked lists."""
     is_real, rewards = lists.is_real, beta * lists.logratio
     rank = torch.arange(is_real.shape[1], device=is_real.device)
     is_best = rank == is_real.int().argmax(dim=-1, keepdim=True)  # the first with a scored token
     is_pair = is_real[:, :, None] & is_real[:, None, :] & (rank[:, None] < rank)
     is_right = is_ahead(rewards[:, :, None] - rewards[:, None, :]).where(is_pair, 0.0)
-
-    def split_sides(table: Tensor) -> list[Tensor]:
-        return [
-            table.where(side, 0.0).sum(dim=-1) / side.sum(dim=-1) for side in (is_best, is_real & ~is_best)
-        ]
-
-    values = {"loss": losses, **side_metrics(split_sides, lists, beta)}
+    sides = (is_best, is_real & ~is_best)
+    values = side_metrics(
+        lambda table: [table.where(side, 0.0).sum(dim=-1) / side.sum(dim=-1) for side in sides], lists, beta
+    )
     values["rewards/accuracies"] = is_right.sum(dim=(1, 2)) / is_pair.sum(dim=(1, 2))
-    means = {name: mean(value) for name, value in values.items()}
-    return means | {"lists/valid": losses.new_tensor(float(len(losses)))}
+    return {name: mean(value) for name, value in values.items()}
 
 
-def unpaired_metrics(rows: UnpairedLogProbs, losses: Float[Tensor, "r"], beta: float) -> Metrics:
+def unpaired_metrics(rows: UnpairedLogProbs, beta: float) -> Metrics:
     """Metrics of rows with a label; the means of a side are 0 where it has no row."""
     sides = (rows.label, ~rows.label)
     above_kl = beta * (rows.logratio - rows.kl.clamp(min=0))
-    counts = zip(SIDE_COUNTS, (float(side.sum()) for side in sides), strict=True)
     return {
-        "loss": mean(losses),
         "kl": rows.kl.detach(),
         "rewards/accuracies": mean(is_ahead(above_kl.where(rows.label, -above_kl))),
         **side_metrics(lambda values: [mean(values[side]) for side in sides], rows, beta),
-        "rows/valid": losses.new_tensor(float(len(losses))),
-        **{name: losses.new_tensor(count) for name, count in counts},
+        **{name: side.sum().to(rows.policy.dtype) for name, side in zip(SIDE_COUNTS, sides, strict=True)},
     }
 
 
@@ -151,7 +147,6 @@ class MetricSums:
         self.sums: Metrics = {}
 
     def add(self, metrics: Metrics) -> None:
-        """Add the metrics of a batch."""
         for name, value in metrics.items():
             count = 1.0 if name in COUNTS else metrics[count_name(name, metrics)]
             term = (value * count).detach().cpu().double()

@@ -10,17 +10,7 @@ from dpo_wrapper.batches.unpaired import UnpairedBatch, kl_partner_indices
 from dpo_wrapper.prefix_tree.layout import TreeOptions
 
 __all__ = [
-    "Batch",
-    "PreferenceBatch",
-    "RankedBatch",
-    "Reduce",
-    "SFTBatch",
-    "ScoredSequences",
-    "ScoredTreeTokens",
-    "SequenceLogProbs",
-    "TreeOptions",
-    "UnpairedBatch",
-    "batch_from_arguments",
-    "kl_partner_indices",
+    "Batch", "PreferenceBatch", "RankedBatch", "Reduce", "SFTBatch", "ScoredSequences", "ScoredTreeTokens",
+    "SequenceLogProbs", "TreeOptions", "UnpairedBatch", "batch_from_arguments", "kl_partner_indices",
     "normalize_over_step",
-]
+]  # fmt: skip

@@ -20,10 +20,9 @@ def batch_from_arguments(
     margins: Tensor | None,
     pad_id: int | None,
 ) -> Any:
-    """The batch of a call of `DPO`, checked; a ready-made batch passes if it is given alone.
+    """The batch of a call of `DPO`; a ready-made batch passes if it is given alone.
 
-    Raises:
-        TypeError, ValueError: arguments that do not fit one another.
+    Raises TypeError or ValueError if the arguments do not fit one another.
     """
     side_masks = (preferred_seq_mask, unpreferred_seq_mask)
     if isinstance(preferred_seq, Batch):

@@ -88,8 +88,8 @@ def normalize_over_step(
     """
     reduce = reduce or (lambda sums: sums)
     device = batches[0].sequences.ids.device
-    totals = torch.tensor([batch.step_totals() for batch in batches], device=device).sum(dim=0)
-    parts = [batch.with_step_totals(*reduce(totals).tolist()) for batch in batches]
+    totals = reduce(torch.tensor([batch.step_totals() for batch in batches], device=device).sum(dim=0))
+    parts = [batch.with_step_totals(*totals.tolist()) for batch in batches]
     if not batches[0].needs_kl:
         return parts
     assert kl_sums is not None

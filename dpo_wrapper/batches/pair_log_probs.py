@@ -20,9 +20,6 @@ def discounted_sums(
 
     A side's sum is its first `min(n_w, n_l)` log-probs plus `alpha` times the others: LD-DPO, Liu 2024 (arXiv
     2409.06411). `alpha = 1` gives the plain sums.
-
-    Args:
-        tokens: the log-prob of each scored token in nats.
     """
     width = max(1, int(sequences.length.max())) if len(sequences.length) else 1
     table = tokens.new_zeros(len(sequences.length), width)
@@ -41,9 +38,7 @@ def wpo_weights(
 
     WPO, Zhou 2024 (arXiv 2406.11827): the product over both sides of `exp(mean_t[log p_t - log Σ_v p_v²])`,
     without a gradient. A side without a scored token counts 1; such a pair is not valid anyhow.
-
-    Args:
-        policy: with `tokens` and the extra `log_sum_p2`, `log Σ_v p_v²` of the policy at each scored token.
+    The policy's log-probs need `tokens` and the extra `log_sum_p2`, which is `log Σ_v p_v²` at each of these.
     """
     assert policy.tokens is not None
     relative = policy.tokens - policy.extras["log_sum_p2"]

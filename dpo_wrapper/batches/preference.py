@@ -95,7 +95,6 @@ class PreferenceBatch(Batch):
 
     @property
     def links(self) -> Int[Tensor, "p 2"]:
-        """The two sides of each pair."""
         return self.pair_index
 
     def step_totals(self) -> tuple[int, int]:

@@ -1,11 +1,11 @@
-"""Dialogues, written as messages or as one text."""
+"""The forms of a prompt and its completions: plain texts, and dialogues as messages or as one text."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_wrapper.data.errors import ExampleError, describe_value
+from dpo_wrapper.data.errors import ExampleError, describe_value, missing_field_error
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -66,21 +66,23 @@ def parse_messages(value: Any, field: str) -> Turns:
 
 
 def _parse_message(item: Any, field: str, number: int) -> Message:
-    def error(received: str, remedy: str) -> ExampleError:
-        form = "an object with 'role' and 'content' (or 'from' and 'value')"
-        return ExampleError(f"a message should be {form}, but it {received}: {remedy}.", field, number)
-
-    if not isinstance(item, Mapping):
-        raise error(f"is {describe_value(item)}", "write every message as such an object")
     # Parquet fills the keys that a message does not have with nulls, so null counts as absent.
-    role = item.get("role") if item.get("role") is not None else item.get("from")
-    content = item.get("content") if item.get("content") is not None else item.get("value")
-    if role is None:
-        raise error(f"is {describe_value(item)} without a role", "add the role")
-    if content is None:
-        raise error("has no content", "add the text or leave the row out")
-    if not isinstance(content, str):
-        raise error(f"has {describe_value(content)} as its content", "write the content as plain text")
+    pairs = item.items() if isinstance(item, Mapping) else ()
+    values = {key: value for key, value in pairs if value is not None}
+    role: Any = values.get("role", values.get("from"))
+    content: Any = values.get("content", values.get("value"))
+    problem = None
+    if not isinstance(item, Mapping):
+        problem = f"is {describe_value(item)}: write every message as such an object"
+    elif role is None:
+        problem = f"is {describe_value(item)} without a role: add the role"
+    elif content is None:
+        problem = "has no content: add the text or leave the row out"
+    elif not isinstance(content, str):
+        problem = f"has {describe_value(content)} as its content: write the content as plain text"
+    if problem:
+        form = "an object with 'role' and 'content' (or 'from' and 'value')"
+        raise ExampleError(f"a message should be {form}, but it {problem}.", field, number)
     name = _ROLE_ALIASES.get(role.lower(), role.lower()) if isinstance(role, str) else None
     if name not in ROLES:
         raise ExampleError(_role_problem(role), field, number)
@@ -150,3 +152,87 @@ def _split_system(turns: Turns) -> tuple[Turns, Turns]:
     """The system messages at the beginning, and the other turns."""
     count = next((k for k, turn in enumerate(turns) if turn.role != "system"), len(turns))
     return turns[:count], turns[count:]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The prompt's field in a record and its value, '' and None if the record has no such field."""
+
+    record: Mapping[Any, Any]
+    field: str = ""
+    value: Any = None
+
+    @property
+    def is_blank(self) -> bool:
+        return not (self.value.strip() if isinstance(self.value, str) else self.value)
+
+    def as_turns(self) -> Turns:
+        """The prompt as turns; the opening of the answer at the end of a dialogue text is no turn."""
+        if not isinstance(self.value, str):
+            return parse_messages(self.value, self.field)
+        if is_open_dialogue(self.value):
+            return parse_dialogue(self.value.strip().removesuffix("Assistant:"))
+        return (Message("user", self.value),)
+
+
+def parse_texts(texts: dict[str, str], prompt: Prompt) -> tuple[str | Turns, tuple[str, ...]]:
+    """Prompt and completions, from strings by field: completions alone, or whole dialogues as one text."""
+    if prompt.is_blank:
+        _check_all_have_turns(texts, prompt)
+    text = prompt.value if isinstance(prompt.value, str) else ""
+    if prompt.is_blank or all(is_dialogue(completion, text) for completion in texts.values()):
+        return parse_dialogues({field: parse_dialogue(text) for field, text in texts.items()}, prompt)
+    if text and not is_open_dialogue(text):
+        return text, tuple(texts.values())
+    turns = prompt.as_turns()
+    _check_prompt(turns, prompt.field)
+    return turns, tuple(completion.strip() if text else completion for completion in texts.values())
+
+
+def parse_dialogues(dialogues: dict[str, Turns], prompt: Prompt) -> tuple[Turns, tuple[str, ...]]:
+    """Prompt and completions, from turns by field: the last answer alone, or a dialogue that ends in it."""
+    prompts: dict[str, Turns] = {}
+    for field, turns in dialogues.items():
+        if turns[-1].role != "assistant":
+            problem = f"the dialogue should end in an assistant turn, but it ends in a {turns[-1].role} turn"
+            raise ExampleError(f"{problem}: add the answer or leave the row out.", field)
+        joined = turns[:-1] if prompt.is_blank else join_turns(prompt.as_turns(), turns[:-1])
+        if joined is None:
+            problem = f"the dialogue should answer or repeat field '{prompt.field}', but it begins otherwise"
+            raise ExampleError(f"{problem}: correct one of the two or leave the row out.", field)
+        prompts[field] = joined
+    first, shared = next(iter(prompts.items()))
+    for field, turns in prompts.items():
+        if turns != shared:
+            equal = [a == b for a, b in zip(turns, shared, strict=False)]
+            start = [*equal, False].index(False) + 1
+            difference = f"differ from turn {start} on ({len(turns)} turns instead of {len(shared)})"
+            expected = f"the turns before the last answer should be those of field '{first}'"
+            remedy = "let all completions answer one prompt or leave the row out"
+            raise ExampleError(f"{expected}, but they {difference}: {remedy}.", field)
+    _check_prompt(shared, first if prompt.is_blank else prompt.field)
+    return shared, tuple(turns[-1].content for turns in dialogues.values())
+
+
+def _check_all_have_turns(texts: dict[str, str], prompt: Prompt) -> None:
+    """Completions without a prompt hold it themselves, as dialogues; ExampleError if they do not."""
+    plain = [field for field, text in texts.items() if not has_turns(text)]
+    if len(plain) == len(texts) and not prompt.field:
+        raise missing_field_error(prompt.record, "prompt", "add 'prompt' or say which field holds the prompt")
+    if len(plain) == len(texts):
+        problem = f"the prompt should not be empty, but it is {describe_value(prompt.value)}"
+        raise ExampleError(f"{problem}: fill it in or leave the row out.", prompt.field)
+    if plain:
+        other = next(field for field in texts if field not in plain)
+        form = f"a dialogue with '\\n\\nAssistant:' turns as in field '{other}'"
+        problem = f"the completion should be {form}, but it is text without turns"
+        raise ExampleError(f"{problem}: write all completions in one form or add a prompt.", plain[0])
+
+
+def _check_prompt(prompt: Turns, field: str) -> None:
+    if not prompt:
+        problem = "a turn should stand before the answer, but the answer stands alone"
+        raise ExampleError(f"{problem}: add the prompt or leave the row out.", field)
+    if prompt[-1].role == "assistant":
+        problem = "the last turn of the prompt should not be the assistant's, but it is an assistant turn"
+        raise ExampleError(f"{problem}: leave the answers to the completions, or leave the row out.", field)

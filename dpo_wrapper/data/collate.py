@@ -1,10 +1,9 @@
-"""Tokenized examples, or items of a dataset -> batches.
-
-The only file of `dpo_wrapper.data` that imports batches.
-"""
+"""Tokenized examples, or items of a dataset -> batches, which no other file of `data` imports."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
+from operator import eq
 from typing import Any, Literal
 
 import torch
@@ -37,14 +36,12 @@ def group_by_tokens(examples: Examples, max_tokens: int) -> list[list[int]]:
     for k in sorted(range(len(examples)), key=lambda k: (examples[k].prompt, k)):
         prompt = examples[k].prompt
         tokens = len(prompt) + sum(map(len, examples[k].completions))
-        shared = next((n for n, (a, b) in enumerate(zip(prompt, previous, strict=False)) if a != b), None)
-        shared = min(len(prompt), len(previous)) if shared is None else shared
-        if groups and tokens - shared <= free:
-            groups[-1].append(k)
-            free -= tokens - shared
-        else:
-            groups.append([k])
-            free = max_tokens - tokens
+        new_tokens = tokens - sum(takewhile(bool, map(eq, prompt, previous)))
+        if not groups or new_tokens > free:
+            groups.append([])
+            free, new_tokens = max_tokens, tokens
+        groups[-1].append(k)
+        free -= new_tokens
         previous = prompt
     return groups
 
@@ -77,13 +74,12 @@ def scored_sequences(examples: Examples, max_tokens: int) -> list[ScoredSequence
 
 def collate_preference(examples: Examples, tree_options: TreeOptions | None = None) -> PreferenceBatch:
     """A batch of examples of two completions."""
-    margins = [example.margin for example in examples]
     batch = PreferenceBatch.from_lists(
         [example.prompt for example in examples],
         [example.chosen for example in examples],
         [example.rejected for example in examples],
-        weights=_weights(examples),
-        margins=None if set(margins) <= {None} else torch.tensor([margin or 0.0 for margin in margins]),
+        weights=_stack_values([example.weight for example in examples], default=1.0),
+        margins=_stack_values([example.margin for example in examples], default=0.0),
     )
     batch.sequences.prebuild_tree(tree_options).content_hashes()
     return batch
@@ -92,7 +88,9 @@ def collate_preference(examples: Examples, tree_options: TreeOptions | None = No
 def collate_ranked(examples: Examples, tree_options: TreeOptions | None = None) -> RankedBatch:
     """A batch of ranked lists."""
     batch = RankedBatch.from_lists(
-        [example.prompt for example in examples], [x.completions for x in examples], _weights(examples)
+        [example.prompt for example in examples],
+        [example.completions for example in examples],
+        _stack_values([example.weight for example in examples], default=1.0),
     )
     batch.sequences.prebuild_tree(tree_options).content_hashes()
     return batch
@@ -105,7 +103,7 @@ def collate_unpaired(examples: Examples, tree_options: TreeOptions | None = None
         [example.completions[0] for example in examples],
         [bool(example.label) for example in examples],
         [example.kl_completion for example in examples],
-        _weights(examples),
+        _stack_values([example.weight for example in examples], default=1.0),
     )
     for sequences in (batch.sequences, batch.kl_sequences):
         sequences.prebuild_tree(tree_options).content_hashes()
@@ -125,10 +123,11 @@ COLLATE_FNS: dict[DatasetType, Callable[..., Any]] = {
 }
 
 
-def _weights(examples: Examples) -> Tensor | None:
-    """The weights of the examples' losses, 1 for an example without one; None if no example has one."""
-    weights = [example.weight for example in examples]
-    return None if set(weights) <= {None} else torch.tensor([1.0 if w is None else w for w in weights])
+def _stack_values(values: list[float | None], default: float) -> Tensor | None:
+    """A column of weights or margins, `default` where an example has none; None if no example has one."""
+    if all(value is None for value in values):
+        return None
+    return torch.tensor([default if value is None else value for value in values])
 
 
 @dataclass(frozen=True)
@@ -155,15 +154,13 @@ class PreferenceCollator:
 
     def __post_init__(self) -> None:
         if self.padding_side not in ("right", "left"):
-            raise ValueError(
-                f"padding_side should be 'right' or 'left', but it is {self.padding_side!r}: choose one."
-            )
+            problem = f"padding_side should be 'right' or 'left', but it is {self.padding_side!r}"
+            raise ValueError(f"{problem}: choose one.")
 
     def __call__(self, items: Sequence[Sequence[Any]]) -> dict[str, Any]:
         if not items:
-            raise ValueError(
-                "there should be at least one item, but there is none: collate a batch that has some."
-            )
+            problem = "there should be at least one item, but there is none"
+            raise ValueError(f"{problem}: collate a batch that has some.")
         columns = _stack_columns(items)
         items = [item[:3] if isinstance(item, PreferenceItemWithColumns) else item for item in items]
         for number, item in enumerate(items):
@@ -171,13 +168,8 @@ class PreferenceCollator:
         preferred = self._pad([(chosen, mask) for chosen, _, mask in items])
         unpreferred = self._pad([(rejected, mask) for _, rejected, mask in items])
         seqs, prompt_masks, seq_masks = zip(preferred, unpreferred, strict=True)
-        return {
-            "preferred_seq": seqs[0],
-            "unpreferred_seq": seqs[1],
-            "prompt_mask": prompt_masks,
-            "seq_mask": seq_masks,
-            **columns,
-        }
+        sides = {"preferred_seq": seqs[0], "unpreferred_seq": seqs[1]}
+        return {**sides, "prompt_mask": prompt_masks, "seq_mask": seq_masks, **columns}
 
     def _pad(self, sides: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
         lengths = [self._real_length(seq) for seq, _ in sides]
@@ -199,9 +191,11 @@ class PreferenceCollator:
 
 
 def _check_item(item: Sequence[Any], number: int) -> None:
-    is_tensors = len(item) == 3 and all(isinstance(part, Tensor) and part.dim() == 1 for part in item)
-    kinds = [_dtype_kind(part.dtype) for part in item] if is_tensors else []
-    if kinds != ["int", "int", "bool"] or len({len(part) for part in item}) != 1:
+    is_item = len(item) == 3 and all(isinstance(part, Tensor) and part.dim() == 1 for part in item)
+    if is_item:
+        is_bool = [part.dtype == torch.bool for part in item]
+        is_item = is_bool == [False, False, True] and len({len(part) for part in item}) == 1
+    if not is_item or any(part.is_floating_point() for part in item):
         parts = [f"{tuple(t.shape)} {t.dtype}" if isinstance(t, Tensor) else type(t).__name__ for t in item]
         raise ValueError(
             f"item {number} should be (preferred_seq, unpreferred_seq, prompt_mask) of one length, integers, "
@@ -209,15 +203,10 @@ def _check_item(item: Sequence[Any], number: int) -> None:
         )
 
 
-def _dtype_kind(dtype: torch.dtype) -> str:
-    return "bool" if dtype == torch.bool else "float" if dtype.is_floating_point else "int"
-
-
 def _stack_columns(items: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
-    """Weights and margins, if all items have them; the items of one dataset all have the same columns."""
+    """Weights and margins, if the items have them; all items of a dataset have the same columns."""
     if not all(isinstance(item, PreferenceItemWithColumns) for item in items):
         return {}
     columns = {"pair_weights": [item[3] for item in items], "margins": [item[4] for item in items]}
-    return {
-        name: torch.stack(column) for name, column in columns.items() if all(x is not None for x in column)
-    }
+    columns = {name: values for name, values in columns.items() if all(value is not None for value in values)}
+    return {name: torch.stack(values) for name, values in columns.items()}

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from itertools import combinations
 
-from dpo_wrapper.data.errors import ExampleError, OnError, check_on_error
+from dpo_wrapper.data.errors import ExampleError, OnError, check_on_error, collect_errors
 from dpo_wrapper.data.examples import DatasetType, Example, Ranking
 
 
@@ -35,28 +35,21 @@ def convert_examples(
     converted: list[Example] = []
     errors: list[ExampleError] = []
     for example in examples:
-        try:
+        with collect_errors(errors, on_error, example.source):
             converted += _convert(example, dataset_type, ranking)
-        except ExampleError as error:
-            located = error.with_source(example.source)
-            if on_error == "raise":
-                raise located from error
-            errors.append(located)
     return converted, errors
 
 
 def check_ranking(ranking: Ranking | None, dataset_type: DatasetType, examples: Iterable[Example]) -> None:
     """Refuse a ranking where it has no effect, because no ranked list becomes pairs: ValueError."""
-    if ranking is None:
-        return
+    reason = None
     if dataset_type != "preference":
         reason = f"the loss takes {dataset_type} data"
     elif all(len(example.completions) < 3 for example in examples):
         reason = "no row has more than two completions"
-    else:
-        return
-    problem = f"ranking should be given only where lists become pairs, but it is '{ranking}' and {reason}"
-    raise ValueError(f"{problem}: leave the ranking out.")
+    if ranking is not None and reason is not None:
+        problem = f"ranking should be given only where lists become pairs, but it is '{ranking}' and {reason}"
+        raise ValueError(f"{problem}: leave the ranking out.")
 
 
 def _convert(example: Example, dataset_type: DatasetType, ranking: Ranking) -> list[Example]:

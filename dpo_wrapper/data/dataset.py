@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from dpo_wrapper.data.convert import convert_examples
 from dpo_wrapper.data.encode import tokenize_examples
-from dpo_wrapper.data.errors import ExampleError, OnError
+from dpo_wrapper.data.errors import ExampleError, OnError, collect_errors
 from dpo_wrapper.data.examples import DEFAULT_FIELDS, Fields, TokenizedExample, TokenizedExamples
 from dpo_wrapper.data.readers import PathLike, read_examples
 from dpo_wrapper.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
@@ -63,9 +63,7 @@ class PreferenceDataset(Dataset[PreferenceItem | PreferenceItemWithColumns]):
         self, examples: Sequence[TokenizedExample], pad_id: int, *, pad_to: int | None = None
     ) -> None:
         for example in examples:
-            problem = _find_problem(example, pad_id)
-            if problem:
-                raise ExampleError(problem, source=example.source)
+            _check_pair(example, pad_id)
         longest = max(map(_width, examples), default=0)
         if pad_to is not None and pad_to < longest:
             problem = f"pad_to should be at least the longest side, {longest}, but it is {pad_to}"
@@ -112,13 +110,11 @@ class PreferenceDataset(Dataset[PreferenceItem | PreferenceItemWithColumns]):
         examples, conversion_errors = convert_examples(examples, "preference", on_error=on_error)
         tokenized = tokenize_examples(examples, tokenizer, max_length, on_error=on_error)
         errors += conversion_errors + tokenized.errors
-        pairs = tokenized.examples
-        if on_error == "skip":
-            problems = [_find_problem(pair, pad_id) for pair in pairs]
-            errors += [
-                ExampleError(p, source=pair.source) for pair, p in zip(pairs, problems, strict=True) if p
-            ]
-            pairs = [pair for pair, problem in zip(pairs, problems, strict=True) if not problem]
+        pairs = []
+        for pair in tokenized.examples:
+            with collect_errors(errors, on_error):
+                _check_pair(pair, pad_id)
+                pairs.append(pair)
         tokenized = replace(tokenized, examples=pairs, errors=errors)
         if not pairs:
             remedy = f"the first error is '{errors[0]}'" if errors else "add rows whose completions differ"
@@ -150,21 +146,21 @@ def _width(example: TokenizedExample) -> int:
     return len(example.prompt) + max(map(len, example.completions))
 
 
-def _find_problem(example: TokenizedExample, pad_id: int) -> str | None:
-    """Why an example cannot be an item; None if it can."""
+def _check_pair(example: TokenizedExample, pad_id: int) -> None:
+    """Raise ExampleError if an example cannot be an item."""
     if len(example.completions) != 2:
-        return (
-            f"an example should be a pair, but it has {len(example.completions)} completion(s): "
-            "convert the examples with convert_examples(examples, 'preference')."
-        )
+        problem = f"an example should be a pair, but it has {len(example.completions)} completion(s)"
+        remedy = "convert the examples with convert_examples(examples, 'preference')"
+        raise ExampleError(f"{problem}: {remedy}.", source=example.source)
     for name, completion in (("chosen", example.chosen), ("rejected", example.rejected)):
-        ids = (*example.prompt, *completion)
+        ids = example.prompt + completion
         if not ids:
-            return f"the {name} sequence should have at least one token, but it has none: leave the row out."
+            problem = f"the {name} sequence should have at least one token, but it has none"
+            raise ExampleError(f"{problem}: leave the row out.", source=example.source)
         if pad_id in (ids[0], ids[-1]):
             end = "begin" if ids[0] == pad_id else "end"
-            return (
-                f"the {name} sequence should not {end} with the pad_id {pad_id}, but it is a token there: "
-                "choose a pad_id that is no token, such as -100."
+            problem = (
+                f"the {name} sequence should not {end} with the pad_id {pad_id}, but it is a token there"
             )
-    return None
+            remedy = "choose a pad_id that is no token, such as -100"
+            raise ExampleError(f"{problem}: {remedy}.", source=example.source)

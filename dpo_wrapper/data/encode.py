@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from dpo_wrapper.data.errors import ExampleError, OnError, check_on_error
+from dpo_wrapper.data.errors import ExampleError, OnError, check_on_error, collect_errors
 from dpo_wrapper.data.examples import Example, TokenizedExample, TokenizedExamples
 from dpo_wrapper.data.tokenizers import Tokenizer
 
@@ -19,6 +19,7 @@ def tokenize_example(example: Example, tokenizer: Tokenizer, max_length: int) ->
     Raises:
         ValueError: `max_length` is below 8, or the tokenizer refuses the text.
     """
+    _check_max_length(max_length)
     return _tokenize(example, tokenizer, max_length)[0]
 
 
@@ -38,54 +39,36 @@ def tokenize_examples(
     errors: list[ExampleError] = []
     num_identical = num_unscored = num_shortened = num_truncated = 0
     for example in examples:
-        try:
+        with collect_errors(errors, on_error, example.source):
             tokenized, is_shortened, truncated = _tokenize(example, tokenizer, max_length)
-        except ValueError as error:
-            located = ExampleError(str(error), source=example.source)
-            if on_error == "raise":
-                raise located from error
-            errors.append(located)
-            continue
-        completions = tokenized.completions
-        # The first token of a sequence is never scored.
-        num_scored = sum(len(completion) > (0 if tokenized.prompt else 1) for completion in completions)
-        if len(completions) > 1 and len(set(completions)) == 1:
-            num_identical += 1
-        elif num_scored < min(2, len(completions)):
-            num_unscored += 1
-        else:
-            kept.append(tokenized)
-            num_shortened += is_shortened
-            num_truncated += truncated
+            completions = tokenized.completions
+            # The first token of a sequence is never scored.
+            num_scored = sum(len(completion) > (0 if tokenized.prompt else 1) for completion in completions)
+            if len(completions) > 1 and len(set(completions)) == 1:
+                num_identical += 1
+            elif num_scored < min(2, len(completions)):
+                num_unscored += 1
+            else:
+                kept.append(tokenized)
+                num_shortened += is_shortened
+                num_truncated += truncated
     return TokenizedExamples(kept, num_identical, num_unscored, num_shortened, num_truncated, errors)
 
 
 def _tokenize(example: Example, tokenizer: Tokenizer, max_length: int) -> tuple[TokenizedExample, bool, int]:
     """The tokenized example, whether its prompt was shortened, and how many completions were truncated."""
-    _check_max_length(max_length)
     prompt = tokenizer.prompt_ids(example.prompt)
     completions = [tokenizer.completion_ids(example.prompt, text) for text in example.completions]
     free = max_length - max(map(len, completions))
     # Never above the prompt's own length; and a long completion may not push the prompt out altogether.
     prompt_length = min(len(prompt), max(free, max_length // 4))
-    tokenized = TokenizedExample(
-        prompt=tuple(_last_tokens(prompt, prompt_length, tokenizer.bos_id)),
-        completions=tuple(tuple(ids[: max_length - prompt_length]) for ids in completions),
-        label=example.label,
-        weight=example.weight,
-        margin=example.margin,
-        source=example.source,
-    )
+    last_tokens = prompt[-prompt_length:]
+    if prompt and prompt[0] == tokenizer.bos_id:
+        last_tokens[0] = tokenizer.bos_id
+    cut = tuple(tuple(ids[: max_length - prompt_length]) for ids in completions)
+    columns = (example.label, example.weight, example.margin, example.source)
     truncated = sum(len(ids) > max_length - prompt_length for ids in completions)
-    return tokenized, prompt_length < len(prompt), truncated
-
-
-def _last_tokens(prompt: list[int], count: int, bos_id: int | None) -> list[int]:
-    """The last `count` tokens (1 or more); the first of them becomes the BOS if the prompt begins with it."""
-    if len(prompt) <= count:
-        return prompt
-    last = prompt[-count:]
-    return [bos_id, *last[1:]] if bos_id is not None and prompt[0] == bos_id else last
+    return TokenizedExample(tuple(last_tokens), cut, *columns), prompt_length < len(prompt), truncated
 
 
 def _check_max_length(max_length: int) -> None:

@@ -1,6 +1,8 @@
 """Errors that name the place of an example in its file, and values in the words of an error message."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 OnError = Literal["raise", "skip"]
@@ -17,17 +19,30 @@ class ExampleError(ValueError):
     """
 
     def __init__(self, problem: str, field: str | None = None, message: int = 0, *, source: str = "") -> None:
-        self.problem, self.field, self.message = problem, field, message
-        parts = [source, f"field '{field}'" if field else "", f"message {message}" if message else ""]
-        place = ", ".join(part for part in parts if part)
-        super().__init__(f"{place}: {problem}" if place else problem)
+        super().__init__(problem)
+        self.source, self.field, self.message = source, field, message
 
-    def with_source(self, source: str) -> "ExampleError":
-        return ExampleError(self.problem, self.field, self.message, source=source)
+    def __str__(self) -> str:
+        field = f"field '{self.field}'" if self.field else ""
+        message = f"message {self.message}" if self.message else ""
+        place = ", ".join(filter(None, (self.source, field, message)))
+        return f"{place}: {self.args[0]}" if place else self.args[0]
+
+
+@contextmanager
+def collect_errors(errors: list[ExampleError], on_error: OnError, source: str = "") -> Iterator[None]:
+    """Raise a ValueError of the body as an `ExampleError` at `source`; for 'skip', add it to `errors`."""
+    try:
+        yield
+    except ValueError as error:
+        located = error if isinstance(error, ExampleError) else ExampleError(str(error))
+        located.source = located.source or source
+        if on_error == "raise":
+            raise located from error.__cause__
+        errors.append(located)
 
 
 def missing_field_error(record: Mapping[Any, Any], field: str, remedy: str) -> ExampleError:
-    """The error for a record without a field that it needs."""
     return ExampleError(f"a row should have this field, but it has {quote_keys(record)}: {remedy}.", field)
 
 
@@ -40,10 +55,8 @@ def check_on_error(on_error: str) -> None:
 def describe_value(value: Any) -> str:
     """A value in the words of an error message; the length of a long text instead of the text."""
     match value:
-        case None:
-            return "null"
-        case bool():
-            return "true" if value else "false"
+        case None | bool():
+            return json.dumps(value)
         case int() | float():
             return f"the number {value}" if abs(value) < 1e12 else "a number"
         case "":

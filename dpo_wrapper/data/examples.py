@@ -135,16 +135,14 @@ class TokenizedExamples:
 
     def summary(self) -> str:
         """One sentence on what was left out or shortened; empty if nothing was."""
-        total = len(self.examples) + self.num_identical + self.num_unscored + len(self.errors)
         left_out = [
             (len(self.errors), "with an error"),
             (self.num_identical, "with the same tokens in every completion"),
             (self.num_unscored, "with nothing to score"),
         ]
-        shortened = [
-            (self.num_shortened_prompts, "prompt", "at the front"),
-            (self.num_truncated_completions, "completion", "at the end"),
-        ]
+        prompts, completions = self.num_shortened_prompts, self.num_truncated_completions
+        shortened = [(prompts, "prompt", "at the front"), (completions, "completion", "at the end")]
+        total = len(self.examples) + sum(n for n, _ in left_out)
         reasons = ", ".join(f"{n:,} {reason}" for n, reason in left_out if n)
         cuts = ", ".join(f"{n:,} {noun}{'s' * (n > 1)} {end}" for n, noun, end in shortened if n)
         clauses = [f"left out of {total:,} examples: {reasons}"] if reasons else []

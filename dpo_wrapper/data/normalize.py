@@ -4,10 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpo_wrapper.data.chat import check_unicode, parse_messages
+from dpo_wrapper.data.chat import Prompt, check_unicode, parse_dialogues, parse_messages, parse_texts
 from dpo_wrapper.data.errors import ExampleError, describe_value, missing_field_error
 from dpo_wrapper.data.examples import DEFAULT_FIELDS, Example, Fields
-from dpo_wrapper.data.forms import Prompt, is_blank, parse_dialogues, parse_texts
 
 PROMPT_FIELDS = ("prompt", "text", "conversations", "messages")
 
@@ -40,7 +39,8 @@ def to_example(record: Any, fields: Fields = DEFAULT_FIELDS, source: str = "") -
     try:
         return _parse_record(record, fields, source)
     except ExampleError as error:
-        raise error.with_source(source) from None
+        error.source = source
+        raise
 
 
 def _parse_record(record: Any, fields: Fields, source: str) -> Example:
@@ -84,9 +84,7 @@ def _find_completions(record: Mapping[Any, Any], fields: Fields) -> tuple[dict[s
         if not isinstance(label, bool):
             problem = f"the label should be true or false, but it is {describe_value(label)}"
             raise ExampleError(f"{problem}: say whether the completion is desirable.", "label")
-    for field, value in values.items():
-        _check_form(value, field)
-    forms = {field: "a string" if isinstance(value, str) else "messages" for field, value in values.items()}
+    forms = {field: _check_form(value, field) for field, value in values.items()}
     first = next(iter(forms))
     for field, form in forms.items():
         if form != forms[first]:
@@ -98,22 +96,26 @@ def _find_completions(record: Mapping[Any, Any], fields: Fields) -> tuple[dict[s
 def _find_prompt(record: Mapping[Any, Any], fields: Fields) -> Prompt:
     if fields.prompt is not None and fields.prompt not in record:
         raise missing_field_error(record, fields.prompt, "say which field holds the prompt")
-    present = [name for name in ([fields.prompt] if fields.prompt else PROMPT_FIELDS) if name in record]
-    for name in present:
-        if record[name] is not None:
-            _check_form(record[name], name)
+    names = [fields.prompt] if fields.prompt else PROMPT_FIELDS
+    prompts = [Prompt(record, name, record[name]) for name in names if name in record]
+    for prompt in prompts:
         # A Parquet file of several forms has nulls in the columns of the other forms.
-        if not is_blank(record[name]):
-            return Prompt(record, name, record[name])
-    return Prompt(record, present[0], record[present[0]]) if present else Prompt(record)
+        if prompt.value is not None:
+            _check_form(prompt.value, prompt.field)
+        if not prompt.is_blank:
+            return prompt
+    return prompts[0] if prompts else Prompt(record)
 
 
-def _check_form(value: Any, field: str) -> None:
+def _check_form(value: Any, field: str) -> str:
+    """The name of the value's form; ExampleError if it has none."""
     if isinstance(value, str):
         check_unicode(value, field)
-    elif not isinstance(value, (list, tuple, Mapping)):
+        return "a string"
+    if not isinstance(value, (list, tuple, Mapping)):
         problem = f"the value should be text or a list of messages, but it is {describe_value(value)}"
         raise ExampleError(f"{problem}: write it in one of these forms or leave the row out.", field)
+    return "messages"
 
 
 def _parse_split(record: Mapping[Any, Any], field: str) -> str | None:

@@ -8,11 +8,11 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
-from dpo_wrapper.data.errors import ExampleError, OnError, check_on_error, describe_value
+from dpo_wrapper.data.errors import ExampleError, OnError, check_on_error, collect_errors, describe_value
 from dpo_wrapper.data.examples import DEFAULT_FIELDS, Example, Fields
 from dpo_wrapper.data.normalize import to_example
 
@@ -54,28 +54,22 @@ def read_examples(
         count = 0
         for record in _read_records(path, name, fields):
             count += 1
-            try:
+            with collect_errors(errors, on_error):
                 if isinstance(record, ExampleError):
                     raise record
                 source, values = record
                 examples.append(to_example(values, fields, source))
-            except ExampleError as error:
-                if on_error == "raise":
-                    raise
-                errors.append(error)
         if not count:
-            raise ValueError(
-                f"{name}: the file should have rows, but it is empty: add rows or name another file."
-            )
+            problem = f"{name}: the file should have rows, but it is empty"
+            raise ValueError(f"{problem}: add rows or name another file.")
     return examples, errors
 
 
 def _as_paths(paths: PathLike | Sequence[PathLike]) -> list[Path]:
     if isinstance(paths, (str, os.PathLike)):
         return [Path(paths)]
-    if not isinstance(paths, (list, tuple)) or not all(
-        isinstance(path, (str, os.PathLike)) for path in paths
-    ):
+    is_list = isinstance(paths, (list, tuple))
+    if not is_list or not all(isinstance(path, (str, os.PathLike)) for path in paths):
         problem = f"paths should be the path of a file or a list of paths, but it is {describe_value(paths)}"
         raise TypeError(f"{problem}: name a file.")
     if not paths:
@@ -91,32 +85,25 @@ def _read_records(path: Path, name: str, fields: Fields) -> Iterator[_Record]:
         raise ValueError(f"the path should be a file, but it is the folder '{path}': name the file, {hint}.")
     if not path.exists():
         raise ValueError(f"the path should be a file, but '{path}' does not exist: check the path.")
-    ending = path.name.lower()
-    if ending.endswith(".parquet"):
-        return _read_parquet(path, name)
-    ending = ending.removesuffix(".gz")
-    if ending.endswith(".jsonl"):
-        return _read_unpacked(path, name, lambda file: _read_json_lines(file, name))
-    if ending.endswith(".json"):
-        return _read_unpacked(path, name, lambda file: _read_json(file, name, fields))
-    raise ValueError(
-        f"the ending of the file should say its format, but the file is '{path}': name {_KNOWN_ENDINGS}."
-    )
+    if not path.name.lower().endswith(_ENDINGS):
+        problem = f"the ending of the file should say its format, but the file is '{path}'"
+        raise ValueError(f"{problem}: name {_KNOWN_ENDINGS}.")
+    is_parquet = path.name.lower().endswith(".parquet")
+    return _read_parquet(path, name) if is_parquet else _read_text(path, name, fields)
 
 
-def _read_unpacked(
-    path: Path, name: str, read: Callable[[IO[bytes]], Iterator[_Record]]
-) -> Iterator[_Record]:
-    """Read a file, through gzip if its first bytes say so, and name the file in errors."""
+def _read_text(path: Path, name: str, fields: Fields) -> Iterator[_Record]:
+    """The records of JSON or JSON lines, through gzip if the first bytes of the file say so."""
     try:
         with open(path, "rb") as raw:
             is_packed = raw.read(2) == b"\x1f\x8b"
             raw.seek(0)
-            yield from read(cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if is_packed else raw)
+            file = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if is_packed else raw
+            is_lines = path.name.lower().endswith((".jsonl", ".jsonl.gz"))
+            yield from _read_json_lines(file, name) if is_lines else _read_json(file, name, fields)
     except EOFError as error:
-        raise ValueError(
-            f"{name}: the gzip data should be whole, but the file is truncated: fetch or write it again."
-        ) from error
+        problem = f"{name}: the gzip data should be whole, but the file is truncated"
+        raise ValueError(f"{problem}: fetch or write it again.") from error
     except (OSError, zlib.error) as error:
         problem = f"{name}: the file should be readable, but reading it gives '{error}'"
         raise ValueError(f"{problem}: check its permissions, or fetch or write it again.") from error
@@ -151,17 +138,13 @@ def _read_json(file: IO[bytes], name: str, fields: Fields) -> Iterator[_Record]:
     if isinstance(document, dict) and {fields.chosen, "completions", "completion"} & document.keys():
         yield f"{name}, line 1", document
         return
-    if isinstance(document, dict):
-        lists = [key for key in ("data", "rows") if isinstance(document.get(key), list)]
-        if len(lists) != 1:
-            form = "a list of objects, or an object with one list under 'data' or 'rows'"
-            problem = f"the file should hold {form}, but it holds {describe_value(document)}"
-            raise ValueError(f"{name}: {problem}: write the rows as one list.")
-        document = document[lists[0]]
-    if not isinstance(document, list):
-        problem = f"{name}: the file should hold a list of objects, but it holds {describe_value(document)}"
-        raise ValueError(f"{problem}: write such a list.")
-    for number, record in enumerate(document, 1):
+    values = [document.get("data"), document.get("rows")] if isinstance(document, dict) else [document]
+    lists = [value for value in values if isinstance(value, list)]
+    if len(lists) != 1:
+        form = "a list of objects, or an object with one list under 'data' or 'rows'"
+        problem = f"the file should hold {form}, but it holds {describe_value(document)}"
+        raise ValueError(f"{name}: {problem}: write the rows as one list.")
+    for number, record in enumerate(lists[0], 1):
         yield f"{name}, row {number}", record
 
 
@@ -177,20 +160,20 @@ def _decode(data: bytes, name: str, line: int | None = None) -> str:
 
 def _parse_json(text: str, name: str, line: int | None = None) -> Any:
     """The JSON value of a file, or of one of the lines of a file of JSON lines."""
-    form = "the line should be one JSON object" if line else "the file should be JSON"
-    remedy = "correct it"
-    if line and text.lstrip().startswith("["):
-        remedy += ", or name the file .json if it is one JSON list"
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"{name}, line {line or error.lineno}, column {error.colno}"
-        raise ExampleError(f"{form}, but it is broken JSON ({error.msg}): {remedy}.", source=place) from error
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
-        place = f"{name}, line {line}" if line else name
-        raise ExampleError(
-            f"{form}, but it is JSON beyond limits ({error}): {remedy}.", source=place
-        ) from error
+    except (ValueError, RecursionError) as error:
+        form = "the line should be one JSON object" if line else "the file should be JSON"
+        remedy = "correct it"
+        if line and text.lstrip().startswith("["):
+            remedy += ", or name the file .json if it is one JSON list"
+        if isinstance(error, json.JSONDecodeError):
+            place = f"{name}, line {line or error.lineno}, column {error.colno}"
+            problem = f"broken JSON ({error.msg})"
+        else:  # numbers of thousands of digits, thousands of brackets
+            place = f"{name}, line {line}" if line else name
+            problem = f"JSON beyond limits ({error})"
+        raise ExampleError(f"{form}, but it is {problem}: {remedy}.", source=place) from error
 
 
 def _read_parquet(path: Path, name: str) -> Iterator[_Record]:
@@ -209,6 +192,5 @@ def _read_parquet(path: Path, name: str) -> Iterator[_Record]:
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         place = f"{name}, after row {number}" if number else name
-        raise ValueError(
-            f"{place}: the file should be Parquet, but reading it gives '{reason}': write or fetch it again."
-        ) from error
+        problem = f"{place}: the file should be Parquet, but reading it gives '{reason}'"
+        raise ValueError(f"{problem}: write or fetch it again.") from error

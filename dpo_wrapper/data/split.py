@@ -29,28 +29,25 @@ def split_examples(
             the fraction is 0, nothing is left to evaluate on or there is only one prompt.
     """
     if not isinstance(fraction, (int, float)) or not 0 <= fraction < 1:
-        raise ValueError(
-            f"the fraction should be from 0 to below 1, but it is {fraction!r}: take 0.1 for a tenth."
-        )
+        problem = f"the fraction should be from 0 to below 1, but it is {fraction!r}"
+        raise ValueError(f"{problem}: take 0.1 for a tenth.")
     if not examples:
         raise ValueError("there should be examples to split, but there are none: read some first.")
     if any(example.split for example in examples):
-        train = [example for example in examples if example.split != "test"]
-        test = [example for example in examples if example.split == "test"]
-        if not train:
+        is_test = [example.split == "test" for example in examples]
+        if all(is_test):
             problem = "some rows should be for training, but all are marked as test"
             raise ValueError(f"{problem}: mark some as 'train' or remove the split field.")
-        if fraction and not test:
+        if fraction and not any(is_test):
             problem = "some rows should be for evaluation, but all are marked as train"
             raise ValueError(f"{problem}: mark some as 'test', drop the split field or take a fraction of 0.")
-        return train, test
-    if fraction == 0:
-        return list(examples), []
-    keys = [_prompt_key(example.prompt) for example in examples]
-    test_keys = _choose_keys(keys, fraction, seed)
+    else:
+        keys = [_prompt_key(example.prompt) for example in examples]
+        test_keys = _choose_keys(keys, fraction, seed) if fraction else set()
+        is_test = [key in test_keys for key in keys]
     parts: tuple[list[Example], list[Example]] = ([], [])
-    for example, key in zip(examples, keys, strict=True):
-        parts[key in test_keys].append(example)
+    for example, is_in_test in zip(examples, is_test, strict=True):
+        parts[is_in_test].append(example)
     return parts
 
 
@@ -61,7 +58,6 @@ def _prompt_key(prompt: str | tuple[Message, ...]) -> str:
 
 
 def _choose_keys(keys: list[str], fraction: float, seed: int) -> set[str]:
-    """The prompts for evaluation."""
     sizes = Counter(keys)
     if len(sizes) < 2:
         problem = "there should be at least two different prompts to split off some, but there is one"

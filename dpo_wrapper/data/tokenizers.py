@@ -1,17 +1,15 @@
-"""Text to token ids: what a tokenizer must do here, and one that needs no training and no download."""
+"""Text -> token ids: by Hugging Face tokenizers, or as bytes, which needs no training and no download."""
 
 import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from dpo_wrapper.data.chat import Message
-from dpo_wrapper.data.hugging_face_tokenizer import HuggingFaceTokenizer
-
-__all__ = ["ByteTokenizer", "HuggingFaceTokenizer", "Tokenizer", "load_tokenizer"]
 
 _BYTES_FILE = "byte_tokenizer.json"
+_TEXT_ROLES = {"system": "System", "user": "Human", "assistant": "Assistant", "tool": "Tool"}
 
 
 class Tokenizer(Protocol):
@@ -93,6 +91,138 @@ class ByteTokenizer:
     def _identity(self) -> dict[str, object]:
         specials = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id, **self.role_ids}
         return {"tokenizer": "dpo_wrapper bytes", "version": 1, "specials": specials}
+
+
+class HuggingFaceTokenizer:
+    r"""A Hugging Face tokenizer as a `Tokenizer`.
+
+    Plain text: prompt and completion are tokenized separately, so that no token straddles the border between
+    them. Dialogues: the chat template renders the prompt with its generation prompt, and the whole dialogue;
+    the completion is what the whole dialogue has after the prompt. Without a template, dialogues are written
+    as `\n\nHuman:` and `\n\nAssistant:` turns.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+
+    Raises:
+        ValueError: the tokenizer has no EOS token.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        if getattr(tokenizer, "eos_token_id", None) is None:
+            problem = f"the tokenizer should have an EOS token, but this {type(tokenizer).__name__} has none"
+            raise ValueError(f"{problem}: set its eos_token to the token that ends an answer.")
+        self.tokenizer = tokenizer
+        self.eos_id: int = tokenizer.eos_token_id
+        self.bos_id: int | None = tokenizer.bos_token_id
+        # A pad token that also stands for something else cannot tell padding from text.
+        other_ids = (None, self.bos_id, self.eos_id, tokenizer.unk_token_id)
+        self.pad_id: int = -100 if tokenizer.pad_token_id in other_ids else tokenizer.pad_token_id
+        self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
+
+    @classmethod
+    def load(cls, name_or_folder: str | Path) -> "HuggingFaceTokenizer":
+        """Load the tokenizer of a folder or of a model on the hub; ValueError if there is none."""
+        try:
+            from transformers import AutoTokenizer
+        except ImportError as error:
+            remedy = "pip install 'dpo-wrapper[train]'"
+            raise ImportError(f"Hugging Face tokenizers need transformers: {remedy}.") from error
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(name_or_folder))
+        except Exception as error:  # OSError, ValueError, KeyError and more, by what is missing or broken
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            expected = "a folder that holds one or the name of a model on the hub"
+            problem = f"the tokenizer should be {expected}, but '{name_or_folder}' is neither ({reason})"
+            remedy = "save a tokenizer there with save_pretrained, check the name, or use 'bytes'"
+            raise ValueError(f"{problem}: {remedy}.") from error
+        return cls(tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        options = {"add_special_tokens": False, "split_special_tokens": False, "verbose": False}
+        return list(self.tokenizer(text, **options)["input_ids"])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
+
+    def prompt_ids(self, prompt: str | tuple[Message, ...]) -> list[int]:
+        """One BOS first if the tokenizer has one, whether or not the text or the template writes it."""
+        ids = self.encode(prompt if isinstance(prompt, str) else self._prompt_text(prompt))
+        return ids if self.bos_id is None or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
+
+    def completion_ids(self, prompt: str | tuple[Message, ...], completion: str) -> list[int]:
+        """ValueError for a BOS or EOS inside the completion, and for a chat template that does not fit."""
+        answer = completion.removesuffix(self.tokenizer.eos_token)
+        ids = self.encode(answer)
+        for name, id_, token in (
+            ("EOS", self.eos_id, self.tokenizer.eos_token),
+            ("BOS", self.bos_id, self.tokenizer.bos_token),
+        ):
+            if id_ in ids:
+                problem = f"the completion should not hold the {name} token, but {token!r} is in it"
+                raise ValueError(f"{problem}: remove it from the text.")
+        if isinstance(prompt, str):
+            return [*ids, self.eos_id]
+        if not self.tokenizer.chat_template:
+            return [*self.encode(f" {answer}" if answer else ""), self.eos_id]
+        return self._templated_completion(prompt, answer)
+
+    def _templated_completion(self, prompt: tuple[Message, ...], answer: str) -> list[int]:
+        opening = self._prompt_text(prompt)
+        dialogue = self._render((*prompt, Message("assistant", answer)), add_generation_prompt=False)
+        if not dialogue.startswith(opening):
+            expected = "render a dialogue that begins with its prompt and generation prompt"
+            problem = f"the chat template should {expected}, but it does not"
+            raise ValueError(f"{problem}: use another template or plain text rows.")
+        rest = dialogue[len(opening) :]
+        ids = self.encode(rest)
+        end = ids.index(self.eos_id) if self.eos_id in ids else len(ids)
+        # White space aside, the answer has to be there in full: some templates drop the reasoning in it.
+        rendered = rest.split(self.tokenizer.eos_token)[0]
+        if "".join(answer.split()) not in "".join(rendered.split()):
+            problem = "the chat template should keep the answer whole, but a part of it is missing"
+            raise ValueError(f"{problem}: use another template or plain text rows.")
+        # After the EOS a template may begin the next turn (a line break): nothing to learn from.
+        return [*ids[:end], self.eos_id]
+
+    def _prompt_text(self, prompt: tuple[Message, ...]) -> str:
+        if self.tokenizer.chat_template:
+            return self._render(prompt, add_generation_prompt=True)
+        texts = [f"\n\n{_TEXT_ROLES[turn.role]}: {turn.content}" for turn in prompt]
+        if prompt[0].role == "system":
+            texts[0] = prompt[0].content
+        return "".join([*texts, "\n\nAssistant:"])
+
+    def _render(self, turns: tuple[Message, ...], *, add_generation_prompt: bool) -> str:
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except ImportError as error:
+            raise ImportError("chat templates need jinja2: pip install 'dpo-wrapper[train]'.") from error
+        except Exception as error:  # a template is a program: it may raise anything
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            roles = ", ".join(turn.role for turn in turns)
+            problem = f"the chat template should take the roles {roles}, but it raises '{reason}'"
+            raise ValueError(f"{problem}: change the roles or leave the row out.") from error
+        return str(text)
+
+    def fingerprint(self) -> str:
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            model = json.loads(backend.to_str())
+            # Left behind by earlier calls, and overridden by every call here.
+            model = {key: value for key, value in model.items() if key not in ("truncation", "padding")}
+        else:
+            model = {"class": type(self.tokenizer).__name__, "vocab": self.tokenizer.get_vocab()}
+        specials = [self.bos_id, self.eos_id, self.pad_id]
+        identity = {"model": model, "specials": specials, "template": self.tokenizer.chat_template}
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    def save(self, folder: str | Path) -> None:
+        self.tokenizer.save_pretrained(str(folder))
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:

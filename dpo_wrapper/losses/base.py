@@ -12,8 +12,6 @@ from torch import Tensor
 
 from dpo_wrapper.losses.inputs import PairLogProbs
 
-# options
-
 
 def is_number(value: object) -> TypeGuard[int | float]:
     """Whether a value is a finite number."""
@@ -34,11 +32,12 @@ def number_field(
         requirement: what the value should do, for the error message, such as "be positive".
         is_valid: whether a finite number meets the requirement.
     """
-
-    def check(value: object) -> bool:
-        return is_number(value) and is_valid(value)
-
-    return field(default=default, metadata={"help": help, "requirement": requirement, "is_valid": check})
+    metadata = {
+        "help": help,
+        "requirement": requirement,
+        "is_valid": lambda value: is_number(value) and is_valid(value),
+    }
+    return field(default=default, metadata=metadata)
 
 
 def positive_field(default: float, help: str) -> float:
@@ -57,9 +56,9 @@ def label_smoothing_field(default: float = 0.0) -> float:
     return number_field(default, help, "be in [0, 0.5)", lambda value: 0 <= value < 0.5)
 
 
-def beta_field(default: float = 0.1) -> float:
+def beta_field() -> float:
     """The dataclass field of β."""
-    return positive_field(default, "strength of the pull towards the reference")
+    return positive_field(0.1, "strength of the pull towards the reference")
 
 
 @dataclass(frozen=True)
@@ -70,12 +69,10 @@ class ValidatedDataclass:
         for option in fields(self):
             value = getattr(self, option.name)
             if "is_valid" in option.metadata and not option.metadata["is_valid"](value):
-                requirement = option.metadata["requirement"]
-                name = f"{type(self).__name__}: {option.name}"
-                raise ValueError(f"{name} should {requirement}, but it is {value!r}.")
-
-
-# losses
+                raise ValueError(
+                    f"{type(self).__name__}: {option.name} should {option.metadata['requirement']}, "
+                    f"but it is {value!r}."
+                )
 
 
 @dataclass(frozen=True)
@@ -95,15 +92,12 @@ class Loss(ValidatedDataclass, ABC):
     """Whether it subtracts the data's margins inside its sigmoid or hinge."""
     is_per_pair: ClassVar[bool] = True
     """Whether each value depends on its own pair alone, and not on the other pairs of the batch."""
+    is_deterministic: ClassVar[bool] = True
+    """Whether the same log-probs always give the same values.
 
-    @property
-    def is_deterministic(self) -> bool:
-        """Whether the same log-probs always give the same values.
-
-        Only then may `DPO` call it ahead of time, also with log-probs of -1 per token in place of those
-        that are not computed yet.
-        """
-        return True
+    Only then may `DPO` call it ahead of time, also with log-probs of -1 per token in place of those that are
+    not computed yet.
+    """
 
     @abstractmethod
     def __call__(self, log_probs: Any) -> Tensor:
@@ -121,26 +115,12 @@ class PairLoss(Loss):
     """A loss of preference pairs: from `PairLogProbs` to Float[p], one value per pair."""
 
     @abstractmethod
-    def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
-        """One value per pair."""
+    def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]: ...
 
 
-# numerics
-
-
-def largest_exponent(dtype: torch.dtype) -> float:
-    """An exponent whose exponential can still be squared: about 40 in float32."""
-    return math.log(torch.finfo(dtype).max) / 2 - 4
-
-
-def finite_exp(x: Tensor) -> Tensor:
-    """`e^x`, constant where x is above `largest_exponent`."""
-    return x.clamp(max=largest_exponent(x.dtype)).exp()
-
-
-def finite_expm1(x: Tensor) -> Tensor:
-    """`e^x - 1`, constant where x is above `largest_exponent`."""
-    return x.clamp(max=largest_exponent(x.dtype)).expm1()
+def clamp_exponent(x: Tensor) -> Tensor:
+    """x, at most as large that `e^x` can still be squared: about 40 in float32."""
+    return x.clamp(max=math.log(torch.finfo(x.dtype).max) / 2 - 4)
 
 
 def log1mexp(x: Tensor) -> Tensor:

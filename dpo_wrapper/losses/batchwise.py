@@ -39,8 +39,7 @@ class AOT(PairLoss):
     For: preferring chosen as a whole distribution; large batches
     """
 
-    is_per_pair: ClassVar[bool] = False
-
+    is_per_pair = False
     beta: float = beta_field()
     label_smoothing: float = label_smoothing_field()
 
@@ -52,7 +51,7 @@ class AOT(PairLoss):
 
 
 @dataclass(frozen=True)
-class AOTUnpaired(PairLoss):
+class AOTUnpaired(AOT):
     """`-(1 - ε) log σ(βd) - ε log σ(-βd)` with `d = sort(a) - sort(b)` over the batch.
 
     Value k belongs to the k-th smallest log-ratios, not to pair k. The pairs of one forward pass are sorted.
@@ -60,11 +59,6 @@ class AOTUnpaired(PairLoss):
     Paper: Melnyk 2024 (arXiv 2406.05882)
     For: AOT where the two sides answer different prompts
     """
-
-    is_per_pair: ClassVar[bool] = False
-
-    beta: float = beta_field()
-    label_smoothing: float = label_smoothing_field()
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
         difference = pairs.chosen_logratio.sort().values - pairs.rejected_logratio.sort().values
@@ -95,7 +89,7 @@ class RunningStatistics(nn.Module):
     @torch.no_grad()
     def add(self, values: Float[Tensor, "p"]) -> None:
         """Add values to the sums of the current step, taken relative to the mean against rounding."""
-        deviations = values.detach().double().cpu() - self.mean.double().cpu()
+        deviations = values.double().cpu() - self.mean.double().cpu()
         new = (float(len(deviations)), deviations.sum().item(), deviations.square().sum().item())
         self.step_sums = [total + value for total, value in zip(self.step_sums, new, strict=True)]
 
@@ -128,9 +122,9 @@ class BetaDPO(PairLoss):
     For: data whose pairs are now close, now far apart
     """
 
-    has_margin: ClassVar[bool] = True
-    is_per_pair: ClassVar[bool] = False
-
+    statistics: ClassVar[RunningStatistics]  # of each instance; no option, so no field
+    has_margin = True
+    is_per_pair = False
     beta: float = beta_field()
     k: float = nonnegative_field(0.6, "how much β follows the mean of A over the batch")
     drop: float = number_field(
@@ -140,13 +134,7 @@ class BetaDPO(PairLoss):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "statistics", RunningStatistics())
-
-    statistics: ClassVar[RunningStatistics]  # of each instance; no option, so no field
-
-    @property
-    def is_deterministic(self) -> bool:
-        """Dropped pairs are drawn at random."""
-        return self.drop == 0
+        object.__setattr__(self, "is_deterministic", self.drop == 0)  # dropped pairs are drawn at random
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
         """One value per pair, 0 for those that are left out."""
@@ -177,9 +165,7 @@ class BetaDPO(PairLoss):
         return torch.zeros_like(differences).scatter(0, (log_weights + noise).topk(count).indices, 1.0)
 
     def observe(self, pairs: PairLogProbs) -> None:
-        """Add the pairs of a forward pass to the running statistics' current step."""
         self.statistics.add(pairs.chosen_logratio - pairs.rejected_logratio)
 
     def end_step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Move the running statistics by the pairs of the step."""
         self.statistics.end_step(reduce)

@@ -1,6 +1,6 @@
 """Weighted sums of losses, and a user's own function as a loss."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,19 +30,17 @@ class FunctionLoss(PairLoss):
 
     Attributes of the function tell what its class would: `needs_reference = False`, `has_margin = True`,
     `is_per_pair = False`. With `is_deterministic = True`, `DPO` may call it ahead of time, which saves memory
-    while the output head trains (see `Loss.is_deterministic`).
+    while the output head trains (see `Loss.is_deterministic`). An `nn.Module` is called like any function,
+    but not registered: its parameters and buffers are not those of `DPO`, so the user trains, moves and saves
+    them.
     """
 
+    is_deterministic = False
     function: PairFunction
 
     def __post_init__(self) -> None:
-        for name in ("needs_reference", "has_margin", "is_per_pair"):
-            object.__setattr__(self, name, bool(getattr(self.function, name, getattr(PairLoss, name))))
-
-    @property
-    def is_deterministic(self) -> bool:
-        """Whether the function says so."""
-        return bool(getattr(self.function, "is_deterministic", False))
+        for name in ("needs_reference", "has_margin", "is_per_pair", "is_deterministic"):
+            object.__setattr__(self, name, bool(getattr(self.function, name, getattr(self, name))))
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
         """One value per pair; ValueError if the function gives something else."""
@@ -58,7 +56,7 @@ class FunctionLoss(PairLoss):
 
 
 def as_loss(value: object) -> Loss | None:
-    """A loss as it is, a function as a `FunctionLoss`, None for anything else."""
+    """A loss as it is, a function as a `FunctionLoss`, and None for anything else."""
     if isinstance(value, Loss):
         return value
     return FunctionLoss(value) if callable(value) and not isinstance(value, type) else None
@@ -72,10 +70,13 @@ def as_weighted_losses(loss: LossArgument) -> WeightedLosses:
         ValueError: a weight that is not positive.
     """
     single = as_loss(loss)
-    if single is not None:
-        terms: tuple[Any, ...] = ((single, 1.0),)
-    else:
-        terms = tuple(loss) if isinstance(loss, (list, tuple)) else ()
+    terms: Any = loss if single is None else [(single, 1.0)]
+    if not (isinstance(terms, (list, tuple)) and terms):
+        remedy = f": write {loss.__name__}()." if isinstance(loss, type) else "."
+        raise TypeError(
+            "loss should be one of dpo_wrapper.losses, a function or a list of (loss, weight), "
+            f"but it is {loss!r}{remedy}"
+        )
     checked: list[tuple[Loss, float]] = []
     for term in terms:
         term_loss = as_loss(term[0]) if isinstance(term, (list, tuple)) and len(term) == 2 else None
@@ -85,24 +86,17 @@ def as_weighted_losses(loss: LossArgument) -> WeightedLosses:
             name = type(term_loss).__name__
             raise ValueError(f"the weight of {name} should be positive, but it is {term[1]!r}.")
         checked.append((term_loss, float(term[1])))
-    if not checked:
-        remedy = f": write {loss.__name__}()." if isinstance(loss, type) else "."
-        raise TypeError(
-            "loss should be one of dpo_wrapper.losses, a function or a list of (loss, weight), "
-            f"but it is {loss!r}{remedy}"
-        )
     if len({term_loss.log_probs_type for term_loss, _ in checked}) > 1:
-        names = join_names([term_loss for term_loss, _ in checked])
         raise TypeError(
-            f"losses of a sum should learn from data of one type, but {names} learn from different data: "
-            "combine losses of one type."
+            f"losses of a sum should learn from data of one type, but {join_names(checked)} learn from "
+            "different data: combine losses of one type."
         )
     return tuple(checked)
 
 
-def join_names(losses: Sequence[Loss]) -> str:
-    """The losses' class names, for error messages."""
-    return " and ".join(type(loss).__name__ for loss in losses)
+def join_names(terms: Iterable[tuple[Loss, float]]) -> str:
+    """The class names of weighted losses, for error messages."""
+    return " and ".join(type(loss).__name__ for loss, _ in terms)
 
 
 class CombinedLoss(nn.Module):
@@ -111,29 +105,21 @@ class CombinedLoss(nn.Module):
     A module, so that checkpoints hold the state of losses that have one (`BetaDPO`).
 
     Attributes:
-        terms: the losses and their weights.
+        terms: the losses and their weights; all take the same type of data.
         dataset_type: 'preference', 'ranked' or 'unpaired_preference'.
     """
 
     def __init__(self, loss: LossArgument) -> None:
         super().__init__()
         self.terms = as_weighted_losses(loss)
+        self.first_loss = self.terms[0][0]
+        self.dataset_type: str = self.first_loss.log_probs_type.dataset_type
         own = [term for term, _ in self.terms if not isinstance(term, FunctionLoss)]
         states = [value for term in own for value in vars(term).values() if isinstance(value, nn.Module)]
         self.states = nn.ModuleList(states)
         self.needs_reference = any(term.needs_reference for term, _ in self.terms)
         self.is_deterministic = all(term.is_deterministic for term, _ in self.terms)
         self.is_per_pair = all(term.is_per_pair for term, _ in self.terms)
-
-    @property
-    def first_loss(self) -> Loss:
-        """The first of the losses; all take the same type of data."""
-        return self.terms[0][0]
-
-    @property
-    def dataset_type(self) -> str:
-        """The type of data that the losses take."""
-        return str(self.first_loss.log_probs_type.dataset_type)
 
     def forward(self, log_probs: Any) -> Float[Tensor, "_"]:
         """One value per pair, list or row, in nats.
@@ -148,17 +134,18 @@ class CombinedLoss(nn.Module):
 
     def check_columns(self, has_margins: bool, has_weights: bool) -> None:
         """Raise ValueError for margins or weights of pairs that could not act."""
-        batchwise = [term for term, _ in self.terms if not term.is_per_pair]
-        if has_weights and batchwise:
+        if has_weights and not self.is_per_pair:
+            batchwise = [term for term in self.terms if not term[0].is_per_pair]
+            verb = "compares" if len(batchwise) == 1 else "compare"
             raise ValueError(
-                f"weights of pairs have no meaning for {join_names(batchwise)}, which compares the pairs of "
-                "a batch with one another: leave the weights out or take another loss."
+                f"weights of pairs have no meaning for {join_names(batchwise)}, which {verb} the pairs of a "
+                "batch with one another: leave the weights out or take another loss."
             )
         if has_margins and not any(term.has_margin for term, _ in self.terms):
-            names = join_names([term for term, _ in self.terms])
+            verb = "has" if len(self.terms) == 1 else "have"
             raise ValueError(
-                f"margins have no meaning for {names}, which has no logit to subtract them from: leave the "
-                "margins out or take a loss such as Sigmoid."
+                f"margins have no meaning for {join_names(self.terms)}, which {verb} no logit to subtract "
+                "them from: leave the margins out or take a loss such as Sigmoid."
             )
 
     def observe(self, log_probs: Any, is_whole_step: bool) -> None:
@@ -173,24 +160,20 @@ class CombinedLoss(nn.Module):
         for term, _ in self.terms:
             term.end_step(reduce)
 
-    # checks of DPO's options and data
-
     def check_dataset_type(self, dataset_type: str) -> None:
         """Raise TypeError for data of another type than the losses take."""
         if dataset_type != self.dataset_type:
             noun, batch_name = DATA[self.dataset_type]
-            received, _ = DATA.get(dataset_type, (dataset_type, ""))
+            received, _ = DATA[dataset_type]
             raise TypeError(
-                f"{join_names([self.first_loss])} learns from {noun}, but it was given {received}: make a "
+                f"{type(self.first_loss).__name__} learns from {noun}, but it was given {received}: make a "
                 f"{batch_name} of them."
             )
 
     def check_beta(self, beta: object, is_default: bool) -> float:
         """`dpo.beta`, the scale of the logged rewards: that of the first loss that has one.
 
-        Args:
-            beta: what the user gave.
-            is_default: whether this is the default loss, which takes its β from it.
+        The default loss takes its β from the user's `beta`; another loss has its own.
         """
         if not (is_number(beta) and beta > 0):
             raise ValueError(f"beta should be a positive number, but it is {beta!r}.")
@@ -208,8 +191,8 @@ class CombinedLoss(nn.Module):
             raise ValueError(f"ld_alpha should be a number from 0 to 1, but it is {ld_alpha!r}.")
         if ld_alpha < 1 and self.dataset_type != "preference":
             raise ValueError(
-                f"ld_alpha compares the two sides of a pair, and {join_names([self.first_loss])} learns from "
-                "other data: leave it out."
+                f"ld_alpha compares the two sides of a pair, and {type(self.first_loss).__name__} learns "
+                "from other data: leave it out."
             )
         return float(ld_alpha)
 
@@ -219,7 +202,7 @@ class CombinedLoss(nn.Module):
             raise TypeError(f"wpo should be True or False, but it is {wpo!r}.")
         if wpo and self.dataset_type != "preference":
             raise ValueError(
-                f"wpo weights pairs, and {join_names([self.first_loss])} learns from other data: leave it "
+                f"wpo weights pairs, and {type(self.first_loss).__name__} learns from other data: leave it "
                 "out."
             )
         if wpo:

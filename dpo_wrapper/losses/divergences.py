@@ -3,6 +3,7 @@
 f-DPO, Wang 2023 (arXiv 2309.16240): `βΔ = β(s(a) - s(b))` with the score `s = f'(e^a)`.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,10 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from dpo_wrapper.losses.base import ValidatedDataclass, finite_exp, finite_expm1, number_field
-from dpo_wrapper.losses.inputs import PairLogProbs
-
-LN2 = 0.6931471805599453
+from dpo_wrapper.losses.base import ValidatedDataclass, clamp_exponent, number_field
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class ForwardKL(Divergence):
     """`s(a) = 1 - e^(-a)`, constant where the exponential would overflow."""
 
     def __call__(self, logratio: Float[Tensor, "p"]) -> Float[Tensor, "p"]:
-        return 1 - finite_exp(-logratio)
+        return 1 - clamp_exponent(-logratio).exp()
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class JensenShannon(Divergence):
     """`s(a) = log 2 + log σ(a)`."""
 
     def __call__(self, logratio: Float[Tensor, "p"]) -> Float[Tensor, "p"]:
-        return LN2 + F.logsigmoid(logratio)
+        return math.log(2) + F.logsigmoid(logratio)
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class AlphaDivergence(Divergence):
 
     def __call__(self, logratio: Float[Tensor, "p"]) -> Float[Tensor, "p"]:
         power = self.alpha - 1
-        return logratio if power == 0 else finite_expm1(power * logratio) / power
+        return logratio if power == 0 else clamp_exponent(power * logratio).expm1() / power
 
 
 def divergence_field() -> Any:
@@ -74,20 +72,3 @@ def divergence_field() -> Any:
             "type": Divergence,
         },
     )
-
-
-def scores(pairs: PairLogProbs, divergence: Divergence) -> tuple[Float[Tensor, "p"], Float[Tensor, "p"]]:
-    """The scores `s_w` and `s_l` of chosen and rejected."""
-    return divergence(pairs.chosen_logratio), divergence(pairs.rejected_logratio)
-
-
-def logit_difference(pairs: PairLogProbs, divergence: Divergence) -> Float[Tensor, "p"]:
-    """`Δ = s_w - s_l`, from sums over tokens."""
-    chosen, rejected = scores(pairs, divergence)
-    return chosen - rejected
-
-
-def mean_logit_difference(pairs: PairLogProbs, divergence: Divergence) -> Float[Tensor, "p"]:
-    """`s_w / n_w - s_l / n_l`, from scores per token."""
-    chosen, rejected = scores(pairs, divergence)
-    return chosen / pairs.chosen_length - rejected / pairs.rejected_length

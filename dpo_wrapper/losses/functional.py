@@ -35,9 +35,8 @@ def dpo_loss(
             "ref_chosen_logprobs and ref_rejected_logprobs should both be given, but only the "
             f"{received} is: add the other or leave both out."
         )
-    sides = [chosen_logprobs, rejected_logprobs]
-    if ref_chosen_logprobs is not None and ref_rejected_logprobs is not None:
-        sides += [ref_chosen_logprobs.detach(), ref_rejected_logprobs.detach()]
+    references = [side.detach() for side in (ref_chosen_logprobs, ref_rejected_logprobs) if side is not None]
+    sides = [chosen_logprobs, rejected_logprobs, *references]
     shapes = [tuple(side.shape) for side in sides]
     if len(set(shapes)) > 1 or len(shapes[0]) not in (1, 2):
         raise ValueError(f"log-probs should all have one shape, (b,) or (b, n), but the shapes are {shapes}.")
@@ -46,8 +45,7 @@ def dpo_loss(
     sums = [side.to(torch.promote_types(side.dtype, torch.float32)) for side in sides]
     sums = [side.sum(dim=-1) if side.ndim == 2 else side for side in sums]
     lengths = torch.ones_like(sums[0], dtype=torch.long)
-    chosen, rejected, *references = sums
-    ref_chosen, ref_rejected = references or (None, None)
-    one = chosen.new_ones(())
-    pairs = PairLogProbs(chosen, rejected, ref_chosen, ref_rejected, lengths, lengths, one)
+    ref_chosen, ref_rejected = sums[2:] or (None, None)
+    mean_length = sums[0].new_ones(())
+    pairs = PairLogProbs(sums[0], sums[1], ref_chosen, ref_rejected, lengths, lengths, mean_length)
     return Sigmoid(beta)(pairs).mean()

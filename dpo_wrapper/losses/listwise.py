@@ -1,7 +1,6 @@
 """The loss of ranked lists."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -21,8 +20,7 @@ class PlackettLuce(Loss):
     For: ranked lists instead of pairs (`RankedBatch`)
     """
 
-    log_probs_type: ClassVar[Any] = RankedLogProbs
-
+    log_probs_type = RankedLogProbs
     beta: float = beta_field()
 
     def __call__(self, lists: RankedLogProbs) -> Float[Tensor, "l"]:

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,19 +11,25 @@ from torch import Tensor
 from dpo_wrapper.losses.base import (
     PairLoss,
     beta_field,
-    finite_exp,
+    clamp_exponent,
     label_smoothing_field,
     nonnegative_field,
     number_field,
     positive_field,
 )
-from dpo_wrapper.losses.divergences import (
-    Divergence,
-    divergence_field,
-    logit_difference,
-    mean_logit_difference,
-)
+from dpo_wrapper.losses.divergences import Divergence, divergence_field
 from dpo_wrapper.losses.inputs import PairLogProbs
+
+
+def logit_difference(pairs: PairLogProbs, divergence: Divergence) -> Float[Tensor, "p"]:
+    """`Δ = s_w - s_l`, from sums over tokens."""
+    return divergence(pairs.chosen_logratio) - divergence(pairs.rejected_logratio)
+
+
+def mean_logit_difference(pairs: PairLogProbs, divergence: Divergence) -> Float[Tensor, "p"]:
+    """`s_w / n_w - s_l / n_l`, from scores per token."""
+    chosen, rejected = divergence(pairs.chosen_logratio), divergence(pairs.rejected_logratio)
+    return chosen / pairs.chosen_length - rejected / pairs.rejected_length
 
 
 def logistic_loss(logits: Float[Tensor, "p"], label_smoothing: float) -> Float[Tensor, "p"]:
@@ -43,8 +48,7 @@ class Sigmoid(PairLoss):
     For: the usual choice; ε > 0 where labels are noisy
     """
 
-    has_margin: ClassVar[bool] = True
-
+    has_margin = True
     beta: float = beta_field()
     label_smoothing: float = label_smoothing_field()
     divergence: Divergence = divergence_field()
@@ -64,8 +68,7 @@ class SigmoidNorm(PairLoss):
     For: completions of very different lengths
     """
 
-    has_margin: ClassVar[bool] = True
-
+    has_margin = True
     beta: float = beta_field()
     divergence: Divergence = divergence_field()
 
@@ -84,8 +87,7 @@ class Robust(PairLoss):
     For: labels that are wrong at a known rate ε
     """
 
-    has_margin: ClassVar[bool] = True
-
+    has_margin = True
     beta: float = beta_field()
     label_smoothing: float = label_smoothing_field(0.1)
     divergence: Divergence = divergence_field()
@@ -105,8 +107,7 @@ class Hinge(PairLoss):
     For: leaving pairs alone once they are far enough apart
     """
 
-    has_margin: ClassVar[bool] = True
-
+    has_margin = True
     beta: float = beta_field()
     divergence: Divergence = divergence_field()
 
@@ -175,7 +176,7 @@ class DiscoPOP(PairLoss):
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
         logits = self.beta * logit_difference(pairs, self.divergence)
         blend = logits / self.tau
-        exponential = finite_exp(F.logsigmoid(blend) - logits)
+        exponential = clamp_exponent(F.logsigmoid(blend) - logits).exp()
         return exponential - torch.sigmoid(-blend) * F.logsigmoid(logits)
 
 
@@ -189,8 +190,7 @@ class DPOP(PairLoss):
     For: pairs that differ in few tokens, where DPO lets the chosen log-prob fall
     """
 
-    has_margin: ClassVar[bool] = True
-
+    has_margin = True
     beta: float = beta_field()
     penalty: float = nonnegative_field(50.0, "λ, on what the chosen log-prob loses against the reference")
 

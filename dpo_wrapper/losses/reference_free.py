@@ -1,7 +1,6 @@
 """Losses that need no reference."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from dpo_wrapper.losses.base import (
     PairLoss,
-    finite_expm1,
+    clamp_exponent,
     label_smoothing_field,
     log1mexp,
     nonnegative_field,
@@ -30,7 +29,7 @@ class SFT(PairLoss):
     For: added to another, keeps the chosen log-prob from falling
     """
 
-    needs_reference: ClassVar[bool] = False
+    needs_reference = False
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
         return pairs.chosen_nll
@@ -46,9 +45,8 @@ class ReferenceFree(PairLoss):
     For: half the work, where nothing need hold the policy
     """
 
-    needs_reference: ClassVar[bool] = False
-    has_margin: ClassVar[bool] = True
-
+    needs_reference = False
+    has_margin = True
     beta: float = positive_field(0.1, "scale of the log-probs")
     label_smoothing: float = label_smoothing_field()
 
@@ -58,23 +56,17 @@ class ReferenceFree(PairLoss):
 
 
 @dataclass(frozen=True)
-class CPO(PairLoss):
+class CPO(ReferenceFree):
     """`-(1 - ε) log σ(β(p_w - p_l)) - ε log σ(-β(p_w - p_l)) - α p_w / mean(n_w)`.
 
     Paper: Xu 2024 (arXiv 2401.08417)
     For: no reference, held by the likelihood of chosen instead
     """
 
-    needs_reference: ClassVar[bool] = False
-    has_margin: ClassVar[bool] = True
-
-    beta: float = positive_field(0.1, "scale of the log-probs")
-    label_smoothing: float = label_smoothing_field()
     alpha: float = nonnegative_field(1.0, "weight α of the likelihood of chosen")
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
-        logits = pairs.subtract_margin(self.beta * (pairs.chosen - pairs.rejected))
-        return logistic_loss(logits, self.label_smoothing) + self.alpha * pairs.chosen_nll
+        return super().__call__(pairs) + self.alpha * pairs.chosen_nll
 
 
 @dataclass(frozen=True)
@@ -85,9 +77,8 @@ class SimPO(PairLoss):
     For: half the work, and no reward for length
     """
 
-    needs_reference: ClassVar[bool] = False
-    has_margin: ClassVar[bool] = True
-
+    needs_reference = False
+    has_margin = True
     beta: float = positive_field(2.0, "scale of the mean log-probs")
     gamma: float = nonnegative_field(0.5, "margin that chosen should keep over rejected")
 
@@ -97,7 +88,7 @@ class SimPO(PairLoss):
 
 
 @dataclass(frozen=True)
-class AlphaPO(PairLoss):
+class AlphaPO(SimPO):
     """`-log σ(β(f(p_w / n_w) - f(p_l / n_l)) - γ)` with `f(x) = (1 - e^(-αx)) / α`.
 
     α = 0 is SimPO. f is constant where the exponential would overflow.
@@ -106,11 +97,6 @@ class AlphaPO(PairLoss):
     For: SimPO with a reward of another shape
     """
 
-    needs_reference: ClassVar[bool] = False
-    has_margin: ClassVar[bool] = True
-
-    beta: float = positive_field(2.0, "scale of the rewards")
-    gamma: float = nonnegative_field(0.5, "margin that chosen should keep over rejected")
     alpha: float = number_field(0.25, "α, the shape of the reward; 0 takes the mean log-prob itself")
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
@@ -119,7 +105,7 @@ class AlphaPO(PairLoss):
 
     def reward(self, mean: Float[Tensor, "p"]) -> Float[Tensor, "p"]:
         """`f(x)`, of mean log-probs."""
-        return mean if self.alpha == 0 else -finite_expm1(-self.alpha * mean) / self.alpha
+        return mean if self.alpha == 0 else -clamp_exponent(-self.alpha * mean).expm1() / self.alpha
 
 
 @dataclass(frozen=True)
@@ -132,8 +118,7 @@ class ORPO(PairLoss):
     For: supervised training and preferences in one
     """
 
-    needs_reference: ClassVar[bool] = False
-
+    needs_reference = False
     beta: float = positive_field(0.1, "weight of the odds ratio")
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:

@@ -4,15 +4,13 @@ import ast
 import inspect
 import re
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, fields
 from inspect import isabstract
 from typing import Any
 
 from dpo_wrapper.losses.base import Loss, PairLoss, ValidatedDataclass
 from dpo_wrapper.losses.combine import WeightedLosses, as_weighted_losses
 from dpo_wrapper.losses.divergences import Divergence
-
-# names
 
 
 def subclasses_by_name(base: type[ValidatedDataclass]) -> dict[str, type[Any]]:
@@ -32,18 +30,10 @@ def losses_by_name() -> dict[str, type[Loss]]:
     return subclasses_by_name(Loss)
 
 
-def divergences_by_name() -> dict[str, type[Divergence]]:
-    """Every f-divergence under its lower-case name."""
-    return subclasses_by_name(Divergence)
-
-
 def builtin_losses() -> list[type[Loss]]:
     """The package's own losses, those of pairs first; a user may have defined others."""
     own = [loss for loss in losses_by_name().values() if loss.__module__.startswith("dpo_wrapper.")]
     return sorted(own, key=lambda loss: not issubclass(loss, PairLoss))
-
-
-# from text
 
 
 def parse_losses(text: str) -> WeightedLosses:
@@ -90,12 +80,11 @@ def _parse_call(node: ast.expr, base: type[ValidatedDataclass], text: str) -> An
     if call.args or len(values) < len(call.keywords) or not set(values) <= set(types):
         expected = f"{', '.join(types)}, each as name=value" if types else "left out"
         raise ValueError(f"the options of {name} should be {expected}, but the loss is {text!r}: correct it.")
-    return known[name](**{option: _parse_value(node, types[option], text) for option, node in values.items()})
-
-
-def _parse_value(node: ast.expr, base: Any, text: str) -> Any:
-    """The value of an option: a number, or a divergence by its name."""
-    return _parse_number(node, text) if base is None else _parse_call(node, base, text)
+    options = {}
+    for option, value in values.items():
+        parent = types[option]
+        options[option] = _parse_number(value, text) if parent is None else _parse_call(value, parent, text)
+    return known[name](**options)
 
 
 def _parse_number(node: ast.expr, text: str) -> float:
@@ -110,21 +99,8 @@ def _parse_number(node: ast.expr, text: str) -> float:
         ) from None
 
 
-# in words
-
-
-@dataclass(frozen=True)
-class LossDescription:
-    """A loss in words; `constructor` is how it is made with its defaults."""
-
-    constructor: str
-    formula: str
-    paper: str
-    purpose: str
-
-
-def describe_loss(loss: type[ValidatedDataclass]) -> LossDescription:
-    """What a class's docstring says; a part that is missing there is empty."""
+def describe_loss(loss: type[Loss]) -> dict[str, str]:
+    """A row of the table of losses, by column; what the class's docstring lacks is empty."""
     doc = inspect.getdoc(loss) or ""
 
     def paragraph(name: str) -> str:
@@ -132,20 +108,21 @@ def describe_loss(loss: type[ValidatedDataclass]) -> LossDescription:
         return " ".join(match[1].split()) if match else ""
 
     match = re.search(r"`([^`]+)`(?: with `([^`]+)`)?", doc.split("\n\n")[0])
-    formulas = [part for part in match.groups() if part] if match else []
-    formula = ", ".join(" ".join(part.split()) for part in formulas)
-    return LossDescription(repr(loss()), formula, paragraph("Paper"), paragraph("For"))
+    formulas = [" ".join(part.split()) for part in match.groups() if part] if match else []
+    return {
+        "loss": f"`{loss()!r}`",
+        "formula": f"`{', '.join(formulas)}`" if formulas else "",
+        "reference": "yes" if loss.needs_reference else "no",
+        "paper": paragraph("Paper"),
+        "for": paragraph("For"),
+    }
 
 
 def losses_table() -> str:
     """The documentation's table of losses, in Markdown."""
-    lines = ["| loss | formula | reference | paper | for |", "| --- | --- | --- | --- | --- |"]
-    for loss in builtin_losses():
-        words = describe_loss(loss)
-        reference = "yes" if loss.needs_reference else "no"
-        columns = (f"`{words.constructor}`", f"`{words.formula}`", reference, words.paper, words.purpose)
-        lines.append(f"| {' | '.join(columns)} |")
-    return "\n".join(lines)
+    rows = [describe_loss(loss) for loss in builtin_losses()]
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def losses_help() -> str:
@@ -159,7 +136,7 @@ def losses_help() -> str:
         losses = [loss for loss in builtin_losses() if loss.log_probs_type.dataset_type == dataset_type]
         return ", ".join(map(signature, losses))
 
-    divergences = ", ".join(map(signature, divergences_by_name().values()))
+    divergences = ", ".join(map(signature, subclasses_by_name(Divergence).values()))
     return (
         "Sum of losses, each a name with its options, like 'sigmoid(beta=0.1) + 0.5*sft'. "
         f"Losses of pairs: {signatures('preference')}; of ranked lists: {signatures('ranked')}; of "

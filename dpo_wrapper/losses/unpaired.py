@@ -1,7 +1,6 @@
 """The loss of completions that have a label in place of a rival."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -23,8 +22,7 @@ class KTO(Loss):
     For: completions with a label, desirable or not, instead of pairs (`UnpairedBatch`)
     """
 
-    log_probs_type: ClassVar[Any] = UnpairedLogProbs
-
+    log_probs_type = UnpairedLogProbs
     beta: float = beta_field()
     desirable: float = nonnegative_field(1.0, "weight of desirable completions")
     undesirable: float = nonnegative_field(1.0, "weight of undesirable completions")

@@ -50,13 +50,11 @@ class HuggingFaceModel(LanguageModel):
         if max_positions is None:
             return None
         tokens = self.inner.get_input_embeddings()
-        tables = [
-            m.num_embeddings for m in self.inner.modules() if isinstance(m, nn.Embedding) and m is not tokens
-        ]
-        buffers = self.inner.named_buffers()
-        tables += [len(buffer) for name, buffer in buffers if name.endswith("embed_positions")]
+        embeddings = (m for m in self.inner.modules() if isinstance(m, nn.Embedding) and m is not tokens)
+        lengths = [m.num_embeddings for m in embeddings]
+        lengths += [len(b) for name, b in self.inner.named_buffers() if name.endswith("embed_positions")]
         # some tables (OPT) have two rows more
-        has_table = any(max_positions <= length <= max_positions + 2 for length in tables)
+        has_table = any(max_positions <= length <= max_positions + 2 for length in lengths)
         return max_positions if has_table else None
 
     def forward_logits(self, ids: Int[Tensor, "b n"]) -> Any:

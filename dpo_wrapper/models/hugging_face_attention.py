@@ -38,25 +38,24 @@ def attend_over_tree(model: nn.Module) -> Iterator[None]:
     Its configuration therefore keeps the registered attention, which without a layout does what the model's
     own does.
     """
-    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    key = "_attn_implementation_internal"
     with patch_lock, ExitStack() as stack:
-        for config in configs.values():
-            attention_name = config._attn_implementation
-            if attention_name is None or not attention_name.startswith(_PREFIX):
-                before = vars(config).get("_attn_implementation_internal")
-                vars(config)["_attn_implementation_internal"] = register_tree_attention(attention_name)
-                if not any(map(uses_checkpointing, model.modules())):
-                    stack.callback(vars(config).__setitem__, "_attn_implementation_internal", before)
+        is_rerun = any(map(uses_checkpointing, model.modules()))
+        for config in (m.config for m in model.modules() if hasattr(m, "config")):
+            attention_name = config._attn_implementation or "eager"
+            if not attention_name.startswith(_PREFIX):
+                if not is_rerun:
+                    stack.callback(vars(config).__setitem__, key, vars(config).get(key))
+                vars(config)[key] = register_tree_attention(attention_name)
         _thread.is_over_tree = True
         stack.callback(setattr, _thread, "is_over_tree", False)
         yield
 
 
-def register_tree_attention(attention_name: str | None) -> str:
+def register_tree_attention(attention_name: str) -> str:
     """Register the tree's version of an attention function and of its mask; returns their name."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    attention_name = attention_name or "eager"
     tree_name = _PREFIX + attention_name
     if tree_name not in AttentionInterface():
         AttentionInterface.register(tree_name, partial(_attend, attention_name))
@@ -117,10 +116,6 @@ def _attend(
         raise PrefixSharingError("its attention takes a mask of its own")
     if attention_mask is not None and window is None and attention_name in ("eager", "sdpa"):
         window = int(attention_mask)
-    if attention_name != "eager" and _is_plain_softmax(kwargs):
-        out = attend_with_kernel(layout, query, key, value, window, kwargs.get("scaling"))
-        if out is not None:
-            return rearrange(out, "r h w e -> r w h e"), None
 
     def attend_path(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         n, mask = q.shape[2], None
@@ -130,11 +125,11 @@ def _attend(
             mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
         return rearrange(attention(module, q, k, v, mask, **kwargs)[0], "g n h e -> g h n e")
 
-    out = attend_along_paths(layout, query, key, value, attend_path)
-    return rearrange(out, "r h w e -> r w h e"), None
-
-
-def _is_plain_softmax(kwargs: dict[str, Any]) -> bool:
-    """Whether attention that is called with these keywords computes softmax attention and nothing else."""
+    out = None
     others = (kwargs.get(name) for name in ("softcap", "position_bias", "s_aux"))
-    return not kwargs.get("dropout") and all(value is None for value in others)
+    is_plain = not kwargs.get("dropout") and all(value is None for value in others)
+    if attention_name != "eager" and is_plain:
+        out = attend_with_kernel(layout, query, key, value, window, kwargs.get("scaling"))
+    if out is None:
+        out = attend_along_paths(layout, query, key, value, attend_path)
+    return rearrange(out, "r h w e -> r w h e"), None

@@ -9,13 +9,7 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dpo_wrapper.models.base import (
-    LanguageModel,
-    OutputHead,
-    as_output_head,
-    patch_lock,
-    uses_checkpointing,
-)
+from dpo_wrapper.models.base import LanguageModel, OutputHead, as_output_head, patch_lock, uses_checkpointing
 from dpo_wrapper.prefix_tree import PrefixSharingError, TreeLayout, attend_along_paths, attend_with_kernel
 from dpo_wrapper.prefix_tree.attention import make_causal_mask
 
@@ -48,11 +42,10 @@ class XTransformersModel(LanguageModel):
         has_rotation = layers.rotary_pos_emb is not None or layers.polar_pos_emb is not None
         takes_positions = isinstance(self.net.pos_emb, nn.Module) or has_rotation
         # with one row, positions have one axis: some of the embeddings take no second
-        position = layout.position if layout.shape[0] > 1 else layout.position[0]
+        position = layout.position if len(layout.position) > 1 else layout.position[0]
         with attend_over_tree(self.net, layout):
-            return self.net(
-                layout.ids, return_embeddings=return_hidden, pos=position if takes_positions else None
-            )
+            pos = position if takes_positions else None
+            return self.net(layout.ids, return_embeddings=return_hidden, pos=pos)
 
     def output_head(self) -> OutputHead | None:
         if self.net.output_is_log_prob:  # a mixture of softmaxes has several heads
@@ -71,10 +64,9 @@ def attend_over_tree(net: Any, layout: TreeLayout) -> Iterator[None]:
     with patch_lock, ExitStack() as stack:
         if rel_pos is not None:  # the bias is computed for each group of paths, and never for the whole tree
             compute_bias = rel_pos.forward
+            no_bias = layout.ids.new_zeros(1, 1, 1)
             for name in ("forward", "forward_custom_pos"):
-                stack.enter_context(
-                    patched_attribute(rel_pos, name, lambda *_: layout.ids.new_zeros(1, 1, 1))
-                )
+                stack.enter_context(patched_attribute(rel_pos, name, lambda *_: no_bias))
         for module in net.modules():
             if uses_checkpointing(module):
                 raise PrefixSharingError("its layers run again in backward, when the tree is gone")
@@ -92,16 +84,13 @@ def attend_over_tree(net: Any, layout: TreeLayout) -> Iterator[None]:
 def patched_attribute(holder: object, name: str, value: Any) -> Iterator[None]:
     """Set `holder.name` to a value inside this context, as an attribute of the instance alone."""
     attributes = vars(holder)
-    was_set = name in attributes
-    before = attributes.get(name)
+    before = {name: attributes[name]} if name in attributes else {}
     attributes[name] = value
     try:
         yield
     finally:
-        if was_set:
-            attributes[name] = before
-        else:
-            del attributes[name]
+        del attributes[name]
+        attributes.update(before)
 
 
 def _attend(
@@ -113,22 +102,19 @@ def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | None = None,
     attn_bias: Tensor | None = None,
-    prev_attn: Tensor | None = None,
-    row_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
     """What `Attend.forward` of the library does, over a tree; `forward` is the method as it was."""
     if k.shape[2] != q.shape[2]:
         raise PrefixSharingError("its attention has memory key/values")
-    if mask is not None or row_mask is not None or prev_attn is not None:
-        raise PrefixSharingError("its attention takes a mask or attention of the layer before")
-    if any(value is not None for name, value in kwargs.items() if name != "causal"):
-        raise PrefixSharingError("its attention takes " + ", ".join(sorted(kwargs)))
+    others = sorted(name for name, value in kwargs.items() if value is not None and name != "causal")
+    if others:
+        raise PrefixSharingError("its attention takes " + ", ".join(others))
     # beside the output the layers expect an object, of which they fill in what they use
     intermediates = sys.modules["x_transformers.attend"].Intermediates()
-    if attn_bias is None and _is_plain_softmax(module):
+    is_changed = module.l2_distance or module.add_zero_kv or (module.dropout and module.training)
+    if module.flash and attn_bias is None and not is_changed:  # plain softmax attention
         out = attend_with_kernel(layout, q, k, v, window, module.scale)
         if out is not None:
             return out, intermediates
@@ -137,13 +123,6 @@ def _attend(
         n = q.shape[2]
         causal_mask = make_causal_mask(n, window, q.device) if window is not None and n > window else None
         bias = compute_bias(n, n) if attn_bias is not None and compute_bias is not None else None
-        return forward(q, k, v, mask=causal_mask, attn_bias=bias, **kwargs)[0]
+        return forward(q, k, v, **(kwargs | {"mask": causal_mask, "attn_bias": bias}))[0]
 
     return attend_along_paths(layout, q, k, v, attend_path), intermediates
-
-
-def _is_plain_softmax(module: Any) -> bool:
-    """Whether an `Attend` of the library computes softmax attention and nothing else."""
-    return module.flash and not (
-        module.l2_distance or module.add_zero_kv or (module.dropout and module.training)
-    )

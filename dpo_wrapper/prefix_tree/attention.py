@@ -15,9 +15,6 @@ from torch import Tensor
 from dpo_wrapper.prefix_tree import cpu_attention
 from dpo_wrapper.prefix_tree.layout import TreeLayout
 
-AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Causal attention on ordinary sequences: from q, k and v of shape [g h n d] to outputs [g h n e]."""
-
 
 class PrefixSharingError(Exception):
     """Raised where a model cannot be run over a tree; the message is the reason, as a part of a sentence."""
@@ -28,21 +25,20 @@ def attend_along_paths(
     q: Float[Tensor, "r h w d"],
     k: Float[Tensor, "r g w d"],
     v: Float[Tensor, "r g w e"],
-    attention_fn: AttentionFn,
+    attention_fn: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Float[Tensor, "r h w e"]:
     """Compute attention over a tree by `attention_fn`, which knows ordinary causal sequences only.
 
-    Queries, keys and values are gathered along the tree's paths, attention runs on each group of paths, and
-    for a token on several paths the output on one of them is kept: they are all equal.
+    It maps q, k and v of shape [g h n d] to outputs [g h n e]. They are gathered along the tree's paths,
+    attention runs on each group of paths, and for a token on several paths the output on one of them is kept:
+    they are all equal.
 
     Raises:
         PrefixSharingError: the tensors hold other tokens than the layout.
     """
-    rows, _, width, _ = q.shape
-    if (rows, width) != layout.shape:
-        raise PrefixSharingError(
-            f"its attention has rows of shape {(rows, width)} for tokens in {layout.shape}"
-        )
+    shape, layout_shape = (q.shape[0], q.shape[2]), tuple(layout.ids.shape)
+    if shape != layout_shape:
+        raise PrefixSharingError(f"its attention has rows of shape {shape} for tokens in {layout_shape}")
     tokens = [rearrange(t, "r h w d -> (r w) h d") for t in (q, k, v)]
     outputs = []
     for group in layout.groups:
@@ -50,7 +46,7 @@ def attend_along_paths(
         out = attention_fn(*(rearrange(t, "g n h d -> g h n d") for t in gathered))
         outputs.append(rearrange(out, "g h n e -> (g n) h e"))
     unique = torch.cat(outputs).index_select(0, layout.path_index)
-    return rearrange(unique, "(r w) h e -> r h w e", w=width)
+    return rearrange(unique, "(r w) h e -> r h w e", w=q.shape[2])
 
 
 def attend_with_kernel(
@@ -61,10 +57,10 @@ def attend_with_kernel(
     window: int | None,
     scale: float | None,
 ) -> Float[Tensor, "r h w e"] | None:
-    """Compute softmax attention over a tree by the layout's kernel.
+    """Compute softmax attention over a tree by the kernel that `layout.options` names.
 
     Args:
-        layout: the tree, whose `options.kernel` names the kernel.
+        layout: the tree.
         q, k, v: queries, keys and values; the heads of q may be a multiple of those of k and v.
         window: a token attends to this many tokens, itself included; None is to all before it.
         scale: the factor of `q · k`; None is `1 / sqrt(d)`.
@@ -72,18 +68,20 @@ def attend_with_kernel(
     Returns:
         The outputs, or None where the kernel does not apply or does not pay.
     """
-    kernel = layout.options.kernel
-    if kernel == "flex":
+    options, branches = layout.options, layout.branches
+    if options.kernel == "flex" and len(q) == 1:  # its block mask is that of one row
         from dpo_wrapper.prefix_tree import flex_attention  # imports a part of torch that others do not need
 
         return flex_attention.attend_with_flex(q, k, v, layout.block_mask(window), scale)
-    if kernel == "branches" and window is None and q.shape[-1] == v.shape[-1]:
-        numel = cpu_attention.mean_branch_length(layout.branches) * q.shape[1] * q.shape[-1]
-        min_numel = layout.options.min_branch_numel
-        if numel >= (cpu_attention.MIN_BRANCH_NUMEL if min_numel is None else min_numel):
+    if options.kernel == "branches" and window is None and q.shape[-1] == v.shape[-1]:
+        min_numel = options.min_branch_numel
+        if min_numel is None:
+            min_numel = cpu_attention.MIN_BRANCH_NUMEL
+        mean_branch_length = branches[-1][0].stop / len(branches)
+        if mean_branch_length * q.shape[1] * q.shape[-1] >= min_numel:
             q, k, v = (rearrange(t, "r h w d -> 1 h (r w) d") for t in (q, k, v))
-            out = cpu_attention.attend_by_branch(q, k, v, layout.branches, scale)
-            return rearrange(out, "1 h (r w) e -> r h w e", w=layout.shape[1])
+            out = cpu_attention.attend_by_branch(q, k, v, branches, scale)
+            return rearrange(out, "1 h (r w) e -> r h w e", r=len(layout.ids))
     return None
 
 

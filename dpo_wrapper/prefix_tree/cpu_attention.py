@@ -36,11 +36,10 @@ small kernel calls cost more time than they save."""
 
 def find_branches(position: Int[Tensor, "u"]) -> tuple[Branch, ...]:
     """Find the branches of a tree from the depths of its tokens, which are in depth-first order."""
-    u = len(position)
-    starts = [0, *((position.diff() != 1).nonzero()[:, 0] + 1).tolist(), u] if u else []
+    starts = (position.diff(prepend=position[:1]) != 1).nonzero()[:, 0].tolist()
     branches: list[Branch] = []
     current_path: list[slice] = []  # from the root to the end of the branch before
-    for start, end in pairwise(starts):
+    for start, end in pairwise([*starts, len(position)]):
         prefix, missing = [], int(position[start])
         for run in current_path:
             length = min(missing, run.stop - run.start)
@@ -50,11 +49,6 @@ def find_branches(position: Int[Tensor, "u"]) -> tuple[Branch, ...]:
         branches.append((slice(start, end), tuple(prefix)))
         current_path = [*prefix, slice(start, end)]
     return tuple(branches)
-
-
-def mean_branch_length(branches: Sequence[Branch]) -> float:
-    """The mean number of tokens in a branch."""
-    return branches[-1][0].stop / len(branches) if branches else 0.0
 
 
 def attend_by_branch(
@@ -83,17 +77,11 @@ class BranchAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Float[Tensor, "1 h w d"],
-        k: Float[Tensor, "1 h w d"],
-        v: Float[Tensor, "1 h w d"],
-        branches: tuple[Branch, ...],
-        scale: float | None,
-    ) -> Float[Tensor, "1 h w d"]:
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, branches: tuple[Branch, ...], scale: float | None
+    ) -> Tensor:
         flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out = empty_heads(q, q.dtype)
+        out = zero_heads(q, q.dtype)
         lse = torch.zeros(out.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
-        out[:, :, branches[-1][0].stop :] = 0.0
         for branch, prefix in branches:
             q_branch, k_branch, v_branch = (t[:, :, branch] for t in (q, k, v))
             out_branch, lse_branch = flash_attention(
@@ -117,34 +105,26 @@ class BranchAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         q, k, v, out, lse = ctx.saved_tensors
-        grads = [empty_heads(t, torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v)]
-        for grad in grads:
-            grad[:, :, ctx.branches[-1][0].stop :] = 0.0
+        grads = [zero_heads(t, torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v)]
         for branch, prefix in ctx.branches:
             grad_branch, q_branch, out_branch = (t[:, :, branch] for t in (grad_out, q, out))
             softmax = (out_branch, lse[:, :, branch])  # of branch and prefix together
-            k_branch, v_branch = k[:, :, branch], v[:, :, branch]
-            parts = flash_backward(
-                grad_branch, q_branch, k_branch, v_branch, *softmax, 0.0, True, scale=ctx.scale
-            )
-            for grad, part in zip(grads, parts, strict=True):
-                grad[:, :, branch] = part  # branches further down the tree add to this later
-            if prefix:
-                k_prefix, v_prefix = gather_slices(k, prefix), gather_slices(v, prefix)
-                q_part, *kv_parts = flash_backward(
-                    grad_branch, q_branch, k_prefix, v_prefix, *softmax, 0.0, False, scale=ctx.scale
-                )
-                grads[0][:, :, branch] += q_part
-                lengths = [run.stop - run.start for run in prefix]
-                for grad, part in zip(grads[1:], kv_parts, strict=True):
-                    for run, run_part in zip(prefix, part.split(lengths, dim=2), strict=True):
-                        grad[:, :, run] += run_part
+            for keys, is_causal in (((branch,), True), (prefix, False)):
+                if keys:
+                    k_part, v_part = gather_slices(k, keys), gather_slices(v, keys)
+                    parts = flash_backward(
+                        grad_branch, q_branch, k_part, v_part, *softmax, 0.0, is_causal, scale=ctx.scale
+                    )
+                    for grad, part, slices in zip(grads, parts, ((branch,), keys, keys), strict=True):
+                        lengths = [run.stop - run.start for run in slices]
+                        for run, run_part in zip(slices, part.split(lengths, dim=2), strict=True):
+                            grad[:, :, run] += run_part
         return *(grad.to(q.dtype) for grad in grads), None, None
 
 
-def empty_heads(like: Float[Tensor, "1 h w d"], dtype: torch.dtype) -> Float[Tensor, "1 h w d"]:
-    """Allocate a tensor of this shape whose memory is in the order [1 w h d], as the next layer reads it."""
-    return like.new_empty(like.transpose(1, 2).shape, dtype=dtype).transpose(1, 2)
+def zero_heads(like: Float[Tensor, "1 h w d"], dtype: torch.dtype) -> Float[Tensor, "1 h w d"]:
+    """Zeros of this shape whose memory is in the order [1 w h d], as the next layer reads it."""
+    return like.new_zeros(like.transpose(1, 2).shape, dtype=dtype).transpose(1, 2)
 
 
 def gather_slices(tokens: Float[Tensor, "1 h w d"], slices: Sequence[slice]) -> Float[Tensor, "1 h n d"]:

@@ -3,9 +3,6 @@
 For CUDA. On the CPU torch runs FlexAttention without gradients only, which suffices to test the block mask.
 """
 
-from functools import cache
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -14,6 +11,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 BLOCK_SIZE = 128
 """Queries and keys in one block."""
+
+compiled_flex_attention = torch.compile(flex_attention, dynamic=True)
 
 
 def create_tree_block_mask(
@@ -53,12 +52,6 @@ def list_key_blocks(blocks: Bool[Tensor, "m m"]) -> tuple[Int[Tensor, "1 1 m"], 
     return blocks.sum(dim=1).int()[None, None], order.int()[None, None]
 
 
-@cache
-def compiled_flex_attention() -> Any:
-    """FlexAttention compiled for CUDA, once in a process."""
-    return torch.compile(flex_attention, dynamic=True)
-
-
 def attend_with_flex(
     q: Float[Tensor, "1 h w d"],
     k: Float[Tensor, "1 g w d"],
@@ -67,5 +60,5 @@ def attend_with_flex(
     scale: float | None,
 ) -> Float[Tensor, "1 h w e"]:
     """Compute softmax attention under a block mask; h may be a multiple of g."""
-    function = compiled_flex_attention() if q.is_cuda else flex_attention
+    function = compiled_flex_attention if q.is_cuda else flex_attention
     return function(q, k, v, block_mask=block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])

@@ -1,7 +1,8 @@
 """A prefix tree as a model takes it: its tokens in rows, and its paths grouped into padded sequences."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -45,8 +46,7 @@ class TreeLayout(TensorDataclass):
     """The `u` tokens of a tree in `r` rows of width `w`, and the paths on which attention can run.
 
     Attributes:
-        shape: (r, w). The tokens fill the rows one after another; what is left of the last row is padding.
-        ids: the token ids.
+        ids: the token ids. They fill the rows one after another; what is left of the last row is padding.
         position: each token's depth in the tree, which is its position in every sequence through it.
         groups: for each group of paths of similar length, the indices of their tokens in the tree. A shorter
             path is padded with its own last token.
@@ -54,10 +54,8 @@ class TreeLayout(TensorDataclass):
             paths has the index on one of them.
         subtree_end: as in `PrefixTree`.
         branches: the tree's branches, as in `cpu_attention`.
-        options: `max_positions`, `kernel` and `min_branch_numel`.
     """
 
-    shape: tuple[int, int]
     ids: Int[Tensor, "r w"]
     position: Int[Tensor, "r w"]
     groups: tuple[Int[Tensor, "g n"], ...]
@@ -67,24 +65,17 @@ class TreeLayout(TensorDataclass):
     options: TreeOptions
 
     @classmethod
-    def from_tree(cls, tree: PrefixTree, options: TreeOptions | None = None) -> "TreeLayout":
-        """Lay a tree out in as few rows as `options.max_positions` allows.
-
-        FlexAttention's block mask needs one row, so that 'flex' becomes 'model' where there are more.
-        """
-        options = options or TreeOptions()
+    def from_tree(cls, tree: PrefixTree, options: TreeOptions) -> "TreeLayout":
+        """Lay a tree out in as few rows as `options.max_positions` allows."""
         u = len(tree.ids)
         rows = -(-u // min(u, options.max_positions or u))
         width = -(-u // rows)
-        if options.kernel == "flex" and rows > 1:
-            options = replace(options, kernel="model")
-
         ids, position = (
             F.pad(values, (0, rows * width - u)).view(rows, width) for values in (tree.ids, tree.position)
         )
         groups, path_index = group_paths(tree.leaf_paths(), rows * width)
         branches = find_branches(tree.position)
-        return cls((rows, width), ids, position, groups, path_index, tree.subtree_end, branches, options)
+        return cls(ids, position, groups, path_index, tree.subtree_end, branches, options)
 
     def block_mask(self, window: int | None) -> "BlockMask":
         """The tree's block mask for FlexAttention, computed once for each width of a sliding window."""
@@ -99,28 +90,18 @@ class TreeLayout(TensorDataclass):
 def group_paths(
     paths: Sequence[Int[Tensor, "_"]], size: int
 ) -> tuple[tuple[Int[Tensor, "g n"], ...], Int[Tensor, "rw"]]:
-    """Group paths of similar length, the longest first, and index their tokens.
-
-    Returns:
-        `groups` and `path_index` of a `TreeLayout` of `size` tokens, padding included.
-    """
+    """Group paths, the longest first: `groups` and `path_index` of a layout of `size` tokens with padding."""
     paths = sorted(paths, key=len)
     groups: list[Tensor] = []
     path_index, offset = torch.zeros(size, dtype=torch.long), 0
     while paths:
-        longest, count, tokens = len(paths[-1]), 0, 0
-        while count < len(paths):
-            next_length = len(paths[-1 - count])
-            if tokens + next_length < (1 - MAX_PADDING) * longest * (count + 1):
-                break
-            tokens += next_length
-            count += 1
+        longest = len(paths[-1])
+        totals = accumulate(len(path) for path in reversed(paths))
+        count = sum(total >= (1 - MAX_PADDING) * longest * k for k, total in enumerate(totals, start=1))
+        for path in paths[-count:]:
+            path_index[path] = torch.arange(offset, offset + len(path))
+            offset += longest
         columns = torch.arange(longest)
-        group = torch.stack([path[columns.clamp(max=len(path) - 1)] for path in paths[-count:]])
-        indices = torch.arange(offset, offset + group.numel()).view(group.shape)
-        for path, row in zip(paths[-count:], indices, strict=True):
-            path_index[path] = row[: len(path)]
-        groups.append(group)
-        offset += group.numel()
+        groups.append(torch.stack([path[columns.clamp(max=len(path) - 1)] for path in paths[-count:]]))
         del paths[-count:]
     return tuple(groups), path_index

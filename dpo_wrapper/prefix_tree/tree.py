@@ -87,10 +87,7 @@ class PrefixTree(TensorDataclass):
 
     def leaf_paths(self) -> list[Int[Tensor, "_"]]:
         """The paths that end at a leaf, each once: every other path is the beginning of one of them."""
-        end = torch.arange(1, len(self.ids) + 1, device=self.ids.device)
-        is_leaf = self.subtree_end == end
-        path_of_leaf: dict[int, Tensor] = {}
-        for path in self.path.split(self.start.diff().tolist()):
-            if len(path) and is_leaf[path[-1]]:
-                path_of_leaf[int(path[-1])] = path
+        is_leaf = self.subtree_end == torch.arange(1, len(self.ids) + 1, device=self.ids.device)
+        paths = self.path.split(self.start.diff().tolist())
+        path_of_leaf = {int(path[-1]): path for path in paths if len(path) and is_leaf[path[-1]]}
         return list(path_of_leaf.values())

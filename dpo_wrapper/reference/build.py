@@ -78,15 +78,10 @@ def build_reference(
     is_needed: bool,
     options: ReferenceOptions,
 ) -> Reference:
-    """The reference of a policy, as the options of `DPO` say.
+    """The reference of a policy, as the options of `DPO` say; TypeError or ValueError if they do not fit.
 
-    Args:
-        kind: `reference` of `DPO`.
-        policy_scorer: the policy's scorer, whose options the reference's scorer takes over.
-        is_needed: whether a loss needs a reference, for `'auto'`.
-
-    Raises:
-        TypeError, ValueError: options that do not fit one another or the policy.
+    `kind` is the option `reference` of `DPO`, and `is_needed` says whether a loss needs one, for `'auto'`.
+    The reference's scorer takes over the options of the policy's.
     """
     policy, dtype, device = policy_scorer.language_model.model, options.dtype, options.device
     is_known = kind in KINDS if isinstance(kind, str) else isinstance(kind, (nn.Module, CachedReference))

@@ -127,9 +127,7 @@ class ModelReference(Reference):
 class FrozenModel(ModelReference):
     """A model of the reference's own: a frozen copy of the policy, or a given module.
 
-    Args:
-        policy: the parameters that policy and reference share should stay frozen.
-        device: where the model stays, if it does not move with the policy.
+    Parameters that it shares with the policy should stay frozen. With a `device` it stays there.
     """
 
     def __init__(

@@ -33,12 +33,7 @@ def group_tokens(sequences: ScoredSequences, links: Int[Tensor, "k 2"]) -> Int[T
 
 
 def merge_shared_tokens(fused_loss: FusedLoss, entry: Int[Tensor, "t"], entries: int) -> FusedLoss:
-    """The same loss as a function of the entries of a tree, of which several scored tokens may share one.
-
-    Args:
-        fused_loss: a loss of `t` scored tokens.
-        entry: for each scored token its index among the `entries`.
-    """
+    """The same loss as a function of a tree's entries; `entry` is the index of each scored token's entry."""
     fn, groups = fused_loss.fn, fused_loss.groups
 
     def loss_of_entries(log_probs: Tensor) -> Tensor:

@@ -50,12 +50,8 @@ def probe_model(
 ) -> Probe:
     """Run the model on two short rows in eval mode, and try which fast paths give its own log-probs.
 
-    Args:
-        policy: for a reference, the model whose trained parameters its output should not depend on.
-
-    Raises:
-        TypeError, ValueError: a model that sees ahead, returns something else than logits, or depends on
-            the policy's trained parameters; prefixes that cannot be shared where `share_prefix` is True.
+    Raises TypeError or ValueError for a model that sees ahead, returns something else than logits or, as a
+    reference, depends on the policy's trained parameters, and where `share_prefix` is True but impossible.
     """
     vocab_size, head_applies = probe_head(model, device, policy)
     options = ForwardOptions(None, head_applies, impl)
@@ -213,9 +209,8 @@ def relative_error(
 ) -> tuple[float, bool]:
     """The largest difference relative to the largest expected value, and whether it is more than rounding.
 
-    Args:
-        dtype: what the values were computed in, if that is narrower than their own dtype. Values that stand
-            for minus infinity (masked tokens of a vocabulary) are no scale for the others.
+    `dtype` is what the values were computed in, if that is narrower than their own dtype. Values that stand
+    for minus infinity (masked tokens of a vocabulary) are no scale for the others.
     """
     tolerance = max(TOLERANCE.get(each, 0.1) for each in (values.dtype, expected.dtype, dtype))
     scale = expected.detach().abs()

@@ -61,22 +61,11 @@ class Scorer:
         self.probed_device: torch.device | None = None
 
     def __call__(
-        self,
-        sequences: ScoredSequences,
-        extras: Sequence[str] = (),
-        fused_loss: FusedLoss | None = None,
+        self, sequences: ScoredSequences, extras: Sequence[str] = (), fused_loss: FusedLoss | None = None
     ) -> SequenceLogProbs:
-        """Log-probs of the sequences, after `check`.
-
-        Args:
-            extras: names of further values of each scored token, as in `token_log_probs`.
-            fused_loss: the loss that the log-probs of all scored tokens will go into.
-        """
-        probe = self.check(sequences)
-        model = self.language_model
-        return sequences.log_probs(
-            *compute_token_log_probs(model, sequences, probe.forward, extras, fused_loss)
-        )
+        """Log-probs of the sequences, after `check`; arguments as in `compute_token_log_probs`."""
+        arguments = (sequences, self.check(sequences).forward, extras, fused_loss)
+        return sequences.log_probs(*compute_token_log_probs(self.language_model, *arguments))
 
     def check(self, sequences: ScoredSequences) -> Probe:
         """Probe the model where needed, and raise what can be said before it runs on these sequences."""
@@ -129,8 +118,7 @@ class Scorer:
             return f"{name} model, not probed before the first call"
         options = self.probe.forward
         head = "the head is applied to scored positions alone"
-        if not options.head_applies:
-            head = "all logits are computed"
+        head = head if options.head_applies else "all logits are computed"
         if options.tree is None:
             return f"{name} model; sequences are padded, for {self.probe.why_padded}; {head}"
         kernel = KERNELS[options.tree.kernel]

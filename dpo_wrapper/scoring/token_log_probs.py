@@ -40,11 +40,9 @@ def compute_token_log_probs(
     extras: Sequence[str] = (),
     fused_loss: FusedLoss | None = None,
 ) -> TokenLogProbs:
-    """The log-prob of each scored token of the sequences.
+    """The log-prob of each scored token, and its extras, as `dpo_wrapper.token_log_probs` names them.
 
-    Args:
-        extras: names of further values of each scored token, as in `dpo_wrapper.token_log_probs`.
-        fused_loss: the loss that the log-probs of all scored tokens will go into.
+    `fused_loss` is the loss that the log-probs of all scored tokens will go into.
     """
     if options.tree is None or not len(sequences.target):
         rows = sequences.row * sequences.ids.shape[1] + sequences.source
@@ -77,11 +75,7 @@ def _gather(
     extras: Sequence[str],
     fused_loss: FusedLoss | None,
 ) -> TokenLogProbs:
-    """The log-prob of each target under its row of the hidden states (or logits), which are laid end to end.
-
-    Args:
-        forward: the model's forward pass, to hidden states if called with True, to logits with False.
-    """
+    """The log-prob of each target under its row of what `forward` returns: hidden states (True) or logits."""
     head = model.output_head()
     with reproducible_forward(model.model):
         if head is None or not options.head_applies:

@@ -68,8 +68,8 @@ BAD: list[tuple[str, bytes, str, str]] = [  # name, content, message after the n
     (
         "a.json",
         b'"text"',
-        ": the file should hold a list of objects, but it holds 'text'",
-        "write such a list",
+        f": {LISTED.removesuffix('an object with')}'text'",
+        "write the rows as one list",
     ),
     ("a.json", b'{"train": [], "test": []}', f": {LISTED} 'train', 'test'", "write the rows as one list"),
     ("a.json", b'{"data": [], "rows": []}', f": {LISTED} 'data', 'rows'", "write the rows as one list"),

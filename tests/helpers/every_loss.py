@@ -5,10 +5,11 @@ from dataclasses import fields, replace
 from typing import Any
 
 from dpo_wrapper import Loss, PairLoss
-from dpo_wrapper.losses.registry import builtin_losses, divergences_by_name
+from dpo_wrapper.losses import Divergence
+from dpo_wrapper.losses.registry import builtin_losses, subclasses_by_name
 
 LOSS_CLASSES: list[type[Loss]] = [loss for loss in builtin_losses() if issubclass(loss, PairLoss)]
-DIVERGENCES = [divergence() for divergence in divergences_by_name().values()]
+DIVERGENCES = [divergence() for divergence in subclasses_by_name(Divergence).values()]
 OTHER_OPTIONS = {"beta": 0.4, "label_smoothing": 0.2, "gamma": 0.3, "tau": 0.7, "penalty": 2.0, "k": 0.2}
 
 

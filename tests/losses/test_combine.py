@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpo_wrapper import IPO, SFT, Loss, PairLogProbs, Sigmoid
 from dpo_wrapper.losses import (
@@ -149,6 +149,15 @@ def test_losses_that_compare_pairs_refuse_weights(loss: Loss):
         CombinedLoss([(loss, 1.0), (SFT(), 1.0)])(pair)
 
 
+def test_refusals_name_all_losses_that_are_meant():
+    pair = example_pair()
+    with pytest.raises(ValueError, match="for IPO and SFT, which have no logit to subtract them from: leave"):
+        CombinedLoss([(IPO(), 1.0), (SFT(), 1.0)])(replace(pair, margins=torch.ones(1).double()))
+    with pytest.raises(ValueError, match="for AOT and BetaDPO, which compare the pairs of a batch with one"):
+        losses = [(AOT(), 1.0), (Sigmoid(), 1.0), (BetaDPO(), 1.0)]
+        CombinedLoss(losses)(replace(pair, weights=torch.ones(1).double()))
+
+
 # functions
 
 
@@ -177,6 +186,20 @@ def test_a_function_needs_a_reference_unless_it_says_otherwise():
     vars(chosen_nll).update(attributes)
     own = CombinedLoss(chosen_nll)
     assert not own.needs_reference and not own.is_per_pair and own.is_deterministic
+
+
+def test_a_module_is_called_but_not_registered():
+    class ScaledChosen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0).double())
+
+        def forward(self, pairs: PairLogProbs) -> Tensor:
+            return self.scale * pairs.chosen
+
+    combined = CombinedLoss(ScaledChosen())
+    assert is_close(combined(example_pair()), [-8.0])
+    assert not list(combined.parameters()) and not combined.state_dict()
 
 
 def test_a_function_that_reduces_is_refused():

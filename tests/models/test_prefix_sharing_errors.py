@@ -41,7 +41,7 @@ def test_positions_that_are_not_reset_are_caught(name, monkeypatch):
 
     def with_running_positions(tree, options):
         layout = from_tree(tree, options)
-        positions = torch.arange(layout.ids.numel()).view(layout.shape)
+        positions = torch.arange(layout.ids.numel()).view(layout.ids.shape)
         layout.position.copy_(positions % (options.max_positions or 10**9))
         return layout
 

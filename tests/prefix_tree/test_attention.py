@@ -13,7 +13,7 @@ from helpers.trees import random_tree
 
 
 def random_heads(layout: TreeLayout, heads: int = 2, width: int = 4) -> list[torch.Tensor]:
-    rows, columns = layout.shape
+    rows, columns = layout.ids.shape
     generator = Generator().manual_seed(0)
     shape = (rows, heads, columns, width)
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3)]
@@ -37,7 +37,7 @@ def test_outputs_are_those_under_the_mask_of_the_tree(seed, max_positions):
 
 
 def test_heads_of_other_tokens_are_refused():
-    layout = TreeLayout.from_tree(random_tree(0, longest=30))
+    layout = TreeLayout.from_tree(random_tree(0, longest=30), TreeOptions())
     q, k, v = (torch.cat([t, t], dim=2) for t in random_heads(layout))
     with pytest.raises(PrefixSharingError, match="its attention has rows of shape"):
         attend_along_paths(layout, q, k, v, attend_causally)
