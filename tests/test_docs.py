@@ -9,8 +9,9 @@ import torch
 
 import dpo_wrapper
 from dpo_wrapper.losses.registry import builtin_losses, losses_table
+from dpo_wrapper.pretrained import PRESETS
 from dpo_wrapper.training.config import TrainConfig
-from helpers.runs import BUNDLED
+from helpers.runs import BUNDLED, SMALL_DECODER
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -37,7 +38,9 @@ def folder_with_a_run(tmp_path_factory):
     rows = folder / "rows.jsonl"
     rows.write_text("".join(BUNDLED.read_text(encoding="utf-8").splitlines(keepends=True)[:26]))
     out = folder / "runs" / "first"
-    train(TrainConfig(data=rows, out=out, sft_epochs=0, epochs=1, cpu=True, max_length=64, save_steps=0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "tiny", SMALL_DECODER)
+        train(TrainConfig(data=rows, out=out, sft_epochs=0, epochs=1, cpu=True, max_length=64, save_steps=0))
     return folder
 
 

@@ -394,6 +394,7 @@ def test_sums_by_hand():
     assert all(torch.equal(one[name], part(1.0, 3.0, 10.0)[name]) for name in one)  # none was changed
 
 
+@pytest.mark.slow
 @pytest.mark.pitfall(23)
 @given(
     batches(least=1), st.integers(0, 9), st.integers(1, 3), st.booleans(), st.randoms(use_true_random=False)

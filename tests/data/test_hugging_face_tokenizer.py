@@ -230,6 +230,7 @@ def test_a_tokenizer_without_eos(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_fingerprints(tmp_path: Path, load: Load) -> None:
     prints = [load(**options).fingerprint() for options in ({}, {"bos": None}, {"template": tiny.CHATML})]
     assert len({*prints, ByteTokenizer().fingerprint()}) == 4

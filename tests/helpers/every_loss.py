@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any
 
+import pytest
+
 from dpo_wrapper import Loss, PairLoss
 from dpo_wrapper.losses import Divergence
 from dpo_wrapper.losses.registry import builtin_losses, subclasses_by_name
@@ -30,3 +32,10 @@ EVERY_LOSS = [loss for loss_class in LOSS_CLASSES for loss in iterate_options(lo
 def loss_id(loss: object) -> str:
     """A parameter's name in the list of tests."""
     return repr(loss) if isinstance(loss, Loss) else str(loss)
+
+
+EVERY_LOSS_BUT_SLOW_OPTIONS = [
+    pytest.param(loss, id=loss_id(loss), marks=[] if loss == type(loss)() else [pytest.mark.slow])
+    for loss in EVERY_LOSS
+]
+"""Parameters of a test of whole models: a class with other options than its defaults is marked slow."""

@@ -14,7 +14,7 @@ from torch import Generator
 from dpo_wrapper import DPO, IPO, Loss, PairLogProbs, Sigmoid, SigmoidNorm, SimPO
 from dpo_wrapper.losses import EXO, BetaDPO, DiscoPOP, Robust, reference_free
 from helpers.batches import random_batch, repad
-from helpers.every_loss import EVERY_LOSS, LOSS_CLASSES, loss_id
+from helpers.every_loss import EVERY_LOSS, EVERY_LOSS_BUT_SLOW_OPTIONS, LOSS_CLASSES, loss_id
 from helpers.loss_oracle import PER_PAIR, WHOLE_BATCH, Pair, oracle_losses
 from helpers.models import ZOO
 from helpers.pair_log_probs import (
@@ -148,7 +148,7 @@ def test_at_the_reference_sides_are_pushed_apart(loss: Loss):
 
 
 @pytest.mark.pitfall(13, 16)
-@every_loss
+@pytest.mark.parametrize("loss", EVERY_LOSS_BUT_SLOW_OPTIONS)
 def test_prefix_tree_and_padding_change_nothing(loss: Loss):
     case = random_batch(Generator().manual_seed(11), b=4)
     results = []

@@ -104,6 +104,7 @@ def test_compiled_parts(name, parts):
     assert shares_prefix(dpo)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("each_kernel")
 @pytest.mark.parametrize("warm", [True, False], ids=["after-a-call", "from-the-first-call"])
 @pytest.mark.parametrize("name", ["xt-rotary", "xt-alibi", "hf-llama"])

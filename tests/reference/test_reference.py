@@ -12,15 +12,12 @@ from helpers.batches import random_batch
 from helpers.dpo_calls import arguments, nudged
 from helpers.models import ZOO
 
+SLOW_HEADS = ["xt-absolute", "xt-wrapped", "xt-mixture", "hf-llama", "hf-gpt2"]
 HEADS = [
-    "xt-absolute",
     "xt-tied",
-    "xt-wrapped",
-    "xt-mixture",
-    "hf-llama",
     "hf-llama-tied",
-    "hf-gpt2",
     "plain-tied",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_HEADS),
 ]
 
 
