@@ -7,22 +7,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dpo_wrapper import validation
+from dpo_wrapper import batches, validation
 from dpo_wrapper.batches import Batch, PreferenceBatch, Reduce, SequenceLogProbs, UnpairedBatch
-from dpo_wrapper.batches.arguments import batch_from_arguments
 from dpo_wrapper.log_probs import FusedLoss, Impl
 from dpo_wrapper.losses.combine import CombinedLoss, LossArgument
 from dpo_wrapper.losses.pairwise import Sigmoid
 from dpo_wrapper.metrics import batch_metrics
 from dpo_wrapper.models import eval_mode
-from dpo_wrapper.reference import (
-    CachedReference,
-    ReferenceKind,
-    ReferenceOptions,
-    ReferenceOwner,
-    build_reference,
-    sync_reference,
-)
+from dpo_wrapper.reference import CachedReference, ReferenceKind, ReferenceOptions, ReferenceOwner
+from dpo_wrapper.reference.build import build_reference
+from dpo_wrapper.reference.sync import sync_reference
 from dpo_wrapper.scoring import Scorer, SharePrefix, group_tokens
 
 
@@ -32,9 +26,8 @@ class DPO(ReferenceOwner):
     Rafailov et al. 2023, "Direct Preference Optimization" (arXiv 2305.18290), eq. 7.
 
     Args:
-        model: the policy. An x-transformers `TransformerWrapper` or `AutoregressiveWrapper`, a Hugging Face
-            causal LM (PEFT-wrapped or not), or any causal module from `Int[b n]` ids to `Float[b n v]`
-            logits or to an output with `.logits`.
+        model: the policy. An x-transformers wrapper, a Hugging Face causal LM (PEFT-wrapped or not), or any
+            causal module from `Int[b n]` ids to `Float[b n v]` logits or to an output with `.logits`.
         beta: strength of the pull towards the reference, for the default loss.
         pad_id: where no mask is given, leading and trailing runs of this id are padding.
         loss: one of `dpo_wrapper.losses`, a function from `PairLogProbs` to one value per pair, or a list of
@@ -42,10 +35,8 @@ class DPO(ReferenceOwner):
         reference: `'copy'`, a frozen copy made now; `'adapter'`, the policy with its fresh LoRA adapter off;
             a module; what `precompute_ref_log_probs` returns; `'none'`; or `'auto'`: none if no loss needs
             one, else the adapter where that is possible, else a copy.
-        reference_dtype: dtype of a copy. bfloat16 takes half the memory, but a fresh DPO then starts near ln
-            2 and not at it.
-        reference_device: where a copy stays, whatever device the policy moves to. Like a copy with a dtype,
-            it shares no storage with the policy.
+        reference_dtype, reference_device: dtype of a copy, and the device where it stays, wherever the policy
+            moves. Such a copy shares no storage with the policy; in another dtype it differs by rounding.
         cache_ref_log_probs: keep the reference's log-probs in memory and compute each sequence once.
         share_prefix: compute prefixes that sequences share once, and no padding. `'auto'` does so if a trial
             gives the log-probs of padded rows, and else warns; True raises then; False pads.
@@ -145,7 +136,7 @@ class DPO(ReferenceOwner):
 
     def as_batch(self, *arguments: Any) -> Any:
         """The batch of a call, shifted and checked against loss and policy; a ready batch passes."""
-        batch = batch_from_arguments(*arguments, pad_id=self.pad_id)
+        batch = batches.batch_from_arguments(*arguments, pad_id=self.pad_id)
         self.loss.check_dataset_type(batch.dataset_type)
         if isinstance(batch, PreferenceBatch):
             self.loss.check_columns(batch.margins is not None, batch.weights is not None)
@@ -182,6 +173,10 @@ class DPO(ReferenceOwner):
         """Switch the policy's dropout off, unless it should stay on."""
         if self.disable_dropout:
             eval_mode.disable_dropout(self.policy_model)
+
+    def normalize_over_step(self, parts: list[Any], reduce: Reduce | None = None) -> list[Any]:
+        """Give the micro-batches of a step its totals, so that their losses add up to the step's loss."""
+        return batches.normalize_over_step(parts, reduce, self.kl_sums)
 
     def end_step(self, reduce: Reduce | None = None) -> None:
         """Call this after the last micro-batch of a step, for losses with a state (`BetaDPO`).

@@ -26,8 +26,8 @@ class TensorDataclass:
                 return value.map_tensors(function)
             return tuple(map(map_value, value)) if isinstance(value, tuple) else value
 
-        values = (map_value(getattr(self, field.name)) for field in fields(self))  # type: ignore[arg-type]
-        return type(self)(*values)
+        names = [field.name for field in fields(self)]  # type: ignore[arg-type]
+        return type(self)(**{name: map_value(getattr(self, name)) for name in names})
 
     def to(self: T, device: torch.device | str) -> T:
         """Return a copy on `device`. A copy to the CPU has arrived when this returns."""

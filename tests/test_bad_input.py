@@ -572,7 +572,7 @@ bad_model(
 bad_model(
     "a decoder without a head",
     TypeError,
-    "^a model with an output head is expected: leave return_only_embed at False",
+    "^the model should have an output head, but it returns embeddings: leave return_only_embed at False",
     lambda: x_decoder(return_only_embed=True),
 )
 bad_model(
@@ -652,7 +652,7 @@ def t5() -> nn.Module:
     return T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, decoder_start_token_id=0, **sizes))
 
 
-ENCODES = "^a decoder-only model is expected, but T5ForConditionalGeneration has an encoder: load .*CausalLM"
+ENCODES = "^the model should be decoder-only, but T5ForConditionalGeneration has an encoder: load .*CausalLM"
 bad_model("an encoder-decoder", TypeError, ENCODES, t5)
 bad_model(
     "a model without its head",

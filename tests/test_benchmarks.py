@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 
 
@@ -17,6 +19,7 @@ def run(script: str, options: str, into: Path, status: int = 0) -> tuple[str, di
     return done.stdout, json.loads(into.read_text())
 
 
+@pytest.mark.slow
 def test_log_probs(tmp_path):
     options = "--device cpu --shape 24 16 300 --only chunked eager triton"
     printed, written = run("log_probs.py", options, tmp_path / "log_probs.json", status=1)
@@ -35,6 +38,7 @@ def test_log_probs(tmp_path):
     assert printed.count("failed: ") == 3  # on the CPU triton has no line with figures, but it has one
 
 
+@pytest.mark.slow
 def test_step(tmp_path):
     options = "--model xt --dim 64 --depth 1 --vocab 64 --pairs 2 --only tree"
     printed, written = run("step.py", options, tmp_path / "step.json")

@@ -194,6 +194,7 @@ def test_bad_input_gets_one_sentence_and_loses_nothing(case, tmp_path, monkeypat
     assert sorted(path for path in tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_ctrl_c_says_how_to_continue(tmp_path):
     out = tmp_path / "out"
@@ -216,6 +217,7 @@ def test_ctrl_c_says_how_to_continue(tmp_path):
     assert b"the same command with --resume continues it" in err and b"Traceback" not in err
 
 
+@pytest.mark.slow
 def test_the_program_is_installed_under_both_names():
     for command in ([sys.executable, "-m", "dpo_wrapper"], ["dpo-wrapper"]):
         if command[0] == "dpo-wrapper":

@@ -19,10 +19,12 @@ def load(name):
     return module
 
 
+@pytest.mark.slow
 def test_custom_loop():
     assert load("custom_loop").main(sft_steps=12, dpo_steps=6, batch_size=8) >= 0.75
 
 
+@pytest.mark.slow
 def test_hugging_face():
     pytest.importorskip("transformers")
     assert load("hugging_face").main(steps=8) >= 0.75

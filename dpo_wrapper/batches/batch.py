@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -21,8 +21,9 @@ B = TypeVar("B", bound="Batch")
 class Batch(TensorDataclass, ABC):
     """Sequences, and how they meet in a loss.
 
-    Where an optimizer step takes several micro-batches, `with_step_totals` gives each the totals of the whole
-    step. Losses are then divided by these, so that the micro-batches' losses add up to the step's loss.
+    Attributes:
+        step_count: number of valid pairs (lists, rows) of the optimizer step, if it takes several batches.
+            Losses are divided by it, so that they add up to the step's loss.
     """
 
     dataset_type: ClassVar[str]
@@ -30,6 +31,7 @@ class Batch(TensorDataclass, ABC):
     """Whether its loss needs an estimate of the KL divergence of policy and reference (`with_kl`)."""
 
     sequences: ScoredSequences
+    step_count: int | None = field(default=None, kw_only=True)
 
     def check(self) -> None:
         """Raise TypeError or ValueError if what the batch holds does not fit together."""
@@ -40,27 +42,27 @@ class Batch(TensorDataclass, ABC):
         """Which pairs (lists, rows) have enough scored tokens to enter the loss."""
 
     @property
-    @abstractmethod
     def links(self) -> Int[Tensor, "k 2"]:
-        """Indices of sequences that meet in one value of the loss, two a row."""
+        """Indices of sequences that meet in one value of the loss, two a row; none unless a batch says so."""
+        return self.sequences.row.new_zeros(0, 2)
 
-    @property
     @abstractmethod
-    def step_count(self) -> int | None:
-        """Number of valid pairs (lists, rows) of the whole step; None if this batch is the whole step."""
+    def log_probs(self, policy: SequenceLogProbs, reference: SequenceLogProbs | None) -> Any:
+        """The log-probs of the valid pairs (lists, rows), as losses take them."""
 
     @property
     def denominator(self) -> int:
-        """What the sum of the losses is divided by: the number of valid pairs (lists, rows) of the step."""
+        """What the sum of the losses is divided by."""
         return max(1, int(self.valid.sum()) if self.step_count is None else self.step_count)
 
     def step_totals(self) -> tuple[int, ...]:
         """What this batch adds to the totals of its step, as `with_step_totals` takes them."""
         return (int(self.valid.sum()),)
 
-    @abstractmethod
     def with_step_totals(self: B, *totals: int) -> B:
-        """The same batch as a part of a step with these totals, sums of `step_totals` over its batches."""
+        """The same batch in a step with these totals, sums of `step_totals` over its batches."""
+        (count,) = totals
+        return replace(self, step_count=count)
 
     def with_kl(self: B, sums: Float[Tensor, "2"]) -> B:
         """The same batch with the step's estimate of the KL divergence, from the sum of `DPO.kl_sums`."""
@@ -70,10 +72,6 @@ class Batch(TensorDataclass, ABC):
         """Given reference log-probs by sequence; TypeError where the batch holds no pairs."""
         name = type(self).__name__
         raise TypeError(f"ref_log_probs are for pairs, but the batch is a {name}: leave them out.")
-
-    @abstractmethod
-    def log_probs(self, policy: SequenceLogProbs, reference: SequenceLogProbs | None) -> Any:
-        """The log-probs of the valid pairs (lists, rows), as losses take them."""
 
 
 def normalize_over_step(

@@ -29,8 +29,7 @@ class PreferenceBatch(Batch):
         weights: factors of the pairs' losses.
         margins: nats that losses with a margin subtract inside their sigmoid or hinge.
         ld_alpha: weight of the tokens beyond the length of the shorter completion (LD-DPO).
-        step_pairs, step_chosen_tokens: numbers of valid pairs and of their scored chosen tokens in the whole
-            optimizer step, if this batch is a part of it.
+        step_chosen_tokens: number of scored chosen tokens in the valid pairs of the step (see `Batch`).
     """
 
     dataset_type: ClassVar[str] = "preference"
@@ -40,7 +39,6 @@ class PreferenceBatch(Batch):
     weights: Float[Tensor, "p"] | None = None
     margins: Float[Tensor, "p"] | None = None
     ld_alpha: float = 1.0
-    step_pairs: int | None = None
     step_chosen_tokens: int | None = None
 
     @classmethod
@@ -99,20 +97,14 @@ class PreferenceBatch(Batch):
         """The two sides of each pair."""
         return self.pair_index
 
-    @property
-    def step_count(self) -> int | None:
-        """Number of valid pairs of the whole step."""
-        return self.step_pairs
-
     def step_totals(self) -> tuple[int, int]:
-        """Numbers of valid pairs, and of the scored tokens on their chosen sides."""
+        """Numbers of valid pairs and of their scored chosen tokens."""
         chosen = self.pair_index[self.valid, 0]
         return len(chosen), int(self.sequences.length[chosen].sum())
 
     def with_step_totals(self, *totals: int) -> "PreferenceBatch":
-        """The same pairs as a part of a step with these totals."""
-        pairs, chosen_tokens = totals
-        return replace(self, step_pairs=pairs, step_chosen_tokens=chosen_tokens)
+        count, chosen_tokens = totals
+        return replace(self, step_count=count, step_chosen_tokens=chosen_tokens)
 
     def log_probs(self, policy: SequenceLogProbs, reference: SequenceLogProbs | None) -> PairLogProbs:
         """The log-probs of the valid pairs.
@@ -121,8 +113,8 @@ class PreferenceBatch(Batch):
         """
         valid, lengths, dtype = self.valid, self.sequences.length, policy.sums.dtype
         chosen, rejected = self.pair_index[valid].unbind(dim=-1)
-        if self.step_pairs is not None and self.step_chosen_tokens is not None:
-            mean_length = policy.sums.new_tensor(self.step_chosen_tokens / max(1, self.step_pairs))
+        if self.step_chosen_tokens is not None:
+            mean_length = policy.sums.new_tensor(self.step_chosen_tokens / self.denominator)
         else:
             mean_length = lengths[chosen].to(dtype).sum() / max(1, len(chosen))
 

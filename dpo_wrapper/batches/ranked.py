@@ -1,7 +1,7 @@
 """Batches of ranked lists of completions."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -27,7 +27,6 @@ class RankedBatch(Batch):
 
     Attributes:
         weights: factors of the lists' losses.
-        step_lists: number of valid lists in the whole optimizer step, if this batch is a part of it.
     """
 
     dataset_type: ClassVar[str] = "ranked"
@@ -35,7 +34,6 @@ class RankedBatch(Batch):
     sequences: ScoredSequences
     ranks: Int[Tensor, "l k"]
     weights: Float[Tensor, "l"] | None = None
-    step_lists: int | None = None
 
     @classmethod
     def from_lists(
@@ -74,16 +72,6 @@ class RankedBatch(Batch):
         """The best of each list with each of its completions."""
         best = self.ranks[:, :1].expand_as(self.ranks)
         return torch.stack([best, self.ranks], dim=-1)[self.ranks >= 0]
-
-    @property
-    def step_count(self) -> int | None:
-        """Number of valid lists of the whole step."""
-        return self.step_lists
-
-    def with_step_totals(self, *totals: int) -> "RankedBatch":
-        """The same lists as a part of a step with this number of valid lists."""
-        (lists,) = totals
-        return replace(self, step_lists=lists)
 
     def log_probs(self, policy: SequenceLogProbs, reference: SequenceLogProbs | None) -> RankedLogProbs:
         """The log-probs of the valid lists."""

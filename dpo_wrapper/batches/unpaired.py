@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 from beartype import beartype
-from jaxtyping import Bool, Float, Int, jaxtyped
+from jaxtyping import Bool, Float, jaxtyped
 from torch import Tensor
 
 from dpo_wrapper.batches.batch import Batch
@@ -25,8 +25,8 @@ class UnpairedBatch(Batch):
             the reference.
         label: True for a desirable completion, False for an undesirable one.
         weights: factors of the rows' losses.
-        step_rows, step_kl: number of valid rows and estimate of the KL divergence in nats of the whole
-            optimizer step. Without `step_kl`, `DPO` makes an estimate from this batch alone.
+        step_kl: estimate of the KL divergence in nats over the whole step; without it `DPO` makes one from
+            this batch alone.
     """
 
     dataset_type: ClassVar[str] = "unpaired_preference"
@@ -36,7 +36,6 @@ class UnpairedBatch(Batch):
     kl_sequences: ScoredSequences
     label: Bool[Tensor, "s"]
     weights: Float[Tensor, "s"] | None = None
-    step_rows: int | None = None
     step_kl: Float[Tensor, ""] | None = None
 
     @classmethod
@@ -84,21 +83,6 @@ class UnpairedBatch(Batch):
     def valid(self) -> Bool[Tensor, "s"]:
         """Rows with a scored token."""
         return self.sequences.length > 0
-
-    @property
-    def links(self) -> Int[Tensor, "0 2"]:
-        """None: each row has a value of its own."""
-        return self.sequences.row.new_zeros(0, 2)
-
-    @property
-    def step_count(self) -> int | None:
-        """Number of valid rows of the whole step."""
-        return self.step_rows
-
-    def with_step_totals(self, *totals: int) -> "UnpairedBatch":
-        """The same rows as a part of a step with this number of valid rows."""
-        (rows,) = totals
-        return replace(self, step_rows=rows)
 
     def with_kl(self, sums: Float[Tensor, "2"]) -> "UnpairedBatch":
         """The same rows with the KL estimate `sums[0] / sums[1]`, from the sum of `DPO.kl_sums`."""

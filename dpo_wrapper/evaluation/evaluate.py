@@ -1,16 +1,18 @@
 """The metrics of a policy over many batches, exactly as over one batch of all of them."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dpo_wrapper.batches import Batch, Reduce, normalize_over_step
 from dpo_wrapper.metrics import MetricSums
 
 
 @torch.no_grad()
-def evaluate(dpo: nn.Module, batches: Iterable[Batch], reduce: Reduce | None = None) -> dict[str, float]:
+def evaluate(
+    dpo: nn.Module, batches: Iterable[Any], reduce: Callable[[Tensor], Tensor] | None = None
+) -> dict[str, float]:
     """The metrics of `dpo_wrapper.metrics` over all pairs (lists, rows) of the batches.
 
     Args:
@@ -25,8 +27,7 @@ def evaluate(dpo: nn.Module, batches: Iterable[Batch], reduce: Reduce | None = N
     batches, sums = list(batches), MetricSums()
     if not batches:
         raise ValueError("batches should hold at least one batch, but there is none: leave evaluation out.")
-    kl_sums = getattr(dpo, "module", dpo).kl_sums
-    for batch in normalize_over_step(batches, reduce, kl_sums):
+    for batch in getattr(dpo, "module", dpo).normalize_over_step(batches, reduce):
         _, metrics = dpo(batch, return_metrics=True)
         sums.add(metrics)
     return sums.result(reduce)

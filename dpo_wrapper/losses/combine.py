@@ -118,21 +118,22 @@ class CombinedLoss(nn.Module):
     def __init__(self, loss: LossArgument) -> None:
         super().__init__()
         self.terms = as_weighted_losses(loss)
-        states = [value for term, _ in self.terms for value in vars(term).values()]
-        self.states = nn.ModuleList(value for value in states if isinstance(value, nn.Module))
+        own = [term for term, _ in self.terms if not isinstance(term, FunctionLoss)]
+        states = [value for term in own for value in vars(term).values() if isinstance(value, nn.Module)]
+        self.states = nn.ModuleList(states)
         self.needs_reference = any(term.needs_reference for term, _ in self.terms)
         self.is_deterministic = all(term.is_deterministic for term, _ in self.terms)
         self.is_per_pair = all(term.is_per_pair for term, _ in self.terms)
 
     @property
-    def first(self) -> Loss:
+    def first_loss(self) -> Loss:
         """The first of the losses; all take the same type of data."""
         return self.terms[0][0]
 
     @property
     def dataset_type(self) -> str:
         """The type of data that the losses take."""
-        return str(self.first.log_probs_type.dataset_type)
+        return str(self.first_loss.log_probs_type.dataset_type)
 
     def forward(self, log_probs: Any) -> Float[Tensor, "_"]:
         """One value per pair, list or row, in nats.
@@ -180,7 +181,7 @@ class CombinedLoss(nn.Module):
             noun, batch_name = DATA[self.dataset_type]
             received, _ = DATA.get(dataset_type, (dataset_type, ""))
             raise TypeError(
-                f"{join_names([self.first])} learns from {noun}, but it was given {received}: make a "
+                f"{join_names([self.first_loss])} learns from {noun}, but it was given {received}: make a "
                 f"{batch_name} of them."
             )
 
@@ -207,7 +208,7 @@ class CombinedLoss(nn.Module):
             raise ValueError(f"ld_alpha should be a number from 0 to 1, but it is {ld_alpha!r}.")
         if ld_alpha < 1 and self.dataset_type != "preference":
             raise ValueError(
-                f"ld_alpha compares the two sides of a pair, and {join_names([self.first])} learns from "
+                f"ld_alpha compares the two sides of a pair, and {join_names([self.first_loss])} learns from "
                 "other data: leave it out."
             )
         return float(ld_alpha)
@@ -218,7 +219,8 @@ class CombinedLoss(nn.Module):
             raise TypeError(f"wpo should be True or False, but it is {wpo!r}.")
         if wpo and self.dataset_type != "preference":
             raise ValueError(
-                f"wpo weights pairs, and {join_names([self.first])} learns from other data: leave it out."
+                f"wpo weights pairs, and {join_names([self.first_loss])} learns from other data: leave it "
+                "out."
             )
         if wpo:
             self.check_columns(has_margins=False, has_weights=True)

@@ -28,7 +28,7 @@ class HuggingFaceModel(LanguageModel):
         config = inner.config
         if getattr(config, "is_encoder_decoder", False):
             raise TypeError(
-                f"a decoder-only model is expected, but {type(inner).__name__} has an encoder: "
+                f"the model should be decoder-only, but {type(inner).__name__} has an encoder: "
                 "load one of transformers' AutoModelForCausalLM."
             )
         self.text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -39,8 +39,8 @@ class HuggingFaceModel(LanguageModel):
         self.max_positions = self.find_max_positions()
         if hasattr(model, "_orig_mod"):
             warnings.warn(
-                "of a compiled Hugging Face model only the whole is compiled, and scoring calls its parts: "
-                f"compile model.{inner.base_model_prefix} instead.",
+                "a Hugging Face model should be compiled in parts, which scoring calls, but it is compiled "
+                f"as a whole: compile model.{inner.base_model_prefix} instead.",
                 stacklevel=2,
             )
 

@@ -1,8 +1,8 @@
 """Attention over a prefix tree in models of transformers.
 
-transformers finds attention functions and their masks by name, in registries that anyone may add to. For each
-of them, say "sdpa", another is registered that runs over a tree if the model hands one down to it, and that
-otherwise calls the first. Inside `attend_over_tree` a model's configuration names that one.
+transformers looks attention functions and mask functions up by name, in registries to which anyone may add.
+For an attention like "sdpa" we register a second one. It attends over a tree if the model hands it a layout,
+and otherwise calls the first. Inside `attend_over_tree`, a model's configuration names the second.
 """
 
 import sys

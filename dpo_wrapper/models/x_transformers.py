@@ -29,7 +29,10 @@ class XTransformersModel(LanguageModel):
     def __init__(self, model: nn.Module, net: Any) -> None:
         super().__init__(model)
         if net.to_logits is None:
-            raise TypeError("a model with an output head is expected: leave return_only_embed at False.")
+            raise TypeError(
+                "the model should have an output head, but it returns embeddings: leave return_only_embed at "
+                "False."
+            )
         self.net = net
         self.vocab_size = net.num_tokens
         self.max_positions = getattr(net.pos_emb, "max_seq_len", None)

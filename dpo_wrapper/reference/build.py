@@ -124,7 +124,7 @@ def build_reference(
                 "reference = 'adapter' switches a fresh PEFT LoRA adapter off, but this policy has none, "
                 "or one that is already trained, or trains other weights as well: use reference = 'copy'."
             )
-        reference = AdapterDisabled(scorer(policy), policy)
+        reference = AdapterDisabled(scorer(policy))
     else:
         stays_on = None if device is None else parse_device(device)
         if isinstance(kind, nn.Module):
@@ -132,7 +132,7 @@ def build_reference(
             module = kind.requires_grad_(False).eval()
         else:
             module = frozen_copy(policy, dtype, stays_on)
-        reference = FrozenModel(scorer(module), module, policy, stays_on)
+        reference = FrozenModel(scorer(module), policy, stays_on)
     if options.caches:
         reference.enable_cache(options.per_token)
     return reference

@@ -54,7 +54,7 @@ def precompute_ref_log_probs(
         )
     reference = model
     if isinstance(model, nn.Module):
-        reference = FrozenModel(Scorer(model, share_prefix="auto"), model)
+        reference = FrozenModel(Scorer(model, share_prefix="auto"))
     if not isinstance(reference, ModelReference):
         raise ValueError("the reference should have a model to compute log-probs with: give one that has.")
 

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +40,9 @@ class NoReference(Reference):
     """For losses that need no reference."""
 
     def __call__(self, sequences: ScoredSequences) -> None:
-        """None."""
+        return None
 
     def explain(self) -> str:
-        """That there is none."""
         return "none"
 
 
@@ -54,43 +53,41 @@ class StoredReference(Reference):
         self.stored = stored
 
     def __call__(self, sequences: ScoredSequences) -> SequenceLogProbs:
-        """The stored log-probs; ValueError if a sequence is not among them."""
         return self.stored.log_probs(sequences)
 
     def explain(self) -> str:
-        """How many sequences are stored."""
         return f"log-probs of {len(self.stored)} sequences, computed before"
 
 
 class ModelReference(Reference):
-    """A model that computes the reference's log-probs, and a cache of them if that is enabled.
+    """A model that computes the reference's log-probs, with a cache of them where that is enabled."""
 
-    Args:
-        scorer: of the model.
-        model: the module whose weights the scorer uses.
-    """
+    description: ClassVar[str] = "a frozen model"
 
-    def __init__(self, scorer: Scorer, model: nn.Module) -> None:
+    def __init__(self, scorer: Scorer) -> None:
         self.scorer = scorer
-        self.model = model
+        self.model = scorer.language_model.model
         self.cache_fingerprint: Any = None
-
-    @abstractmethod
-    def weights(self) -> dict[str, Tensor]:
-        """The weights that the log-probs depend on, by name."""
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """The context in which the model is the reference: in eval mode, and checked to be frozen still."""
+        """The context in which the model is the reference."""
         with eval_mode(self.model):
             yield
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights that the log-probs depend on, by name."""
+        return self.model.state_dict()
+
+    def frozen_parameters(self) -> list[nn.Parameter]:
+        """The parameters that the log-probs depend on."""
+        return list(self.model.parameters())
 
     def enable_cache(self, per_token: bool) -> None:
         """Keep log-probs in memory, so that each sequence is computed once as long as the weights stay."""
         self.cache = LogProbCache(per_token)
 
     def __call__(self, sequences: ScoredSequences) -> SequenceLogProbs:
-        """The log-probs of the sequences, from the cache where all of them are known."""
         if self.cache is None:
             return self.compute(sequences)
         fingerprint = self.fingerprint(sequences.ids.device)
@@ -106,27 +103,20 @@ class ModelReference(Reference):
     @torch.no_grad()
     def compute(self, sequences: ScoredSequences) -> SequenceLogProbs:
         """The log-probs of the sequences, from a forward pass of the model, on their device."""
-        device = sequences.ids.device
-        if self.device is None:
-            with self.frozen():
-                return self.scorer(sequences)
         with self.frozen():
+            if self.device is None:
+                return self.scorer(sequences)
             log_probs = self.scorer(sequences.to(self.device))
         assert log_probs.tokens is not None
-        return sequences.log_probs(log_probs.tokens.to(device))
+        return sequences.log_probs(log_probs.tokens.to(sequences.ids.device))
 
     def fingerprint(self, device: torch.device) -> Any:
         """A value that changes with the reference's weights and with the dtype that it computes in."""
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         return autocast, tuple((id(p), p._version, p.dtype, p.device) for p in self.frozen_parameters())
 
-    def frozen_parameters(self) -> list[nn.Parameter]:
-        """The parameters that the log-probs depend on."""
-        return list(self.model.parameters())
-
     def explain(self) -> str:
-        """What the model is, and its paths."""
-        return f"a frozen model; {self.scorer.explain()}"
+        return f"{self.description}; {self.scorer.explain()}"
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy starts with an empty cache, since a cache belongs to these very parameters."""
@@ -138,20 +128,16 @@ class FrozenModel(ModelReference):
     """A model of the reference's own: a frozen copy of the policy, or a given module.
 
     Args:
-        policy: to find parameters that policy and reference share, which should stay frozen.
+        policy: the parameters that policy and reference share should stay frozen.
         device: where the model stays, if it does not move with the policy.
     """
 
     def __init__(
-        self,
-        scorer: Scorer,
-        module: nn.Module,
-        policy: nn.Module | None = None,
-        device: torch.device | None = None,
+        self, scorer: Scorer, policy: nn.Module | None = None, device: torch.device | None = None
     ) -> None:
-        super().__init__(scorer, module)
-        self.module, self.device = module, device
-        own = {id(p) for p in module.parameters()}
+        super().__init__(scorer)
+        self.module, self.device = self.model, device
+        own = {id(p) for p in self.model.parameters()}
         named = [] if policy is None else list(policy.named_parameters())
         self.shared = [(name, p) for name, p in named if id(p) in own]
 
@@ -166,10 +152,6 @@ class FrozenModel(ModelReference):
                 )
         with super().frozen():
             yield
-
-    def weights(self) -> dict[str, Tensor]:
-        """The model's state."""
-        return self.model.state_dict()
 
     def ddp_ignored_names(self, prefix: str) -> list[str]:
         """Parameters and buffers on a device of their own, which DistributedDataParallel should ignore."""
@@ -191,13 +173,13 @@ class FrozenModel(ModelReference):
 class AdapterDisabled(ModelReference):
     """The policy itself with its fresh PEFT adapter switched off."""
 
+    description = "the policy with its adapter off"
+
     def weights(self) -> dict[str, Tensor]:
-        """The policy's state without the adapter, which is all that trains."""
         trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
         return {name: value for name, value in self.model.state_dict().items() if name not in trained}
 
     def frozen_parameters(self) -> list[nn.Parameter]:
-        """Those of the base model."""
         return [p for p in self.model.parameters() if not p.requires_grad]
 
     @contextmanager
@@ -211,7 +193,3 @@ class AdapterDisabled(ModelReference):
         finally:
             for parameter, requires_grad in trains:  # PEFT unfreezes all of an adapter that it enables again
                 parameter.requires_grad_(requires_grad)
-
-    def explain(self) -> str:
-        """That the adapter is off, and the policy's paths."""
-        return f"the policy with its adapter off; {self.scorer.explain()}"

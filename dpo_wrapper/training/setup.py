@@ -165,7 +165,7 @@ def check_kl_completions(loss: CombinedLoss, splits: Splits) -> None:
     for examples in (splits.train, splits.eval):
         if examples and not any(example.kl_completion for example in examples):
             raise ValueError(
-                f"{type(loss.first).__name__} estimates a KL from completions of other prompts, but all "
+                f"{type(loss.first_loss).__name__} estimates a KL from completions of other prompts, but all "
                 "rows of a split have the same prompt: add rows, or evaluate on none (--eval-fraction 0)."
             )
 

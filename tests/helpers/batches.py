@@ -1,4 +1,4 @@
-"""Random preference batches of the awkward kinds, and the same batch with its padding elsewhere."""
+"""Random preference batches with awkward rows, and the same batch with its padding elsewhere."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ PADDINGS = ("left", "right", "middle", "mixed")
 
 @dataclass(frozen=True)
 class Case:
-    """Arguments of a DPO call. Ids and prompt masks in padded places are random, and must not matter."""
+    """Arguments of a DPO call. Ids and prompt masks in padded places are random: they should not matter."""
 
     preferred_seq: Int[Tensor, "b n"]
     unpreferred_seq: Int[Tensor, "b m"]
@@ -39,7 +39,7 @@ def coins(generator: Generator, n: int) -> Bool[Tensor, "n"]:
 
 
 def random_prompt(generator: Generator, n: int, pattern: str) -> Bool[Tensor, "n"]:
-    """True on prompt. `any` draws one of the patterns."""
+    """Draw a prompt mask, True on prompt; the pattern `any` is one of the others."""
     if pattern == "any":
         # 'all' leaves nothing to score: rare, or most pairs would be invalid
         pattern = PATTERNS[draw(generator, 0, len(PATTERNS) - (1 if chance(generator, 0.2) else 2))]
@@ -63,7 +63,7 @@ def random_prompt(generator: Generator, n: int, pattern: str) -> Bool[Tensor, "n
 
 
 def places_of(generator: Generator, n: int, width: int, padding: str) -> list[int]:
-    """Which `n` of `width` places hold the real tokens, in order; the rest is padding."""
+    """Draw which `n` of `width` places hold the real tokens, in order; the rest is padding."""
     if padding == "mixed":
         padding = ("left", "right", "middle", "scattered")[draw(generator, 0, 3)]
 
@@ -83,7 +83,7 @@ def places_of(generator: Generator, n: int, width: int, padding: str) -> list[in
 def lay_out(
     generator: Generator, rows: list[Row], width: int, padding: str, vocab: int
 ) -> tuple[Int[Tensor, "b n"], Bool[Tensor, "b n"], Bool[Tensor, "b n"]]:
-    """Sequences, prompt masks and sequence masks of one side."""
+    """Pad the rows of one side: sequences, prompt masks and sequence masks."""
     seqs = torch.randint(0, vocab, (len(rows), width), generator=generator)
     prompt_masks = coins(generator, len(rows) * width).view(len(rows), width)
     seq_masks = torch.zeros(len(rows), width, dtype=torch.bool)

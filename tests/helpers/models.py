@@ -1,7 +1,8 @@
-"""Tiny models of every kind, with weights random enough that a mistake shows: `ZOO[name](seed) -> nn.Module`.
+"""Tiny models of every family: `ZOO[name](seed) -> nn.Module`.
 
-Vocabulary 37, context 24, two layers, two heads; float32, in train mode as any new module. All are causal,
-and all but `plain-gru` have attention. Libraries are imported when a model that needs them is made.
+They have a vocabulary of 37, a context of 24, two layers and two heads, are float32, and in train mode as any
+new module. Their random weights are large enough that a mistake shows. All are causal, and all but
+`plain-gru` have attention. A library is imported when a model that needs it is made.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ DEPTH = 2
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Deterministic inside, and the caller's random state is as it was afterwards."""
+    """Seed torch inside this context; the random state is as before afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
@@ -33,11 +34,11 @@ def seeded(seed: int) -> Iterator[None]:
 
 @torch.no_grad()
 def randomise_(model: nn.Module, *, embed_std: float = 0.5, std: float = 0.3) -> nn.Module:
-    """Weights large enough that tokens, positions and layers all matter; tied parameters stay tied."""
+    """Draw weights large enough that tokens, positions and layers matter; tied parameters stay tied."""
     embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
 
-    for parameter in model.parameters():  # each tied parameter comes once
-        if parameter.ndim < 2:  # biases and gains: near what they were, and not zero
+    for parameter in model.parameters():  # a tied parameter comes once
+        if parameter.ndim < 2:  # biases and gains stay near what they were, and are not zero
             parameter.add_(0.1 * torch.randn_like(parameter))
         elif any(parameter is embedding for embedding in embeddings):
             parameter.normal_(std=embed_std)
@@ -175,7 +176,7 @@ def hf_gemma2(seed: int) -> nn.Module:
 
 
 def hf_opt(seed: int) -> nn.Module:
-    """Dropout by `F.dropout` in the forward: no module to switch off."""
+    """Its dropout is `F.dropout` in the forward pass, so that there is no module to switch off."""
     from transformers import OPTConfig, OPTForCausalLM
 
     config = OPTConfig(
@@ -241,7 +242,7 @@ class Output:
 
 
 class PlainOutput(nn.Module):
-    """Answers with an object, as Hugging Face models do, and is none."""
+    """Returns an object with `.logits`, as Hugging Face models do, and is none of them."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -108,6 +108,7 @@ def test_all_but_the_products_is_in_float32(impl: str, dtype: torch.dtype):
         torch.testing.assert_close(scores, slow_scores(in_float64(inputs), **options).float())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_many_tiles_lose_no_precision(dtype: torch.dtype, tiled_impl: str):
     # 1024 rows of tiles of one token. A running sum in bfloat16 stops growing where a term is 1/256 of it.

@@ -15,7 +15,7 @@ from dpo_wrapper.log_probs.tiles import TILE_BYTES
 
 TESTS = Path(__file__).parents[1]
 MEBIBYTE = 2**20
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
 
 
 def measure_extra(mode: str, t: int, d: int, v: int) -> int:

@@ -35,6 +35,7 @@ def run_checks(**environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_interpreted():
     passed = re.search(r"(\d+) passed, 3 skipped", run_checks(TRITON_INTERPRET="1"))
     assert passed and int(passed[1]) > 90

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 TESTS = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
 CHECKS = (
     "unequal_slices_of_the_vocabulary",
     "a_process_without_entries",

@@ -15,7 +15,7 @@ from helpers.models import VOCAB, ZOO, hf_llama, seeded
 from helpers.naive_dpo import ARGUMENTS, assert_reference_stays, reference_log_probs, train
 
 
-def adapted(model: nn.Module, targets: str = "q_proj", trained: str = "", **kwargs: Any) -> nn.Module:
+def add_lora(model: nn.Module, targets: str = "q_proj", trained: str = "", **kwargs: Any) -> nn.Module:
     peft = pytest.importorskip("peft")
     with seeded(0):
         kwargs = {"r": 2, "lora_dropout": 0.5} | kwargs
@@ -27,16 +27,16 @@ def adapted(model: nn.Module, targets: str = "q_proj", trained: str = "", **kwar
     return model
 
 
-def with_two(active: str) -> nn.Module:
+def with_two_adapters(active: str) -> nn.Module:
     import peft
 
-    model = adapted(hf_llama(0), trained="lora_B")
+    model = add_lora(hf_llama(0), trained="lora_B")
     model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"]))
     model.set_adapter(active)
     return model
 
 
-def with_prefix() -> nn.Module:
+def with_prefix_tuning() -> nn.Module:
     import peft
 
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
@@ -45,29 +45,33 @@ def with_prefix() -> nn.Module:
 
 # whether the policy with its adapter off may serve as reference; whether the head may be used alone
 ADAPTERS: dict[str, tuple[Callable[[], nn.Module], bool, bool]] = {
-    "fresh": (lambda: adapted(hf_llama(0)), True, True),
-    "trained": (lambda: adapted(hf_llama(0), trained="lora_B"), False, True),
-    "on the head": (lambda: adapted(hf_llama(0), "q_proj lm_head"), True, False),
-    "on the head, trained": (lambda: adapted(hf_llama(0), "q_proj lm_head", "lora_B"), False, False),
-    "on a tied head": (lambda: adapted(ZOO["hf-llama-tied"](0), "lm_head", "lora_B"), False, False),
-    "on the embedding": (lambda: adapted(hf_llama(0), "embed_tokens"), True, True),
-    "on the embedding, trained": (lambda: adapted(hf_llama(0), "embed_tokens", "embedding_A"), False, True),
-    "modules_to_save": (lambda: adapted(hf_llama(0), modules_to_save=["lm_head"]), False, False),
-    "DoRA": (lambda: adapted(hf_llama(0), use_dora=True), False, True),
+    "fresh": (lambda: add_lora(hf_llama(0)), True, True),
+    "trained": (lambda: add_lora(hf_llama(0), trained="lora_B"), False, True),
+    "on the head": (lambda: add_lora(hf_llama(0), "q_proj lm_head"), True, False),
+    "on the head, trained": (lambda: add_lora(hf_llama(0), "q_proj lm_head", "lora_B"), False, False),
+    "on a tied head": (lambda: add_lora(ZOO["hf-llama-tied"](0), "lm_head", "lora_B"), False, False),
+    "on the embedding": (lambda: add_lora(hf_llama(0), "embed_tokens"), True, True),
+    "on the embedding, trained": (lambda: add_lora(hf_llama(0), "embed_tokens", "embedding_A"), False, True),
+    "modules_to_save": (lambda: add_lora(hf_llama(0), modules_to_save=["lm_head"]), False, False),
+    "DoRA": (lambda: add_lora(hf_llama(0), use_dora=True), False, True),
     "DoRA, magnitudes trained": (
-        lambda: adapted(hf_llama(0), trained="magnitude", use_dora=True),
+        lambda: add_lora(hf_llama(0), trained="magnitude", use_dora=True),
         False,
         True,
     ),
-    "tokens": (lambda: adapted(hf_llama(0), trainable_token_indices=[1, 2]), False, True),
-    "two, the trained one active": (lambda: with_two("default"), False, True),
-    "two, the fresh one active": (lambda: with_two("other"), False, True),
-    "prefix": (with_prefix, False, False),
-    "x-transformers": (lambda: adapted(ZOO["xt-rotary"](0), "to_q"), True, True),
-    "x-transformers, trained": (lambda: adapted(ZOO["xt-wrapped"](0), "to_q", "lora_B"), False, True),
-    "x-transformers, head": (lambda: adapted(ZOO["xt-rotary"](0), "to_q to_logits"), True, False),
-    "x-transformers, tied": (lambda: adapted(ZOO["xt-tied"](0), "token_emb.emb", "embedding_A"), False, True),
-    "plain": (lambda: adapted(ZOO["plain-transformer"](0), "linear1"), True, False),
+    "tokens": (lambda: add_lora(hf_llama(0), trainable_token_indices=[1, 2]), False, True),
+    "two, the trained one active": (lambda: with_two_adapters("default"), False, True),
+    "two, the fresh one active": (lambda: with_two_adapters("other"), False, True),
+    "prefix": (with_prefix_tuning, False, False),
+    "x-transformers": (lambda: add_lora(ZOO["xt-rotary"](0), "to_q"), True, True),
+    "x-transformers, trained": (lambda: add_lora(ZOO["xt-wrapped"](0), "to_q", "lora_B"), False, True),
+    "x-transformers, head": (lambda: add_lora(ZOO["xt-rotary"](0), "to_q to_logits"), True, False),
+    "x-transformers, tied": (
+        lambda: add_lora(ZOO["xt-tied"](0), "token_emb.emb", "embedding_A"),
+        False,
+        True,
+    ),
+    "plain": (lambda: add_lora(ZOO["plain-transformer"](0), "linear1"), True, False),
 }
 
 
@@ -76,10 +80,10 @@ ADAPTERS: dict[str, tuple[Callable[[], nn.Module], bool, bool]] = {
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapters_start_at_their_reference(name):
     pytest.importorskip("peft")
-    make, adapter_off, head_applies = ADAPTERS[name]
+    make, is_reference, head_applies = ADAPTERS[name]
     dpo = DPO(make())
     assert_reference_stays(dpo)
-    assert (dpo.ref_model is None) == adapter_off
+    assert (dpo.ref_model is None) == is_reference
     assert dpo.policy.probe.forward.head_applies == head_applies
     trained = [p for p in dpo.policy_model.parameters() if p.requires_grad]
     dpo(**ARGUMENTS).backward()
@@ -96,32 +100,34 @@ def test_adapters_get_the_gradients_of_the_models_own_logits(name):
     seq = torch.randint(VOCAB, (4, 9), generator=torch.Generator().manual_seed(3))
     seq[1, :5], seq[3, :5] = seq[0, :5], seq[2, :5]
     answers = torch.arange(9).expand(4, -1) >= 5
-    own = policy
+    inner = policy
     if name.startswith("x-transformers"):  # without the wrapper, which gives a loss
-        own = getattr(policy.get_base_model(), "net", policy.get_base_model())
+        inner = getattr(policy.get_base_model(), "net", policy.get_base_model())
     with reproducible_forward(policy):  # without torch's fast path in eval mode, which leaves adapters out
-        logits = own(seq)
+        logits = inner(seq)
     logits = getattr(logits, "logits", logits)[:, -9:-1].log_softmax(dim=-1)
-    plain = logits.gather(-1, seq[:, 1:, None])[..., 0].masked_fill(~answers[:, 1:], 0.0).sum(dim=-1)
+    expected = logits.gather(-1, seq[:, 1:, None])[..., 0].masked_fill(~answers[:, 1:], 0.0).sum(dim=-1)
 
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     weights = torch.tensor([1.0, -0.5, 2.0, 0.3], dtype=torch.float64)
     scorer = Scorer(policy, share_prefix="auto")
-    ours = scorer(ScoredSequences.from_padded(seq, answers, torch.ones_like(answers))).sums
-    torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-8)
-    found, wanted = (
-        torch.autograd.grad(sums @ weights, list(trained.values()), allow_unused=True)
-        for sums in (ours, plain)
+    sums = scorer(ScoredSequences.from_padded(seq, answers, torch.ones_like(answers))).sums
+    torch.testing.assert_close(sums, expected, rtol=1e-6, atol=1e-8)
+    gradients, expected_gradients = (
+        torch.autograd.grad(values @ weights, list(trained.values()), allow_unused=True)
+        for values in (sums, expected)
     )
-    for key, got, truth in zip(trained, found, wanted, strict=True):
-        assert (got is None) == (truth is None), key
+    for key, gradient, truth in zip(trained, gradients, expected_gradients, strict=True):
+        assert (gradient is None) == (truth is None), key
         if truth is not None:
-            torch.testing.assert_close(got, truth, rtol=1e-4, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
-    assert any(truth is not None and truth.any() for truth in wanted)
+            torch.testing.assert_close(
+                gradient, truth, rtol=1e-4, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}"
+            )
+    assert any(truth is not None and truth.any() for truth in expected_gradients)
 
 
 def test_the_reference_of_an_adapter_has_no_dropout_though_the_policy_has():
-    policy = adapted(ZOO["hf-gpt2"](0), "c_attn", fan_in_fan_out=True).train()
+    policy = add_lora(ZOO["hf-gpt2"](0), "c_attn", fan_in_fan_out=True).train()
     dpo = DPO(policy, disable_dropout=False)
     assert dpo.ref_model is None
     assert len({reference_log_probs(dpo) for _ in range(4)}) == 1
@@ -131,7 +137,7 @@ def test_the_reference_of_an_adapter_has_no_dropout_though_the_policy_has():
 
 def test_what_is_frozen_in_an_adapter_stays_so():
     """PEFT lets all of an adapter train once it is switched on again."""
-    policy = adapted(hf_llama(0))
+    policy = add_lora(hf_llama(0))
     for name, p in policy.named_parameters():
         p.requires_grad_("lora_B" in name)
     dpo = DPO(policy)
@@ -146,7 +152,7 @@ def test_what_is_frozen_in_an_adapter_stays_so():
 def test_adapters_get_the_same_gradients_with_activation_checkpointing(reference, reentrant):
     results = []
     for checkpointed in (False, True):
-        policy = adapted(hf_llama(0)).train()
+        policy = add_lora(hf_llama(0)).train()
         if checkpointed:
             policy.gradient_checkpointing_enable({"use_reentrant": reentrant})
             policy.enable_input_require_grads()

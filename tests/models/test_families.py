@@ -10,7 +10,8 @@ from helpers.models import VOCAB, ZOO, hf_llama
 from helpers.naive_dpo import ARGUMENTS, naive_loss, train
 
 
-@pytest.mark.filterwarnings("ignore:of a compiled")
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:a Hugging Face model should be compiled")
 @pytest.mark.parametrize("name", ["xt-tied", "xt-wrapped", "hf-llama", "plain-transformer"])
 def test_a_compiled_model_is_of_its_family(name):
     plain = DPO(ZOO[name](0))
@@ -24,7 +25,7 @@ def test_a_compiled_model_is_of_its_family(name):
 
 
 def test_compiling_that_cannot_act_is_told():
-    with pytest.warns(UserWarning, match=r"only the whole is compiled.*: compile model.model instead"):
+    with pytest.warns(UserWarning, match=r"compiled as a whole: compile model.model instead"):
         DPO(torch.compile(hf_llama(0), backend="eager"))
 
 

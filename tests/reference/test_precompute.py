@@ -283,6 +283,7 @@ def without_memory(rows, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_from_the_second_epoch_on_the_reference_is_not_called(rows, tmp_path, monkeypatch, without_memory):
     counts, step, seen = calls_of(monkeypatch), Trainer.train_step, []
 
@@ -299,6 +300,7 @@ def test_from_the_second_epoch_on_the_reference_is_not_called(rows, tmp_path, mo
     close(read_metrics(tmp_path / "out"), read_metrics(without_memory))
 
 
+@pytest.mark.slow
 def test_precomputation_trains_alike_without_a_reference(rows, tmp_path, monkeypatch, without_memory):
     stages, step = [], Trainer.train_step
 
@@ -318,6 +320,7 @@ def test_precomputation_trains_alike_without_a_reference(rows, tmp_path, monkeyp
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["precomputation", "training"])
 def test_an_interrupted_run_with_a_cache_resumes(rows, tmp_path, monkeypatch, where):
     options = {"precompute_ref_log_probs": True, "micro_batch_tokens": 1, "save_steps": 2, "ld_alpha": 0.5}
@@ -345,6 +348,7 @@ def test_an_interrupted_run_with_a_cache_resumes(rows, tmp_path, monkeypatch, wh
     assert read_metrics(tmp_path / "out") == read_metrics(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.pitfall(22)
 def test_two_processes_cache_what_one_does(rows, tmp_path, without_memory):
     script = tmp_path / "script.py"

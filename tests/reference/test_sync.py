@@ -265,6 +265,7 @@ def rows(tmp_path, monkeypatch):
     return path
 
 
+@pytest.mark.slow
 def test_the_training_command_updates_and_resumes(rows, tmp_path):
     options = {"sft_epochs": 0, "ref_model_sync_steps": 3, "ref_model_mixup_alpha": 0.5, "save_steps": 2}
     train(make_config(rows, tmp_path / "whole", **options))
@@ -306,6 +307,7 @@ def test_options_that_cannot_act_are_refused(rows, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_reference_apart_from_the_command_line(rows, tmp_path):
     options = {"sft_epochs": 0, "epochs": 1}
     train(make_config(rows, tmp_path / "plain", **options))

@@ -168,7 +168,7 @@ def test_a_users_loss_is_called_once_unless_it_says_that_it_is_deterministic(wat
 def test_a_loss_that_draws_is_asked_once(watch: Watch):
     policy, reference = models("xt-rotary")
     dpo = DPO(policy, reference=reference, loss=BetaDPO(drop=0.5))
-    statistics = dpo.loss.first.statistics
+    statistics = dpo.loss.first_loss.statistics
     statistics.std.fill_(5.0)
     case = random_batch(Generator().manual_seed(3), b=4, odd=0.0)
     found = []
@@ -249,7 +249,7 @@ def test_pairs_that_are_scored_together_meet(watch: Watch):
 def test_supervised_warm_up(watch: Watch):
     module = SFTModule(ZOO["hf-llama"](0).double())
     sequences = ScoredSequences.from_lists([()] * 3, [[1, 2, 3], [4, 5, 6, 7], [1, 2, 8, 9]])
-    compared(module, lambda: module(SFTBatch(sequences, 17)))
+    compared(module, lambda: module(SFTBatch(sequences, step_count=17)))
     assert not watch.wrong and min(watch.parts) > 1
 
 

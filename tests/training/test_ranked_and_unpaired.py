@@ -82,6 +82,7 @@ def test_training_improves_the_metrics(finished):
         assert any(record["kl"] != 0 for record in steps)
 
 
+@pytest.mark.slow
 @pytest.mark.pitfall(23)
 @pytest.mark.parametrize("micro_batch_tokens", [1, 250])
 def test_micro_batches_give_the_same_update(finished, tmp_path, micro_batch_tokens):
@@ -94,12 +95,14 @@ def test_micro_batches_give_the_same_update(finished, tmp_path, micro_batch_toke
     assert_logs_close(out, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_precomputed_reference_trains_alike(finished, tmp_path):
     loss, path, out = finished
     train(make_config(path, tmp_path / "out", loss=loss, precompute_ref_log_probs=True))
     assert_logs_close(out, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_to_the_same_result(finished, tmp_path):
     loss, path, out = finished
     with interrupt_training("dpo", after_steps=5):
@@ -109,6 +112,7 @@ def test_an_interrupted_run_resumes_to_the_same_result(finished, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.pitfall(22)
 def test_two_processes_report_what_one_does(finished, tmp_path):
     loss, path, out = finished
@@ -119,6 +123,7 @@ def test_two_processes_report_what_one_does(finished, tmp_path):
 # rows that are converted to what a loss needs
 
 
+@pytest.mark.slow
 def test_pairs_serve_every_loss(tmp_path, capsys):
     rows = bundled_rows()
     pairs = write_rows(tmp_path / "pairs.jsonl", rows)
@@ -148,6 +153,7 @@ def test_pairs_serve_every_loss(tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_lists_give_all_pairs_or_the_best_of_each(tmp_path, capsys):
     path = write_rows(
         tmp_path / "lists.jsonl", [{"prompt": f"{k}?", "completions": ["a", "b", "c", "d"]} for k in range(4)]

@@ -13,6 +13,7 @@ from dpo_wrapper.training.trainer import Trainer
 from helpers.runs import Interrupted, interrupt_training, make_config, read_metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage, after_steps", [("sft", 3), ("dpo", 1), ("dpo", 7)])
 def test_an_interrupted_run_resumes_to_the_same_result(finished_run, rows, tmp_path, stage, after_steps):
     out = tmp_path / "out"
@@ -24,6 +25,7 @@ def test_an_interrupted_run_resumes_to_the_same_result(finished_run, rows, tmp_p
     assert (out / "model.safetensors").read_bytes() == (finished_run / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_running_mean_of_a_loss_resumes(rows, tmp_path, monkeypatch):
     """BetaDPO's, which a checkpoint carries, and which one process moves once a step."""
     train_step, seen = Trainer.train_step, []

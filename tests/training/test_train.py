@@ -55,6 +55,7 @@ def test_a_run_starts_from_the_model_in_a_run_folder(finished_run, rows, tmp_pat
     assert ours.keys() == theirs.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_hugging_face_model_by_folder_with_its_tokenizer(rows, tmp_path, tied):
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -83,6 +84,7 @@ def test_a_hugging_face_model_by_folder_with_its_tokenizer(rows, tmp_path, tied)
     assert load_pretrained(str(out), None, 128).tokenizer.vocab_size == before.config.vocab_size
 
 
+@pytest.mark.slow
 def test_without_eval_rows_the_train_metrics_are_printed(rows, tmp_path, capsys):
     first = [json.loads(line) for line in rows.read_text().splitlines()[:8]]
     without_split = [{k: v for k, v in row.items() if k != "split"} for row in first]

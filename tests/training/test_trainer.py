@@ -25,6 +25,7 @@ def test_the_learning_rate_rises_and_falls():
     assert all(a > b for a, b in pairwise(factors[2:])) and factors[-1] < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.pitfall(23)
 @pytest.mark.parametrize("micro_batch_tokens", [1, 250])
 def test_micro_batches_give_the_same_update(finished_run, rows, tmp_path, micro_batch_tokens):
@@ -35,11 +36,13 @@ def test_micro_batches_give_the_same_update(finished_run, rows, tmp_path, micro_
     assert_metrics_close(read_metrics(finished_run), read_metrics(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_workers_load_the_same_batches(finished_run, rows, tmp_path):
     train(make_config(rows, tmp_path / "out", num_workers=2))
     assert read_metrics(tmp_path / "out") == read_metrics(finished_run)
 
 
+@pytest.mark.slow
 @pytest.mark.pitfall(22)
 def test_two_processes_report_what_one_does(finished_run, rows, tmp_path):
     """Uneven: 21 train pairs in steps of 4 leave a step of one pair, for two processes."""
