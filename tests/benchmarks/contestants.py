@@ -128,7 +128,7 @@ def ours(model: nn.Module, batch: Batch, args: Namespace, share: str | bool, cac
 
     def step() -> Tensor:
         loss = dpo(chosen, rejected, longest[1], (sides[0][2], sides[1][2]), **given)
-        for scorer in [dpo.policy] if cached else [dpo.policy, dpo.reference.scorer]:
+        for scorer in [dpo.policy] if cached else [dpo.policy, dpo.reference.scorer]:  # type: ignore[attr-defined]
             assert (scorer.probe.why_padded is None) == bool(share), scorer.probe.why_padded
         return loss
 

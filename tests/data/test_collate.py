@@ -83,7 +83,7 @@ def test_stripping_and_padding_give_back_the_tokens(
 def test_loader_with_collator_and_plain_tuples() -> None:
     loader = DataLoader(PreferenceDataset(PAIRS, 0), batch_size=2, collate_fn=PreferenceCollator(0))  # type: ignore[arg-type]
     (batch,) = loader
-    plain = PreferenceCollator(0)([tuple(item) for item in PreferenceDataset(PAIRS, 0)])  # type: ignore[misc]
+    plain = PreferenceCollator(0)([tuple(item) for item in PreferenceDataset(PAIRS, 0)])  # type: ignore[attr-defined]
     assert torch.equal(batch["preferred_seq"], plain["preferred_seq"])
     assert torch.equal(batch["seq_mask"][1], plain["seq_mask"][1])
 
@@ -202,7 +202,7 @@ def test_batches_of_every_type() -> None:
     ]
     batch = collate_preference(pairs)
     assert token_ids(batch.sequences) == [([1, 2, 3], [3, 4]), ([6], [7]), ([1, 2], [5]), ([6], [8])]
-    assert batch.pair_weights is not None and batch.pair_weights.tolist() == [2.0, 1.0]
+    assert batch.weights is not None and batch.weights.tolist() == [2.0, 1.0]
     assert batch.margins is not None and batch.margins.tolist() == [0.0, 0.5]
     ranked = collate_ranked([pairs[0], TokenizedExample((6,), ((7,), (8,), (9,)))])
     assert ranked.ranks.tolist() == [[0, 1, -1], [2, 3, 4]]
