@@ -56,7 +56,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.8",
             'triton>=3.2; platform_system == "Linux"',
-            "trl>=1.16",
+            'trl>=1.16; python_version >= "3.11"',
         ],
     },
     entry_points={"console_scripts": ["dpo-wrapper = dpo_wrapper.cli:main"]},
