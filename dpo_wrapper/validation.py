@@ -1,7 +1,6 @@
 """Checks of ids, masks and options: each raises one sentence before any forward pass."""
 
 import math
-from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -12,8 +11,9 @@ SIDES = ("preferred_seq", "unpreferred_seq")
 
 
 def describe_type(value: object) -> str:
-    of = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
-    return "None" if value is None else f"a {type(value).__name__}{of}"
+    """What a value is, for error messages: "a list of 3"."""
+    size = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
+    return "None" if value is None else f"a {type(value).__name__}{size}"
 
 
 def check_ids(name: str, seq: object) -> Tensor:
@@ -74,15 +74,12 @@ def check_both_sides(name: str, mask: object, seqs: Sides) -> Sides:
     if isinstance(mask, (tuple, list)):
         if len(mask) != 2:
             raise ValueError(f"{name} should be one mask or a tuple of two, but it is {describe_type(mask)}.")
-        order = "the tuple holds the mask of preferred_seq, then that of unpreferred_seq."
-        checked = [
-            check_mask(f"{name}[{k}]", m, seq, side, order)
-            for k, (m, seq, side) in enumerate(zip(mask, seqs, SIDES, strict=True))
-        ]
-        return checked[0], checked[1]
+        remedy = "the tuple holds the mask of preferred_seq, then that of unpreferred_seq."
+        first, second = (check_mask(f"{name}[{k}]", mask[k], seqs[k], SIDES[k], remedy) for k in range(2))
+        return first, second
     wider = max(range(2), key=lambda k: seqs[k].shape[1])
-    both = "one mask serves both sides if it is as wide as the wider, else give a tuple of two."
-    mask = check_mask(name, mask, seqs[wider], SIDES[wider], both)
+    remedy = "one mask serves both sides if it is as wide as the wider, else give a tuple of two."
+    mask = check_mask(name, mask, seqs[wider], SIDES[wider], remedy)
     return mask[:, : seqs[0].shape[1]], mask[:, : seqs[1].shape[1]]
 
 
@@ -96,10 +93,10 @@ def real_tokens(seq: Tensor, pad_id: int | None) -> Tensor:
     """True on real tokens: all, but for the leading and trailing runs of `pad_id` where there is one."""
     if pad_id is None:
         return torch.ones_like(seq, dtype=torch.bool)
-    filled = (seq != pad_id).long()
-    begun = filled.cumsum(dim=-1) > 0
-    unfinished = filled.flip(-1).cumsum(dim=-1).flip(-1) > 0
-    return begun & unfinished
+    is_token = (seq != pad_id).long()
+    has_begun = is_token.cumsum(dim=-1) > 0
+    has_more = is_token.flip(-1).cumsum(dim=-1).flip(-1) > 0
+    return has_begun & has_more
 
 
 def check_seq_masks(
@@ -124,32 +121,21 @@ def check_ref_log_probs(ref_log_probs: object, pairs: int, device: torch.device)
             f"not {describe_type(ref_log_probs)}: give what sequence_log_probs says of each side."
         )
     for side, sums in zip(("chosen", "rejected"), ref_log_probs, strict=True):
-        if not (isinstance(sums, Tensor) and sums.is_floating_point()):
-            got = sums.dtype if isinstance(sums, Tensor) else describe_type(sums)
-            raise TypeError(f"ref_log_probs for {side} should be a tensor of floats (nats), but it is {got}.")
-        if sums.shape != (pairs,):
-            raise ValueError(
-                f"ref_log_probs for {side} should have shape ({pairs},), one sum per pair, "
-                f"but its shape is {tuple(sums.shape)}."
-            )
-        if sums.requires_grad:
-            raise ValueError(f"ref_log_probs for {side} requires a gradient: .detach() it.")
-        if sums.device != device:
-            raise ValueError(f"ref_log_probs for {side} is on {sums.device}, the batch on {device}: move it.")
-        if not sums.isfinite().all():
-            raise ValueError(f"ref_log_probs for {side} should be finite, but one is not: compute it again.")
+        name = f"ref_log_probs for {side}"
+        if check_pair_values(name, sums, pairs, device).requires_grad:
+            raise ValueError(f"{name} should have no gradient, but it requires one: .detach() it.")
     return cast(Sides, tuple(ref_log_probs))
 
 
-def check_column(
-    name: str, values: object, pairs: int, device: torch.device, minimum: float
-) -> Tensor | None:
-    """What the data gives for each pair: weights, margins."""
-    if values is None:
-        return None
+def check_pair_values(
+    name: str, values: object, pairs: int, device: torch.device, minimum: float = -math.inf
+) -> Tensor:
+    """One value for each pair, such as its weight or margin: Float[p], finite, at least `minimum`."""
     if not (isinstance(values, Tensor) and values.is_floating_point()):
-        got = values.dtype if isinstance(values, Tensor) else describe_type(values)
-        raise TypeError(f"{name} should be a tensor of floats, one per pair, but it is {got}: use .float().")
+        received = values.dtype if isinstance(values, Tensor) else describe_type(values)
+        raise TypeError(
+            f"{name} should be a tensor of floats, one per pair, but it is {received}: use .float()."
+        )
     if values.shape != (pairs,):
         raise ValueError(
             f"{name} should have shape ({pairs},), one per pair, but its shape is {tuple(values.shape)}."
@@ -160,11 +146,6 @@ def check_column(
         requirement = "finite" if minimum == -math.inf else "finite and not negative"
         raise ValueError(f"{name} should be {requirement}, but one is not: correct or leave out that pair.")
     return values
-
-
-def check_alone(beside: Sequence[object], name: str = "a ready-made batch") -> None:
-    if any(argument is not None for argument in beside):
-        raise TypeError(f"{name} holds ids and masks already: give it alone.")
 
 
 def check_vocabulary(ids: Tensor, vocab_size: int) -> None:

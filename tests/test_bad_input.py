@@ -300,28 +300,28 @@ bad_call("a tuple of three sums", TypeError, f"{PAIR} a tuple of 3", ref_log_pro
 bad_call(
     "a sum a token",
     ValueError,
-    r"^ref_log_probs for rejected should have shape \(2,\), one sum per pair, but its shape is \(2, 7\)",
+    r"^ref_log_probs for rejected should have shape \(2,\), one per pair, but its shape is \(2, 7\)",
     ref_log_probs=(SUMS, torch.zeros(B, M)),
 )
-FLOATS = r"^ref_log_probs for chosen should be a tensor of floats \(nats\), but it is"
+FLOATS = r"^ref_log_probs for chosen should be a tensor of floats, one per pair, but it is"
 bad_call("whole sums", TypeError, f"{FLOATS} torch.int64", ref_log_probs=(SUMS.long(), SUMS))
 bad_call("lists of sums", TypeError, f"{FLOATS} a list of 2", ref_log_probs=(SUMS.tolist(), SUMS.tolist()))
 bad_call(
     "sums with a gradient",
     ValueError,
-    r"^ref_log_probs for rejected requires a gradient: .detach\(\) it",
+    r"^ref_log_probs for rejected should have no gradient, but it requires one: .detach\(\) it",
     ref_log_probs=(SUMS, SUMS.clone().requires_grad_()),
 )
 bad_call(
     "sums that are no numbers",
     ValueError,
-    "^ref_log_probs for chosen should be finite, but one is not: compute it again",
+    "^ref_log_probs for chosen should be finite, but one is not: correct or leave out that pair",
     ref_log_probs=(SUMS * math.nan, SUMS),
 )
 bad_call(
     "sums on meta",
     ValueError,
-    "^ref_log_probs for rejected is on meta, the batch on cpu: move it",
+    "^ref_log_probs for rejected is on meta but the batch is on cpu: move one of them",
     ref_log_probs=(SUMS, SUMS.to("meta")),
 )
 
@@ -346,7 +346,7 @@ bad_batch(
 bad_batch(
     "sums of another batch",
     ValueError,
-    r"^ref_log_probs for chosen should have shape \(2,\), one sum per pair, but its shape is \(1,\)",
+    r"^ref_log_probs for chosen should have shape \(2,\), one per pair, but its shape is \(1,\)",
     ref_log_probs=(SUMS[:1], SUMS[:1]),
 )
 

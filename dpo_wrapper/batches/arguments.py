@@ -1,13 +1,12 @@
 """From the arguments of `DPO.forward` to a batch, with all checks that need no model."""
 
-import math
 from typing import Any
 
 from torch import Tensor
 
 from dpo_wrapper.batches.batch import Batch
 from dpo_wrapper.batches.preference import PreferenceBatch
-from dpo_wrapper.validation import check_column, check_prompt_mask, check_seq_masks, check_sequences
+from dpo_wrapper.validation import check_pair_values, check_prompt_mask, check_seq_masks, check_sequences
 
 
 def batch_from_arguments(
@@ -38,6 +37,8 @@ def batch_from_arguments(
     prompt_masks = check_prompt_mask(prompt_mask, seqs)
     seq_masks = check_seq_masks(seq_mask, side_masks, seqs, pad_id)
     pairs, device = len(seqs[0]), seqs[0].device
-    weights = check_column("pair_weights", pair_weights, pairs, device, minimum=0.0)
-    margins = check_column("margins", margins, pairs, device, minimum=-math.inf)
-    return PreferenceBatch.from_padded(seqs, prompt_masks, seq_masks, weights, margins)
+    if pair_weights is not None:
+        check_pair_values("pair_weights", pair_weights, pairs, device, minimum=0.0)
+    if margins is not None:
+        check_pair_values("margins", margins, pairs, device)
+    return PreferenceBatch.from_padded(seqs, prompt_masks, seq_masks, pair_weights, margins)

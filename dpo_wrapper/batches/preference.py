@@ -1,6 +1,5 @@
 """Batches of preference pairs."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -16,7 +15,7 @@ from dpo_wrapper.batches.batch import Batch
 from dpo_wrapper.batches.pair_log_probs import discounted_sums, wpo_weights
 from dpo_wrapper.batches.sequences import Ids, ScoredSequences, SequenceLogProbs
 from dpo_wrapper.losses.inputs import PairLogProbs
-from dpo_wrapper.validation import check_column, check_ref_log_probs
+from dpo_wrapper.validation import check_pair_values, check_ref_log_probs
 
 
 @jaxtyped(typechecker=beartype)
@@ -84,8 +83,10 @@ class PreferenceBatch(Batch):
                     f"from {low} to {high}: index into this batch alone."
                 )
         pairs, device = len(self.pair_index), self.pair_index.device
-        check_column("weights", self.weights, pairs, device, minimum=0.0)
-        check_column("margins", self.margins, pairs, device, minimum=-math.inf)
+        if self.weights is not None:
+            check_pair_values("weights", self.weights, pairs, device, minimum=0.0)
+        if self.margins is not None:
+            check_pair_values("margins", self.margins, pairs, device)
 
     @property
     def valid(self) -> Bool[Tensor, "p"]:

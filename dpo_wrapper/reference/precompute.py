@@ -46,7 +46,6 @@ def precompute_ref_log_probs(
         ValueError: the folder was made with other weights, sequences, dtype, kind of values or version of
             this package, or it cannot be read.
     """
-    sequences = list(sequences) if isinstance(sequences, (list, tuple)) else sequences
     if not isinstance(sequences, Sequence) or not all(isinstance(x, ScoredSequences) for x in sequences):
         raise TypeError(
             f"sequences should be a list of ScoredSequences, but it is {describe_type(sequences)}: make them "
