@@ -74,6 +74,8 @@ class Scorer:
         """
         probe = self.check(sequences)
         model = self.language_model
+        if torch.is_grad_enabled():
+            torch.clear_autocast_cache()  # before 2.11, torch uses casts made without gradients again
         return sequences.log_probs(
             *compute_token_log_probs(model, sequences, probe.forward, extras, fused_loss)
         )
