@@ -8,10 +8,10 @@ train = [
     "matplotlib>=3.8",
     "pyarrow>=15",
     "safetensors>=0.4.3",
-    "tokenizers>=0.20",
+    "tokenizers>=0.22",
     "tqdm>=4.66",
     "transformers>=4.56",
-    "tyro>=0.9",
+    "tyro>=0.9.1",
 ]
 
 version = re.search('"(.+)"', Path(__file__).with_name("dpo_wrapper").joinpath("version.py").read_text())
@@ -37,8 +37,8 @@ setup(
     packages=find_packages(include=["dpo_wrapper", "dpo_wrapper.*"]),
     package_data={"dpo_wrapper": ["py.typed"]},
     install_requires=[
-        "torch>=2.6",
-        "einops>=0.8",
+        "torch>=2.7",
+        "einops>=0.8.1",
         "numpy>=1.26",
         "x-transformers>=2.31",
         "beartype>=0.19",
@@ -51,9 +51,9 @@ setup(
             *train,
             "hypothesis>=6.100",
             "mypy>=1.13",
-            "peft>=0.14",
+            "peft>=0.15",
             "pytest>=8",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.6.1",
             "ruff>=0.8",
             'triton>=3.2; platform_system == "Linux"',
             'trl>=1.16; python_version >= "3.11"',
