@@ -65,6 +65,8 @@ class Scorer:
     ) -> SequenceLogProbs:
         """Log-probs of the sequences, after `check`; arguments as in `compute_token_log_probs`."""
         arguments = (sequences, self.check(sequences).forward, extras, fused_loss)
+        if torch.is_grad_enabled():
+            torch.clear_autocast_cache()  # before 2.11, torch uses casts made without gradients again
         return sequences.log_probs(*compute_token_log_probs(self.language_model, *arguments))
 
     def check(self, sequences: ScoredSequences) -> Probe:

@@ -40,7 +40,7 @@ def test_rows_reach_the_collator():
         -1.0,
         0.0,
     ]
-    without = [{k: v for k, v in row.items() if k != "margin"} for row in ROWS]
+    without = [{k: v for k, v in row.items() if k != "margin"} for row in ROWS]  # type: ignore[attr-defined]
     assert "margins" not in collated(without) and collated(without)["pair_weights"][0] == 2.0
     bare = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in ROWS]
     assert set(collated(bare)) == {"preferred_seq", "unpreferred_seq", "prompt_mask", "seq_mask"}
@@ -171,5 +171,5 @@ def test_a_reference_is_not_made_for_a_function_that_needs_none():
         return -pairs.chosen
 
     assert DPO(ZOO["xt-rotary"](0), loss=mine).ref_model is not None
-    mine.needs_reference = False
+    mine.needs_reference = False  # type: ignore[attr-defined]
     assert DPO(ZOO["xt-rotary"](0), loss=[(mine, 1.0), (SimPO(), 1.0)]).ref_model is None

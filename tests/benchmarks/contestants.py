@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from lengths import Lengths
-from measure import Missing, can_weigh, forget_peak, gemm_rate, status
+from measure import UnavailableError, can_weigh, forget_peak, gemm_rate, status
 from torch import Tensor, nn
 
 from dpo_wrapper import DPO, losses
-from dpo_wrapper.batches.sequences import PreferenceBatch
+from dpo_wrapper.batches import PreferenceBatch
 from dpo_wrapper.cpu_matmul import matmul
 from dpo_wrapper.prefix_tree.tree import PrefixTree
 
@@ -128,25 +128,23 @@ def ours(model: nn.Module, batch: Batch, args: Namespace, share: str | bool, cac
 
     def step() -> Tensor:
         loss = dpo(chosen, rejected, longest[1], (sides[0][2], sides[1][2]), **given)
-        scorers = [dpo.score_policy] if cached else [dpo.score_policy, dpo.score_reference]
-        for scorer in scorers:
-            assert (scorer.why_padded is None) == bool(share), scorer.why_padded
+        for scorer in [dpo.policy] if cached else [dpo.policy, dpo.reference.scorer]:  # type: ignore[attr-defined]
+            assert (scorer.probe.why_padded is None) == bool(share), scorer.probe.why_padded
         return loss
 
     if cached:
         prompts, reals = (tuple(side[k] for side in sides) for k in (1, 2))
-        ready = PreferenceBatch.from_padded((chosen, rejected), prompts, reals)  # type: ignore[arg-type]
-        sums = dpo.reference_log_probs(ready)
-        assert sums is not None
-        given["ref_log_probs"] = (sums[ready.pairs[:, 0]], sums[ready.pairs[:, 1]])
+        ready = PreferenceBatch.from_padded((chosen, rejected), prompts, reals)
+        sums = dpo.reference(ready.sequences).sums
+        given["ref_log_probs"] = sums[ready.pair_index].unbind(dim=1)
     return step
 
 
 def x_transformers(model: nn.Module, batch: Batch, args: Namespace) -> Step:
     """Theirs takes both sides in one shape, and means over the answer's tokens (with its mask off by one)."""
-    from x_transformers.dpo import DPO as TheirDPO  # noqa: N811
+    from x_transformers import dpo as library
 
-    dpo = TheirDPO(model, beta=BETA)
+    dpo = library.DPO(model, beta=BETA)
     perturb(model, args.seed)
     width = max(map(len, batch.chosen + batch.rejected))
     chosen, prompt, chosen_real = batch.side(batch.chosen, width)
@@ -158,7 +156,7 @@ def x_transformers(model: nn.Module, batch: Batch, args: Namespace) -> Step:
 def trl(model: nn.Module, batch: Batch, args: Namespace, checkpointing: bool = False) -> Step:
     """`DPOTrainer.compute_loss` on what TRL's own collator makes of the tokens."""
     if importlib.util.find_spec("trl") is None:
-        raise Missing("not installed: pip install trl")
+        raise UnavailableError("not installed: pip install trl")
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -222,8 +220,8 @@ def measure(args: Namespace, lengths: Lengths) -> Generator[None, None, dict[str
     batch = Batch(lengths, args.vocab, args.seed)
     try:
         step = CONTESTANTS[args.contestant](model, batch, args)
-    except Missing as missing:
-        return {"missing": str(missing)}
+    except UnavailableError as error:
+        return {"missing": str(error)}
     gemm_rate(), gemm_rate(multiply=matmul)  # their own buffers, and the threads, are there now
 
     weighs = can_weigh()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
-from measure import Missing, can_weigh, forget_peak, gemm_rate, status, tidy, timed
+from measure import UnavailableError, can_weigh, forget_peak, gemm_rate, status, tidy, timed
 from torch import Tensor
 from zipf_inputs import BETA, Inputs, Truth, draw, truth
 
@@ -73,7 +73,7 @@ def trl() -> Contestant:
         from trl.kernels import ChunkedLogProbFunction
         from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
     except ImportError as error:
-        raise Missing(f"not installed, or of another version: pip install trl==1.16.0 ({error})") from None
+        raise UnavailableError(f"needs another version: pip install trl==1.16.0 ({error})") from None
 
     def run(inputs: Inputs, hidden: Tensor, weight: Tensor) -> Outcome:
         options = (1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ())
@@ -87,7 +87,7 @@ def liger() -> Contestant:
     try:
         from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
     except ImportError as error:
-        raise Missing(f"not installed: pip install liger-kernel ({error})") from None
+        raise UnavailableError(f"not installed: pip install liger-kernel ({error})") from None
     loss_of = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=False)
 
     def run(inputs: Inputs, hidden: Tensor, weight: Tensor) -> Outcome:
@@ -104,11 +104,11 @@ def liger() -> Contestant:
 
 def cut_cross_entropy(impl: str, device: str) -> Contestant:
     if impl == "cce" and device != "cuda":
-        raise Missing("needs CUDA")
+        raise UnavailableError("needs CUDA")
     try:
         from cut_cross_entropy import linear_cross_entropy
     except ImportError as error:
-        raise Missing(f"not installed: pip install cut-cross-entropy ({error})") from None
+        raise UnavailableError(f"not installed: pip install cut-cross-entropy ({error})") from None
 
     def run(inputs: Inputs, hidden: Tensor, weight: Tensor) -> Outcome:
         scores = -linear_cross_entropy(hidden, weight, inputs.targets, reduction="none", impl=impl)
@@ -244,8 +244,8 @@ def measure(args: Namespace) -> Generator[None, None, dict[str, Any]]:
     try:
         run = CONTESTANTS[args.contestant](args.device)
         inputs = draw(t, d, v, dtype, args.device, args.seed)
-    except Missing as missing:
-        return {"missing": str(missing)}
+    except UnavailableError as error:
+        return {"missing": str(error)}
     true, scales = truth(inputs), Scales(args.device)
     sizes = (min(t, 2048), d, min(v, 16384))
 

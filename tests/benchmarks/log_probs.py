@@ -158,7 +158,7 @@ def main() -> int:
         shapes.append({"shape": [t, d, v], "results": results})
         if args.json:
             write_json(args, shapes=shapes)
-    return 1 if any(failed(result) for shape in shapes for result in shape["results"].values()) else 0
+    return 1 if any(failed(result) for shape in shapes for result in shape["results"].values()) else 0  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from torch import Tensor
 ROOT = Path(__file__).parents[2]
 
 
-class Missing(Exception):
+class UnavailableError(Exception):
     """A contestant is not installed, or cannot run on this machine."""
 
 

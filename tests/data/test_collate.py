@@ -83,7 +83,7 @@ def test_stripping_and_padding_give_back_the_tokens(
 def test_loader_with_collator_and_plain_tuples() -> None:
     loader = DataLoader(PreferenceDataset(PAIRS, 0), batch_size=2, collate_fn=PreferenceCollator(0))  # type: ignore[arg-type]
     (batch,) = loader
-    plain = PreferenceCollator(0)([tuple(item) for item in PreferenceDataset(PAIRS, 0)])  # type: ignore[misc]
+    plain = PreferenceCollator(0)([tuple(item) for item in PreferenceDataset(PAIRS, 0)])  # type: ignore[attr-defined]
     assert torch.equal(batch["preferred_seq"], plain["preferred_seq"])
     assert torch.equal(batch["seq_mask"][1], plain["seq_mask"][1])
 

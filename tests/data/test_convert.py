@@ -134,7 +134,7 @@ def test_rows_of_every_kind_in_one_file(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     columns = ("prompt", "chosen", "rejected", "completions", "completion", "label", "weight", "split")
-    table = pa.table({name: [record.get(name) for record in RECORDS] for name in columns})
+    table = pa.table({name: [record.get(name) for record in RECORDS] for name in columns})  # type: ignore[attr-defined]
     pq.write_table(table, tmp_path / "rows.parquet")
     examples, errors = read_examples(tmp_path / "rows.parquet")
     assert not errors

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_wrapper.log_probs.softmax_cache import SoftmaxCache
@@ -229,7 +230,7 @@ def test_without_gradients(impl: str, mode):
 def test_inside_activation_checkpointing(impl: str):
     inputs = random_inputs(5, 7, 3)
     with tile_size(2, 3):
-        scores = torch.utils.checkpoint.checkpoint(lambda: inputs.scores(impl=impl), use_reentrant=False)
+        scores = checkpoint(lambda: inputs.scores(impl=impl), use_reentrant=False)
         got = values_and_grads(scores, inputs)
     for one, expected in zip(got, truth(inputs), strict=True):
         torch.testing.assert_close(one, expected)

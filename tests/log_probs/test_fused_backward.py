@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_wrapper.log_probs import FusedLoss, fused_backward
@@ -221,7 +222,7 @@ def test_eager_does_not_call_the_loss():
 def test_inside_activation_checkpointing():
     inputs = random_inputs(T, V, D)
     with chunk_size(4):
-        scores = torch.utils.checkpoint.checkpoint(
+        scores = checkpoint(
             lambda: inputs.scores(impl="chunked", fused_loss=FusedLoss(weighted_sum, GROUPS)),
             use_reentrant=False,
         )

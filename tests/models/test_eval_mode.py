@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dpo_wrapper import DPO
+from dpo_wrapper import DPO, UnpairedBatch
+from dpo_wrapper.losses import KTO
 from helpers.dpo_calls import LN2, nudged
 from helpers.models import ZOO
 from helpers.naive_dpo import ARGUMENTS, reference_log_probs, train
@@ -40,6 +41,17 @@ def test_the_first_step_under_autocast_trains_what_later_ones_do(name):
         steps.append({name: p.grad for name, p in dpo.policy_model.named_parameters()})
     for name, gradient in steps[0].items():
         assert gradient is not None and torch.equal(gradient, steps[1][name]), name
+
+
+def test_a_kl_estimate_under_autocast_costs_no_gradients():
+    dpo = DPO(ZOO["xt-rotary"](0), loss=KTO())
+    batch = UnpairedBatch.from_lists([[1, 2], [3]], [[4, 5], [6, 7, 8]], [True, False])
+    for _ in range(2):  # the first call also probes the model
+        dpo.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = dpo(batch)
+        loss.backward()
+        assert all(p.grad is not None for p in dpo.policy_model.parameters())
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])

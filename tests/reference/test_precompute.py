@@ -255,13 +255,13 @@ def test_the_reference_runs_once_for_each_sequence(monkeypatch):
     counts = calls_of(monkeypatch)
     for rows in ([3, 1], [0, 2, 4, 5, 6]):
         found = dpo(**columns(data, rows))
-        assert id(dpo.reference.scorer) not in counts
+        assert id(dpo.reference.scorer) not in counts  # type: ignore[attr-defined]
         torch.testing.assert_close(found, plain(**columns(data, rows)), rtol=1e-5, atol=1e-5)
     # a reference that has changed is computed again
     with torch.no_grad():
         dpo.ref_model.lm_head.weight.mul_(1.2)
     torch.testing.assert_close(dpo(**columns(data, [3, 1])), plain(**columns(data, [3, 1])))
-    assert counts[id(dpo.reference.scorer)] == 4
+    assert counts[id(dpo.reference.scorer)] == 4  # type: ignore[attr-defined]
     twin = copy.deepcopy(dpo)
     assert len(dpo.reference.cache) == 4 and len(twin.reference.cache) == 0
     assert torch.equal(twin(**columns(data, [3, 1])), dpo(**columns(data, [3, 1])))
@@ -326,8 +326,8 @@ def test_an_interrupted_run_with_a_cache_resumes(rows, tmp_path, monkeypatch, wh
     write_file = precompute.write_file
 
     def breaks(*args):
-        breaks.left -= 1
-        if breaks.left == 0:
+        breaks.left -= 1  # type: ignore[attr-defined]
+        if breaks.left == 0:  # type: ignore[attr-defined]
             raise InterruptedRunError
         return write_file(*args)
 
@@ -335,14 +335,14 @@ def test_an_interrupted_run_with_a_cache_resumes(rows, tmp_path, monkeypatch, wh
         with interrupt_training("dpo", after_steps=5):
             train(make_config(rows, tmp_path / "out", **options))
     else:
-        breaks.left = 4
+        breaks.left = 4  # type: ignore[attr-defined]
         with monkeypatch.context() as patch, pytest.raises(InterruptedRunError):
             patch.setattr(precompute, "write_file", breaks)
             train(make_config(rows, tmp_path / "out", **options))
     monkeypatch.setattr(precompute, "write_file", breaks)
-    breaks.left = 0
+    breaks.left = 0  # type: ignore[attr-defined]
     train(make_config(rows, tmp_path / "out", resume=True, **options))
-    assert -breaks.left == (7 if where == "precomputation" else 0)  # of 10 parts, 3 were there
+    assert -breaks.left == (7 if where == "precomputation" else 0)  # of 10 parts, 3 were there  # type: ignore[attr-defined]
     assert read_metrics(tmp_path / "out") == read_metrics(tmp_path / "whole")
 
 

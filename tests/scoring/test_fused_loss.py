@@ -112,7 +112,7 @@ def squared(pairs: PairLogProbs) -> Tensor:
     return (pairs.chosen_logratio - pairs.rejected_logratio).square()
 
 
-squared.is_deterministic = True
+squared.is_deterministic = True  # type: ignore[attr-defined]
 OPTIONS = {
     "several losses": {"loss": [(Sigmoid(0.3), 1.0), (SFT(), 0.5), (ORPO(), 0.5)]},
     "LD-DPO": {"ld_alpha": 0.3},
@@ -136,10 +136,10 @@ def test_a_users_loss_that_mixes_pairs_is_computed_again(watch: Watch):
         gap = pairs.chosen_logratio - pairs.rejected_logratio
         return (gap - gap.mean()).square()
 
-    mixing.is_deterministic = True
+    mixing.is_deterministic = True  # type: ignore[attr-defined]
     case = random_batch(Generator().manual_seed(3), b=4, odd=0.0)
     for is_per_pair in (True, False):
-        mixing.is_per_pair = is_per_pair
+        mixing.is_per_pair = is_per_pair  # type: ignore[attr-defined]
         policy, reference = models("xt-rotary")
         dpo = DPO(policy, reference=reference, loss=mixing)
         compared(dpo, lambda dpo=dpo: dpo(*args_of(case)))
@@ -156,7 +156,7 @@ def test_a_users_loss_is_called_once_unless_it_says_that_it_is_deterministic(wat
 
     case = random_batch(Generator().manual_seed(3), b=4, odd=0.0)
     for is_deterministic in (False, True):
-        remembers.is_deterministic = is_deterministic
+        remembers.is_deterministic = is_deterministic  # type: ignore[attr-defined]
         policy, reference = models("xt-rotary")
         seen.clear()
         DPO(policy, reference=reference, loss=remembers)(*args_of(case)).backward()
@@ -168,7 +168,7 @@ def test_a_users_loss_is_called_once_unless_it_says_that_it_is_deterministic(wat
 def test_a_loss_that_draws_is_asked_once(watch: Watch):
     policy, reference = models("xt-rotary")
     dpo = DPO(policy, reference=reference, loss=BetaDPO(drop=0.5))
-    statistics = dpo.loss.first_loss.statistics
+    statistics = dpo.loss.first_loss.statistics  # type: ignore[attr-defined]
     statistics.std.fill_(5.0)
     case = random_batch(Generator().manual_seed(3), b=4, odd=0.0)
     found = []
@@ -187,7 +187,7 @@ def test_under_autocast_the_loss_is_told_as_it_will_be(watch: Watch):
     def learned(pairs: PairLogProbs) -> Tensor:
         return layer((pairs.chosen - pairs.rejected)[:, None])[:, 0].square().float()
 
-    learned.is_deterministic = True
+    learned.is_deterministic = True  # type: ignore[attr-defined]
     policy, reference = ZOO["hf-llama"](0), ZOO["hf-llama"](1)
     dpo = DPO(policy, reference=reference, loss=learned)
     case = random_batch(Generator().manual_seed(3), b=4, odd=0.0)
