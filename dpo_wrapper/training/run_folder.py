@@ -31,11 +31,7 @@ class Progress:
 
 
 class RunFolder:
-    """Paths and files of one run.
-
-    Attributes:
-        progress: where the run stands: at its beginning, or at its latest checkpoint.
-    """
+    """Paths and files of one run. `progress` is its beginning, or its latest checkpoint."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.path = Path(config.out)

@@ -19,6 +19,7 @@ from dpo_wrapper.evaluation.evaluate import evaluate
 from dpo_wrapper.log_probs import FusedLoss
 from dpo_wrapper.reference import LogProbCache
 from dpo_wrapper.scoring import Scorer
+from dpo_wrapper.training.config import TrainConfig
 
 CollateFn = Callable[[Sequence[TokenizedExample]], Any]
 
@@ -30,11 +31,14 @@ class Stage(ABC):
 
     Attributes:
         name: identifies the stage in the log and in checkpoints.
+        epochs, learning_rate: number of epochs, and peak learning rate.
         reference_cache: log-probs that the first epoch computes and later ones look up, or None.
     """
 
     name: str
     module: nn.Module
+    epochs: int
+    learning_rate: float
     reference_cache: LogProbCache | None = None
 
     @property
@@ -84,7 +88,8 @@ class SFTStage(Stage):
 
     name = "sft"
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+        self.epochs, self.learning_rate = config.num_sft_epochs, config.peak_sft_learning_rate
         self.module = SFTModule(model)
         self.scorer = self.module.scorer
 
@@ -105,23 +110,20 @@ class SFTStage(Stage):
 
 
 class DPOStage(Stage):
-    """Preference training.
-
-    Args:
-        sync_steps: number of steps between updates of the reference; 0 never updates it (TR-DPO).
-        mixup_alpha: weight of the policy in each update.
-    """
+    """Preference training. The reference may follow the policy (TR-DPO)."""
 
     name = "dpo"
 
-    def __init__(self, dpo: DPO, *, sync_steps: int = 0, mixup_alpha: float = 0.6) -> None:
+    def __init__(self, dpo: DPO, config: TrainConfig) -> None:
+        self.epochs, self.learning_rate = config.epochs, config.peak_learning_rate
+        self.sync_steps, self.mixup_alpha = config.ref_model_sync_steps, config.ref_model_mixup_alpha
         self.dpo = self.module = dpo
-        self.sync_steps, self.mixup_alpha = sync_steps, mixup_alpha
         self.reference_cache = dpo.reference.cache
 
     @property
     def collate_fn(self) -> CollateFn:
-        return partial(COLLATE_FNS[self.dpo.loss.dataset_type], tree_options=self.dpo.policy.tree_options)
+        dataset_type: Any = self.dpo.loss.dataset_type
+        return partial(COLLATE_FNS[dataset_type], tree_options=self.dpo.policy.tree_options)
 
     def normalize_over_step(self, batches: list[Any], reduce: Reduce | None) -> list[Any]:
         return self.dpo.normalize_over_step(batches, reduce)

@@ -1,6 +1,7 @@
 """Train a model on a file of preferences: `train(TrainConfig(data = ...))`."""
 
 import shutil
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -38,10 +39,13 @@ def run_training(setup: TrainSetup) -> RunFolder:
     accelerator.print(f"{type(model).__name__} with {size}, {examples}", *setup.notes, sep="\n")
 
     if config.num_sft_epochs and run.progress.stage == "sft":
-        train_sft(setup, accelerator)
+        Trainer(config, run, SFTStage(model, config), select_sft_examples(splits)).train()
+        if accelerator.is_main_process:
+            save_pretrained(setup.pretrained, model, run.sft_folder, run.settings)
+            run.create_new_checkpoint()
+            run.replace_checkpoint("dpo", 0)
     dpo = build_dpo(setup, accelerator)
-    stage = DPOStage(dpo, sync_steps=config.ref_model_sync_steps, mixup_alpha=config.ref_model_mixup_alpha)
-    Trainer(config, run, stage, splits, config.epochs, config.peak_learning_rate).train()
+    Trainer(config, run, DPOStage(dpo, config), splits).train()
     if accelerator.is_main_process:
         save_pretrained(setup.pretrained, dpo.policy_model, run.path, run.settings)
         shutil.rmtree(run.checkpoint_folder, ignore_errors=True)
@@ -50,22 +54,11 @@ def run_training(setup: TrainSetup) -> RunFolder:
     return run
 
 
-def train_sft(setup: TrainSetup, accelerator: Accelerator) -> None:
-    """Supervised training on prompt and chosen completion; the model is saved in the run folder."""
-    config, run, model = setup.config, setup.run, setup.pretrained.model
-    stage, splits = SFTStage(model), select_sft_examples(setup.splits)
-    Trainer(config, run, stage, splits, config.num_sft_epochs, config.peak_sft_learning_rate).train()
-    if accelerator.is_main_process:
-        save_pretrained(setup.pretrained, model, run.sft_folder, run.settings)
-        run.create_new_checkpoint()
-        run.replace_checkpoint("dpo", 0)
-
-
 def build_dpo(setup: TrainSetup, accelerator: Accelerator) -> DPO:
     """The policy with its reference, which is the model as it is now."""
     config, model = setup.config, setup.pretrained.model
     needs_copy = config.ref_model_sync_steps or config.reference_dtype or config.reference_device
-    reference: str | CachedReference = "copy" if needs_copy else config.reference
+    reference: Literal["auto", "copy", "none"] | CachedReference = "copy" if needs_copy else config.reference
     if config.precompute_ref_log_probs:
         reference = precompute_reference(setup, accelerator)
     return DPO(

@@ -38,24 +38,17 @@ class Splits:
 class Trainer:
     """Trains the module of one stage in place, and writes metrics and checkpoints to the run folder."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        run: RunFolder,
-        stage: Stage,
-        splits: Splits,
-        epochs: int,
-        learning_rate: float,
-    ) -> None:
+    def __init__(self, config: TrainConfig, run: RunFolder, stage: Stage, splits: Splits) -> None:
         self.config, self.run, self.stage, self.splits = config, run, stage, splits
-        self.epochs = epochs
-        self.steps = list(step_indices(len(splits.train), config.batch_size, epochs, config.seed))
+        self.steps = list(step_indices(len(splits.train), config.batch_size, stage.epochs, config.seed))
         num_steps = len(self.steps)
         self.eval_steps = config.eval_steps or max(1, math.ceil(num_steps / 8))
 
         self.accelerator = create_accelerator(config)
         parameters = [p for p in stage.module.parameters() if p.requires_grad]
-        optimizer: Any = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=config.weight_decay)
+        optimizer: Any = torch.optim.AdamW(
+            parameters, lr=stage.learning_rate, weight_decay=config.weight_decay
+        )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, num_steps, config.warmup_ratio)
         )
@@ -66,13 +59,14 @@ class Trainer:
 
     def train(self) -> None:
         """Run the steps that are not done yet; eval metrics are logged before, during and after."""
-        steps_done = self.load_checkpoint()
-        if not steps_done:
+        progress, num_steps, save_steps = self.run.progress, len(self.steps), self.config.save_steps
+        steps_done = progress.step if progress.stage == self.stage.name else 0
+        if steps_done:
+            self.accelerator.load_state(str(self.run.checkpoint_folder))
+        else:
             self.evaluate(0)
-        num_steps, save_steps = len(self.steps), self.config.save_steps
-        with create_progress_bar(
-            self.accelerator, self.stage.name.upper(), "step", total=num_steps, initial=steps_done
-        ) as bar:
+        label = self.stage.name.upper()
+        with create_progress_bar(self.accelerator, label, "step", total=num_steps, initial=steps_done) as bar:
             for step, batches in enumerate(self.create_step_loader(steps_done), start=steps_done + 1):
                 start_time = time.perf_counter()
                 metrics = self.train_step(step, batches)
@@ -80,7 +74,7 @@ class Trainer:
                 metrics[f"{self.splits.unit}/second"] = num_examples / seconds
                 metrics["lr"] = float(self.schedule.get_last_lr()[0])
                 self.schedule.step()
-                if self.stage.reference_cache is not None and step * self.epochs == num_steps:
+                if self.stage.reference_cache is not None and step * self.stage.epochs == num_steps:
                     self.stage.reference_cache.exchange()  # the first epoch's log-probs, between processes
                 if self.accelerator.is_main_process:
                     self.run.log_metrics(self.stage.name, "step", step, metrics)
@@ -152,14 +146,6 @@ class Trainer:
         """The function that makes micro-batches of the examples at some indices. It holds no model."""
         max_tokens = self.config.micro_batch_tokens
         return partial(make_micro_batches, examples, self.stage.collate_fn, max_tokens)
-
-    def load_checkpoint(self) -> int:
-        """Load the checkpoint of this stage, if there is one; the number of steps that it had done."""
-        progress = self.run.progress
-        if progress.stage != self.stage.name or not progress.step:
-            return 0
-        self.accelerator.load_state(str(self.run.checkpoint_folder))
-        return progress.step
 
     def save_checkpoint(self, step: int) -> None:
         if self.accelerator.is_main_process:
