@@ -17,9 +17,7 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         import tyro
     except ImportError:
-        exit_with_error(
-            "the command line needs tyro, but it is not installed: pip install 'dpo-wrapper[train]'."
-        )
+        exit_with_error("the command line needs tyro, which is missing: pip install 'dpo-wrapper[train]'.")
     from dpo_wrapper.training.config import TrainConfig
 
     config = tyro.extras.subcommand_cli_from_dict(
@@ -43,11 +41,8 @@ def train(config: "TrainConfig") -> None:
     try:
         run_training(setup)
     except KeyboardInterrupt:
-        print(
-            "\ndpo-wrapper: the run was interrupted; the same command with --resume continues it in "
-            f"{config.out}.",
-            file=sys.stderr,
-        )
+        sentence = "the run was interrupted; the same command with --resume continues it in"
+        print(f"\ndpo-wrapper: {sentence} {config.out}.", file=sys.stderr)
         sys.exit(130)
 
 

@@ -25,8 +25,7 @@ class PretrainedModel:
     """A language model with its tokenizer.
 
     Attributes:
-        decoder_args: the arguments of an x-transformers decoder, as `build_decoder` takes them; None for a
-            Hugging Face model.
+        decoder_args: of an x-transformers decoder, as `build_decoder` takes them; None for another model.
     """
 
     model: nn.Module
@@ -53,9 +52,16 @@ def load_pretrained(name: str, tokenizer_name: str | None, max_length: int) -> P
     settings = read_settings(name)
     if "x_transformers" in settings:
         pretrained = load_decoder(name, settings, tokenizer_name)
+        num_embeddings = settings["x_transformers"]["num_tokens"]
     else:
-        pretrained = load_hugging_face(name, tokenizer_name)
-    check_vocab_size(pretrained)
+        pretrained = load_hugging_face(name, tokenizer_name or name)
+        num_embeddings = pretrained.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    num_ids = pretrained.tokenizer.vocab_size
+    if num_ids > num_embeddings:
+        raise ValueError(
+            f"the tokenizer should have at most as many ids as the model, {num_embeddings}, but "
+            f"{pretrained.tokenizer_name} has {num_ids}: use the model's own tokenizer."
+        )
     return pretrained
 
 
@@ -88,24 +94,18 @@ def build_decoder(decoder_args: dict[str, Any]) -> nn.Module:
 
 
 def read_settings(name: str) -> dict[str, Any]:
-    """The config.json of a model folder; empty if `name` is no folder.
-
-    Raises:
-        ValueError: the folder holds no config.json, or a run that is not finished.
-    """
+    """The config.json of a model folder, which holds no unfinished run; empty if `name` is no folder."""
+    if not Path(name).is_dir():
+        return {}
     config_file = Path(name) / CONFIG_FILE
     if not config_file.is_file():
-        if Path(name).is_dir():
-            raise ValueError(
-                f"--model should be a folder with a model, but {name} holds no {CONFIG_FILE}: name a run "
-                "folder or the folder of a Hugging Face model."
-            )
-        return {}
+        raise ValueError(
+            f"--model should be the folder of a run or Hugging Face model, but {name} holds no {CONFIG_FILE}."
+        )
     settings = json.loads(config_file.read_text(encoding="utf-8"))
     if set(settings) == {"dpo_wrapper"}:
         raise ValueError(
-            f"--model should be a finished run, but the run in {name} has not finished: resume it, or use "
-            f"the model in {name}/sft."
+            f"--model should be a finished run, but {name} has not finished: resume it, or use {name}/sft."
         )
     return settings
 
@@ -114,17 +114,15 @@ def load_decoder(folder: str, settings: dict[str, Any], tokenizer_name: str | No
     """The x-transformers decoder in a folder that `save_pretrained` wrote."""
     from safetensors.torch import load_model
 
-    saved_name = settings["tokenizer"]
-    tokenizer_name = tokenizer_name or saved_name
-    if tokenizer_name == saved_name and saved_name != "bytes":
+    tokenizer_name = tokenizer_name or settings["tokenizer"]
+    if tokenizer_name == settings["tokenizer"] == ".":
         tokenizer_name = folder
-    decoder_args = settings["x_transformers"]
-    model = build_decoder(decoder_args)
+    model = build_decoder(settings["x_transformers"])
     load_model(model, Path(folder) / WEIGHTS_FILE)
-    return PretrainedModel(model, load_tokenizer(tokenizer_name), tokenizer_name, decoder_args)
+    return PretrainedModel(model, load_tokenizer(tokenizer_name), tokenizer_name, settings["x_transformers"])
 
 
-def load_hugging_face(name: str, tokenizer_name: str | None) -> PretrainedModel:
+def load_hugging_face(name: str, tokenizer_name: str) -> PretrainedModel:
     from transformers import AutoModelForCausalLM
 
     try:
@@ -135,19 +133,7 @@ def load_hugging_face(name: str, tokenizer_name: str | None) -> PretrainedModel:
             f"--model should be {', '.join(PRESETS)}, a run folder or a Hugging Face causal LM by folder or "
             f"name, but {name} could not be loaded: {reason}"
         ) from error
-    tokenizer_name = tokenizer_name or name
     return PretrainedModel(model, load_tokenizer(tokenizer_name), tokenizer_name, None)
-
-
-def check_vocab_size(pretrained: PretrainedModel) -> None:
-    """Raise ValueError if the tokenizer has ids that the model has no embedding for."""
-    args, model, num_ids = pretrained.decoder_args, pretrained.model, pretrained.tokenizer.vocab_size
-    num_embeddings = args["num_tokens"] if args else model.get_input_embeddings().num_embeddings  # type: ignore
-    if num_ids > num_embeddings:
-        raise ValueError(
-            f"the tokenizer should have at most as many ids as the model, {num_embeddings}, but "
-            f"{pretrained.tokenizer_name} has {num_ids}: use the model's own tokenizer."
-        )
 
 
 def save_pretrained(
@@ -156,12 +142,8 @@ def save_pretrained(
     """Write `model.safetensors`, `config.json` and the tokenizer; `load_pretrained(folder)` loads them again.
 
     The weights of an x-transformers decoder keep its names, and its arguments stand in config.json under
-    "x_transformers". A Hugging Face model is saved by its own `save_pretrained`.
-
-    Args:
-        pretrained: the tokenizer, and the kind of the model.
-        model: the model whose weights are saved.
-        training: settings of the training, which config.json holds under "dpo_wrapper".
+    "x_transformers". A Hugging Face model is saved by its own `save_pretrained`. Of `pretrained` only the
+    tokenizer and the kind of the model are used. config.json holds `training` under "dpo_wrapper".
     """
     from safetensors.torch import save_model
 

@@ -27,7 +27,8 @@ def evaluate(
     batches, sums = list(batches), MetricSums()
     if not batches:
         raise ValueError("batches should hold at least one batch, but there is none: leave evaluation out.")
-    for batch in getattr(dpo, "module", dpo).normalize_over_step(batches, reduce):
+    module: Any = getattr(dpo, "module", dpo)
+    for batch in module.normalize_over_step(batches, reduce):
         _, metrics = dpo(batch, return_metrics=True)
         sums.add(metrics)
     return sums.result(reduce)

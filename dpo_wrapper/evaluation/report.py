@@ -60,8 +60,8 @@ def plot_curves(records: Sequence[Record], path: Path) -> None:
         for color, metric in zip(("C0", "C1"), metrics, strict=False):
             prefix = f"{metric.split('/')[-1]}, " if len(metrics) > 1 else ""
             steps, values = extract_curve(step_records, metric)
-            label = f"{prefix}train"
-            axes.plot(steps, smooth(values, window), color=color, alpha=0.55, lw=1.4, label=label)
+            values = smooth(values, window)
+            axes.plot(steps, values, color=color, alpha=0.55, lw=1.4, label=f"{prefix}train")
             axes.plot(*extract_curve(eval_records, metric), "o-", color=color, ms=4, label=f"{prefix}eval")
         if title == "reward accuracy":
             axes.set_ylim(0, 1.03)
@@ -79,15 +79,10 @@ def extract_curve(records: Sequence[Record], metric: str) -> tuple[list[int], li
 
 def format_before_and_after(records: Sequence[Record]) -> str:
     """A table of the eval and train metrics before and after preference training."""
-    columns = []
+    columns: list[tuple[str, Record]] = []
     for part in ("eval", "train"):
         if selected := select_records(records, part):
             columns += [(f"{part} before", selected[0]), ("after", selected[-1])]
-    return format_table(columns)
-
-
-def format_table(columns: Sequence[tuple[str, Record]]) -> str:
-    """A plain-text table with one column for each (heading, metrics)."""
     rows = [["", *(heading for heading, _ in columns)]]
     for label, metric, template in TABLE_ROWS:
         if any(metric in record for _, record in columns):

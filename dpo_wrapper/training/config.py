@@ -1,6 +1,5 @@
 """Settings of a training run. The command line is generated from them."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -118,22 +117,13 @@ class TrainConfig:
             self._check(name, lambda value: value > 0 and math.isfinite(value), "a positive number")
         self._check("ld_alpha", lambda value: 0 <= value <= 1, "from 0 to 1")
         self._check("ref_model_mixup_alpha", lambda value: 0 < value <= 1, "above 0 and at most 1")
-        self._check_reference_options()
         self._check("max_length", lambda value: value >= 8, "at least 8")
         for name in ("weight_decay", "eval_fraction", "warmup_ratio"):
             self._check(name, lambda value: 0 <= value < 1, "in [0, 1)")
         if self.eval_data is not None and self.eval_data == self.data:
             raise ValueError(
-                "--eval-data should be another file than --data, but it is the same file: leave it out to "
-                "evaluate on a fraction of --data."
+                "--eval-data should not be the same file as --data: leave it out to evaluate on a part of it."
             )
-
-    def _check(self, name: str, is_valid: Callable[[Any], bool], expected: str) -> None:
-        value = getattr(self, name)
-        if value is not None and not is_valid(value):
-            raise ValueError(f"{flag(name)} should be {expected}, but it is {value}.")
-
-    def _check_reference_options(self) -> None:
         if self.precompute_ref_log_probs and self.ref_model_sync_steps:
             raise ValueError(
                 "--precompute-ref-log-probs needs a reference that does not change, but "
@@ -150,16 +140,19 @@ class TrainConfig:
                 "0: give both, or neither."
             )
 
+    def _check(self, name: str, is_valid: Callable[[Any], bool], expected: str) -> None:
+        value = getattr(self, name)
+        if value is not None and not is_valid(value):
+            raise ValueError(f"{flag(name)} should be {expected}, but it is {value}.")
+
     @property
     def is_new_model(self) -> bool:
-        """Whether the model is built from scratch."""
         return self.model in PRESETS
 
     @property
     def num_sft_epochs(self) -> int:
-        if self.sft_epochs is not None:
-            return self.sft_epochs
-        return 10 if self.is_new_model else 0
+        default = 10 if self.is_new_model else 0
+        return default if self.sft_epochs is None else self.sft_epochs
 
     @property
     def peak_sft_learning_rate(self) -> float:
@@ -171,12 +164,7 @@ class TrainConfig:
 
     @property
     def on_error(self) -> Literal["raise", "skip"]:
-        """What reading does at a row with an error."""
         return "skip" if self.skip_bad_rows else "raise"
-
-    def as_json(self) -> dict[str, Any]:
-        values = dataclasses.asdict(self)
-        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def flag(field_name: str) -> str:

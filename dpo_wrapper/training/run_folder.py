@@ -17,7 +17,6 @@ from typing import Any
 
 from dpo_wrapper.training.config import TrainConfig, flag
 
-Record = dict[str, Any]
 CHANGEABLE_SETTINGS = ("resume", "out", "save_steps", "cpu")
 """Settings that may change when a run is resumed."""
 
@@ -32,22 +31,16 @@ class Progress:
 
 
 class RunFolder:
-    """Paths and files of one run.
-
-    Attributes:
-        progress: where the run stands: at its beginning, or at its latest checkpoint.
-    """
+    """Paths and files of one run. `progress` is its beginning, or its latest checkpoint."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.path = Path(config.out)
         self.config_file = self.path / "config.json"
         self.metrics_file = self.path / "metrics.jsonl"
-        self.curves_file = self.path / "curves.png"
         self.sft_folder = self.path / "sft"
-        self.reference_folder = self.path / "reference"
         self.checkpoint_folder = self.path / "checkpoint"
         self.new_checkpoint_folder = self.path / "checkpoint.new"
-        self.settings = config.as_json()
+        self.settings = json.loads(json.dumps(asdict(config), default=str))
         self.progress = Progress()
 
     def check(self, resume: bool) -> None:
@@ -60,7 +53,9 @@ class RunFolder:
             raise ValueError(f"--out should be a folder, but {self.path} is a file: name a new folder.")
         if resume:
             self._check_resumable()
-            self._read_progress()
+            progress_file = self.checkpoint_folder / "progress.json"
+            if progress_file.is_file():
+                self.progress = Progress(**json.loads(progress_file.read_text(encoding="utf-8")))
         elif self.path.exists() and any(self.path.iterdir()):
             raise ValueError(
                 f"--out should be a new or empty folder, but {self.path} is not empty: name a new folder, or "
@@ -69,28 +64,19 @@ class RunFolder:
 
     def _check_resumable(self) -> None:
         if not self.config_file.is_file():
-            raise ValueError(
-                f"--resume needs an unfinished run, but {self.path} holds no run: leave --resume out."
-            )
+            raise ValueError(f"--resume needs an unfinished run, but {self.path} holds no run: leave it out.")
         before = json.loads(self.config_file.read_text(encoding="utf-8")).get("dpo_wrapper", {})
-        changed = [
-            name
+        changed = ", ".join(
+            f"{flag(name)} {before.get(name)}"
             for name, value in self.settings.items()
             if name not in CHANGEABLE_SETTINGS and value != before.get(name)
-        ]
+        )
         if changed:
-            settings = ", ".join(f"{flag(name)} {before.get(name)}" for name in changed)
-            raise ValueError(f"--resume needs the settings that the run began with, but it had {settings}.")
+            raise ValueError(f"--resume needs the settings that the run began with, but it had {changed}.")
         if (self.path / "model.safetensors").exists():
             raise ValueError(
-                f"--resume needs an unfinished run, but the run in {self.path} is finished: name a new "
-                "folder."
+                f"--resume needs an unfinished run, but that in {self.path} is finished: name a new folder."
             )
-
-    def _read_progress(self) -> None:
-        file = self.checkpoint_folder / "progress.json"
-        if file.is_file():
-            self.progress = Progress(**json.loads(file.read_text(encoding="utf-8")))
 
     def open(self) -> None:
         """Create the folder and write the settings, or truncate the log to where the checkpoint stands."""
@@ -106,14 +92,8 @@ class RunFolder:
         with self.metrics_file.open("a", encoding="utf-8") as log:
             log.write(json.dumps({"stage": stage, "part": part, "step": step, **values}) + "\n")
 
-    def read_records(self) -> list[Record]:
-        lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
-
-    def start_stage(self, stage: str) -> None:
-        """Record that `stage` starts from the model in the folder, and that all stages before it are done."""
-        self.create_new_checkpoint()
-        self.replace_checkpoint(stage, 0)
+    def read_records(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.metrics_file.read_text(encoding="utf-8").splitlines()]
 
     def create_new_checkpoint(self) -> None:
         """Create an empty folder for the files of the next checkpoint."""
@@ -131,6 +111,3 @@ class RunFolder:
             self.checkpoint_folder.rename(old)
         self.new_checkpoint_folder.rename(self.checkpoint_folder)
         shutil.rmtree(old, ignore_errors=True)
-
-    def delete_checkpoint(self) -> None:
-        shutil.rmtree(self.checkpoint_folder, ignore_errors=True)

@@ -11,7 +11,6 @@ from dpo_wrapper.data import (
     ExampleError,
     Fields,
     Message,
-    TokenizedExamples,
     add_kl_completions,
     check_ranking,
     convert_examples,
@@ -32,17 +31,13 @@ UNITS = {"preference": "pairs", "ranked": "lists", "unpaired_preference": "rows"
 
 @dataclass(frozen=True)
 class TrainSetup:
-    """Everything that a run needs, read and checked before training starts.
-
-    Attributes:
-        notes: sentences for the user, such as how many rows were left out.
-    """
+    """What a run needs, and notes that are printed when it starts, such as how many rows were left out."""
 
     config: TrainConfig
     run: RunFolder
     pretrained: PretrainedModel
     splits: Splits
-    notes: tuple[str, ...]
+    notes: list[str]
 
 
 def set_up_training(config: TrainConfig) -> TrainSetup:
@@ -55,17 +50,26 @@ def set_up_training(config: TrainConfig) -> TrainSetup:
     check_options(config, loss)
     run = RunFolder(config)
     run.check(config.resume)
-    train_texts, eval_texts, errors = read_splits(config, loss)
+    train_texts, eval_texts, errors = read_splits(config, loss.dataset_type)
 
     set_seed(config.seed)
     resumes_after_sft = run.sft_folder.is_dir() and run.progress.stage == "dpo"
     model_name = str(run.sft_folder) if resumes_after_sft else config.model
     pretrained = load_pretrained(model_name, config.tokenizer, config.max_length)
 
-    notes = describe_batchwise_losses(loss)
+    notes = [
+        f"{type(term).__name__} compares the pairs of one forward pass with one another: raise "
+        "--micro-batch-tokens if a step takes several passes"
+        for term, _ in loss.terms
+        if not term.is_per_pair
+    ]
     examples: dict[str, list[Any]] = {}
     for name, texts in (("train", train_texts), ("eval", eval_texts)):
-        tokenized = tokenize(config, texts, pretrained)
+        if config.as_chat:
+            texts = [as_user_turn(example) for example in texts]
+        tokenized = tokenize_examples(
+            texts, pretrained.tokenizer, config.max_length, on_error=config.on_error
+        )
         examples[name] = add_kl_completions(tokenized.examples, config.max_length, config.seed)
         errors = [*errors, *tokenized.errors]
         if tokenized.summary():
@@ -74,20 +78,15 @@ def set_up_training(config: TrainConfig) -> TrainSetup:
         notes.append(f"{len(errors)} rows could not be read and are left out; the first: {errors[0]}")
     splits = Splits(**examples, unit=UNITS[loss.dataset_type])
     check_splits(config, loss, splits)
-    return TrainSetup(config, run, pretrained, splits, tuple(notes))
+    return TrainSetup(config, run, pretrained, splits, notes)
 
 
 def check_options(config: TrainConfig, loss: CombinedLoss) -> None:
     """Raise ValueError for options that have no effect with these losses or without a reference."""
     loss.check_wpo(config.wpo)
     loss.check_ld_alpha(config.ld_alpha)
-    reference_options = (
-        "precompute_ref_log_probs",
-        "ref_model_sync_steps",
-        "reference_dtype",
-        "reference_device",
-    )
-    given = [flag(name) for name in reference_options if getattr(config, name)]
+    names = ("precompute_ref_log_probs", "ref_model_sync_steps", "reference_dtype", "reference_device")
+    given = [flag(name) for name in names if getattr(config, name)]
     if given and (config.reference == "none" or not loss.needs_reference):
         why = "--reference is none" if config.reference == "none" else f"--loss {config.loss} needs none"
         raise ValueError(f"{given[0]} needs a reference, but {why}: leave it out.")
@@ -96,14 +95,13 @@ def check_options(config: TrainConfig, loss: CombinedLoss) -> None:
 
 
 def read_splits(
-    config: TrainConfig, loss: CombinedLoss
+    config: TrainConfig, dataset_type: Any
 ) -> tuple[list[Example], list[Example], list[ExampleError]]:
     """Train and eval examples as the losses need them, and the errors of the rows that were left out."""
-    examples, errors = read_data(config.data, config, loss.dataset_type)
+    examples, errors = read_data(config.data, config, dataset_type)
     if config.eval_data is None:
-        train_examples, eval_examples = split_examples(examples, config.eval_fraction, config.seed)
-        return train_examples, eval_examples, errors
-    eval_examples, eval_errors = read_data(config.eval_data, config, loss.dataset_type)
+        return *split_examples(examples, config.eval_fraction, config.seed), errors
+    eval_examples, eval_errors = read_data(config.eval_data, config, dataset_type)
     return examples, eval_examples, [*errors, *eval_errors]
 
 
@@ -119,34 +117,19 @@ def read_data(path: Path, config: TrainConfig, dataset_type: Any) -> tuple[list[
     return converted, errors + conversion_errors
 
 
-def tokenize(config: TrainConfig, examples: list[Example], pretrained: PretrainedModel) -> TokenizedExamples:
-    """The examples as token ids, each sequence at most `config.max_length` tokens long."""
-    if config.as_chat:
-        examples = [as_chat(example) for example in examples]
-    return tokenize_examples(examples, pretrained.tokenizer, config.max_length, on_error=config.on_error)
-
-
-def as_chat(example: Example) -> Example:
+def as_user_turn(example: Example) -> Example:
     """The example with a plain-text prompt as a user turn."""
     if not isinstance(example.prompt, str):
         return example
     return replace(example, prompt=(Message("user", example.prompt),))
 
 
-def describe_batchwise_losses(loss: CombinedLoss) -> list[str]:
-    return [
-        f"{type(term).__name__} compares the pairs of one forward pass with one another: raise "
-        "--micro-batch-tokens if a step takes several passes"
-        for term, _ in loss.terms
-        if not term.is_per_pair
-    ]
-
-
 def check_splits(config: TrainConfig, loss: CombinedLoss, splits: Splits) -> None:
     """Raise ValueError if the examples are not what the losses and the supervised training need."""
     examples = (*splits.train, *splits.eval)
     has_margins = any(example.margin is not None for example in examples)
-    loss.check_columns(has_margins, has_weights=any(example.weight is not None for example in examples))
+    has_weights = any(example.weight is not None for example in examples)
+    loss.check_columns(has_margins, has_weights)
     if not splits.train:
         raise ValueError(
             f"--data should hold {splits.unit} to train on, but {config.data} leaves none: add rows, or "
@@ -157,13 +140,8 @@ def check_splits(config: TrainConfig, loss: CombinedLoss, splits: Splits) -> Non
             "supervised training needs rows with a desirable completion, but there is none to train on: give "
             "--sft-epochs 0."
         )
-    if splits.unit == "rows":
-        check_kl_completions(loss, splits)
-
-
-def check_kl_completions(loss: CombinedLoss, splits: Splits) -> None:
-    for examples in (splits.train, splits.eval):
-        if examples and not any(example.kl_completion for example in examples):
+    for part in (splits.train, splits.eval):
+        if splits.unit == "rows" and part and not any(example.kl_completion for example in part):
             raise ValueError(
                 f"{type(loss.first_loss).__name__} estimates a KL from completions of other prompts, but all "
                 "rows of a split have the same prompt: add rows, or evaluate on none (--eval-fraction 0)."
@@ -172,7 +150,6 @@ def check_kl_completions(loss: CombinedLoss, splits: Splits) -> None:
 
 def select_sft_examples(splits: Splits) -> Splits:
     """The examples of supervised training: of rows with a label those that are desirable."""
-    train, eval = (
-        [example for example in part if example.sft_completion] for part in (splits.train, splits.eval)
-    )
+    train = [example for example in splits.train if example.sft_completion]
+    eval = [example for example in splits.eval if example.sft_completion]
     return Splits(train, eval, splits.unit)

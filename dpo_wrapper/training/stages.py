@@ -4,9 +4,10 @@ The loss of each micro-batch is divided by totals of the whole step, so that gra
 update however a step is split.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,44 +19,46 @@ from dpo_wrapper.evaluation.evaluate import evaluate
 from dpo_wrapper.log_probs import FusedLoss
 from dpo_wrapper.reference import LogProbCache
 from dpo_wrapper.scoring import Scorer
+from dpo_wrapper.training.config import TrainConfig
 
 CollateFn = Callable[[Sequence[TokenizedExample]], Any]
 
 
-class Stage(Protocol):
+class Stage(ABC):
     """What `Trainer` calls: the module that is trained, and how its loss and metrics are computed.
 
-    In all methods `module` is `self.module`, perhaps wrapped (by DDP), and `reduce` sums a tensor over
-    processes.
+    In all methods `module` is `self.module`, perhaps wrapped (by DDP), and `reduce` sums over processes.
 
     Attributes:
         name: identifies the stage in the log and in checkpoints.
-        title: label of the progress bar.
+        epochs, learning_rate: number of epochs, and peak learning rate.
         reference_cache: log-probs that the first epoch computes and later ones look up, or None.
     """
 
     name: str
-    title: str
     module: nn.Module
-    reference_cache: LogProbCache | None
+    epochs: int
+    learning_rate: float
+    reference_cache: LogProbCache | None = None
 
     @property
+    @abstractmethod
     def collate_fn(self) -> CollateFn:
         """The function that makes a batch of examples. It holds no model: workers receive a copy of it."""
 
-    def normalize_over_step(self, batches: Sequence[Any], device: torch.device, reduce: Reduce) -> list[Any]:
-        """Attach the step's totals to its micro-batches; `device` is where the module is."""
+    def normalize_over_step(self, batches: list[Any], reduce: Reduce | None) -> list[Any]:
+        """Attach the step's totals to its micro-batches."""
+        return normalize_over_step(batches, reduce)
 
+    @abstractmethod
     def micro_batch_loss(self, module: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a micro-batch, divided by the totals of its step, and its metrics."""
 
-    def end_step(self, reduce: Reduce) -> None:
-        """Called after the last micro-batch of each step."""
+    def end_step(self, step: int, reduce: Reduce) -> None:  # noqa: B027
+        """Called after each update of the weights; `step` counts from 1, also in a run that is resumed."""
 
-    def on_step_end(self, step: int) -> None:
-        """Called after each step; `step` counts from 1, also in a run that is resumed."""
-
-    def evaluate(self, module: nn.Module, batches: Sequence[Any], reduce: Reduce) -> dict[str, float]:
+    @abstractmethod
+    def evaluate(self, module: nn.Module, batches: list[Any], reduce: Reduce | None) -> dict[str, float]:
         """Metrics over the batches of all processes."""
 
 
@@ -73,81 +76,65 @@ class SFTModule(nn.Module):
         def loss_of_tokens(log_probs: Tensor) -> Tensor:
             return -log_probs.sum() / batch.denominator
 
-        fused_loss = None
         self.scorer.check(batch.sequences)
+        fused_loss = None
         if self.training and self.scorer.trains_head:
             fused_loss = FusedLoss(loss_of_tokens, batch.sequences.row)  # sequences do not meet in the loss
-        return -self.scorer(batch.sequences, fused_loss=fused_loss).sums.sum() / batch.denominator
+        return loss_of_tokens(self.scorer(batch.sequences, fused_loss=fused_loss).sums)
 
 
-class SFTStage:
+class SFTStage(Stage):
     """Supervised training: maximum likelihood of prompt and chosen completion, in nats per token."""
 
-    name, title = "sft", "SFT"
-    reference_cache: LogProbCache | None = None
+    name = "sft"
 
-    def __init__(self, model: nn.Module) -> None:
-        self.module: nn.Module = SFTModule(model)
+    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+        self.epochs, self.learning_rate = config.num_sft_epochs, config.peak_sft_learning_rate
+        self.module = SFTModule(model)
         self.scorer = self.module.scorer
 
     @property
     def collate_fn(self) -> CollateFn:
         return partial(collate_sft, tree_options=self.scorer.tree_options)
 
-    def normalize_over_step(
-        self, batches: Sequence[SFTBatch], device: torch.device, reduce: Reduce
-    ) -> list[SFTBatch]:
-        return normalize_over_step(batches, reduce)
-
     def micro_batch_loss(self, module: nn.Module, batch: SFTBatch) -> tuple[Tensor, dict[str, Tensor]]:
         module.train()
         return module(batch), {}
 
-    def end_step(self, reduce: Reduce) -> None:
-        """Nothing is carried from step to step."""
-
-    def on_step_end(self, step: int) -> None:
-        """Nothing changes between steps."""
-
     @torch.no_grad()
-    def evaluate(self, module: nn.Module, batches: Sequence[Any], reduce: Reduce) -> dict[str, float]:
+    def evaluate(self, module: nn.Module, batches: list[Any], reduce: Reduce | None) -> dict[str, float]:
         module.eval()
-        loss = sum(float(module(batch)) for batch in normalize_over_step(batches, reduce))
-        return {"loss": float(reduce(torch.tensor(loss, dtype=torch.float64)))}
+        loss = sum(float(module(batch)) for batch in self.normalize_over_step(batches, reduce))
+        total = torch.tensor(loss, dtype=torch.float64)
+        return {"loss": float(total if reduce is None else reduce(total))}
 
 
-class DPOStage:
-    """Preference training.
+class DPOStage(Stage):
+    """Preference training. The reference may follow the policy (TR-DPO)."""
 
-    Args:
-        sync_steps: number of steps between updates of the reference; 0 never updates it (TR-DPO).
-        mixup_alpha: weight of the policy in each update.
-    """
+    name = "dpo"
 
-    name, title = "dpo", "DPO"
-
-    def __init__(self, dpo: DPO, *, sync_steps: int = 0, mixup_alpha: float = 0.6) -> None:
-        self.sync_steps, self.mixup_alpha = sync_steps, mixup_alpha
-        self.dpo = dpo
-        self.module: nn.Module = dpo
+    def __init__(self, dpo: DPO, config: TrainConfig) -> None:
+        self.epochs, self.learning_rate = config.epochs, config.peak_learning_rate
+        self.sync_steps, self.mixup_alpha = config.ref_model_sync_steps, config.ref_model_mixup_alpha
+        self.dpo = self.module = dpo
         self.reference_cache = dpo.reference.cache
 
     @property
     def collate_fn(self) -> CollateFn:
-        return partial(COLLATE_FNS[self.dpo.loss.dataset_type], tree_options=self.dpo.policy.tree_options)
+        dataset_type: Any = self.dpo.loss.dataset_type
+        return partial(COLLATE_FNS[dataset_type], tree_options=self.dpo.policy.tree_options)
 
-    def normalize_over_step(self, batches: Sequence[Any], device: torch.device, reduce: Reduce) -> list[Any]:
-        return normalize_over_step(batches, reduce, lambda batch: self.dpo.kl_sums(batch.to(device)))
+    def normalize_over_step(self, batches: list[Any], reduce: Reduce | None) -> list[Any]:
+        return self.dpo.normalize_over_step(batches, reduce)
 
     def micro_batch_loss(self, module: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         return module(batch, return_metrics=True)
 
-    def end_step(self, reduce: Reduce) -> None:
+    def end_step(self, step: int, reduce: Reduce) -> None:
         self.dpo.end_step(reduce)
-
-    def on_step_end(self, step: int) -> None:
         if self.sync_steps and step % self.sync_steps == 0:
             self.dpo.sync_reference(self.mixup_alpha)
 
-    def evaluate(self, module: nn.Module, batches: Sequence[Any], reduce: Reduce) -> dict[str, float]:
+    def evaluate(self, module: nn.Module, batches: list[Any], reduce: Reduce | None) -> dict[str, float]:
         return evaluate(module, batches, reduce)

@@ -1,9 +1,10 @@
 """Train a model on a file of preferences: `train(TrainConfig(data = ...))`."""
 
+import shutil
+from typing import Literal
+
 import torch
 from accelerate import Accelerator
-from torch import nn
-from tqdm import tqdm
 
 from dpo_wrapper.data import scored_sequences
 from dpo_wrapper.dpo import DPO
@@ -15,7 +16,7 @@ from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.setup import TrainSetup, select_sft_examples, set_up_training
 from dpo_wrapper.training.stages import DPOStage, SFTStage
-from dpo_wrapper.training.trainer import Trainer, create_accelerator, progress_interval
+from dpo_wrapper.training.trainer import Trainer, create_accelerator, create_progress_bar
 
 
 def train(config: TrainConfig) -> RunFolder:
@@ -33,46 +34,31 @@ def run_training(setup: TrainSetup) -> RunFolder:
     accelerator = create_accelerator(config)
     if accelerator.is_main_process:
         run.open()
-    sizes = f"{len(splits.train)} train and {len(splits.eval)} eval {splits.unit}"
-    accelerator.print(f"{describe_model(model)}, {sizes}")
-    for note in setup.notes:
-        accelerator.print(note)
+    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
+    examples = f"{len(splits.train)} train and {len(splits.eval)} eval {splits.unit}"
+    accelerator.print(f"{type(model).__name__} with {size}, {examples}", *setup.notes, sep="\n")
 
     if config.num_sft_epochs and run.progress.stage == "sft":
-        train_sft(setup, accelerator)
+        Trainer(config, run, SFTStage(model, config), select_sft_examples(splits)).train()
+        if accelerator.is_main_process:
+            save_pretrained(setup.pretrained, model, run.sft_folder, run.settings)
+            run.create_new_checkpoint()
+            run.replace_checkpoint("dpo", 0)
     dpo = build_dpo(setup, accelerator)
-    stage = DPOStage(dpo, sync_steps=config.ref_model_sync_steps, mixup_alpha=config.ref_model_mixup_alpha)
-    epochs, learning_rate = config.epochs, config.peak_learning_rate
-    Trainer(config, run, stage, splits, epochs=epochs, learning_rate=learning_rate).train()
+    Trainer(config, run, DPOStage(dpo, config), splits).train()
     if accelerator.is_main_process:
         save_pretrained(setup.pretrained, dpo.policy_model, run.path, run.settings)
-        run.delete_checkpoint()
+        shutil.rmtree(run.checkpoint_folder, ignore_errors=True)
         report_results(setup, dpo)
     accelerator.wait_for_everyone()
     return run
-
-
-def train_sft(setup: TrainSetup, accelerator: Accelerator) -> None:
-    """Supervised training on prompt and chosen completion; the model is saved in the run folder."""
-    config, run, model = setup.config, setup.run, setup.pretrained.model
-    Trainer(
-        config,
-        run,
-        SFTStage(model),
-        select_sft_examples(setup.splits),
-        epochs=config.num_sft_epochs,
-        learning_rate=config.peak_sft_learning_rate,
-    ).train()
-    if accelerator.is_main_process:
-        save_pretrained(setup.pretrained, model, run.sft_folder, run.settings)
-        run.start_stage("dpo")
 
 
 def build_dpo(setup: TrainSetup, accelerator: Accelerator) -> DPO:
     """The policy with its reference, which is the model as it is now."""
     config, model = setup.config, setup.pretrained.model
     needs_copy = config.ref_model_sync_steps or config.reference_dtype or config.reference_device
-    reference: str | CachedReference = "copy" if needs_copy else config.reference
+    reference: Literal["auto", "copy", "none"] | CachedReference = "copy" if needs_copy else config.reference
     if config.precompute_ref_log_probs:
         reference = precompute_reference(setup, accelerator)
     return DPO(
@@ -95,15 +81,10 @@ def precompute_reference(setup: TrainSetup, accelerator: Accelerator) -> CachedR
     cached = CachedReference(per_token=per_token)
     for name, examples in (("train", splits.train), ("eval", splits.eval)):
         sequences = scored_sequences(examples, config.micro_batch_tokens)
-        bar = tqdm(
-            total=sum(len(batch.length) for batch in sequences),
-            desc=f"reference, {name}",
-            unit="sequence",
-            mininterval=progress_interval(),
-            disable=not accelerator.is_main_process,
-        )
+        total = sum(len(batch.length) for batch in sequences)
+        bar = create_progress_bar(accelerator, f"reference, {name}", "sequence", total=total)
+        folder = setup.run.path / "reference" / name
         with bar, accelerator.autocast():
-            folder = setup.run.reference_folder / name
             cached |= precompute_ref_log_probs(
                 sequences, model, folder, per_token=per_token, progress=bar.update
             )
@@ -114,15 +95,10 @@ def report_results(setup: TrainSetup, dpo: DPO) -> None:
     """Plot the curves; print metrics before and after training, and completions of one prompt."""
     run, splits = setup.run, setup.splits
     records = run.read_records()
-    plot_curves(records, run.curves_file)
+    plot_curves(records, run.path / "curves.png")
     print("\n" + format_before_and_after(records))
     example = next((example for example in (*splits.eval, *splits.train) if example.sft_completion), None)
     if example is not None:
         models = {"reference": dpo.ref_model, "policy": dpo.policy_model}
         print("\n" + format_completions(setup.pretrained.tokenizer, models, example))
     print(f"\nThe policy, its metrics and curves.png are in {run.path}")
-
-
-def describe_model(model: nn.Module) -> str:
-    num_parameters = sum(p.numel() for p in model.parameters())
-    return f"{type(model).__name__} with {num_parameters / 1e6:.1f}M parameters"

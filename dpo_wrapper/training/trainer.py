@@ -3,15 +3,16 @@
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dpo_wrapper.batches import Reduce
@@ -20,8 +21,6 @@ from dpo_wrapper.metrics import MetricSums
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.stages import CollateFn, Stage
-
-T = TypeVar("T")
 
 MAX_TRAIN_EXAMPLES_EVALUATED = 512
 """Number of train examples that are evaluated at both ends of a stage, to see how their log-probs changed."""
@@ -36,50 +35,20 @@ class Splits:
     unit: str
 
 
-class MicroBatchDataset(Dataset[list[Any]]):
-    """The micro-batches of each step, given the indices of the step's examples."""
-
-    def __init__(
-        self,
-        examples: Sequence[TokenizedExample],
-        steps: Sequence[list[int]],
-        collate_fn: CollateFn,
-        micro_batch_tokens: int,
-    ) -> None:
-        self.examples, self.steps = examples, steps
-        self.collate_fn, self.micro_batch_tokens = collate_fn, micro_batch_tokens
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __getitem__(self, step: int) -> list[Any]:
-        examples = [self.examples[index] for index in self.steps[step]]
-        groups = group_by_tokens(examples, self.micro_batch_tokens)
-        return [self.collate_fn([examples[index] for index in group]) for group in groups]
-
-
 class Trainer:
     """Trains the module of one stage in place, and writes metrics and checkpoints to the run folder."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        run: RunFolder,
-        stage: Stage,
-        splits: Splits,
-        *,
-        epochs: int,
-        learning_rate: float,
-    ) -> None:
+    def __init__(self, config: TrainConfig, run: RunFolder, stage: Stage, splits: Splits) -> None:
         self.config, self.run, self.stage, self.splits = config, run, stage, splits
-        self.epochs = epochs
-        self.steps = list(step_indices(len(splits.train), config.batch_size, epochs, config.seed))
-        self.eval_steps = config.eval_steps or max(1, math.ceil(len(self.steps) / 8))
+        self.steps = list(step_indices(len(splits.train), config.batch_size, stage.epochs, config.seed))
+        num_steps = len(self.steps)
+        self.eval_steps = config.eval_steps or max(1, math.ceil(num_steps / 8))
 
         self.accelerator = create_accelerator(config)
         parameters = [p for p in stage.module.parameters() if p.requires_grad]
-        optimizer: Any = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=config.weight_decay)
-        num_steps = len(self.steps)
+        optimizer: Any = torch.optim.AdamW(
+            parameters, lr=stage.learning_rate, weight_decay=config.weight_decay
+        )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, num_steps, config.warmup_ratio)
         )
@@ -90,58 +59,54 @@ class Trainer:
 
     def train(self) -> None:
         """Run the steps that are not done yet; eval metrics are logged before, during and after."""
-        steps_done = self.load_checkpoint()
-        if not steps_done:
+        progress, num_steps, save_steps = self.run.progress, len(self.steps), self.config.save_steps
+        steps_done = progress.step if progress.stage == self.stage.name else 0
+        if steps_done:
+            self.accelerator.load_state(str(self.run.checkpoint_folder))
+        else:
             self.evaluate(0)
-        with self.create_progress_bar(steps_done) as bar:
-            loader = self.create_step_loader(self.steps[steps_done:])
-            for step, batches in enumerate(loader, start=steps_done + 1):
-                indices = self.steps[step - 1]
+        label = self.stage.name.upper()
+        with create_progress_bar(self.accelerator, label, "step", total=num_steps, initial=steps_done) as bar:
+            for step, batches in enumerate(self.create_step_loader(steps_done), start=steps_done + 1):
                 start_time = time.perf_counter()
-                metrics = self.train_step(indices, batches)
-                metrics[f"{self.splits.unit}/second"] = len(indices) / (time.perf_counter() - start_time)
+                metrics = self.train_step(step, batches)
+                num_examples, seconds = len(self.steps[step - 1]), time.perf_counter() - start_time
+                metrics[f"{self.splits.unit}/second"] = num_examples / seconds
                 metrics["lr"] = float(self.schedule.get_last_lr()[0])
                 self.schedule.step()
-                self.stage.on_step_end(step)
-                self.share_reference_cache(step)
+                if self.stage.reference_cache is not None and step * self.stage.epochs == num_steps:
+                    self.stage.reference_cache.exchange()  # the first epoch's log-probs, between processes
                 if self.accelerator.is_main_process:
                     self.run.log_metrics(self.stage.name, "step", step, metrics)
                     bar.set_postfix_str(format_progress(metrics, self.splits.unit), refresh=False)
                     bar.update()
-                if step % self.eval_steps == 0 or step == len(self.steps):
+                if step % self.eval_steps == 0 or step == num_steps:
                     self.evaluate(step)
-                save_steps = self.config.save_steps
-                if save_steps and step % save_steps == 0 and step < len(self.steps):
+                if save_steps and step % save_steps == 0 and step < num_steps:
                     self.save_checkpoint(step)
         self.accelerator.free_memory()
 
-    def train_step(self, indices: list[int], batches: list[Any]) -> dict[str, float]:
-        """One optimizer step.
-
-        Args:
-            indices: the step's examples, over all processes.
-            batches: this process's micro-batches of them.
-        """
+    def train_step(self, step: int, batches: list[Any]) -> dict[str, float]:
+        """Run one optimizer step on this process's micro-batches; the metrics are of all processes."""
         accelerator, stage = self.accelerator, self.stage
-        has_examples = accelerator.process_index < len(indices)
+        has_examples = accelerator.process_index < len(self.steps[step - 1])
         loss_scale = accelerator.num_processes if has_examples else 0  # DDP takes the mean over processes
 
         def reduce(sums: Tensor) -> Tensor:
             return self.sum_over_processes(sums * has_examples)
 
         loss, sums = torch.zeros((), device=accelerator.device), MetricSums()
-        batches = stage.normalize_over_step(batches, accelerator.device, reduce)
+        batches = stage.normalize_over_step([batch.to(accelerator.device) for batch in batches], reduce)
         for batch in batches:
             with nullcontext() if batch is batches[-1] else accelerator.no_sync(self.module):
-                batch_loss, metrics = stage.micro_batch_loss(self.module, batch.to(accelerator.device))
+                batch_loss, metrics = stage.micro_batch_loss(self.module, batch)
                 accelerator.backward(batch_loss * loss_scale)
             loss += batch_loss.detach()
             sums.add(metrics)
         grad_norm = accelerator.clip_grad_norm_(self.module.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-
-        stage.end_step(reduce)
+        stage.end_step(step, reduce)
         return {"loss": float(reduce(loss)), **sums.result(reduce), "grad_norm": float(grad_norm)}
 
     def evaluate(self, step: int) -> None:
@@ -153,58 +118,34 @@ class Trainer:
             if not examples:
                 continue
             indices = list(range(len(examples)))
-            reduce: Reduce = identity
+            reduce: Reduce | None = None
             if len(examples) >= self.accelerator.num_processes:  # or else every process evaluates all of them
                 indices = indices[self.accelerator.process_index :: self.accelerator.num_processes]
                 reduce = self.sum_over_processes
-            batches = [
-                batch.to(self.accelerator.device) for batch in self.make_dataset(examples, [indices])[0]
-            ]
+            batches = self.micro_batch_maker(examples)(indices)
+            batches = [batch.to(self.accelerator.device) for batch in batches]
             metrics = self.stage.evaluate(self.module, batches, reduce)
             if self.accelerator.is_main_process:
                 self.run.log_metrics(self.stage.name, name, step, metrics)
 
-    def create_step_loader(self, steps: Sequence[list[int]]) -> DataLoader[Any]:
-        """This process's micro-batches of each step."""
+    def create_step_loader(self, steps_done: int) -> DataLoader[Any]:
+        """This process's micro-batches of each step that is not done yet."""
         rank, num_processes = self.accelerator.process_index, self.accelerator.num_processes
         # A process without an example takes part in reducing gradients with one of loss 0.
-        local_steps = [indices[rank::num_processes] or indices[:1] for indices in steps]
+        local_steps = [indices[rank::num_processes] or indices[:1] for indices in self.steps[steps_done:]]
         return DataLoader(
-            self.make_dataset(self.splits.train, local_steps),
+            local_steps,  # type: ignore[arg-type]
             batch_size=None,
-            collate_fn=identity,
+            collate_fn=self.micro_batch_maker(self.splits.train),
             num_workers=self.config.num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
             generator=torch.Generator(),  # so that it draws no seed from the global generator
         )
 
-    def make_dataset(
-        self, examples: Sequence[TokenizedExample], steps: Sequence[list[int]]
-    ) -> MicroBatchDataset:
-        return MicroBatchDataset(examples, steps, self.stage.collate_fn, self.config.micro_batch_tokens)
-
-    def create_progress_bar(self, steps_done: int) -> tqdm:
-        return tqdm(
-            total=len(self.steps),
-            initial=steps_done,
-            desc=self.stage.title,
-            unit="step",
-            mininterval=progress_interval(),
-            disable=not self.accelerator.is_main_process,
-        )
-
-    def share_reference_cache(self, step: int) -> None:
-        """After the first epoch, give every process the log-probs that the others computed."""
-        if self.stage.reference_cache is not None and step * self.epochs == len(self.steps):
-            self.stage.reference_cache.exchange()
-
-    def load_checkpoint(self) -> int:
-        """Load the checkpoint of this stage, if there is one; the number of steps that it had done."""
-        progress = self.run.progress
-        if progress.stage != self.stage.name or not progress.step:
-            return 0
-        self.accelerator.load_state(str(self.run.checkpoint_folder))
-        return progress.step
+    def micro_batch_maker(self, examples: Sequence[TokenizedExample]) -> Callable[[list[int]], list[Any]]:
+        """The function that makes micro-batches of the examples at some indices. It holds no model."""
+        max_tokens = self.config.micro_batch_tokens
+        return partial(make_micro_batches, examples, self.stage.collate_fn, max_tokens)
 
     def save_checkpoint(self, step: int) -> None:
         if self.accelerator.is_main_process:
@@ -224,6 +165,14 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
     return Accelerator(mixed_precision=config.precision, cpu=config.cpu)
 
 
+def make_micro_batches(
+    examples: Sequence[TokenizedExample], collate_fn: CollateFn, max_tokens: int, indices: list[int]
+) -> list[Any]:
+    """The examples at some indices, in batches of at most `max_tokens` tokens or of one example."""
+    chosen = [examples[index] for index in indices]
+    return [collate_fn([chosen[k] for k in group]) for group in group_by_tokens(chosen, max_tokens)]
+
+
 def step_indices(num_examples: int, batch_size: int, epochs: int, seed: int) -> Iterator[list[int]]:
     """The examples of each step: an epoch takes each example once, in an order that depends on the seed."""
     for epoch in range(epochs):
@@ -240,9 +189,11 @@ def learning_rate_factor(step: int, num_steps: int, warmup_ratio: float) -> floa
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, num_steps - warmup_steps)))
 
 
-def progress_interval() -> float:
-    """Seconds between updates of a progress bar, each of which is a line of its own in a log file."""
-    return 0.2 if sys.stderr.isatty() else 10.0
+def create_progress_bar(accelerator: Accelerator, label: str, unit: str, **options: Any) -> tqdm:
+    """The main process's progress bar. In a log file, where each update is a line, updates are rare."""
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    is_disabled = not accelerator.is_main_process
+    return tqdm(desc=label, unit=unit, mininterval=interval, disable=is_disabled, **options)
 
 
 def format_progress(metrics: dict[str, float], unit: str) -> str:
@@ -250,7 +201,3 @@ def format_progress(metrics: dict[str, float], unit: str) -> str:
     labels = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
     parts = [f"{label} {metrics[name]:.3f}" for name, label in labels.items() if name in metrics]
     return ", ".join([*parts, f"{metrics[f'{unit}/second']:.1f} {unit}/s"])
-
-
-def identity(value: T) -> T:
-    return value
