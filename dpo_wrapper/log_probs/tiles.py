@@ -17,8 +17,8 @@ TILE_TOKENS = 8192
 """The most tokens in a tile."""
 
 TILE_BYTES = {"cpu": 12 * 2**20, "other": 256 * 2**20}
-"""The memory of a tile, by kind of device. On the CPU a tile fits into the
-processor's cache, and it is too small for the C library to return to the system each time it is freed."""
+"""The memory of a tile. On the CPU it fits into the processor's cache, and is too small for the C library to
+return to the system each time it is freed."""
 
 TokenIndex = slice | Int[Tensor, "k"]
 """What selects some of the t tokens."""
@@ -26,28 +26,16 @@ TokenIndex = slice | Int[Tensor, "k"]
 
 @dataclass(frozen=True)
 class GatherOptions:
-    """How logits are computed from hidden states, and what is computed from logits.
-
-    Args:
-        logit_scale: factor of the logits.
-        softcap: the bound of the capped logits; None leaves them as they are.
-        matmul_dtype: dtype of the matrix products.
-        tile_softmax: a backend's function from a tile of raw products to its softmax (`torch_tile` specifies
-            it).
-        needs_grad: whether gradients are enabled. An autograd Function cannot find that out by itself.
-        needs_extras: whether `EXTRAS` are computed.
-        vocab_group: the processes that hold a slice of the vocabulary each, in the order of their ranks.
-        vocab_offset: where this process's slice of the vocabulary begins.
-    """
+    """How logits are computed from hidden states, and what is computed from logits."""
 
     logit_scale: float
     softcap: float | None
     matmul_dtype: torch.dtype
-    tile_softmax: Callable[..., TileSoftmax]
-    needs_grad: bool = True
+    tile_softmax: Callable[..., TileSoftmax]  # of a backend, as `torch_tile` specifies it
+    needs_grad: bool  # whether gradients are enabled, which an autograd Function cannot find out
     needs_extras: bool = False
-    vocab_group: ProcessGroup | None = None
-    vocab_offset: int = 0
+    vocab_group: ProcessGroup | None = None  # each process holds a slice of the vocabulary
+    vocab_offset: int = 0  # where the slice of this process begins
 
     @property
     def accumulation_dtype(self) -> torch.dtype:
@@ -106,29 +94,25 @@ class Tiles:
     ) -> TileSoftmax:
         """Compute one tile, with the keyword arguments of `tile_softmax`.
 
-        Args:
-            out: memory for the softmax.
-            needs_own_memory: whether the tile has to outlive the next one, which otherwise overwrites it.
+        The next tile overwrites it, unless it is written to `out` or `needs_own_memory`.
         """
         options = self.options
         if out is not None and out.dtype != options.accumulation_dtype:
             out = None  # the softmax is computed wider, and the cache narrows it
         hidden = self.hidden[token_slice].to(options.matmul_dtype)
         weight = self.weight[vocab_slice].to(options.matmul_dtype)
-        buffer = None if needs_own_memory else self.tile_buffer(len(hidden), len(weight))
+        buffer = None
+        if not needs_own_memory:
+            numel = len(hidden) * len(weight)
+            if self.buffer is None or len(self.buffer) < numel:
+                self.buffer = hidden.new_empty(numel)
+            buffer = self.buffer[:numel].view(len(hidden), len(weight))
         tile = matmul(hidden, weight.T, buffer)
         target_column = self.target_column(token_slice, vocab_slice)
         bias = None if self.bias is None else self.bias[vocab_slice]
         return options.tile_softmax(
             tile, target_column, bias, options.logit_scale, options.softcap, out=out, **kwargs
         )
-
-    def tile_buffer(self, tokens: int, entries: int) -> Float[Tensor, "r w"]:
-        """The memory that all tiles of raw products share."""
-        numel = tokens * entries
-        if self.buffer is None or len(self.buffer) < numel:
-            self.buffer = self.hidden.new_empty(numel, dtype=self.options.matmul_dtype)
-        return self.buffer[:numel].view(tokens, entries)
 
     def target_column(self, token_slice: slice, vocab_slice: slice) -> Int[Tensor, "r"]:
         """The column of each token's target in a tile, -1 where the tile does not hold it."""
