@@ -7,7 +7,6 @@ differ by rounding alone. `torch.backends.mkldnn.flags(enabled=False)` turns one
 """
 
 import re
-from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -38,10 +37,9 @@ def is_onednn_faster() -> bool:
     It is not timed, because the same machine should compute the same numbers each time.
     """
     family = re.search(r"AuthenticAMD\s+cpu family\s*: (\d+)", cpu_description())
-    if family is None or int(family[1]) < MIN_AMD_FAMILY:
-        return False
+    is_recent = family is not None and int(family[1]) >= MIN_AMD_FAMILY
     has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    if not has_both or torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if not (is_recent and has_both and torch.backends.cpu.get_cpu_capability() == "AVX512"):
         return False
     a, b = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0)).unbind()
     try:
@@ -68,10 +66,7 @@ def needs_onednn(a: Tensor, b: Tensor, m: int) -> bool:
 def matmul(
     a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], buffer: Float[Tensor, "m n"] | None = None
 ) -> Float[Tensor, "m n"]:
-    """`a @ b`, without gradients, in `buffer` or, through oneDNN, in new memory.
-
-    Either factor may be a transpose.
-    """
+    """`a @ b`, without gradients, in `buffer` or, by oneDNN, in new memory; `a` and `b` may be transposes."""
     return _onednn_matmul(a, b) if needs_onednn(a, b, len(a)) else torch.mm(a, b, out=buffer)
 
 
@@ -128,9 +123,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _OneDNNLinearMode(TorchFunctionMode):
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         is_replaced = func is F.linear and not torch.compiler.is_compiling()
         return (linear if is_replaced else func)(*args, **(kwargs or {}))
 

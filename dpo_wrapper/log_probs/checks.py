@@ -24,10 +24,10 @@ def check_inputs(
             raise TypeError(f"{name} should be a tensor, but it is a {type(tensor).__name__}.")
         if tensor.ndim != ndim:
             raise ValueError(f"{name} should have {ndim} dimensions, but its shape is {tuple(tensor.shape)}.")
-    for name, tensor in {"weight": weight, "targets": targets, "bias": bias}.items():
-        if tensor is not None and tensor.device != hidden.device:
+    for name, other in {"weight": weight, "targets": targets, "bias": bias}.items():
+        if other is not None and other.device != hidden.device:
             raise ValueError(
-                f"{name} should be on {hidden.device} like hidden, but it is on {tensor.device}: "
+                f"{name} should be on {hidden.device} like hidden, but it is on {other.device}: "
                 "move one of them."
             )
     if not (hidden.is_floating_point() and weight.is_floating_point()):

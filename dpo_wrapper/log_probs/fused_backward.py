@@ -82,8 +82,8 @@ class FusedLoss:
                 )
             if not loss.requires_grad:
                 return torch.zeros_like(leaf)
-            (grad,) = torch.autograd.grad(loss, leaf, allow_unused=True)
-        return torch.zeros_like(leaf) if grad is None else grad
+            (grad,) = torch.autograd.grad(loss, leaf, materialize_grads=True)
+        return grad
 
 
 def proportionality(grad: Float[Tensor, "t"], predicted_grad: Float[Tensor, "t"]) -> float | None:

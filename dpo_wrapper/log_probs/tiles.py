@@ -1,7 +1,7 @@
 """Tiles of logits: their sizes, their memory, and how each is computed."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,7 @@ def even_slices(n: int, max_size: int, multiple: int = 1) -> Iterator[slice]:
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
+@dataclass
 class Tiles:
     """The logits of t tokens over v vocabulary entries, cut into tiles of r tokens by w entries.
 
@@ -59,29 +60,24 @@ class Tiles:
     head is finished before that of the next begins.
     """
 
-    def __init__(
-        self,
-        hidden: Float[Tensor, "t d"],
-        weight: Float[Tensor, "v d"],
-        bias: Float[Tensor, "v"] | None,
-        targets: Int[Tensor, "t"],
-        options: GatherOptions,
-    ) -> None:
-        self.hidden, self.weight, self.bias, self.targets = hidden, weight, bias, targets
-        self.options = options
-        t, v = len(targets), len(weight)
-        dtypes = {options.matmul_dtype, options.accumulation_dtype}  # a tile exists once in each
+    hidden: Float[Tensor, "t d"]
+    weight: Float[Tensor, "v d"]
+    bias: Float[Tensor, "v"] | None
+    targets: Int[Tensor, "t"]
+    options: GatherOptions
+    buffer: Tensor | None = None  # of the raw products, which each tile overwrites
+
+    def __post_init__(self) -> None:
+        t, v = len(self.targets), len(self.weight)
+        dtypes = {self.options.matmul_dtype, self.options.accumulation_dtype}  # a tile exists once in each
         entry_bytes = sum(dtype.itemsize for dtype in dtypes) * max(1, min(t, TILE_TOKENS))
-        max_entries = TILE_BYTES.get(hidden.device.type, TILE_BYTES["other"]) // entry_bytes
+        max_entries = TILE_BYTES.get(self.hidden.device.type, TILE_BYTES["other"]) // entry_bytes
         self.token_slices = list(even_slices(t, TILE_TOKENS))
         self.vocab_slices = list(even_slices(v, max_entries, 64 if max_entries >= 64 else 1))
-        self.buffer: Tensor | None = None
 
     def select(self, tokens: TokenIndex) -> "Tiles":
         """The tiles of some tokens, in the same buffer."""
-        tiles = Tiles(self.hidden[tokens], self.weight, self.bias, self.targets[tokens], self.options)
-        tiles.buffer = self.buffer
-        return tiles
+        return replace(self, hidden=self.hidden[tokens], targets=self.targets[tokens])
 
     def softmax(
         self,
