@@ -6,10 +6,7 @@ fast. On family 25 (Zen 4), which splits AVX-512 into two halves, both libraries
 differ by rounding alone. `torch.backends.mkldnn.flags(enabled=False)` turns oneDNN off.
 """
 
-import platform
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,11 +24,10 @@ MIN_AMD_FAMILY = 26
 """The first family of AMD processors with 512-bit AVX-512 units."""
 
 
-@lru_cache
 def cpu_description() -> str:
-    """The system's description of the processor: /proc/cpuinfo where it exists."""
+    """The system's description of the processor; empty on systems other than Linux."""
     path = Path("/proc/cpuinfo")
-    return path.read_text() if path.exists() else platform.processor()
+    return path.read_text() if path.exists() else ""
 
 
 @lru_cache
@@ -40,12 +36,10 @@ def is_onednn_faster() -> bool:
 
     It is not timed, because the same machine should compute the same numbers each time.
     """
-    if not torch.backends.mkl.is_available() or not torch.backends.mkldnn.is_available():
-        return False
-    family = re.search(r"^cpu family\s*: (\d+)$", cpu_description(), flags=re.MULTILINE)
-    if "AuthenticAMD" not in cpu_description() or family is None or int(family[1]) < MIN_AMD_FAMILY:
-        return False
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+    family = re.search(r"AuthenticAMD\s+cpu family\s*: (\d+)", cpu_description())
+    is_recent = family is not None and int(family[1]) >= MIN_AMD_FAMILY
+    has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    if not (is_recent and has_both and torch.backends.cpu.get_cpu_capability() == "AVX512"):
         return False
     a, b = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0)).unbind()
     try:
@@ -72,11 +66,7 @@ def needs_onednn(a: Tensor, b: Tensor, m: int) -> bool:
 def matmul(
     a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], buffer: Float[Tensor, "m n"] | None = None
 ) -> Float[Tensor, "m n"]:
-    """`a @ b`, without gradients. Either factor may be a transpose.
-
-    The result may be written into `buffer`, so that no memory is allocated. oneDNN allocates its own, so use
-    the tensor that is returned.
-    """
+    """`a @ b`, without gradients, in `buffer` or, by oneDNN, in new memory; `a` and `b` may be transposes."""
     return _onednn_matmul(a, b) if needs_onednn(a, b, len(a)) else torch.mm(a, b, out=buffer)
 
 
@@ -133,16 +123,11 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _OneDNNLinearMode(TorchFunctionMode):
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is F.linear and not torch.compiler.is_compiling():
-            func = linear
-        return func(*args, **(kwargs or {}))
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_replaced = func is F.linear and not torch.compiler.is_compiling()
+        return (linear if is_replaced else func)(*args, **(kwargs or {}))
 
 
-@contextmanager
-def onednn_linear() -> Iterator[None]:
-    """Compute `F.linear` by `linear`, in every module that is called within; no module is changed."""
-    with _OneDNNLinearMode():
-        yield
+def onednn_linear() -> TorchFunctionMode:
+    """A context in which every module computes `F.linear` by `linear`; no module is changed."""
+    return _OneDNNLinearMode()

@@ -25,7 +25,7 @@ FLOPs. *Tile traffic* is how often all t·v numbers are written to memory or rea
                                     backward    3           write, read, write,   1 tile, [t, d] in float32
                                                             read, read
 
-Gradients of the head need every softmax twice, the second time multiplied by the gradient of the loss.
+Gradients of the head need every softmax twice, the second time multiplied by the gradient of the loss:
 
 - With `fused_loss=`, gradients are computed during the forward pass, for one chunk of tokens after another.
   `DPO` passes it by itself. It has no effect in float16, nor for a bfloat16 head whose tokens need several
@@ -37,20 +37,11 @@ Gradients of the head need every softmax twice, the second time multiplied by th
 For comparison: log-softmax of all logits takes 1 product forward and 2 backward, and about 4 float32 tensors
 [t, v].
 
-    checks          of arguments
-    eager           the slow lines; every other implementation is tested against them
-    tiled           the gather as an autograd Function
-    fused_backward  the same, with the gradients of a known loss computed in forward
-    tiles           the sizes of tiles, and their logits
-    forward         the pass over all tiles; d log-prob / d hidden under a frozen head
-    backward        the gradients of hidden states and head
-    statistics      online softmax
-    softmax_cache   softmaxes on their way from forward to backward
-    torch_tile      the softmax of one tile by torch's operations: any device
-    triton_tile     the softmax of one tile in one kernel: CUDA
-    vocab_parallel  heads whose vocabulary is divided among processes
-    from_logits     for models that return logits only
-    dtypes          of products and sums
+Every implementation is tested against the slow lines of `eager`. Read `tiled` first: an autograd Function
+over `tiles` of logits, which uses `forward` and `backward`, the `statistics` of an online softmax, a
+`softmax_cache`, and `fused_backward`. The softmax of a tile is computed by `torch_tile` on any device, or by
+`triton_tile` on CUDA. `vocab_parallel` is for heads whose vocabulary is divided among processes, and
+`from_logits` for models that return logits only.
 """
 
 from collections.abc import Callable, Sequence
@@ -99,22 +90,21 @@ def choose_impl(impl: Impl, device: torch.device | None = None) -> Callable[...,
         raise ValueError(f"impl should be one of {', '.join(get_args(Impl))}, but it is {impl!r}.")
     if impl == "eager":
         return eager.token_log_probs
-    if impl == "triton" or (impl == "auto" and device is not None and device.type == "cuda"):
-        try:
-            import dpo_wrapper.log_probs.triton_tile as triton_tile
-        except ImportError:
-            if impl == "triton":
-                raise ImportError(
-                    "triton should be installed for impl = 'triton', but it is not: pip install triton."
-                ) from None
-        else:
-            if device is None or triton_tile.is_available_on(device):
-                return triton_tile.token_log_probs
-            if impl == "triton":
-                raise ValueError(
-                    f"tensors should be on CUDA for impl = 'triton', but they are on {device}: use 'auto'."
-                )
-    return torch_tile.token_log_probs
+    if impl == "chunked" or (impl == "auto" and (device is None or device.type != "cuda")):
+        return torch_tile.token_log_probs
+    try:
+        import dpo_wrapper.log_probs.triton_tile as triton_tile
+    except ImportError:
+        if impl == "auto":
+            return torch_tile.token_log_probs
+        raise ImportError(
+            "triton should be installed for impl = 'triton', but it is not: pip install triton."
+        ) from None
+    if device is not None and not triton_tile.is_available_on(device):
+        raise ValueError(
+            f"tensors should be on CUDA for impl = 'triton', but they are on {device}: use 'auto'."
+        )
+    return triton_tile.token_log_probs
 
 
 @overload
@@ -161,7 +151,9 @@ def token_log_probs(
     fused_loss: FusedLoss | None = None,
     vocab_group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    """Log-probs of `targets` in nats, without ever holding all the logits. It equals
+    """Log-probs of `targets` in nats, without ever holding all the logits.
+
+    Equal to:
 
         logits = logit_scale * (hidden @ weight.T + bias)
         logits = softcap * tanh(logits / softcap)                   # where a softcap is given
@@ -197,23 +189,18 @@ def token_log_probs(
     weight, bias = full_weight(weight), None if bias is None else full_weight(bias)
     check_inputs(hidden, weight, targets, bias, logit_scale, softcap)
     check_extras(extras)
-    options: dict[str, Any] = {"needs_extras": bool(extras)}
-    if fused_loss is not None:
-        check_fused_loss(fused_loss, targets)
-    if impl != "eager":
-        options["fused_loss"] = fused_loss
-    vocab_size = len(weight)
-    if vocab_group is not None:
-        if impl == "eager":
-            raise ValueError("impl should be tiled with a vocab_group, but it is 'eager': use 'auto'.")
-        options["vocab_offset"], vocab_size = vocab_offset(weight, vocab_group)
-        options["vocab_group"] = vocab_group
-    check_in_vocabulary(targets, vocab_size)
-    softcap = None if softcap is None else float(softcap)
+    check_fused_loss(fused_loss, targets)
     function = choose_impl(impl, hidden.device)
-    log_probs, *values = function(
-        hidden, weight, targets.long(), bias, float(logit_scale), softcap, **options
-    )
+    if impl == "eager" and vocab_group is not None:
+        raise ValueError("impl should be tiled with a vocab_group, but it is 'eager': use 'auto'.")
+    offset, vocab_size = vocab_offset(weight, vocab_group)
+    check_in_vocabulary(targets, vocab_size)
+    options: dict[str, Any] = {}
+    if impl != "eager":
+        options = {"fused_loss": fused_loss, "vocab_group": vocab_group, "vocab_offset": offset}
+    softcap = None if softcap is None else float(softcap)
+    inputs = (hidden, weight, targets.long(), bias, float(logit_scale), softcap)
+    log_probs, *values = function(*inputs, needs_extras=bool(extras), **options)
     if not extras:
         return log_probs
     by_name = dict(zip(EXTRAS, values, strict=True))

@@ -24,19 +24,11 @@ def compute_gradients(
     cache: SoftmaxCache,
     head_grads: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Gradients:
-    """The gradients of hidden, weight and bias.
+    """The gradients of hidden, weight and bias, each if `needs_grad` says so, from that of the log-probs.
 
     The gradient of each slice of the weight is summed over all tokens, in float32 or wider, and then rounded
     to the weight's dtype. Where that is as wide, or there is one product and nothing to sum, it is written in
-    place.
-
-    Args:
-        tiles: all tiles of the tokens.
-        needs_grad: for hidden, weight and bias, whether their gradients are needed.
-        grad: the gradients of the log-probs.
-        statistics: of the whole vocabulary, from forward.
-        cache: the softmaxes that forward has kept.
-        head_grads: gradients of weight and bias in the dtype of sums, to which these are added in place.
+    place. With `head_grads`, which have the dtype of sums, those of the head are added to them in place.
     """
     options, (needs_hidden, needs_weight, needs_bias) = tiles.options, needs_grad
     hidden, weight, bias = tiles.hidden, tiles.weight, tiles.bias
@@ -63,9 +55,7 @@ def compute_gradients(
                 ).tile
             else:
                 column = tiles.target_column(token_slice, vocab_slice)
-                tile = negative_logit_grad(
-                    *cached, lse[token_slice], target_grad[token_slice], column, out=cached[0]
-                )
+                tile = negative_logit_grad(*cached, lse[token_slice], target_grad[token_slice], column)
             matmul_tile = tile.to(dtype)
             if hidden_grad is not None:
                 add_matmul(hidden_grad[token_slice], matmul_tile, weight[vocab_slice].to(dtype))
@@ -90,34 +80,32 @@ def negative_logit_grad(
     lse: Float[Tensor, "r"],
     target_grad: Float[Tensor, "r"],
     target_column: Int[Tensor, "r"],
-    out: Float[Tensor, "r w"] | None = None,
 ) -> Float[Tensor, "r w"]:
-    """Minus d log-prob / d raw product, from the softmax over the tile alone.
+    """Minus d log-prob / d raw product, from the softmax over the tile alone, which it overwrites.
 
     The softmax is rescaled from the tile's log-sum-exp to that of the whole vocabulary, and each target's
     column is filled in.
     """
-    out = torch.mul(tile, (tile_lse - lse).exp().to(tile.dtype)[:, None], out=out)
+    tile.mul_((tile_lse - lse).exp().to(tile.dtype)[:, None])
     tokens = (target_column >= 0).nonzero()[:, 0]
-    out[tokens, target_column[tokens]] = -target_grad[tokens].to(out.dtype)
-    return out
+    tile[tokens, target_column[tokens]] = -target_grad[tokens].to(tile.dtype)
+    return tile
 
 
-def gradients_from_saved(ctx: Any, saved: Sequence[Tensor], grad: Tensor, cache: SoftmaxCache) -> Gradients:
+def gradients_from_saved(
+    ctx: Any, saved: Sequence[Tensor], grad: Tensor, cache: SoftmaxCache | None
+) -> Gradients:
     """The gradients in a backward pass, from the inputs and statistics that forward has saved."""
     hidden, weight, bias, targets, *statistics = saved
     with torch.autocast(hidden.device.type, enabled=False):
         tiles = Tiles(hidden, weight, bias, targets, ctx.options)
+        cache = cache or SoftmaxCache(tiles, max_bytes=0)
         return compute_gradients(tiles, ctx.needs_input_grad[:3], grad, OnlineSoftmax(*statistics), cache)
 
 
-def forbid_double_backward() -> None:
-    """Raise where backward is to be differentiated itself.
-
-    Raises:
-        RuntimeError: backward runs with `create_graph=True`.
-    """
+def forbid_double_backward(alternative: str) -> None:
+    """Raise RuntimeError where backward is to be differentiated itself (`create_graph=True`)."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "tiled log-probs should be differentiated once, but create_graph is True: use impl = 'eager'."
+            f"log-probs should be differentiated once, but create_graph is True: use {alternative}."
         )

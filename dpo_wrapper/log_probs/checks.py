@@ -18,17 +18,18 @@ def check_inputs(
     logit_scale: float,
     softcap: float | None,
 ) -> None:
-    """Check types, shapes, dtypes and devices.
-
-    Raises:
-        TypeError, ValueError: what should be different.
-    """
+    """Raise TypeError or ValueError unless types, shapes, dtypes and devices fit."""
     for name, tensor, ndim in (("hidden", hidden, 2), ("weight", weight, 2), ("targets", targets, 1)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} should be a tensor, but it is a {type(tensor).__name__}.")
         if tensor.ndim != ndim:
             raise ValueError(f"{name} should have {ndim} dimensions, but its shape is {tuple(tensor.shape)}.")
-        check_device(name, tensor, hidden)
+    for name, other in {"weight": weight, "targets": targets, "bias": bias}.items():
+        if other is not None and other.device != hidden.device:
+            raise ValueError(
+                f"{name} should be on {hidden.device} like hidden, but it is on {other.device}: "
+                "move one of them."
+            )
     if not (hidden.is_floating_point() and weight.is_floating_point()):
         raise TypeError(
             f"hidden and weight should be floats, but they are {hidden.dtype} and {weight.dtype}."
@@ -49,21 +50,10 @@ def check_inputs(
         raise ValueError(f"bias should have shape ({len(weight)},), but its shape is {tuple(bias.shape)}.")
     if bias is not None and not bias.is_floating_point():
         raise TypeError(f"bias should be floats, but it is {bias.dtype}.")
-    if bias is not None:
-        check_device("bias", bias, hidden)
     if isinstance(logit_scale, Tensor) or not math.isfinite(logit_scale):
         raise ValueError(f"logit_scale should be a finite number, but it is {logit_scale}.")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap should be positive, but it is {softcap}.")
-
-
-def check_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
-    """Raise ValueError unless the tensor is where hidden is."""
-    if tensor.device != hidden.device:
-        raise ValueError(
-            f"{name} should be on {hidden.device} like hidden, but it is on {tensor.device}: "
-            "move one of them."
-        )
 
 
 def check_extras(extras: Sequence[str]) -> None:
@@ -72,8 +62,10 @@ def check_extras(extras: Sequence[str]) -> None:
         raise ValueError(f"extras should be a list of names from {', '.join(EXTRAS)}, but it is {extras!r}.")
 
 
-def check_fused_loss(fused_loss: object, targets: Tensor) -> None:
-    """Raise TypeError or ValueError unless a fused loss fits the targets."""
+def check_fused_loss(fused_loss: FusedLoss | None, targets: Tensor) -> None:
+    """Raise TypeError or ValueError unless a fused loss, if given, fits the targets."""
+    if fused_loss is None:
+        return
     if not isinstance(fused_loss, FusedLoss):
         raise TypeError(
             f"fused_loss should be a FusedLoss, but it is a {type(fused_loss).__name__}: "

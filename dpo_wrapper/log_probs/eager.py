@@ -1,6 +1,4 @@
-"""The slow lines that the gather equals. In float64 the tests compare every other implementation with
-them.
-"""
+"""The slow lines that the gather equals: the tests compare the other implementations with them in float64."""
 
 import torch
 from beartype import beartype

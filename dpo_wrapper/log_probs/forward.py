@@ -30,9 +30,8 @@ class OnlineHiddenGrad:
         """Include a tile, whose softmax is overwritten."""
         reference, dtype = self.reference_lse[token_slice], self.tiles.options.matmul_dtype
         is_above = new.non_target_lse > reference + MAX_LOG_WEIGHT
-        if (
-            reference.device.type != "cpu" or is_above.any()
-        ):  # an accelerator would have to wait for the answer
+        # an accelerator would have to wait for the answer
+        if reference.device.type != "cpu" or is_above.any():
             raised = new.non_target_lse.where(is_above, reference)
             self.grad[token_slice].mul_(exp_difference(reference, raised)[:, None])
             reference.copy_(raised)
@@ -40,9 +39,14 @@ class OnlineHiddenGrad:
         tile = new.tile.mul_(tile_weight[:, None])
         add_matmul(self.grad[token_slice], tile.to(dtype), self.tiles.weight[vocab_slice].to(dtype))
 
-    def rescale(self, lse: Float[Tensor, "t"]) -> Float[Tensor, "t d"]:
-        """The gradient relative to the log-sum-exp of the whole vocabulary, in place."""
-        return self.grad.mul_(exp_difference(self.reference_lse, lse)[:, None])
+    def log_prob_grad(self, statistics: OnlineSoftmax) -> Float[Tensor, "t d"]:
+        """The derivative d log-prob / d hidden, from the statistics of the whole vocabulary, in place."""
+        grad = self.grad.mul_(exp_difference(self.reference_lse, statistics.lse)[:, None]).neg_()
+        column = self.tiles.target_column(slice(None), slice(0, len(self.tiles.weight)))
+        tokens = (column >= 0).nonzero()[:, 0]  # the others' targets are on another process
+        target_weight = self.tiles.weight[column[tokens]].to(grad.dtype)
+        grad[tokens] += target_weight * statistics.target_grad[tokens, None]
+        return grad
 
 
 def exp_difference(lse: Tensor, reference_lse: Tensor) -> Tensor:
@@ -61,8 +65,7 @@ def forward_tiles(
     for vocab_slice in tiles.vocab_slices:
         for token_slice in tiles.token_slices:
             shape = (token_slice.stop - token_slice.start, vocab_slice.stop - vocab_slice.start)
-            is_cached = cache.reserve(shape[0] * shape[1])
-            out = cache.allocate(*shape) if is_cached else None
+            is_cached, out = cache.reserve(*shape)
             new = tiles.softmax(
                 token_slice,
                 vocab_slice,

@@ -1,6 +1,4 @@
-"""Log-probs from logits that a model has computed already: one pass over them, without a tensor of
-log-softmax.
-"""
+"""Log-probs from logits that a model has computed already, without a tensor of log-softmax."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dpo_wrapper.log_probs.backward import forbid_double_backward
 from dpo_wrapper.log_probs.checks import check_in_vocabulary
 from dpo_wrapper.log_probs.dtypes import accumulation_dtype
 from dpo_wrapper.log_probs.tiles import even_slices
@@ -18,11 +17,11 @@ CHUNK_BYTES = 16 * 2**20
 
 
 def log_probs_from_logits(logits: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Log-probs of `targets` in nats, from logits. It equals
+    """Log-probs of `targets` in nats, from logits, without ever holding a log-softmax.
+
+    Only the rows that the mask selects are computed. Equal to:
 
         logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]      # and 0 where not mask
-
-    but holds no log-softmax, and computes only the rows that the mask selects.
 
     Args:
         logits: Float[... v]. They are aligned with the targets: `logits[k]` predicts `targets[k]`.
@@ -37,9 +36,11 @@ def log_probs_from_logits(logits: Tensor, targets: Tensor, mask: Tensor | None =
         ValueError: the shapes differ, or a target is outside the vocabulary.
     """
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        raise TypeError(f"logits should be a tensor of floats, but it is {_type_of(logits)}.")
+        raise TypeError(f"logits should be a tensor of floats, but it is {describe_type(logits)}.")
     if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"targets should be a tensor of token ids (int64), but it is {_type_of(targets)}.")
+        raise TypeError(
+            f"targets should be a tensor of token ids (int64), but it is {describe_type(targets)}."
+        )
     for name, tensor in {"targets": targets, "mask": mask}.items():
         if tensor is not None and tensor.shape != logits.shape[:-1]:
             raise ValueError(
@@ -57,7 +58,7 @@ def log_probs_from_logits(logits: Tensor, targets: Tensor, mask: Tensor | None =
     return log_probs.new_zeros(len(flat)).index_put((row_index,), log_probs).view(targets.shape)
 
 
-def _type_of(value: object) -> str:
+def describe_type(value: object) -> str:
     return str(value.dtype) if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
@@ -72,35 +73,35 @@ def gather_log_probs(
     A row may be indexed several times. With `extras`, of which only `'log_sum_p2'` exists here, it returns a
     tuple of the log-probs and a dict, as `token_log_probs` does.
     """
-    log_probs = LogProbsFromLogits.apply(logits, row_index, targets)
-    if not extras:
-        return log_probs
-    assert set(extras) == {"log_sum_p2"}, extras
-    return log_probs, {"log_sum_p2": log_sum_p2(logits, row_index)}
+    assert set(extras) <= {"log_sum_p2"}, extras
+    log_probs, *values = LogProbsFromLogits.apply(logits, row_index, targets, bool(extras))
+    return (log_probs, {"log_sum_p2": values[0]}) if extras else log_probs
 
 
 class LogProbsFromLogits(torch.autograd.Function):
-    """`gather_log_probs` without extras."""
+    """Log-probs and, if needed, log Σ p² without gradients; a row that is used repeatedly is read once."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Float[Tensor, "n v"], row_index: Int[Tensor, "t"], targets: Int[Tensor, "t"]
-    ) -> Float[Tensor, "t"]:
+        ctx: Any, logits: Tensor, row_index: Tensor, targets: Tensor, needs_log_sum_p2: bool
+    ) -> tuple[Tensor, ...]:
         dtype = accumulation_dtype(logits.dtype)
         unique_rows, row_of_target = row_index.unique(return_inverse=True)
         lse = logits.new_empty(len(unique_rows), dtype=dtype)
+        log_sum_p2 = torch.empty_like(lse)
         for chunk in row_chunks(logits, len(unique_rows)):
-            lse[chunk] = logits[unique_rows[chunk]].to(dtype).logsumexp(dim=-1)
+            rows = logits[unique_rows[chunk]].to(dtype)
+            lse[chunk] = rows.logsumexp(dim=-1)
+            if needs_log_sum_p2:
+                log_sum_p2[chunk] = rows.log_softmax(dim=-1).mul_(2).logsumexp(dim=-1)
         ctx.save_for_backward(logits, targets, unique_rows, row_of_target, lse)
-        return (logits[row_index, targets].to(dtype) - lse[row_of_target]).clamp(max=0.0)
+        extras = (log_sum_p2[row_of_target],) if needs_log_sum_p2 else ()
+        ctx.mark_non_differentiable(*extras)
+        return (logits[row_index, targets].to(dtype) - lse[row_of_target]).clamp(max=0.0), *extras
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "log-probs from logits should be differentiated once, but create_graph is True: "
-                "use logits.log_softmax(-1)."
-            )
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        forbid_double_backward("logits.log_softmax(-1)")
         logits, targets, unique_rows, row_of_target, lse = ctx.saved_tensors
         covers_all = len(unique_rows) == len(logits)
         logits_grad = torch.empty_like(logits) if covers_all else torch.zeros_like(logits)
@@ -112,18 +113,7 @@ class LogProbsFromLogits(torch.autograd.Function):
             index = (row_of_target[tokens] - chunk.start, targets[tokens])
             chunk_grad.index_put_(index, grad[tokens], accumulate=True)
             logits_grad[unique_rows[chunk]] = chunk_grad.to(logits.dtype)
-        return logits_grad, None, None
-
-
-@torch.no_grad()
-def log_sum_p2(logits: Float[Tensor, "n v"], row_index: Int[Tensor, "t"]) -> Float[Tensor, "t"]:
-    """Log Σ p² over the vocabulary, of the softmax of each indexed row."""
-    dtype = accumulation_dtype(logits.dtype)
-    unique_rows, row_of_target = row_index.unique(return_inverse=True)
-    result = logits.new_empty(len(unique_rows), dtype=dtype)
-    for chunk in row_chunks(logits, len(unique_rows)):
-        result[chunk] = logits[unique_rows[chunk]].to(dtype).log_softmax(dim=-1).mul_(2).logsumexp(dim=-1)
-    return result[row_of_target]
+        return logits_grad, None, None, None
 
 
 def row_chunks(logits: Float[Tensor, "n v"], count: int) -> Iterator[slice]:

@@ -1,13 +1,9 @@
 """Gradients that are computed in the forward pass, for log-probs that enter a known loss.
 
-To train a head, each softmax is needed a second time, multiplied by the gradient of the loss. Softmaxes
-either are kept for that until backward or are computed again. If the loss is known, forward can work on a
-chunk of the tokens at a time: their log-probs, the gradient of the loss for them, and their share of the
-gradients of hidden states and head. It keeps the softmaxes of one chunk only, and computes each product once:
-3 in all.
-
-A chunk consists of whole groups, such as the tokens of one preference pair, because the loss's gradient for a
-token depends on the log-probs of its group.
+Forward works on a chunk of the tokens at a time: their log-probs, the gradient of the loss for them, and
+their share of the gradients of hidden states and head. It keeps the softmaxes of one chunk only, and computes
+each product once: 3 in all. A chunk consists of whole groups, such as the tokens of one preference pair,
+because the loss's gradient for a token depends on the log-probs of its group.
 
 Backward compares the gradient that arrives with the predicted one. If it is a multiple of it (by the share of
 a micro-batch, or a scaler's factor), the gradients are multiplied likewise. If not, they are computed again.
@@ -27,8 +23,6 @@ from dpo_wrapper.log_probs.forward import forward_tiles
 from dpo_wrapper.log_probs.softmax_cache import SoftmaxCache
 from dpo_wrapper.log_probs.statistics import OnlineSoftmax
 from dpo_wrapper.log_probs.tiles import GatherOptions, Tiles, TokenIndex
-
-MIN_CHUNK_TOKENS = {"cpu": 512, "other": 2048}
 
 
 @dataclass(frozen=True)
@@ -88,8 +82,8 @@ class FusedLoss:
                 )
             if not loss.requires_grad:
                 return torch.zeros_like(leaf)
-            (grad,) = torch.autograd.grad(loss, leaf, allow_unused=True)
-        return torch.zeros_like(leaf) if grad is None else grad
+            (grad,) = torch.autograd.grad(loss, leaf, materialize_grads=True)
+        return grad
 
 
 def proportionality(grad: Float[Tensor, "t"], predicted_grad: Float[Tensor, "t"]) -> float | None:
@@ -102,50 +96,32 @@ def proportionality(grad: Float[Tensor, "t"], predicted_grad: Float[Tensor, "t"]
 
 
 def max_chunk_tokens(weight: Float[Tensor, "v d"]) -> int:
-    """The most tokens in a chunk.
+    """The most tokens in a chunk, unless one group has more.
 
     Each chunk reads and writes the head's gradient, 8·v·d bytes beside 6·v·d FLOPs for each of its tokens.
     Larger chunks make that matter less; smaller ones need less memory for softmaxes.
     """
-    minimum = MIN_CHUNK_TOKENS.get(weight.device.type, MIN_CHUNK_TOKENS["other"])
-    return max(minimum, weight.shape[1] // 2)
+    return max(512 if weight.device.type == "cpu" else 2048, weight.shape[1] // 2)
 
 
-def split_for_fused_loss(
-    fused_loss: FusedLoss | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    options: GatherOptions,
-) -> list[TokenIndex] | None:
-    """The chunks whose gradients forward computes; None where it should not use the loss:
+def split_for_fused_loss(fused_loss: FusedLoss | None, tiles: Tiles) -> list[TokenIndex] | None:
+    """The chunks whose gradients forward computes; None where it should not use the loss.
 
-    - without a loss or gradients, and under a frozen head, where the gradient needs no loss;
-    - in float16, where gradients need a scaler's factor before they are rounded;
-    - for several chunks of a head narrower than float32, because chunks are summed in the gradient itself;
-    - with extras, or with a `vocab_group`, whose processes would not agree on chunks.
+    - There is no loss, no gradient, or no token, or the head is frozen, whose gradient needs no loss.
+    - With extras, or with a `vocab_group`, whose processes would not agree on chunks.
+    - In float16 gradients need a scaler's factor before they are rounded.
+    - Chunks are summed in the gradient itself, so that a head narrower than float32 may have one chunk only.
     """
-    trained = [x for x in (weight, bias) if x is not None and x.requires_grad]
-    if fused_loss is None or not trained or not len(targets) or not options.needs_grad:
+    options = tiles.options
+    trained = [x for x in (tiles.weight, tiles.bias) if x is not None and x.requires_grad]
+    if fused_loss is None or not trained or not len(tiles.targets) or not options.needs_grad:
         return None
-    if options.needs_extras or options.vocab_group is not None:
+    dtypes = {options.matmul_dtype, tiles.hidden.dtype, *(x.dtype for x in trained)}
+    if options.needs_extras or options.vocab_group is not None or torch.float16 in dtypes:
         return None
-    dtypes = {options.matmul_dtype, hidden.dtype, *(x.dtype for x in trained)}
-    chunks = fused_loss.split(max_chunk_tokens(weight))
+    chunks = fused_loss.split(max_chunk_tokens(tiles.weight))
     is_narrow = any(x.dtype != options.accumulation_dtype for x in trained)
-    return None if torch.float16 in dtypes or (is_narrow and len(chunks) > 1) else chunks
-
-
-def shared_buffer(chunks: list[Any], tiles: Tiles) -> Tensor | None:
-    """Memory that the softmaxes of all chunks use in turn, on the CPU; None for a single chunk.
-
-    A chunk that is larger than `max_chunk_tokens`, because its group is, has memory of its own.
-    """
-    if len(chunks) == 1 or tiles.hidden.device.type != "cpu":
-        return None
-    tokens = min(max_chunk_tokens(tiles.weight), max(map(len, chunks)))
-    return torch.empty(tokens * len(tiles.weight), dtype=tiles.options.matmul_dtype)
+    return None if is_narrow and len(chunks) > 1 else chunks
 
 
 class FusedLossLogProbs(torch.autograd.Function):
@@ -169,16 +145,14 @@ class FusedLossLogProbs(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden) if needs_grad[0] else None
         weight_grad: Tensor | None = None
         bias_grad: Tensor | None = None
-        chunk_bytes = max_chunk_tokens(weight) * len(weight) * options.matmul_dtype.itemsize
-        cache_bytes = max(SoftmaxCache.budget(weight), chunk_bytes)
-        buffer = shared_buffer(chunks, all_tiles)
+        chunk_numel = max_chunk_tokens(weight) * len(weight)
+        cache_bytes = max(SoftmaxCache.budget(weight), chunk_numel * options.matmul_dtype.itemsize)
+        buffer = None  # on the CPU, memory that the softmaxes of all chunks use in turn
+        if len(chunks) > 1 and hidden.device.type == "cpu":
+            buffer = torch.empty(chunk_numel, dtype=options.matmul_dtype)
         for chunk in chunks:
             tiles = all_tiles.select(chunk)
-            numel = len(tiles.targets) * len(weight)
-            is_large = buffer is None or len(buffer) < numel
-            cache = SoftmaxCache(
-                cache_bytes, numel, hidden.device, options.matmul_dtype, None if is_large else buffer
-            )
+            cache = SoftmaxCache(tiles, cache_bytes, buffer)
             with torch.autocast(hidden.device.type, enabled=False):
                 statistics = forward_tiles(tiles, cache)
             for values, chunk_values in zip(all_statistics, statistics, strict=True):
@@ -199,15 +173,14 @@ class FusedLossLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        forbid_double_backward()
+        forbid_double_backward("impl = 'eager'")
         *saved, predicted_grad = ctx.saved_tensors
         grads, ctx.grads = ctx.grads, None  # autograd need not copy what nobody else holds
         scale = None if grads is None else proportionality(grad, predicted_grad)
         if scale is None:
-            del grads
-            empty_cache = SoftmaxCache(0, 0, grad.device, ctx.options.matmul_dtype)
-            return *gradients_from_saved(ctx, saved, grad, empty_cache), None, None, None, None
-        for gradient in grads:
-            if gradient is not None and scale != 1.0:
+            del grads  # before others are computed
+            grads = gradients_from_saved(ctx, saved, grad, None)
+        elif scale != 1.0:
+            for gradient in filter(torch.is_tensor, grads):
                 gradient.mul_(scale)
         return *grads, None, None, None, None

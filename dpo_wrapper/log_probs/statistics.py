@@ -78,15 +78,10 @@ class OnlineSoftmax(NamedTuple):
         max_lse, max_logit = maxima
         max_lse = max_lse.clamp(min=torch.finfo(maxima.dtype).min)
         share = (self.non_target_lse - max_lse).exp()  # of this process, relative to the largest one
-        weighted_entropy = share * (self.entropy + max_lse - self.non_target_lse)
-        sums = [
-            share,
-            self.target_logit,
-            self.target_slope,
-            weighted_entropy.where(share > 0, 0.0),
-            share.square() * self.sum_p2,
-        ]
-        share, target_logit, target_slope, entropy, sum_p2 = sum_over(torch.stack(sums), group).unbind()
+        entropy = (share * (self.entropy + max_lse - self.non_target_lse)).where(share > 0, 0.0)
+        sum_p2 = share.square() * self.sum_p2
+        sums = torch.stack([share, self.target_logit, self.target_slope, entropy, sum_p2])
+        share, target_logit, target_slope, entropy, sum_p2 = sum_over(sums, group).unbind()
         is_present = share > 0  # the target may be the only entry
         entropy = (entropy / share + share.log()).where(is_present, 0.0)  # as in `mixture_entropy`
         sum_p2 = (sum_p2 / share.square()).where(is_present, 0.0)
@@ -99,7 +94,10 @@ class OnlineSoftmax(NamedTuple):
 
     @property
     def target_grad(self) -> Float[Tensor, "t"]:
-        """D log-prob / d raw product at the target: (1 - p(target)) times its slope, without cancellation."""
+        """The derivative d log-prob / d raw product at the target, without cancellation.
+
+        It is (1 - p(target)) times the target's slope.
+        """
         return (self.non_target_lse - self.lse).exp() * self.target_slope
 
     @property

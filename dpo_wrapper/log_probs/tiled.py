@@ -5,13 +5,8 @@ Forward computes all tiles. What it does beside depends on the gradients that ar
 - none: nothing.
 - of hidden alone (a frozen head): it computes d log-prob / d hidden, which backward multiplies by each
   token's gradient.
-- of the head: it caches the tiles' softmaxes as far as there is room. Backward computes the other tiles
-  again.
-- of the head, where the loss is given: it computes the gradients, and backward returns them
-  (`fused_backward`).
-
-The memory beside inputs and gradients is one tile (two with extras), [t, d] and a few [t] in float32, and the
-cached softmaxes.
+- of the head: it caches softmaxes as far as there is room, and backward computes the other tiles again.
+- of the head, where the loss is given: it computes the gradients themselves (`fused_backward`).
 """
 
 from collections.abc import Callable
@@ -39,33 +34,24 @@ class TiledLogProbs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: GatherOptions
     ) -> tuple[Tensor, ...]:
         tiles = Tiles(hidden, weight, bias, targets, options)
-        needs_hidden, needs_weight, needs_bias = (
-            needs_grad and options.needs_grad for needs_grad in ctx.needs_input_grad[:3]
-        )
-        needs_head = needs_weight or needs_bias
-        ctx.has_hidden_grad = needs_hidden and not needs_head
-        cache_bytes = SoftmaxCache.budget(weight) if needs_head else 0
-        cache = SoftmaxCache(cache_bytes, len(targets) * len(weight), hidden.device, options.matmul_dtype)
+        needs_hidden, *needs_head = ctx.needs_input_grad[:3]
+        is_trained = options.needs_grad and any(needs_head)
+        cache = SoftmaxCache(tiles, SoftmaxCache.budget(weight) if is_trained else 0)
+        ctx.has_hidden_grad = options.needs_grad and needs_hidden and not is_trained
         online_grad = OnlineHiddenGrad(tiles) if ctx.has_hidden_grad else None
         statistics = forward_tiles(tiles, cache, online_grad)
-
         ctx.options, ctx.cache, ctx.hidden_dtype = options, cache, hidden.dtype
         if online_grad is None:
             ctx.save_for_backward(hidden, weight, bias, targets, *statistics)
         else:
-            hidden_grad = online_grad.rescale(statistics.lse).neg_()
-            column = tiles.target_column(slice(None), slice(0, len(weight)))
-            tokens = (column >= 0).nonzero()[:, 0]  # the others' targets are on another process
-            target_weight = weight[column[tokens]].to(hidden_grad.dtype)
-            hidden_grad[tokens] += target_weight * statistics.target_grad[tokens, None]
-            ctx.save_for_backward(hidden_grad)
+            ctx.save_for_backward(online_grad.log_prob_grad(statistics))
         extras = statistics.compute_extras() if options.needs_extras else ()
         ctx.mark_non_differentiable(*extras)
         return (statistics.log_probs, *extras)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        forbid_double_backward()
+        forbid_double_backward("impl = 'eager'")
         if ctx.has_hidden_grad:
             (hidden_grad,) = ctx.saved_tensors
             hidden_grad = sum_over(hidden_grad * grad[:, None], ctx.options.vocab_group)
@@ -84,25 +70,13 @@ def token_log_probs(
     *,
     tile_softmax: Callable[..., TileSoftmax],
     fused_loss: FusedLoss | None = None,
-    **options: Any,
+    **further_options: Any,
 ) -> tuple[Tensor, ...]:
-    """Log-probs, followed by the `EXTRAS` where they are needed, with the tiles of one backend.
-
-    Args:
-        tile_softmax: the backend's function.
-        fused_loss: the loss that the log-probs enter.
-        options: further fields of `GatherOptions`.
-    """
-    gather_options = GatherOptions(
-        logit_scale=logit_scale,
-        softcap=softcap,
-        matmul_dtype=compute_dtype(hidden, weight),
-        tile_softmax=tile_softmax,
-        needs_grad=torch.is_grad_enabled(),
-        **options,
-    )
-    inputs = (hidden, weight, bias, targets, gather_options)
-    chunks = split_for_fused_loss(fused_loss, *inputs)
+    """Log-probs, followed by the `EXTRAS` where `needs_extras`, with the tiles of one backend."""
+    dtype, needs_grad = compute_dtype(hidden, weight), torch.is_grad_enabled()
+    options = GatherOptions(logit_scale, softcap, dtype, tile_softmax, needs_grad, **further_options)
+    inputs = (hidden, weight, bias, targets, options)
+    chunks = split_for_fused_loss(fused_loss, Tiles(*inputs))
     if chunks is not None:
         return (FusedLossLogProbs.apply(*inputs, fused_loss, chunks),)
     with torch.autocast(hidden.device.type, enabled=False):

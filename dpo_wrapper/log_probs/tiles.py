@@ -1,7 +1,7 @@
 """Tiles of logits: their sizes, their memory, and how each is computed."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ TILE_TOKENS = 8192
 """The most tokens in a tile."""
 
 TILE_BYTES = {"cpu": 12 * 2**20, "other": 256 * 2**20}
-"""The memory of a tile, by kind of device. On the CPU a tile fits into the
-processor's cache, and it is too small for the C library to return to the system each time it is freed."""
+"""The memory of a tile. On the CPU it fits into the processor's cache, and is too small for the C library to
+return to the system each time it is freed."""
 
 TokenIndex = slice | Int[Tensor, "k"]
 """What selects some of the t tokens."""
@@ -26,28 +26,16 @@ TokenIndex = slice | Int[Tensor, "k"]
 
 @dataclass(frozen=True)
 class GatherOptions:
-    """How logits are computed from hidden states, and what is computed from logits.
-
-    Args:
-        logit_scale: factor of the logits.
-        softcap: the bound of the capped logits; None leaves them as they are.
-        matmul_dtype: dtype of the matrix products.
-        tile_softmax: a backend's function from a tile of raw products to its softmax (`torch_tile` specifies
-            it).
-        needs_grad: whether gradients are enabled. An autograd Function cannot find that out by itself.
-        needs_extras: whether `EXTRAS` are computed.
-        vocab_group: the processes that hold a slice of the vocabulary each, in the order of their ranks.
-        vocab_offset: where this process's slice of the vocabulary begins.
-    """
+    """How logits are computed from hidden states, and what is computed from logits."""
 
     logit_scale: float
     softcap: float | None
     matmul_dtype: torch.dtype
-    tile_softmax: Callable[..., TileSoftmax]
-    needs_grad: bool = True
+    tile_softmax: Callable[..., TileSoftmax]  # of a backend, as `torch_tile` specifies it
+    needs_grad: bool  # whether gradients are enabled, which an autograd Function cannot find out
     needs_extras: bool = False
-    vocab_group: ProcessGroup | None = None
-    vocab_offset: int = 0
+    vocab_group: ProcessGroup | None = None  # each process holds a slice of the vocabulary
+    vocab_offset: int = 0  # where the slice of this process begins
 
     @property
     def accumulation_dtype(self) -> torch.dtype:
@@ -64,6 +52,7 @@ def even_slices(n: int, max_size: int, multiple: int = 1) -> Iterator[slice]:
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
+@dataclass
 class Tiles:
     """The logits of t tokens over v vocabulary entries, cut into tiles of r tokens by w entries.
 
@@ -71,29 +60,24 @@ class Tiles:
     head is finished before that of the next begins.
     """
 
-    def __init__(
-        self,
-        hidden: Float[Tensor, "t d"],
-        weight: Float[Tensor, "v d"],
-        bias: Float[Tensor, "v"] | None,
-        targets: Int[Tensor, "t"],
-        options: GatherOptions,
-    ) -> None:
-        self.hidden, self.weight, self.bias, self.targets = hidden, weight, bias, targets
-        self.options = options
-        t, v = len(targets), len(weight)
-        dtypes = {options.matmul_dtype, options.accumulation_dtype}  # a tile exists once in each
+    hidden: Float[Tensor, "t d"]
+    weight: Float[Tensor, "v d"]
+    bias: Float[Tensor, "v"] | None
+    targets: Int[Tensor, "t"]
+    options: GatherOptions
+    buffer: Tensor | None = None  # of the raw products, which each tile overwrites
+
+    def __post_init__(self) -> None:
+        t, v = len(self.targets), len(self.weight)
+        dtypes = {self.options.matmul_dtype, self.options.accumulation_dtype}  # a tile exists once in each
         entry_bytes = sum(dtype.itemsize for dtype in dtypes) * max(1, min(t, TILE_TOKENS))
-        max_entries = TILE_BYTES.get(hidden.device.type, TILE_BYTES["other"]) // entry_bytes
+        max_entries = TILE_BYTES.get(self.hidden.device.type, TILE_BYTES["other"]) // entry_bytes
         self.token_slices = list(even_slices(t, TILE_TOKENS))
         self.vocab_slices = list(even_slices(v, max_entries, 64 if max_entries >= 64 else 1))
-        self.buffer: Tensor | None = None
 
     def select(self, tokens: TokenIndex) -> "Tiles":
         """The tiles of some tokens, in the same buffer."""
-        tiles = Tiles(self.hidden[tokens], self.weight, self.bias, self.targets[tokens], self.options)
-        tiles.buffer = self.buffer
-        return tiles
+        return replace(self, hidden=self.hidden[tokens], targets=self.targets[tokens])
 
     def softmax(
         self,
@@ -106,29 +90,25 @@ class Tiles:
     ) -> TileSoftmax:
         """Compute one tile, with the keyword arguments of `tile_softmax`.
 
-        Args:
-            out: memory for the softmax.
-            needs_own_memory: whether the tile has to outlive the next one, which otherwise overwrites it.
+        The next tile overwrites it, unless it is written to `out` or `needs_own_memory`.
         """
         options = self.options
         if out is not None and out.dtype != options.accumulation_dtype:
             out = None  # the softmax is computed wider, and the cache narrows it
         hidden = self.hidden[token_slice].to(options.matmul_dtype)
         weight = self.weight[vocab_slice].to(options.matmul_dtype)
-        buffer = None if needs_own_memory else self.tile_buffer(len(hidden), len(weight))
+        buffer = None
+        if not needs_own_memory:
+            numel = len(hidden) * len(weight)
+            if self.buffer is None or len(self.buffer) < numel:
+                self.buffer = hidden.new_empty(numel)
+            buffer = self.buffer[:numel].view(len(hidden), len(weight))
         tile = matmul(hidden, weight.T, buffer)
         target_column = self.target_column(token_slice, vocab_slice)
         bias = None if self.bias is None else self.bias[vocab_slice]
         return options.tile_softmax(
             tile, target_column, bias, options.logit_scale, options.softcap, out=out, **kwargs
         )
-
-    def tile_buffer(self, tokens: int, entries: int) -> Float[Tensor, "r w"]:
-        """The memory that all tiles of raw products share."""
-        numel = tokens * entries
-        if self.buffer is None or len(self.buffer) < numel:
-            self.buffer = self.hidden.new_empty(numel, dtype=self.options.matmul_dtype)
-        return self.buffer[:numel].view(tokens, entries)
 
     def target_column(self, token_slice: slice, vocab_slice: slice) -> Int[Tensor, "r"]:
         """The column of each token's target in a tile, -1 where the tile does not hold it."""

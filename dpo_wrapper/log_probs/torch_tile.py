@@ -36,19 +36,11 @@ def tile_softmax(
 ) -> TileSoftmax:
     """The softmax of a tile of raw products `hidden @ weight.T`, which it may overwrite.
 
-    Args:
-        tile: the raw products, in the dtype of matrix products.
-        target_column: each target's column in the tile, -1 where the tile does not hold it.
-        bias: the bias of the tile's entries.
-        logit_scale: factor of the logits.
-        softcap: the bound of the capped logits.
-        needs_softmax: whether `TileSoftmax.tile` is used.
-        needs_moments: whether `TileSoftmax.moments` are used.
-        lse: log-sum-exp over the whole vocabulary. If given, `TileSoftmax.tile` is minus d log-prob / d raw
-            product.
-        target_grad: with `lse`, d log-prob / d raw product at the target.
-        out: memory for the softmax, in the dtype of sums.
+    `target_column` is -1 where the tile does not hold the target. `TileSoftmax.tile` is written to `out`, in
+    the dtype of sums, and is valid only if `needs_softmax` or with the `lse` of the whole vocabulary. Then it
+    is minus d log-prob / d raw product, whose value at the target is minus `target_grad`.
     """
+    needs_tile = needs_softmax or lse is not None
     x = tile.to(accumulation_dtype(tile.dtype))
     if bias is not None:
         x += bias
@@ -57,7 +49,7 @@ def tile_softmax(
     slopes: Tensor | None = None
     if softcap is not None:
         x = x.div_(softcap).tanh_()
-        if needs_softmax or lse is not None:
+        if needs_tile:
             slopes = x.square().neg_().add_(1.0).mul_(logit_scale)
         x *= softcap
 
@@ -84,10 +76,10 @@ def tile_softmax(
         moments = (entropy, p.square().sum(dim=1), max_logit)
     if slopes is not None:
         p *= slopes
-    elif logit_scale != 1.0 and (needs_softmax or lse is not None):
+    elif logit_scale != 1.0 and needs_tile:
         p *= logit_scale
     if lse is not None and target_grad is not None:
-        p = negative_logit_grad(p, tile_lse, lse, target_grad, target_column, out=p)
+        p = negative_logit_grad(p, tile_lse, lse, target_grad, target_column)
     return TileSoftmax(p, tile_lse, target_logit, target_slope, moments)
 
 

@@ -113,19 +113,15 @@ def _tile_softmax_kernel(
         tl.store(sum_p2_out + token, sum_exp_2 / (positive_sum * positive_sum))
         tl.store(max_out + token, max_logit)
     if NEEDS_WRITE:
-        normalizer = tile_lse
+        normalizer, target_value = tile_lse, 0.0
         if HAS_LSE:
-            normalizer = tl.load(lse + token)
+            normalizer, target_value = tl.load(lse + token), -tl.load(target_grad + token)
         normalizer = tl.where(normalizer == minus_inf, 0.0, normalizer)
         for start in range(0, width, BLOCK_SIZE):
             column = start + tl.arange(0, BLOCK_SIZE)
             is_valid = column < width
             x, slope = _load_logits(tile, bias, column, is_valid, scale, softcap, HAS_BIAS, HAS_CAP)
-            p = tl.exp(x - normalizer) * slope
-            if HAS_LSE:
-                p = tl.where(column == target, -tl.load(target_grad + token), p)
-            else:
-                p = tl.where(column == target, 0.0, p)
+            p = tl.where(column == target, target_value, tl.exp(x - normalizer) * slope)
             tl.store(tile + column, p.to(tile.dtype.element_ty), mask=is_valid)
 
 
@@ -142,9 +138,7 @@ def tile_softmax(
     target_grad: Float[Tensor, "r"] | None = None,
     out: Float[Tensor, "r w"] | None = None,
 ) -> TileSoftmax:
-    """`torch_tile.tile_softmax` in float32. The softmax overwrites the tile itself, and `out` stays
-    unused.
-    """
+    """`torch_tile.tile_softmax` in float32; the softmax overwrites the tile itself, and `out` is unused."""
     tokens, width = tile.shape
     outputs = torch.empty(6, tokens, device=tile.device).unbind()
     tile_lse, target_logit, target_slope, entropy, sum_p2, max_logit = outputs

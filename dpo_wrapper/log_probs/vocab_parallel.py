@@ -8,8 +8,7 @@ from torch.distributed import ProcessGroup
 def full_weight(weight: Tensor) -> Tensor:
     """Gather a weight that FSDP2 has sharded (a DTensor); other weights are returned as they are.
 
-    Its gradient is sharded again as the mean over processes, which FSDP2 computes for the gradients of all
-    weights.
+    Its gradient is sharded again as the mean over processes, as FSDP2 does with all gradients.
     """
     if type(weight) in (Tensor, torch.nn.Parameter):
         return weight
@@ -20,8 +19,10 @@ def full_weight(weight: Tensor) -> Tensor:
     return weight
 
 
-def vocab_offset(weight: Tensor, group: ProcessGroup) -> tuple[int, int]:
+def vocab_offset(weight: Tensor, group: ProcessGroup | None) -> tuple[int, int]:
     """Where this process's slice of the vocabulary begins, and the size of the whole vocabulary."""
+    if group is None:
+        return 0, len(weight)
     rank, world_size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
     sizes = torch.zeros(world_size, dtype=torch.long, device=weight.device)
     sizes[rank] = len(weight)
