@@ -1,23 +1,7 @@
 """Metrics of a batch, under the names that logs, reports and other tools use.
 
-Log-probs and rewards are in nats and are means over the valid pairs (lists, rows):
-
-    loss                    mean loss
-    rewards/chosen          β·a, with the chosen log-ratio a = p_w - r_w (p_w without a reference)
-    rewards/rejected        β·b
-    rewards/margins         β·(a - b)
-    rewards/accuracies      how often the margin is positive; a tie counts half
-    logps/chosen ...        log-probs of each side, under the policy and (ref_) the reference
-    kl/chosen               a: how far the policy has moved, measured on the chosen completions
-    length/chosen ...       scored tokens
-    pairs/valid             number of valid pairs (lists/valid, rows/valid)
-    tokens/unique           real tokens, shared prefixes counted once
-    tokens/padded           tokens that went through the model, padding included
-
-In a ranked list the best completion is chosen, and the rejected value is the mean of all others;
-`rewards/accuracies` is the share of its pairs that the rewards put in the right order. For rows with a label,
-means of a side are over the rows of that label (rows/chosen, rows/rejected) and the margin is the difference
-of two such means. A row is accurate if its reward is on the right side of the KL estimate, which is `kl`.
+docs/evaluation.md lists them. Log-probs and rewards are in nats and are means over the valid pairs (lists,
+rows); what they are for ranked lists and for rows with a label stands there too.
 """
 
 from collections.abc import Callable

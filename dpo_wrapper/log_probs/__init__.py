@@ -6,36 +6,8 @@ entries. `f` applies the head's scale and softcap, and `y` are the targets:
     x = f(h Wᵀ + b)                                  # [t, v], never in memory as a whole
     log p = x[y] - logsumexp(x)                      # [t]
 
-The logits `x` are computed in tiles of r tokens by w vocabulary entries. Each tile is reduced by an online
-softmax before the next is computed. A *product* below is the multiplication of [t, d] and [d, v], in 2·t·d·v
-FLOPs. *Tile traffic* is how often all t·v numbers are written to memory or read from it between products.
-*Memory* is what is needed beside the inputs and their gradients:
-
-    gradients needed                pass        products    tile traffic          memory
-    none (reference, evaluation)    forward     1           write, read           1 tile, or 2 with extras
-    hidden (frozen head, LoRA)      forward     2           write, read, write,   1 tile, [t, d] in float32
-                                                            read
-                                    backward    0           none
-    head, with fused_loss=          forward     3           write, read, write,   1 tile, [t, d], and the
-                                                            read, read            softmaxes of one chunk
-                                    backward    0           none
-    head, softmaxes cached          forward     1           write, read, write    1 tile, softmaxes [t, v]
-                                    backward    2           read, read            1 tile, [t, d] in float32
-    head, softmaxes not cached      forward     1           write, read           1 tile
-                                    backward    3           write, read, write,   1 tile, [t, d] in float32
-                                                            read, read
-
-Gradients of the head need every softmax twice, the second time multiplied by the gradient of the loss:
-
-- With `fused_loss=`, gradients are computed during the forward pass, for one chunk of tokens after another.
-  `DPO` passes it by itself. It has no effect in float16, nor for a bfloat16 head whose tokens need several
-  chunks, because the gradient would have to be summed in float32.
-- Otherwise the softmaxes of the first tiles are cached up to `SoftmaxCache.budget`, and the other tiles are
-  computed twice. On the CPU the budget is what training the head takes anyway, which is enough for 4·d
-  tokens. Backward frees each softmax as it fills the head's gradient.
-
-For comparison: log-softmax of all logits takes 1 product forward and 2 backward, and about 4 float32 tensors
-[t, v].
+The logits `x` are computed in tiles of some tokens by some vocabulary entries, each of which is reduced by an
+online softmax before the next. docs/log_probs.md says what each case costs in products, traffic and memory.
 
 Every implementation is tested against the slow lines of `eager`. Read `tiled` first: an autograd Function
 over `tiles` of logits, which uses `forward` and `backward`, the `statistics` of an online softmax, a

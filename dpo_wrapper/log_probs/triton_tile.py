@@ -2,17 +2,7 @@
 
 The kernel reads a tile once for its log-sum-exps and, where gradients are needed, once more to overwrite it,
 in the dtype of the matrix products. torch's operations would make float32 copies of it. The products are left
-to cuBLAS, whose rate a tiled product in Triton does not reach. Estimates for bfloat16 with t = 8,192, d =
-2,048 and v = 128,256 (1.05e9 logits, 2.1 GB) on an H100 (3.35 TB/s, about 700 TFLOP/s in such products):
-
-    one product              6.1 ms
-    reading all tiles        0.6 ms
-    writing all tiles        0.6 ms
-
-A frozen head so takes 12.3 ms of products and 2.5 ms of traffic, forward and backward together. Computing the
-tiles again in backward would take 18.4 ms of products alone. A kernel that reduces each tile before it leaves
-the chip, as cut cross-entropy does, saves at most those 2.5 ms, and has to reach 83% of cuBLAS's rate to
-break even. `tests/benchmarks/log_probs.py` measures it.
+to cuBLAS, whose rate a tiled product in Triton does not reach.
 """
 
 from typing import Any

@@ -1,12 +1,6 @@
 """The run folder: settings, logged metrics, and the checkpoint that an interrupted run resumes from.
 
-config.json         the settings (and, once training is done, the model's architecture)
-metrics.jsonl       one line for each step and each evaluation
-curves.png          a plot of these metrics
-reference/          the reference's log-probs, if they are precomputed
-sft/                the model after supervised training, where preference training starts
-checkpoint/         the latest checkpoint, until training is done
-model.safetensors   the trained policy, once training is done
+docs/training.md lists its files.
 """
 
 import json
