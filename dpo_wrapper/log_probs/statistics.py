@@ -77,15 +77,15 @@ class OnlineSoftmax(NamedTuple):
         torch.distributed.all_reduce(maxima, torch.distributed.ReduceOp.MAX, group=group)
         max_lse, max_logit = maxima
         max_lse = max_lse.clamp(min=torch.finfo(maxima.dtype).min)
-        share = (self.non_target_lse - max_lse).exp()  # of this process, relative to the largest one
-        entropy = (share * (self.entropy + max_lse - self.non_target_lse)).where(share > 0, 0.0)
-        sum_p2 = share.square() * self.sum_p2
-        sums = torch.stack([share, self.target_logit, self.target_slope, entropy, sum_p2])
-        share, target_logit, target_slope, entropy, sum_p2 = sum_over(sums, group).unbind()
-        is_present = share > 0  # the target may be the only entry
-        entropy = (entropy / share + share.log()).where(is_present, 0.0)  # as in `mixture_entropy`
-        sum_p2 = (sum_p2 / share.square()).where(is_present, 0.0)
-        return OnlineSoftmax(share.log() + max_lse, target_logit, target_slope, entropy, sum_p2, max_logit)
+        weight = (self.non_target_lse - max_lse).exp()  # of this process, relative to the largest one
+        entropy = (weight * (self.entropy + max_lse - self.non_target_lse)).where(weight > 0, 0.0)
+        sum_p2 = weight.square() * self.sum_p2
+        sums = torch.stack([weight, self.target_logit, self.target_slope, entropy, sum_p2])
+        weight, target_logit, target_slope, entropy, sum_p2 = sum_over(sums, group).unbind()
+        is_present = weight > 0  # the target may be the only entry
+        entropy = (entropy / weight + weight.log()).where(is_present, 0.0)  # as in `mixture_entropy`
+        sum_p2 = (sum_p2 / weight.square()).where(is_present, 0.0)
+        return OnlineSoftmax(weight.log() + max_lse, target_logit, target_slope, entropy, sum_p2, max_logit)
 
     @property
     def lse(self) -> Float[Tensor, "t"]:
@@ -117,7 +117,7 @@ class OnlineSoftmax(NamedTuple):
 
 
 def mixture_entropy(components: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """The entropy of a mixture of distributions that share no entry, from the weight and entropy of each."""
+    """The entropy of a mixture of distributions without a common entry, from their weights and entropies."""
     return torch.stack([w * entropy - torch.xlogy(w, w) for w, entropy in components]).sum(dim=0)
 
 

@@ -75,9 +75,9 @@ def token_log_probs(
     """Log-probs, followed by the `EXTRAS` where `needs_extras`, with the tiles of one backend."""
     dtype, needs_grad = compute_dtype(hidden, weight), torch.is_grad_enabled()
     options = GatherOptions(logit_scale, softcap, dtype, tile_softmax, needs_grad, **further_options)
-    inputs = (hidden, weight, bias, targets, options)
-    chunks = split_for_fused_loss(fused_loss, Tiles(*inputs))
+    arguments = (hidden, weight, bias, targets, options)
+    chunks = split_for_fused_loss(fused_loss, Tiles(*arguments))
     if chunks is not None:
-        return (FusedLossLogProbs.apply(*inputs, fused_loss, chunks),)
+        return (FusedLossLogProbs.apply(*arguments, fused_loss, chunks),)
     with torch.autocast(hidden.device.type, enabled=False):
-        return TiledLogProbs.apply(*inputs)
+        return TiledLogProbs.apply(*arguments)

@@ -114,8 +114,8 @@ class CombinedLoss(nn.Module):
         self.terms = as_weighted_losses(loss)
         self.first_loss = self.terms[0][0]
         self.dataset_type: str = self.first_loss.log_probs_type.dataset_type
-        own = [term for term, _ in self.terms if not isinstance(term, FunctionLoss)]
-        states = [value for term in own for value in vars(term).values() if isinstance(value, nn.Module)]
+        builtin = [term for term, _ in self.terms if not isinstance(term, FunctionLoss)]
+        states = [value for term in builtin for value in vars(term).values() if isinstance(value, nn.Module)]
         self.states = nn.ModuleList(states)
         self.needs_reference = any(term.needs_reference for term, _ in self.terms)
         self.is_deterministic = all(term.is_deterministic for term, _ in self.terms)

@@ -32,8 +32,8 @@ def losses_by_name() -> dict[str, type[Loss]]:
 
 def builtin_losses() -> list[type[Loss]]:
     """The package's own losses, those of pairs first; a user may have defined others."""
-    own = [loss for loss in losses_by_name().values() if loss.__module__.startswith("dpo_wrapper.")]
-    return sorted(own, key=lambda loss: not issubclass(loss, PairLoss))
+    builtin = [loss for loss in losses_by_name().values() if loss.__module__.startswith("dpo_wrapper.")]
+    return sorted(builtin, key=lambda loss: not issubclass(loss, PairLoss))
 
 
 def parse_losses(text: str) -> WeightedLosses:
@@ -69,13 +69,13 @@ def _parse_call(node: ast.expr, base: type[ValidatedDataclass], text: str) -> An
     """The loss or divergence that a name, perhaps with options in brackets, stands for."""
     call = node if isinstance(node, ast.Call) else ast.Call(func=node, args=[], keywords=[])
     name = call.func.id.lower() if isinstance(call.func, ast.Name) else ast.unparse(call.func)
-    known = subclasses_by_name(base)
-    if name not in known:
+    classes = subclasses_by_name(base)
+    if name not in classes:
         noun = base.__name__.lower()
         raise ValueError(
-            f"the {noun} in {text!r} should be one of {', '.join(known)}, but it is {name!r}: correct it."
+            f"the {noun} in {text!r} should be one of {', '.join(classes)}, but it is {name!r}: correct it."
         )
-    types: dict[str, Any] = {option.name: option.metadata.get("type") for option in fields(known[name])}
+    types: dict[str, Any] = {option.name: option.metadata.get("type") for option in fields(classes[name])}
     values = {str(keyword.arg): keyword.value for keyword in call.keywords}
     if call.args or len(values) < len(call.keywords) or not set(values) <= set(types):
         expected = f"{', '.join(types)}, each as name=value" if types else "left out"
@@ -84,7 +84,7 @@ def _parse_call(node: ast.expr, base: type[ValidatedDataclass], text: str) -> An
     for option, value in values.items():
         parent = types[option]
         options[option] = _parse_number(value, text) if parent is None else _parse_call(value, parent, text)
-    return known[name](**options)
+    return classes[name](**options)
 
 
 def _parse_number(node: ast.expr, text: str) -> float:

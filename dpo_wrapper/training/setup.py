@@ -86,10 +86,10 @@ def check_options(config: TrainConfig, loss: CombinedLoss) -> None:
     loss.check_wpo(config.wpo)
     loss.check_ld_alpha(config.ld_alpha)
     names = ("precompute_ref_log_probs", "ref_model_sync_steps", "reference_dtype", "reference_device")
-    given = [flag(name) for name in names if getattr(config, name)]
-    if given and (config.reference == "none" or not loss.needs_reference):
+    flags = [flag(name) for name in names if getattr(config, name)]
+    if flags and (config.reference == "none" or not loss.needs_reference):
         why = "--reference is none" if config.reference == "none" else f"--loss {config.loss} needs none"
-        raise ValueError(f"{given[0]} needs a reference, but {why}: leave it out.")
+        raise ValueError(f"{flags[0]} needs a reference, but {why}: leave it out.")
     if config.reference_device is not None:
         parse_device(config.reference_device)
 
