@@ -40,7 +40,9 @@ def test_bundled_data():
     training, held_out = split_examples(rows, 0.1, 0)
     assert (len(training), len(held_out)) == (216, 40)
     assert not {row.prompt.lower() for row in training} & {row.prompt.lower() for row in held_out}
-    assert sum(len(row.chosen) < len(row.rejected) for row in rows) >= 0.9 * len(rows)
+    assert sum(
+        len(chosen) < len(rejected) for chosen, rejected in (row.completions for row in rows)
+    ) >= 0.9 * len(rows)
 
 
 def test_the_arithmetic_in_the_bundled_data_is_right():

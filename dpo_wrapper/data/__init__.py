@@ -1,33 +1,29 @@
 """Preference data: file -> example -> tokens -> dataset -> batch."""
 
-from dpo_wrapper.data.chat import Message as Message
-from dpo_wrapper.data.collate import COLLATE_FNS as COLLATE_FNS
-from dpo_wrapper.data.collate import PreferenceCollator as PreferenceCollator
-from dpo_wrapper.data.collate import add_kl_completions as add_kl_completions
-from dpo_wrapper.data.collate import collate_preference as collate_preference
-from dpo_wrapper.data.collate import collate_ranked as collate_ranked
-from dpo_wrapper.data.collate import collate_sft as collate_sft
-from dpo_wrapper.data.collate import collate_unpaired as collate_unpaired
-from dpo_wrapper.data.collate import group_by_tokens as group_by_tokens
-from dpo_wrapper.data.collate import scored_sequences as scored_sequences
-from dpo_wrapper.data.convert import check_ranking as check_ranking
-from dpo_wrapper.data.convert import convert_examples as convert_examples
-from dpo_wrapper.data.dataset import PreferenceDataset as PreferenceDataset
-from dpo_wrapper.data.dataset import PreferenceItem as PreferenceItem
-from dpo_wrapper.data.dataset import PreferenceItemWithColumns as PreferenceItemWithColumns
-from dpo_wrapper.data.encode import tokenize_example as tokenize_example
-from dpo_wrapper.data.encode import tokenize_examples as tokenize_examples
-from dpo_wrapper.data.errors import ExampleError as ExampleError
-from dpo_wrapper.data.examples import DatasetType as DatasetType
-from dpo_wrapper.data.examples import Example as Example
-from dpo_wrapper.data.examples import Fields as Fields
-from dpo_wrapper.data.examples import Ranking as Ranking
-from dpo_wrapper.data.examples import TokenizedExample as TokenizedExample
-from dpo_wrapper.data.examples import TokenizedExamples as TokenizedExamples
-from dpo_wrapper.data.normalize import to_example as to_example
-from dpo_wrapper.data.readers import read_examples as read_examples
-from dpo_wrapper.data.split import split_examples as split_examples
-from dpo_wrapper.data.tokenizers import ByteTokenizer as ByteTokenizer
-from dpo_wrapper.data.tokenizers import HuggingFaceTokenizer as HuggingFaceTokenizer
-from dpo_wrapper.data.tokenizers import Tokenizer as Tokenizer
-from dpo_wrapper.data.tokenizers import load_tokenizer as load_tokenizer
+from dpo_wrapper.data.chat import Message
+from dpo_wrapper.data.collate import (
+    COLLATE_FNS,
+    PreferenceCollator,
+    add_kl_completions,
+    collate_ranked,
+    collate_sft,
+    group_by_tokens,
+    scored_sequences,
+)
+from dpo_wrapper.data.convert import check_ranking, convert_examples
+from dpo_wrapper.data.dataset import PreferenceDataset
+from dpo_wrapper.data.encode import tokenize_examples
+from dpo_wrapper.data.errors import ExampleError
+from dpo_wrapper.data.examples import Example, Fields, TokenizedExample, TokenizedExamples
+from dpo_wrapper.data.normalize import to_example
+from dpo_wrapper.data.readers import read_examples
+from dpo_wrapper.data.split import split_examples
+from dpo_wrapper.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
+
+__all__ = [
+    "COLLATE_FNS", "ByteTokenizer", "Example", "ExampleError", "Fields", "HuggingFaceTokenizer", "Message",
+    "PreferenceCollator", "PreferenceDataset", "TokenizedExample", "TokenizedExamples", "Tokenizer",
+    "add_kl_completions", "check_ranking", "collate_ranked", "collate_sft", "convert_examples",
+    "group_by_tokens", "load_tokenizer", "read_examples", "scored_sequences", "split_examples", "to_example",
+    "tokenize_examples",
+]  # fmt: skip

@@ -1,6 +1,6 @@
 """Tokenized examples, or items of a dataset -> batches, which no other file of `data` imports."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from operator import eq
@@ -18,17 +18,17 @@ from dpo_wrapper.batches import (
     UnpairedBatch,
     kl_partner_indices,
 )
-from dpo_wrapper.data.dataset import PreferenceItemWithColumns
 from dpo_wrapper.data.examples import DatasetType, TokenizedExample
 
 Examples = Sequence[TokenizedExample]
 
+ITEM_KEYS = ("preferred_seq", "unpreferred_seq", "prompt_mask")
+
 
 def group_by_tokens(examples: Examples, max_tokens: int) -> list[list[int]]:
-    """Indices of examples, in groups of at most `max_tokens` unique tokens, or of one example.
+    """Indices in groups of at most `max_tokens` unique tokens or of one example.
 
-    Examples are taken in the order of their prompts, so that those with long common prefixes, whose tokens
-    count once, come together.
+    Examples come in the order of their prompts: those with long common prefixes, which count once, together.
     """
     groups: list[list[int]] = []
     free = 0
@@ -49,8 +49,7 @@ def group_by_tokens(examples: Examples, max_tokens: int) -> list[list[int]]:
 def add_kl_completions(examples: Examples, max_length: int, seed: int = 0) -> list[TokenizedExample]:
     """Give each labelled example the completion of another prompt, by which `KTO` estimates its KL.
 
-    Completions are drawn by the seed from the labelled examples, and cut so that the prompt with the KL
-    completion has at most `max_length` tokens.
+    Prompt and KL completion have at most `max_length` tokens together.
     """
     completed = list(examples)
     labelled = [k for k, example in enumerate(examples) if example.label is not None]
@@ -145,7 +144,7 @@ class PreferenceCollator:
         padding_side: where the batch has its padding.
 
     Raises:
-        ValueError: there is no item, an item is not three tensors of one length, or it begins with `pad_id`:
+        ValueError: there is no item, the tensors of one differ in length, or a sequence begins with `pad_id`:
             items are padded on the right.
     """
 
@@ -157,18 +156,18 @@ class PreferenceCollator:
             problem = f"padding_side should be 'right' or 'left', but it is {self.padding_side!r}"
             raise ValueError(f"{problem}: choose one.")
 
-    def __call__(self, items: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    def __call__(self, items: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
         if not items:
-            problem = "there should be at least one item, but there is none"
-            raise ValueError(f"{problem}: collate a batch that has some.")
-        columns = _stack_columns(items)
-        items = [item[:3] if isinstance(item, PreferenceItemWithColumns) else item for item in items]
+            raise ValueError("there should be at least one item, but there is none: leave the batch out.")
         for number, item in enumerate(items):
             _check_item(item, number)
-        preferred = self._pad([(chosen, mask) for chosen, _, mask in items])
-        unpreferred = self._pad([(rejected, mask) for _, rejected, mask in items])
+        preferred, unpreferred = (
+            self._pad([(item[name], item["prompt_mask"]) for item in items]) for name in ITEM_KEYS[:2]
+        )
         seqs, prompt_masks, seq_masks = zip(preferred, unpreferred, strict=True)
         sides = {"preferred_seq": seqs[0], "unpreferred_seq": seqs[1]}
+        names = [name for name in ("pair_weights", "margins") if name in items[0]]
+        columns = {name: torch.stack([item[name] for item in items]) for name in names}
         return {**sides, "prompt_mask": prompt_masks, "seq_mask": seq_masks, **columns}
 
     def _pad(self, sides: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,23 +189,16 @@ class PreferenceCollator:
         return int(real[-1]) + 1 if len(real) else 0
 
 
-def _check_item(item: Sequence[Any], number: int) -> None:
-    is_item = len(item) == 3 and all(isinstance(part, Tensor) and part.dim() == 1 for part in item)
-    if is_item:
-        is_bool = [part.dtype == torch.bool for part in item]
-        is_item = is_bool == [False, False, True] and len({len(part) for part in item}) == 1
-    if not is_item or any(part.is_floating_point() for part in item):
-        parts = [f"{tuple(t.shape)} {t.dtype}" if isinstance(t, Tensor) else type(t).__name__ for t in item]
+def _check_item(item: Any, number: int) -> None:
+    parts = [item.get(name) for name in ITEM_KEYS] if isinstance(item, Mapping) else [item]
+    is_item = (
+        all(isinstance(part, Tensor) and part.dim() == 1 and not part.is_floating_point() for part in parts)
+        and [part.dtype == torch.bool for part in parts] == [False, False, True]
+        and len({len(part) for part in parts}) == 1
+    )
+    if not is_item:
+        kinds = [f"{tuple(t.shape)} {t.dtype}" if isinstance(t, Tensor) else type(t).__name__ for t in parts]
         raise ValueError(
-            f"item {number} should be (preferred_seq, unpreferred_seq, prompt_mask) of one length, integers, "
-            f"integers and bool, but it is {', '.join(parts)}: collate the items of a PreferenceDataset."
+            f"item {number} should have {', '.join(ITEM_KEYS)} of one length, integers, integers and bool, "
+            f"but it has {', '.join(kinds)}: collate the items of a PreferenceDataset."
         )
-
-
-def _stack_columns(items: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
-    """Weights and margins, if the items have them; all items of a dataset have the same columns."""
-    if not all(isinstance(item, PreferenceItemWithColumns) for item in items):
-        return {}
-    columns = {"pair_weights": [item[3] for item in items], "margins": [item[4] for item in items]}
-    columns = {name: values for name, values in columns.items() if all(value is not None for value in values)}
-    return {name: torch.stack(values) for name, values in columns.items()}

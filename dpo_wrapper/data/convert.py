@@ -41,7 +41,7 @@ def convert_examples(
 
 
 def check_ranking(ranking: Ranking | None, dataset_type: DatasetType, examples: Iterable[Example]) -> None:
-    """Refuse a ranking where it has no effect, because no ranked list becomes pairs: ValueError."""
+    """Refuse a ranking that has no effect."""
     reason = None
     if dataset_type != "preference":
         reason = f"the loss takes {dataset_type} data"
@@ -63,7 +63,7 @@ def _convert(example: Example, dataset_type: DatasetType, ranking: Ranking) -> l
         if count != 2:
             problem = f"a row should have one completion with a label, but it has a ranked list of {count}"
             raise ExampleError(f"{problem}: give each a label, or take a loss of lists or pairs.")
-        sides = ((example.chosen, True), (example.rejected, False))
+        sides = zip(example.completions, (True, False), strict=True)
         return [replace(example, completions=(text,), label=label) for text, label in sides]
     if example.label is not None:
         need = "two completions to compare" if dataset_type == "preference" else "completions to rank"

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,40 +10,22 @@ from torch.utils.data import Dataset
 
 from dpo_wrapper.data.convert import convert_examples
 from dpo_wrapper.data.encode import tokenize_examples
-from dpo_wrapper.data.errors import ExampleError, OnError, collect_errors
+from dpo_wrapper.data.errors import OnError, collect_errors
 from dpo_wrapper.data.examples import DEFAULT_FIELDS, Fields, TokenizedExample, TokenizedExamples
 from dpo_wrapper.data.readers import PathLike, read_examples
-from dpo_wrapper.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
+from dpo_wrapper.data.tokenizers import Tokenizer, load_tokenizer
 
 
-class PreferenceItem(NamedTuple):
-    """One pair: two sides of Int[n], padded on the right, and Bool[n], True on the tokens of the prompt."""
+class PreferenceDataset(Dataset[dict[str, Tensor]]):
+    """Pairs as dicts of tensors, named like the arguments of `DPO.forward`.
 
-    preferred_seq: Tensor
-    unpreferred_seq: Tensor
-    prompt_mask: Tensor
+        preferred_seq: Int[n], unpreferred_seq: Int[n], prompt_mask: Bool[n], True on the prompt's tokens,
+    and, if any pair has them, pair_weights: Float[] (1 where a pair has none), margins: Float[] (0 there).
 
-
-class PreferenceItemWithColumns(NamedTuple):
-    """A pair of a data set with weights (1 where a pair has none) or margins (0 there), each a Float[].
-
-    A column that no pair has is None.
-    """
-
-    preferred_seq: Tensor
-    unpreferred_seq: Tensor
-    prompt_mask: Tensor
-    pair_weight: Tensor | None
-    margin: Tensor | None
-
-
-class PreferenceDataset(Dataset[PreferenceItem | PreferenceItemWithColumns]):
-    """Pairs as `PreferenceItem`s: int64 ids of one width, that of the longer side or `pad_to`.
-
-    The right is filled with `pad_id`, which may be -100 or another id that is no token. A side that begins or
-    ends with `pad_id` as a token is refused, so that a trailing run of `pad_id` is padding, all of it. With
-    `pad_to` every item has the same width, and torch's default collate makes batches of them. If any pair has
-    a weight or a margin, the items are `PreferenceItemWithColumns`.
+    The width `n` is that of the longer side or `pad_to`. The right is filled with `pad_id`, which may be -100
+    or another id that is no token. A side that begins or ends with `pad_id` as a token is refused, so that a
+    trailing run of `pad_id` is padding, all of it. With `pad_to` every item has the same width, and torch's
+    default collate makes batches of them.
 
     Args:
         examples: of two completions each, the better first.
@@ -63,7 +44,8 @@ class PreferenceDataset(Dataset[PreferenceItem | PreferenceItemWithColumns]):
         self, examples: Sequence[TokenizedExample], pad_id: int, *, pad_to: int | None = None
     ) -> None:
         for example in examples:
-            _check_pair(example, pad_id)
+            with collect_errors([], "raise", example.source):
+                _check_pair(example, pad_id)
         longest = max(map(_width, examples), default=0)
         if pad_to is not None and pad_to < longest:
             problem = f"pad_to should be at least the longest side, {longest}, but it is {pad_to}"
@@ -101,7 +83,7 @@ class PreferenceDataset(Dataset[PreferenceItem | PreferenceItemWithColumns]):
                 `pad_id` that is EOS or BOS; no pair is left.
         """
         if tokenizer is None or isinstance(tokenizer, (str, Path)):
-            tokenizer = ByteTokenizer() if tokenizer is None else load_tokenizer(tokenizer)
+            tokenizer = load_tokenizer(tokenizer or "bytes")
         pad_id = tokenizer.pad_id if pad_id is None else pad_id
         if pad_id in (tokenizer.eos_id, tokenizer.bos_id):
             problem = f"pad_id should be neither EOS nor BOS, but it is {pad_id}, which hides real tokens"
@@ -112,7 +94,7 @@ class PreferenceDataset(Dataset[PreferenceItem | PreferenceItemWithColumns]):
         errors += conversion_errors + tokenized.errors
         pairs = []
         for pair in tokenized.examples:
-            with collect_errors(errors, on_error):
+            with collect_errors(errors, on_error, pair.source):
                 _check_pair(pair, pad_id)
                 pairs.append(pair)
         tokenized = replace(tokenized, examples=pairs, errors=errors)
@@ -127,19 +109,20 @@ class PreferenceDataset(Dataset[PreferenceItem | PreferenceItemWithColumns]):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> PreferenceItem | PreferenceItemWithColumns:
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
         example = self.examples[index]
         width = _width(example) if self.pad_to is None else self.pad_to
         sides = torch.full((2, width), self.pad_id, dtype=torch.long)
         for side, completion in zip(sides, example.completions, strict=True):
             ids = example.prompt + completion
             side[: len(ids)] = torch.tensor(ids)
-        item = PreferenceItem(sides[0], sides[1], torch.arange(width) < len(example.prompt))
-        if not (self.has_weights or self.has_margins):
-            return item
-        weight = torch.tensor(1.0 if example.weight is None else example.weight) if self.has_weights else None
-        margin = torch.tensor(example.margin or 0.0) if self.has_margins else None
-        return PreferenceItemWithColumns(*item, weight, margin)
+        prompt_mask = torch.arange(width) < len(example.prompt)
+        item = {"preferred_seq": sides[0], "unpreferred_seq": sides[1], "prompt_mask": prompt_mask}
+        if self.has_weights:
+            item["pair_weights"] = torch.tensor(1.0 if example.weight is None else example.weight)
+        if self.has_margins:
+            item["margins"] = torch.tensor(example.margin or 0.0)
+        return item
 
 
 def _width(example: TokenizedExample) -> int:
@@ -147,20 +130,14 @@ def _width(example: TokenizedExample) -> int:
 
 
 def _check_pair(example: TokenizedExample, pad_id: int) -> None:
-    """Raise ExampleError if an example cannot be an item."""
     if len(example.completions) != 2:
         problem = f"an example should be a pair, but it has {len(example.completions)} completion(s)"
-        remedy = "convert the examples with convert_examples(examples, 'preference')"
-        raise ExampleError(f"{problem}: {remedy}.", source=example.source)
+        raise ValueError(f"{problem}: convert the examples with convert_examples(examples, 'preference').")
     for name, completion in (("chosen", example.chosen), ("rejected", example.rejected)):
         ids = example.prompt + completion
         if not ids:
-            problem = f"the {name} sequence should have at least one token, but it has none"
-            raise ExampleError(f"{problem}: leave the row out.", source=example.source)
+            raise ValueError(f"the {name} sequence should have tokens, but it has none: leave the row out.")
         if pad_id in (ids[0], ids[-1]):
             end = "begin" if ids[0] == pad_id else "end"
-            problem = (
-                f"the {name} sequence should not {end} with the pad_id {pad_id}, but it is a token there"
-            )
-            remedy = "choose a pad_id that is no token, such as -100"
-            raise ExampleError(f"{problem}: {remedy}.", source=example.source)
+            problem = f"the {name} sequence should not {end} with pad_id {pad_id}, but it is a token there"
+            raise ValueError(f"{problem}: choose a pad_id that is no token, such as -100.")

@@ -6,22 +6,6 @@ from dpo_wrapper.data.errors import ExampleError, OnError, check_on_error, colle
 from dpo_wrapper.data.examples import Example, TokenizedExample, TokenizedExamples
 from dpo_wrapper.data.tokenizers import Tokenizer
 
-MIN_LENGTH = 8
-
-
-def tokenize_example(example: Example, tokenizer: Tokenizer, max_length: int) -> TokenizedExample:
-    """Tokenize an example, so that the prompt with each completion has at most `max_length` tokens.
-
-    A prompt that is too long loses tokens from its front first (BOS stays), down to a quarter of
-    `max_length`, alike for all completions; then completions lose their ends. A completion that is cut has no
-    EOS: it did not end there.
-
-    Raises:
-        ValueError: `max_length` is below 8, or the tokenizer refuses the text.
-    """
-    _check_max_length(max_length)
-    return _tokenize(example, tokenizer, max_length)[0]
-
 
 def tokenize_examples(
     examples: Iterable[Example], tokenizer: Tokenizer, max_length: int, *, on_error: OnError = "raise"
@@ -29,18 +13,25 @@ def tokenize_examples(
     """Tokenize examples, leave out those that teach nothing, and count what happened.
 
     Args:
-        examples, tokenizer, max_length: see `tokenize_example`.
+        examples: pairs, ranked lists and completions with a label.
+        tokenizer: such as `ByteTokenizer()`.
+        max_length: number of tokens that a prompt with one completion may have, at least 8.
         on_error: 'raise' raises the tokenizer's first error as an `ExampleError`, which names the example's
             place; 'skip' leaves such examples out and keeps their errors.
+
+    Raises:
+        ValueError: `max_length` is below 8, or the tokenizer refuses a text.
     """
-    _check_max_length(max_length)
+    if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 8:
+        problem = f"max_length should be an integer of at least 8, but it is {max_length!r}"
+        raise ValueError(f"{problem}: choose how many tokens prompt and completion may have together.")
     check_on_error(on_error)
     kept: list[TokenizedExample] = []
     errors: list[ExampleError] = []
     num_identical = num_unscored = num_shortened = num_truncated = 0
     for example in examples:
         with collect_errors(errors, on_error, example.source):
-            tokenized, is_shortened, truncated = _tokenize(example, tokenizer, max_length)
+            tokenized, is_shortened, truncated = tokenize_example(example, tokenizer, max_length)
             completions = tokenized.completions
             # The first token of a sequence is never scored.
             num_scored = sum(len(completion) > (0 if tokenized.prompt else 1) for completion in completions)
@@ -55,12 +46,18 @@ def tokenize_examples(
     return TokenizedExamples(kept, num_identical, num_unscored, num_shortened, num_truncated, errors)
 
 
-def _tokenize(example: Example, tokenizer: Tokenizer, max_length: int) -> tuple[TokenizedExample, bool, int]:
-    """The tokenized example, whether its prompt was shortened, and how many completions were truncated."""
+def tokenize_example(
+    example: Example, tokenizer: Tokenizer, max_length: int
+) -> tuple[TokenizedExample, bool, int]:
+    """The tokenized example, whether its prompt was shortened, and how many completions were truncated.
+
+    A prompt that is too long loses tokens from its front first (BOS stays), down to a quarter of
+    `max_length`, alike for all completions; then completions lose their ends. A completion that is cut has no
+    EOS: it did not end there.
+    """
     prompt = tokenizer.prompt_ids(example.prompt)
     completions = [tokenizer.completion_ids(example.prompt, text) for text in example.completions]
     free = max_length - max(map(len, completions))
-    # Never above the prompt's own length; and a long completion may not push the prompt out altogether.
     prompt_length = min(len(prompt), max(free, max_length // 4))
     last_tokens = prompt[-prompt_length:]
     if prompt and prompt[0] == tokenizer.bos_id:
@@ -69,9 +66,3 @@ def _tokenize(example: Example, tokenizer: Tokenizer, max_length: int) -> tuple[
     columns = (example.label, example.weight, example.margin, example.source)
     truncated = sum(len(ids) > max_length - prompt_length for ids in completions)
     return TokenizedExample(tuple(last_tokens), cut, *columns), prompt_length < len(prompt), truncated
-
-
-def _check_max_length(max_length: int) -> None:
-    if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < MIN_LENGTH:
-        problem = f"max_length should be an integer of at least {MIN_LENGTH}, but it is {max_length!r}"
-        raise ValueError(f"{problem}: choose how many tokens prompt and completion may have together.")

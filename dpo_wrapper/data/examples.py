@@ -66,14 +66,6 @@ class Example:
     split: str | None = None
     source: str = ""
 
-    @property
-    def chosen(self) -> str:
-        return self.completions[0]
-
-    @property
-    def rejected(self) -> str:
-        return self.completions[1]
-
 
 @dataclass(frozen=True)
 class TokenizedExample:
@@ -121,8 +113,6 @@ class TokenizedExamples:
     Attributes:
         num_identical: examples left out because all completions are the same tokens.
         num_unscored: examples left out because a completion has no scored token; a list needs two that have.
-        num_shortened_prompts: prompts that lost their beginning.
-        num_truncated_completions: completions that lost their end.
         errors: of the examples that were skipped.
     """
 

@@ -17,13 +17,12 @@ from dpo_wrapper.data import (
     PreferenceCollator,
     PreferenceDataset,
     TokenizedExample,
-    collate_preference,
     collate_ranked,
     collate_sft,
-    collate_unpaired,
     group_by_tokens,
     scored_sequences,
 )
+from dpo_wrapper.data.collate import collate_preference, collate_unpaired
 from helpers import tokenizers as tiny
 from helpers.datasets import write_json_lines
 
@@ -63,7 +62,7 @@ def test_stripping_and_padding_give_back_the_tokens(
     dataset = PreferenceDataset(pairs, pad_id, pad_to=pad_to)
     items = list(dataset)
     assert len(dataset) == len(items) == len(pairs)
-    assert all(len({len(part) for part in item}) == 1 for item in items)
+    assert all(len({len(part) for part in item.values()}) == 1 for item in items)
     batch = PreferenceCollator(pad_id, padding_side=side)(items)
     for name, index, which in (("preferred_seq", 0, "chosen"), ("unpreferred_seq", 1, "rejected")):
         seqs, real, prompt = batch[name], batch["seq_mask"][index], batch["prompt_mask"][index]
@@ -80,10 +79,14 @@ def test_stripping_and_padding_give_back_the_tokens(
         assert (steps <= 0).all() if side == "right" else (steps >= 0).all()
 
 
-def test_loader_with_collator_and_plain_tuples() -> None:
-    loader = DataLoader(PreferenceDataset(PAIRS, 0), batch_size=2, collate_fn=PreferenceCollator(0))  # type: ignore[arg-type]
-    (batch,) = loader
-    plain = PreferenceCollator(0)([tuple(item) for item in PreferenceDataset(PAIRS, 0)])  # type: ignore[attr-defined]
+def item(preferred: Any, unpreferred: Any, prompt_mask: Any) -> dict[str, Any]:
+    return {"preferred_seq": preferred, "unpreferred_seq": unpreferred, "prompt_mask": prompt_mask}
+
+
+def test_loader_with_collator() -> None:
+    dataset = PreferenceDataset(PAIRS, 0)
+    (batch,) = DataLoader(dataset, batch_size=2, collate_fn=PreferenceCollator(0))
+    plain = PreferenceCollator(0)(list(dataset))
     assert torch.equal(batch["preferred_seq"], plain["preferred_seq"])
     assert torch.equal(batch["seq_mask"][1], plain["seq_mask"][1])
 
@@ -91,7 +94,7 @@ def test_loader_with_collator_and_plain_tuples() -> None:
 @pytest.mark.pitfall(7)
 def test_a_side_of_padding_alone_has_no_token() -> None:
     nothing, something = torch.full((2,), -100), torch.tensor([1, 2])
-    batch = PreferenceCollator(-100)([(nothing, something, torch.tensor([True, False]))])
+    batch = PreferenceCollator(-100)([item(nothing, something, torch.tensor([True, False]))])
     assert batch["preferred_seq"].tolist() == [[0]] and not batch["seq_mask"][0].any()
     assert not batch["prompt_mask"][0].any()
 
@@ -120,30 +123,34 @@ def test_a_pad_inside_a_side_is_a_token() -> None:
 @pytest.mark.parametrize(
     ("items", "message"),
     [
-        ([], "there should be at least one item, but there is none: collate a batch that has some"),
+        ([], "there should be at least one item, but there is none: leave the batch out"),
         (
-            [(torch.tensor([1, 2]), torch.tensor([1]), torch.tensor([True]))],
-            r"of one length.*but it is \(2,\) torch.int64",
+            [item(torch.tensor([1, 2]), torch.tensor([1]), torch.tensor([True]))],
+            r"of one length.*but it has \(2,\) torch.int64",
         ),
         (
-            [(torch.tensor([1]), torch.tensor([1]), torch.tensor([1]))],
-            "item 0 should be .* integers, integers and bool, but it is",
+            [item(torch.tensor([1]), torch.tensor([1]), torch.tensor([1]))],
+            "item 0 should have .* integers, integers and bool, but it has",
         ),
         (
-            [(torch.tensor([1.0]), torch.tensor([1]), torch.tensor([True]))],
+            [item(torch.tensor([1.0]), torch.tensor([1]), torch.tensor([True]))],
             "float32.*: collate the items of a",
         ),
         (
-            [(torch.tensor([[1]]), torch.tensor([[1]]), torch.tensor([[True]]))],
-            r"but it is \(1, 1\) torch.int64",
+            [item(torch.tensor([[1]]), torch.tensor([[1]]), torch.tensor([[True]]))],
+            r"but it has \(1, 1\) torch.int64",
         ),
         (
-            [(torch.tensor([1]), torch.tensor([1]))],
-            "should be .preferred_seq, unpreferred_seq, prompt_mask. of one length",
+            [(torch.tensor([1]), torch.tensor([1]), torch.tensor([True]))],
+            "should have preferred_seq, unpreferred_seq, prompt_mask of one length.* it has tuple: collate",
         ),
-        ([([1], [1], [True])], "item 0 should be .*, but it is list, list, list"),
         (
-            [(torch.tensor([9, 1]), torch.tensor([1, 2]), torch.tensor([True, False]))],
+            [{"preferred_seq": torch.tensor([1]), "prompt_mask": torch.tensor([True])}],
+            r"but it has \(1,\) torch.int64, NoneType, \(1,\) torch.bool: collate",
+        ),
+        ([item([1], [1], [True])], "item 0 should have .*, but it has list, list, list"),
+        (
+            [item(torch.tensor([9, 1]), torch.tensor([1, 2]), torch.tensor([True, False]))],
             "should begin with a token, but it begins with the pad_id 9: pad items on the right",
         ),
     ],

@@ -20,10 +20,10 @@ from dpo_wrapper.data import (
     convert_examples,
     read_examples,
     to_example,
-    tokenize_example,
     tokenize_examples,
 )
 from dpo_wrapper.losses import KTO, PlackettLuce, Sigmoid
+from helpers.datasets import tokenize_example
 from helpers.models import ZOO
 
 BYTES = ByteTokenizer()
@@ -139,7 +139,7 @@ def test_rows_of_every_kind_in_one_file(tmp_path: Path) -> None:
     examples, errors = read_examples(tmp_path / "rows.parquet")
     assert not errors
     pairs, errors = convert_examples(examples, "preference", on_error="skip")
-    assert [(x.prompt, x.chosen, x.rejected, x.weight, x.split) for x in pairs] == [
+    assert [(x.prompt, *x.completions, x.weight, x.split) for x in pairs] == [
         ("P", "A", "B", None, "test"),
         ("Q", "A", "B", 2.0, None),
         ("Q", "A", "C", 2.0, None),
@@ -149,7 +149,7 @@ def test_rows_of_every_kind_in_one_file(tmp_path: Path) -> None:
         errors[0]
     )
     best, _ = convert_examples(examples, "preference", "best", on_error="skip")
-    assert [x.rejected for x in best] == ["B", "B", "C"]
+    assert [x.completions[1] for x in best] == ["B", "B", "C"]
     ranked, _ = convert_examples(examples, "ranked", on_error="skip")
     assert [(x.completions, x.weight, x.split) for x in ranked] == [
         (("A", "B"), None, "test"),

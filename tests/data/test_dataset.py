@@ -6,12 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from dpo_wrapper.data import (
-    ByteTokenizer,
-    PreferenceDataset,
-    PreferenceItem,
-    TokenizedExample,
-)
+from dpo_wrapper.data import ByteTokenizer, PreferenceDataset, TokenizedExample
 from helpers.datasets import write_json_lines
 
 PAIRS = [TokenizedExample((1, 2), ((3, 4, 5), (6,))), TokenizedExample((7,), ((8,), (9, 8)))]
@@ -19,19 +14,19 @@ PAIRS = [TokenizedExample((1, 2), ((3, 4, 5), (6,))), TokenizedExample((7,), ((8
 
 def test_items_by_hand() -> None:
     items = list(PreferenceDataset(PAIRS, -100))
-    assert items[0].preferred_seq.tolist() == [1, 2, 3, 4, 5]
-    assert items[0].unpreferred_seq.tolist() == [1, 2, 6, -100, -100]
-    assert items[0].prompt_mask.tolist() == [True, True, False, False, False]
-    assert items[1].preferred_seq.tolist() == [7, 8, -100]
-    assert isinstance(items[0], PreferenceItem)
-    assert [part.dtype for part in items[0]] == [torch.long, torch.long, torch.bool]
+    assert items[0]["preferred_seq"].tolist() == [1, 2, 3, 4, 5]
+    assert items[0]["unpreferred_seq"].tolist() == [1, 2, 6, -100, -100]
+    assert items[0]["prompt_mask"].tolist() == [True, True, False, False, False]
+    assert items[1]["preferred_seq"].tolist() == [7, 8, -100]
+    assert list(items[0]) == ["preferred_seq", "unpreferred_seq", "prompt_mask"]
+    assert [part.dtype for part in items[0].values()] == [torch.long, torch.long, torch.bool]
 
 
 def test_one_width_for_the_default_collate() -> None:
     dataset = PreferenceDataset(PAIRS, 0, pad_to=6)
     batch = next(iter(DataLoader(dataset, batch_size=2)))
-    assert isinstance(batch, PreferenceItem)
-    assert [tuple(part.shape) for part in batch] == [(2, 6)] * 3
+    assert list(batch) == ["preferred_seq", "unpreferred_seq", "prompt_mask"]
+    assert [tuple(part.shape) for part in batch.values()] == [(2, 6)] * 3
     with pytest.raises(
         ValueError, match="pad_to should be at least the longest side, 5, but it is 4: raise pad_to"
     ):
@@ -45,10 +40,10 @@ def test_one_width_for_the_default_collate() -> None:
             TokenizedExample((0, 1), ((2,), (3,)), source="a, line 1"),
             "^a, line 1: the chosen sequence should not begin",
         ),
-        (TokenizedExample((), ((2,), (0, 3))), "^the rejected sequence should not begin with the pad_id 0"),
+        (TokenizedExample((), ((2,), (0, 3))), "^the rejected sequence should not begin with pad_id 0"),
         (
             TokenizedExample((1,), ((2, 0), (3,))),
-            "the chosen sequence should not end with the pad_id 0, but it is a token there",
+            "the chosen sequence should not end with pad_id 0, but it is a token there",
         ),
         (
             TokenizedExample((1,), ((2,), (0,))),
@@ -56,7 +51,7 @@ def test_one_width_for_the_default_collate() -> None:
         ),
         (
             TokenizedExample((), ((), (3,))),
-            "the chosen sequence should have at least one token, but it has none: leave the row out",
+            "the chosen sequence should have tokens, but it has none: leave the row out",
         ),
         (
             TokenizedExample((1,), ((2,), (3,), (4,))),
@@ -80,7 +75,7 @@ def test_from_file(tmp_path: Path) -> None:
         PreferenceDataset.from_file(path)
     dataset = PreferenceDataset.from_file(path, "bytes", on_error="skip", pad_to=8)
     assert len(dataset) == 1 and dataset.pad_id == ByteTokenizer().pad_id
-    assert dataset[0].preferred_seq.tolist() == [256, 81, 65, 257, 258, 258, 258, 258]
+    assert dataset[0]["preferred_seq"].tolist() == [256, 81, 65, 257, 258, 258, 258, 258]
     assert dataset.tokenized_examples is not None and dataset.tokenized_examples.num_identical == 1
     assert dataset.tokenized_examples.summary() == (
         "Left out of 3 examples: 1 with an error, 1 with the same tokens in every completion."

@@ -17,9 +17,9 @@ from dpo_wrapper.data import (
     HuggingFaceTokenizer,
     Message,
     load_tokenizer,
-    tokenize_example,
 )
 from helpers import tokenizers as tiny
+from helpers.datasets import tokenize_example
 
 Load = Callable[..., HuggingFaceTokenizer]
 

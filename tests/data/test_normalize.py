@@ -253,5 +253,5 @@ def test_anything_is_an_example_or_an_example_error(record: Any) -> None:
 def test_a_speaker_who_goes_on_has_one_turn() -> None:
     text = "\n\nHuman: Q\n\nAssistant: A\n\nHuman: R\n\nAssistant:"
     example = to_example({"chosen": f"{text} B\n\nAssistant: C", "rejected": f"{text} D"}, Fields(), "")
-    assert (example.chosen, example.rejected) == ("B\n\nC", "D")
+    assert example.completions == ("B\n\nC", "D")
     assert [turn.content for turn in example.prompt] == ["Q", "A", "R"]

@@ -53,34 +53,48 @@ def share(text: str) -> dict[str, str]:
 
 
 FORMS: dict[str, tuple[Any, Callable[[Example], dict[str, Any]]]] = {
-    "plain": (_plain_pairs, lambda r: {"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected}),
-    "text": (_plain_pairs, lambda r: {"text": r.prompt, "chosen": r.chosen, "rejected": r.rejected, "id": 1}),
+    "plain": (
+        _plain_pairs,
+        lambda r: {"prompt": r.prompt, "chosen": r.completions[0], "rejected": r.completions[1]},
+    ),
+    "text": (
+        _plain_pairs,
+        lambda r: {"text": r.prompt, "chosen": r.completions[0], "rejected": r.completions[1], "id": 1},
+    ),
     "messages": (
         _dialogue_pairs,
-        lambda r: {"prompt": as_messages(r), "chosen": [answer(r.chosen)], "rejected": [answer(r.rejected)]},
+        lambda r: {
+            "prompt": as_messages(r),
+            "chosen": [answer(r.completions[0])],
+            "rejected": [answer(r.completions[1])],
+        },
     ),
     "implicit": (
         _dialogue_pairs,
         lambda r: {
-            "chosen": [*as_messages(r), answer(r.chosen)],
-            "rejected": [*as_messages(r), answer(r.rejected)],
+            "chosen": [*as_messages(r), answer(r.completions[0])],
+            "rejected": [*as_messages(r), answer(r.completions[1])],
         },
     ),
     "repeated": (
         _dialogue_pairs,
         lambda r: {
             "messages": as_messages(r),
-            "chosen": [*as_messages(r), answer(r.chosen)],
-            "rejected": [*as_messages(r), answer(r.rejected)],
+            "chosen": [*as_messages(r), answer(r.completions[0])],
+            "rejected": [*as_messages(r), answer(r.completions[1])],
         },
     ),
     "mixed": (
         _dialogue_pairs,
-        lambda r: {"prompt": as_messages(r), "chosen": r.chosen, "rejected": r.rejected},
+        lambda r: {"prompt": as_messages(r), "chosen": r.completions[0], "rejected": r.completions[1]},
     ),
     "sharegpt": (
         _dialogue_pairs,
-        lambda r: {"conversations": as_shares(r), "chosen": share(r.chosen), "rejected": share(r.rejected)},
+        lambda r: {
+            "conversations": as_shares(r),
+            "chosen": share(r.completions[0]),
+            "rejected": share(r.completions[1]),
+        },
     ),
     "ranked": (_plain_lists, lambda r: {"prompt": r.prompt, "completions": list(r.completions)}),
     "ranked messages": (
@@ -176,7 +190,7 @@ def test_line_separators_inside_strings_end_no_line(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(
         json.dumps({**GOOD, "chosen": odd}, ensure_ascii=False), encoding="utf-8"
     )
-    assert read_examples(tmp_path / "a.jsonl")[0][0].chosen == odd
+    assert read_examples(tmp_path / "a.jsonl")[0][0].completions[0] == odd
 
 
 def test_gz_ending_without_gzip_inside(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dpo_wrapper.data import PreferenceDataset, TokenizedExample
+from dpo_wrapper.data import Example, PreferenceDataset, TokenizedExample, Tokenizer, encode
 
 
 def pairs(count: int = 7, seed: int = 0) -> list[TokenizedExample]:
@@ -23,6 +23,10 @@ def pairs(count: int = 7, seed: int = 0) -> list[TokenizedExample]:
 
 def dataset(examples: list[TokenizedExample] | None = None) -> PreferenceDataset:
     return PreferenceDataset(pairs() if examples is None else examples, -100)
+
+
+def tokenize_example(example: Example, tokenizer: Tokenizer, max_length: int) -> TokenizedExample:
+    return encode.tokenize_example(example, tokenizer, max_length)[0]
 
 
 def write_json_lines(path: Path, records: Iterable[dict[str, Any]]) -> Path:
