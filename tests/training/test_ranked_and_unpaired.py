@@ -236,6 +236,7 @@ def test_rows_that_do_not_fit_get_one_sentence(tmp_path, capsys, loss, rows, opt
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_undesirable_rows_are_left_out_of_supervised_training(tmp_path):
     rows = [
         {"prompt": f"{k}?", "completion": "yes" if k % 2 else "no", "label": k % 2 == 1} for k in range(8)
