@@ -109,8 +109,7 @@ def build_reference(
         return NoReference()
 
     def scorer(model: nn.Module) -> Scorer:
-        share_prefix = policy_scorer.share_prefix
-        return Scorer(model, policy_scorer.impl, policy_scorer=policy_scorer, share_prefix=share_prefix)
+        return Scorer(model, policy_scorer.impl, policy_scorer.share_prefix, policy_scorer)
 
     reference: ModelReference
     if kind == "adapter":
