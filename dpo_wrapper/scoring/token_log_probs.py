@@ -82,8 +82,8 @@ def _gather(
             result = gather_log_probs(forward(False).flatten(0, 1), rows, targets, extras)
             return result if extras else (result, {})
         hidden = forward(True).flatten(0, 1).index_select(0, rows)
-    arguments = {"impl": options.impl, "extras": extras, "fused_loss": fused_loss, **head.options}
-    result = token_log_probs(hidden, head.weight, targets, **arguments)
+    arguments = {"impl": options.impl, "extras": extras, "fused_loss": fused_loss, **vars(head)}
+    result = token_log_probs(hidden, targets=targets, **arguments)
     return result if extras else (result, {})
 
 
