@@ -70,8 +70,8 @@ def compute_log_probs(
         else:
             output = output.index_select(0, rows)
     if head is not None:
-        arguments = {"impl": probe.impl, "extras": extras, "fused_loss": fused_loss, **head.options}
-        result = token_log_probs(output, head.weight, targets, **arguments)
+        arguments = {"impl": probe.impl, "extras": extras, "fused_loss": fused_loss, **vars(head)}
+        result = token_log_probs(output, targets=targets, **arguments)
     tokens, values = result if extras else (result, {})
     if tree is not None:
         tokens = tokens.index_select(0, tree.entry)
