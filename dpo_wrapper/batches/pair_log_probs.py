@@ -9,7 +9,7 @@ from dpo_wrapper.batches.sequences import ScoredSequences, SequenceLogProbs
 
 def discounted_sums(
     sequences: ScoredSequences, pair_index: Int[Tensor, "p 2"], tokens: Float[Tensor, "t"], alpha: float
-) -> list[Float[Tensor, "p"]]:
+) -> tuple[Float[Tensor, "p"], Float[Tensor, "p"]]:
     """The sums of chosen and of rejected, in which tokens beyond the shorter completion count by `alpha`.
 
     A side's sum is its first `min(n_w, n_l)` log-probs plus `alpha` times the others: LD-DPO, Liu 2024 (arXiv
@@ -22,7 +22,8 @@ def discounted_sums(
     shorter = sequences.length[pair_index].amin(dim=-1, keepdim=True)
     is_shared = torch.arange(width, device=tokens.device) < shorter
     weights = torch.where(is_shared, 1.0, alpha).to(tokens.dtype)
-    return [(table[side] * weights).sum(dim=-1) for side in pair_index.unbind(dim=-1)]
+    chosen, rejected = ((table[side] * weights).sum(dim=-1) for side in pair_index.unbind(dim=-1))
+    return chosen, rejected
 
 
 @torch.no_grad()

@@ -121,9 +121,9 @@ class PreferenceBatch(Batch):
         else:
             mean_length = lengths[chosen].to(dtype).sum() / max(1, len(chosen))
 
-        def sides(log_probs: SequenceLogProbs) -> list[Tensor]:
+        def sides(log_probs: SequenceLogProbs) -> tuple[Tensor, Tensor]:
             if self.ld_alpha == 1:
-                return [log_probs.sums[chosen].to(dtype), log_probs.sums[rejected].to(dtype)]
+                return log_probs.sums[chosen].to(dtype), log_probs.sums[rejected].to(dtype)
             assert log_probs.tokens is not None
             tokens = log_probs.tokens.to(dtype)
             return discounted_sums(self.sequences, self.pair_index[valid], tokens, self.ld_alpha)

@@ -55,10 +55,10 @@ class Scorer:
         self, sequences: ScoredSequences, extras: Sequence[str] = (), fused_loss: FusedLoss | None = None
     ) -> SequenceLogProbs:
         """Log-probs of the sequences, after `check`; arguments as in `compute_log_probs`."""
-        forward = self.check(sequences).forward
+        probe = self.check(sequences)
         if torch.is_grad_enabled():
             torch.clear_autocast_cache()  # before 2.11, torch uses casts made without gradients again
-        return compute_log_probs(self.language_model, sequences, forward, extras, fused_loss)
+        return compute_log_probs(self.language_model, sequences, probe, extras, fused_loss)
 
     def check(self, sequences: ScoredSequences) -> Probe:
         """Probe the model where needed, and raise what can be said before it runs on these sequences."""
