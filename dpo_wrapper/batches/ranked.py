@@ -45,7 +45,7 @@ class RankedBatch(Batch):
         if len(prompts) != len(completions):
             counts = f"{len(completions)} lists for {len(prompts)} prompts"
             raise ValueError(
-                f"each prompt should have a list of completions, but there are {counts}: add one."
+                f"there should be a list of completions for each prompt, but there are {counts}: add one."
             )
         sequences = ScoredSequences.from_lists(
             [prompt for prompt, ranked in zip(prompts, completions, strict=True) for _ in ranked],

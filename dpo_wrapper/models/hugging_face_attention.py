@@ -38,7 +38,7 @@ def attend_over_tree(model: nn.Module) -> Iterator[None]:
     key = "_attn_implementation_internal"
     with patch_lock, ExitStack() as stack:
         is_rerun = any(map(uses_checkpointing, model.modules()))
-        configs: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
+        configs: list[Any] = [m.config for m in model.modules() if hasattr(m, "config")]
         for config in configs:
             attention_name = config._attn_implementation or "eager"
             if not attention_name.startswith(_PREFIX):
