@@ -14,14 +14,10 @@ Log-probs and rewards are in nats and are means over the valid pairs (lists, row
     tokens/unique           real tokens, shared prefixes counted once
     tokens/padded           tokens that went through the model, padding included
 
-In a ranked list the best completion is chosen, and the rejected value is the mean of all others;
-`rewards/accuracies` is the share of its pairs that the rewards put in the right order. For rows with a label,
-means of a side are over the rows of that label (rows/chosen, rows/rejected) and the margin is the difference
-of two such means. A row is accurate if its reward is on the right side of the KL estimate, which is `kl`.
+docs/evaluation.md says what they mean for ranked lists and for rows with a label.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -36,16 +32,15 @@ COUNTS = (*VALID_COUNTS, *SIDE_COUNTS, "tokens/unique", "tokens/padded")
 """Metrics that add up over batches; all others are means over what one of these counts."""
 
 Metrics = dict[str, Tensor]
+LogProbs = PairLogProbs | RankedLogProbs | UnpairedLogProbs
 
 
 @torch.no_grad()
-def batch_metrics(batch: Batch, log_probs: Any, losses: Float[Tensor, "_"], beta: float) -> Metrics:
+def batch_metrics(batch: Batch, log_probs: LogProbs, losses: Float[Tensor, "_"], beta: float) -> Metrics:
     """The metrics of one batch, as detached scalars; means are 0 where nothing is valid.
 
-    Args:
-        log_probs: what `batch.log_probs` returned: `PairLogProbs`, `RankedLogProbs` or `UnpairedLogProbs`.
-        losses: one loss per pair (list, row).
-        beta: the scale of rewards.
+    `log_probs` is what `batch.log_probs` returned, `losses` has one loss per pair (list, row), and `beta` is
+    the scale of rewards.
     """
     if isinstance(log_probs, PairLogProbs):
         valid, metrics = "pairs/valid", pair_metrics(log_probs, beta)
@@ -53,18 +48,13 @@ def batch_metrics(batch: Batch, log_probs: Any, losses: Float[Tensor, "_"], beta
         valid, metrics = "lists/valid", ranked_metrics(log_probs, beta)
     else:
         valid, metrics = "rows/valid", unpaired_metrics(log_probs, beta)
-    sequences = batch.sequences
-    counts = {
-        valid: len(losses),
-        "tokens/unique": sequences.unique_tokens(),
-        "tokens/padded": sequences.ids.numel(),
-    }
+    num_unique, num_padded = batch.sequences.unique_tokens(), batch.sequences.ids.numel()
+    counts = {valid: len(losses), "tokens/unique": num_unique, "tokens/padded": num_padded}
     count_tensors = {name: losses.new_tensor(float(count)) for name, count in counts.items()}
     return {"loss": mean(losses)} | metrics | count_tensors
 
 
 def pair_metrics(pairs: PairLogProbs, beta: float) -> Metrics:
-    """Metrics of preference pairs."""
     differences = pairs.chosen_logratio - pairs.rejected_logratio
     values = {
         "rewards/chosen": beta * pairs.chosen_logratio,
@@ -84,7 +74,6 @@ def pair_metrics(pairs: PairLogProbs, beta: float) -> Metrics:
 
 
 def ranked_metrics(lists: RankedLogProbs, beta: float) -> Metrics:
-    """Metrics of ranked lists."""
     is_real, rewards = lists.is_real, beta * lists.logratio
     rank = torch.arange(is_real.shape[1], device=is_real.device)
     is_best = rank == is_real.int().argmax(dim=-1, keepdim=True)  # the first with a scored token
@@ -131,12 +120,11 @@ def side_metrics(
 
 
 def is_ahead(difference: Tensor) -> Tensor:
-    """1 where a difference is positive, a half for a tie."""
+    """1 where the difference is positive, a half for a tie."""
     return (difference > 0).to(difference.dtype) + 0.5 * (difference == 0).to(difference.dtype)
 
 
 def mean(values: Float[Tensor, "_"]) -> Float[Tensor, ""]:
-    """The mean, 0 for no values."""
     return values.detach().sum() / max(1, len(values))
 
 

@@ -176,13 +176,13 @@ def row(**columns):
             "sigmoid",
             [row(completion="a", label=True)],
             [],
-            "rows.jsonl, line 1: a row should have two completions to compare, but it has one with a label",
+            "rows.jsonl, line 1: a row should have two completions or more, but it has one with a label",
         ),
         (
             "plackettluce",
             [row(completion="a", label=True)],
             [],
-            "line 1: a row should have completions to rank, but it has one",
+            "line 1: a row should have two completions or more, but it has one",
         ),
         (
             "kto",
