@@ -374,7 +374,7 @@ bad_score("an id outside", ValueError, f"{OUTSIDE} 37: {REMEDY}", None, with_id(
 bad_score(
     "a name as model",
     TypeError,
-    "^a model should be a torch.nn.Module, but it is a str: load or build it first",
+    "^a model should be a torch.nn.Module, but it is a str: load or build it.",
     "gpt2",
     CHOSEN,
     ~PROMPT,
@@ -477,7 +477,7 @@ bad_option(
 # models
 
 NO_MODULE = "^a model should be a torch.nn.Module, but it is"
-bad_model("a name", TypeError, f"{NO_MODULE} a str: load or build it first", lambda: "gpt2")
+bad_model("a name", TypeError, f"{NO_MODULE} a str: load or build it.", lambda: "gpt2")
 bad_model("nothing", TypeError, f"{NO_MODULE} None", lambda: None)
 bad_model("a class", TypeError, f"{NO_MODULE} a type", lambda: PlainGRU)
 bad_model("a function", TypeError, f"{NO_MODULE} a function", lambda: lambda ids: ids)

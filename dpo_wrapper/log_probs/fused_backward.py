@@ -152,7 +152,9 @@ class FusedLossLogProbs(torch.autograd.Function):
             buffer = torch.empty(chunk_numel, dtype=options.matmul_dtype)
         for chunk in chunks:
             tiles = all_tiles.select(chunk)
-            cache = SoftmaxCache(tiles, cache_bytes, buffer)
+            # a larger chunk, of one group, has memory of its own, which backward frees tile by tile
+            fits = len(tiles.targets) * len(weight) <= chunk_numel
+            cache = SoftmaxCache(tiles, cache_bytes, buffer if fits else None)
             with torch.autocast(hidden.device.type, enabled=False):
                 statistics = forward_tiles(tiles, cache)
             for values, chunk_values in zip(all_statistics, statistics, strict=True):

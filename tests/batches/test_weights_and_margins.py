@@ -149,6 +149,7 @@ def test_columns_that_cannot_act_are_refused_before_a_forward_pass():
             dpo(batch(**columns))
 
 
+@pytest.mark.slow
 def test_the_command_trains_on_columns(tmp_path: Path, monkeypatch):
     import json
 

@@ -77,7 +77,7 @@ def args_of(case) -> tuple:
 
 
 @pytest.mark.pitfall(15)
-@pytest.mark.parametrize("share", (True, False))
+@pytest.mark.parametrize("share", (True, pytest.param(False, marks=pytest.mark.slow)))
 @pytest.mark.parametrize("loss", EVERY_LOSS_BUT_SLOW_OPTIONS)
 def test_every_loss_comes_true(loss, share: bool, watch: Watch):
     policy, reference = models("xt-rotary")

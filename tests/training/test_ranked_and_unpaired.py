@@ -236,6 +236,7 @@ def test_rows_that_do_not_fit_get_one_sentence(tmp_path, capsys, loss, rows, opt
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_undesirable_rows_are_left_out_of_supervised_training(tmp_path):
     rows = [
         {"prompt": f"{k}?", "completion": "yes" if k % 2 else "no", "label": k % 2 == 1} for k in range(8)
@@ -251,4 +252,5 @@ def test_the_help_names_their_losses():
         [sys.executable, "-m", "dpo_wrapper", "train", "--help"], capture_output=True, text=True, check=True
     )
     printed = re.sub(r"[\s│]+", " ", done.stdout)
-    assert "plackettluce(beta) (lists), kto(beta, desirable, undesirable) (rows)" in printed
+    sentence = "lists: plackettluce(beta); of completions with a label: kto(beta, desirable, undesirable)."
+    assert sentence in printed

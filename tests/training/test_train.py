@@ -47,6 +47,7 @@ def test_the_policy_is_loaded_by_this_package_and_by_plain_x_transformers(finish
     assert not torch.equal(sft.model.eval()(ids), ours.model.eval()(ids))
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_model_in_a_run_folder(finished_run, rows, tmp_path):
     train(make_config(rows, tmp_path / "again", model=str(finished_run), epochs=1, sft_epochs=None))
     log = read_metrics(tmp_path / "again")
