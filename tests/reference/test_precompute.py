@@ -343,7 +343,8 @@ def test_an_interrupted_run_with_a_cache_resumes(rows, tmp_path, monkeypatch, wh
     monkeypatch.setattr(precompute, "write_file", breaks)
     breaks.left = 0  # type: ignore[attr-defined]
     train(make_config(rows, tmp_path / "out", resume=True, **options))
-    assert -breaks.left == (7 if where == "precomputation" else 0)  # of 10 parts, 3 were there  # type: ignore[attr-defined]
+    count = 7 if where == "precomputation" else 0  # of 10 parts, 3 were there
+    assert -breaks.left == count  # type: ignore[attr-defined]
     assert read_metrics(tmp_path / "out") == read_metrics(tmp_path / "whole")
 
 
