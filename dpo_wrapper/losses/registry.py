@@ -76,7 +76,7 @@ def _parse_call(node: ast.expr, base: type[ValidatedDataclass], text: str) -> An
     for option, value in values.items():
         parent = types[option]
         options[option] = _parse_number(value, text) if parent is None else _parse_call(value, parent, text)
-    return classes[name](**options)
+    return known[name](**options)
 
 
 def _parse_number(node: ast.expr, text: str) -> float:
