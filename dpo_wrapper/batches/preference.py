@@ -157,6 +157,7 @@ class PreferenceBatch(Batch):
 
 
 def batch_from_arguments(
+    pad_id: int | None,
     preferred_seq: Tensor | Batch,
     unpreferred_seq: Tensor | None,
     prompt_mask: Tensor | tuple[Tensor, Tensor] | None,
@@ -165,7 +166,6 @@ def batch_from_arguments(
     unpreferred_seq_mask: Tensor | None,
     pair_weights: Tensor | None,
     margins: Tensor | None,
-    pad_id: int | None,
 ) -> Any:
     """The batch of a call of `DPO.forward`, after all checks that need no model.
 
