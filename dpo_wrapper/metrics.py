@@ -39,8 +39,7 @@ LogProbs = PairLogProbs | RankedLogProbs | UnpairedLogProbs
 def batch_metrics(batch: Batch, log_probs: LogProbs, losses: Float[Tensor, "_"], beta: float) -> Metrics:
     """The metrics of one batch, as detached scalars; means are 0 where nothing is valid.
 
-    `log_probs` is what `batch.log_probs` returned, `losses` has one loss per pair (list, row), and `beta` is
-    the scale of rewards.
+    `log_probs` is that of `batch.log_probs`, `losses` has one per pair (list, row), `beta` scales rewards.
     """
     if isinstance(log_probs, PairLogProbs):
         valid, metrics = "pairs/valid", pair_metrics(log_probs, beta)

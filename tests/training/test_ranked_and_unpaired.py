@@ -252,4 +252,4 @@ def test_the_help_names_their_losses():
         [sys.executable, "-m", "dpo_wrapper", "train", "--help"], capture_output=True, text=True, check=True
     )
     printed = re.sub(r"[\s│]+", " ", done.stdout)
-    assert "plackettluce(beta) (lists), kto(beta, desirable, undesirable) (rows)" in printed
+    assert "of ranked lists: plackettluce(beta); of completions with a label: kto(beta, " in printed
