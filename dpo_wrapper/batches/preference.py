@@ -133,8 +133,10 @@ class PreferenceBatch(Batch):
             wpo = wpo_weights(self.sequences, self.pair_index, policy)[valid]
             weights = wpo if weights is None else weights * wpo
         ref_chosen, ref_rejected = (None, None) if reference is None else sides(reference)
+        policy_chosen, policy_rejected = sides(policy)
         return PairLogProbs(
-            *sides(policy),
+            policy_chosen,
+            policy_rejected,
             ref_chosen,
             ref_rejected,
             lengths[chosen],
