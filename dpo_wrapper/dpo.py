@@ -131,7 +131,7 @@ class DPO(ReferenceOwner):
         losses = self.loss(log_probs)
         loss = losses.sum() / batch.denominator
         if torch.is_grad_enabled():
-            self.loss.observe(log_probs, is_whole_step=batch.step_count is None)
+            self.loss.observe(log_probs, is_whole_step=batch.step_denominator is None)
         return (loss, batch_metrics(batch, log_probs, losses, self.beta)) if return_metrics else loss
 
     def as_batch(self, *arguments: Any) -> Any:
@@ -156,7 +156,7 @@ class DPO(ReferenceOwner):
             log_probs = batch.log_probs(batch.sequences.log_probs(tokens), reference)
             return self.loss(log_probs).sum() / batch.denominator
 
-        groups = group_tokens(batch.sequences, batch.links) if self.loss.is_per_pair else None
+        groups = group_tokens(batch.sequences, batch.linked_sequences) if self.loss.is_per_pair else None
         return FusedLoss(loss_of_tokens, groups)
 
     @torch.no_grad()
@@ -166,8 +166,8 @@ class DPO(ReferenceOwner):
         self.policy.check(batch.kl_sequences)
         ratios, reference = self.policy(batch.kl_sequences).sums, self.reference(batch.kl_sequences)
         ratios = ratios if reference is None else ratios - reference.sums
-        counts = batch.kl_sequences.length > 0
-        return torch.stack([ratios[counts].sum(), counts.sum().to(ratios.dtype)])
+        is_counted = batch.kl_sequences.length > 0
+        return torch.stack([ratios[is_counted].sum(), is_counted.sum().to(ratios.dtype)])
 
     def set_eval_mode(self) -> None:
         """Switch the policy's dropout off, unless it should stay on."""

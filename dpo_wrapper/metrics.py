@@ -35,9 +35,9 @@ def batch_metrics(batch: Batch, log_probs: LogProbs, losses: Float[Tensor, "_"],
     else:
         valid, metrics = "rows/valid", unpaired_metrics(log_probs, beta)
     num_unique, num_padded = batch.sequences.unique_tokens(), batch.sequences.ids.numel()
-    counts = {valid: len(losses), "tokens/unique": num_unique, "tokens/padded": num_padded}
-    count_tensors = {name: losses.new_tensor(float(count)) for name, count in counts.items()}
-    return {"loss": mean(losses)} | metrics | count_tensors
+    sizes = {valid: len(losses), "tokens/unique": num_unique, "tokens/padded": num_padded}
+    size_tensors = {name: losses.new_tensor(float(size)) for name, size in sizes.items()}
+    return {"loss": mean(losses)} | metrics | size_tensors
 
 
 def pair_metrics(pairs: PairLogProbs, beta: float) -> Metrics:

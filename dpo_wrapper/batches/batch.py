@@ -22,7 +22,7 @@ class Batch(TensorDataclass, ABC):
     """Sequences, and how they meet in a loss.
 
     Attributes:
-        step_count: number of valid pairs (lists, rows, SFT's tokens) of the optimizer step, if it takes
+        step_denominator: number of valid pairs (lists, rows, SFT's tokens) of the optimizer step, if it takes
             several batches. Losses are divided by it, so that they add up to the step's loss.
     """
 
@@ -30,7 +30,7 @@ class Batch(TensorDataclass, ABC):
     needs_kl: ClassVar[bool] = False  # whether its loss needs an estimate of the KL divergence (`with_kl`)
 
     sequences: ScoredSequences
-    step_count: int | None = field(default=None, kw_only=True)
+    step_denominator: int | None = field(default=None, kw_only=True)
 
     def check(self) -> None:
         """Raise TypeError or ValueError if what the batch holds does not fit together."""
@@ -41,7 +41,7 @@ class Batch(TensorDataclass, ABC):
         """Which pairs (lists, rows) have enough scored tokens to enter the loss."""
 
     @property
-    def links(self) -> Int[Tensor, "k 2"]:
+    def linked_sequences(self) -> Int[Tensor, "k 2"]:
         """Indices of sequences that meet in one value of the loss, two a row; none unless a batch says so."""
         return self.sequences.row.new_zeros(0, 2)
 
@@ -52,7 +52,7 @@ class Batch(TensorDataclass, ABC):
     @property
     def denominator(self) -> int:
         """What the sum of the losses is divided by."""
-        return max(1, int(self.valid.sum()) if self.step_count is None else self.step_count)
+        return max(1, int(self.valid.sum()) if self.step_denominator is None else self.step_denominator)
 
     def step_totals(self) -> tuple[int, ...]:
         """What this batch adds to the totals of its step."""
@@ -61,7 +61,7 @@ class Batch(TensorDataclass, ABC):
     def with_step_totals(self: B, *totals: int) -> B:
         """The same batch in a step with these sums of `step_totals` over its batches."""
         (count,) = totals
-        return replace(self, step_count=count)
+        return replace(self, step_denominator=count)
 
     def with_kl(self: B, sums: Float[Tensor, "2"]) -> B:
         """The same batch with the step's estimate of the KL divergence, from the sum of `DPO.kl_sums`."""

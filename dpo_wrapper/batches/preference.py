@@ -97,7 +97,7 @@ class PreferenceBatch(Batch):
         return (self.sequences.length[self.pair_index] > 0).all(dim=-1)
 
     @property
-    def links(self) -> Int[Tensor, "p 2"]:
+    def linked_sequences(self) -> Int[Tensor, "p 2"]:
         return self.pair_index
 
     def step_totals(self) -> tuple[int, int]:
@@ -107,7 +107,7 @@ class PreferenceBatch(Batch):
 
     def with_step_totals(self, *totals: int) -> "PreferenceBatch":
         count, chosen_tokens = totals
-        return replace(self, step_count=count, step_chosen_tokens=chosen_tokens)
+        return replace(self, step_denominator=count, step_chosen_tokens=chosen_tokens)
 
     def log_probs(self, policy: SequenceLogProbs, reference: SequenceLogProbs | None) -> PairLogProbs:
         """The log-probs of the valid pairs.

@@ -43,9 +43,9 @@ class RankedBatch(Batch):
     ) -> "RankedBatch":
         """A list of completions for each prompt, the best first, all as token ids."""
         if len(prompts) != len(completions):
-            counts = f"{len(completions)} lists for {len(prompts)} prompts"
+            sizes = f"{len(completions)} lists for {len(prompts)} prompts"
             raise ValueError(
-                f"there should be a list of completions for each prompt, but there are {counts}: add one."
+                f"there should be a list of completions for each prompt, but there are {sizes}: add one."
             )
         sequences = ScoredSequences.from_lists(
             [prompt for prompt, ranked in zip(prompts, completions, strict=True) for _ in ranked],
@@ -65,7 +65,7 @@ class RankedBatch(Batch):
         return self.is_real.sum(dim=-1) > 1
 
     @property
-    def links(self) -> Int[Tensor, "q 2"]:
+    def linked_sequences(self) -> Int[Tensor, "q 2"]:
         """The best of each list with each of its completions."""
         best = self.ranks[:, :1].expand_as(self.ranks)
         return torch.stack([best, self.ranks], dim=-1)[self.ranks >= 0]

@@ -115,12 +115,12 @@ class ScoredSequences(TensorDataclass):
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "ScoredSequences":
         """The same with every tensor replaced, those of trees that are built already among them."""
-        mapped = super().map_tensors(function)
+        sequences = super().map_tensors(function)
         trees = vars(self).get("_trees", {})
-        vars(mapped)["_trees"] = {options: tree.map_tensors(function) for options, tree in trees.items()}
+        vars(sequences)["_trees"] = {options: tree.map_tensors(function) for options, tree in trees.items()}
         if "_content_hashes" in vars(self):
-            vars(mapped)["_content_hashes"] = vars(self)["_content_hashes"]
-        return mapped
+            vars(sequences)["_content_hashes"] = vars(self)["_content_hashes"]
+        return sequences
 
     def content_hashes(self) -> tuple[bytes, ...]:
         """A hash of each sequence's ids and scored tokens, the same in any batch and with any padding."""

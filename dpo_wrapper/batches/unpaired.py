@@ -52,24 +52,24 @@ class UnpairedBatch(Batch):
         Without them they are taken from the batch itself.
         """
         if not len(prompts) == len(completions) == len(labels):
-            counts = f"{len(prompts)}, {len(completions)} and {len(labels)}"
+            sizes = f"{len(prompts)}, {len(completions)} and {len(labels)}"
             raise ValueError(
-                f"prompts, completions and labels should be as many, but there are {counts}: add the others."
+                f"prompts, completions and labels should be as many, but there are {sizes}: add the others."
             )
         if not all(isinstance(label, bool) for label in labels):
             raise TypeError("labels should be True or False, but one is something else: give one bool a row.")
         if kl_completions is None:
-            partners = kl_partner_indices([tuple(prompt) for prompt in prompts])
-            if all(partner is None for partner in partners):
+            partner_indices = kl_partner_indices([tuple(prompt) for prompt in prompts])
+            if all(partner is None for partner in partner_indices):
                 raise ValueError(
                     "rows should be of two prompts or more, so that each gets a completion of another, but "
                     "there is only one: make batches larger, or give kl_completions."
                 )
-            kl_completions = [() if partner is None else completions[partner] for partner in partners]
+            kl_completions = [() if partner is None else completions[partner] for partner in partner_indices]
         elif len(kl_completions) != len(prompts):
-            counts = f"{len(kl_completions)} for {len(prompts)} prompts"
+            sizes = f"{len(kl_completions)} for {len(prompts)} prompts"
             raise ValueError(
-                f"there should be a KL completion for each prompt, but there are {counts}: add one."
+                f"there should be a KL completion for each prompt, but there are {sizes}: add one."
             )
         kl_sequences = ScoredSequences.from_lists(prompts, kl_completions)
         sequences = ScoredSequences.from_lists(prompts, completions)
@@ -112,9 +112,9 @@ def kl_partner_indices(prompts: Sequence[Hashable], seed: int = 0) -> list[int |
     groups = list(rows_of_prompt.values())
     random.Random(seed).shuffle(groups)
     order = [row for group in groups for row in group]
-    shift = max(map(len, groups), default=0)
-    partners: list[int | None] = [None] * len(order)
+    offset = max(map(len, groups), default=0)
+    partner_indices: list[int | None] = [None] * len(order)
     for place, row in enumerate(order):
-        partner = order[(place + shift) % len(order)]
-        partners[row] = partner if prompts[partner] != prompts[row] else None
-    return partners
+        partner = order[(place + offset) % len(order)]
+        partner_indices[row] = partner if prompts[partner] != prompts[row] else None
+    return partner_indices

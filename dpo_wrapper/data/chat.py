@@ -178,11 +178,11 @@ def parse_dialogues(dialogues: dict[str, Turns], prompt: Prompt) -> tuple[Turns,
         if turns[-1].role != "assistant":
             problem = f"the dialogue should end in an assistant turn, but it ends in a {turns[-1].role} turn"
             raise ExampleError(f"{problem}: add the answer or leave the row out.", field)
-        joined = turns[:-1] if prompt.is_blank else join_turns(prompt.as_turns(), turns[:-1])
-        if joined is None:
+        prompt_turns = turns[:-1] if prompt.is_blank else join_turns(prompt.as_turns(), turns[:-1])
+        if prompt_turns is None:
             problem = f"the dialogue should answer or repeat field '{prompt.field}', but it begins otherwise"
             raise ExampleError(f"{problem}: correct one of the two or leave the row out.", field)
-        prompts[field] = joined
+        prompts[field] = prompt_turns
     first, shared = next(iter(prompts.items()))
     for field, turns in prompts.items():
         if turns != shared:

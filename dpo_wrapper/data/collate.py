@@ -53,8 +53,8 @@ def add_kl_completions(examples: Examples, max_length: int, seed: int = 0) -> li
     """
     completed = list(examples)
     labelled = [k for k, example in enumerate(examples) if example.label is not None]
-    partners = kl_partner_indices([examples[k].prompt for k in labelled], seed)
-    for k, partner in zip(labelled, partners, strict=True):
+    partner_indices = kl_partner_indices([examples[k].prompt for k in labelled], seed)
+    for k, partner in zip(labelled, partner_indices, strict=True):
         if partner is not None:
             ids = examples[labelled[partner]].completions[0][: max_length - len(examples[k].prompt)]
             completed[k] = replace(examples[k], kl_completion=ids)

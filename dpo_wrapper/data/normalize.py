@@ -34,12 +34,12 @@ def to_example(record: Any, fields: Fields = DEFAULT_FIELDS, source: str = "") -
             problem = "a row should be an object with prompt and completions"
             raise ExampleError(f"{problem}, but it is {describe_value(record)}: write one object per row.")
         values, label = _find_completions(record, fields)
-        found = _find_prompt(record, fields)
+        prompt_field = _find_prompt(record, fields)
         if all(isinstance(value, str) for value in values.values()):
-            prompt, completions = parse_texts(values, found)
+            prompt, completions = parse_texts(values, prompt_field)
         else:
             dialogues = {field: parse_messages(value, field) for field, value in values.items()}
-            prompt, completions = parse_dialogues(dialogues, found)
+            prompt, completions = parse_dialogues(dialogues, prompt_field)
         weight, margin = (_parse_number(record, field) for field in (fields.weight, fields.margin))
         if weight is not None and weight < 0:
             problem = f"the weight should not be negative, but it is {describe_value(weight)}"

@@ -63,11 +63,11 @@ def _parse_terms(node: ast.expr, text: str) -> Iterator[tuple[Loss, float]]:
 def _parse_call(node: ast.expr, base: type[ValidatedDataclass], text: str) -> Any:
     call = node if isinstance(node, ast.Call) else ast.Call(func=node, args=[], keywords=[])
     name = call.func.id.lower() if isinstance(call.func, ast.Name) else ast.unparse(call.func)
-    known = subclasses_by_name(base)
-    if name not in known:
-        expected = f"the {base.__name__.lower()} in {text!r} should be one of {', '.join(known)}"
+    classes = subclasses_by_name(base)
+    if name not in classes:
+        expected = f"the {base.__name__.lower()} in {text!r} should be one of {', '.join(classes)}"
         raise ValueError(f"{expected}, but it is {name!r}: correct it.")
-    types: dict[str, Any] = {option.name: option.metadata.get("type") for option in fields(known[name])}
+    types: dict[str, Any] = {option.name: option.metadata.get("type") for option in fields(classes[name])}
     values = {str(keyword.arg): keyword.value for keyword in call.keywords}
     if call.args or len(values) < len(call.keywords) or not set(values) <= set(types):
         expected = f"{', '.join(types)}, each as name=value" if types else "left out"
@@ -76,7 +76,7 @@ def _parse_call(node: ast.expr, base: type[ValidatedDataclass], text: str) -> An
     for option, value in values.items():
         parent = types[option]
         options[option] = _parse_number(value, text) if parent is None else _parse_call(value, parent, text)
-    return known[name](**options)
+    return classes[name](**options)
 
 
 def _parse_number(node: ast.expr, text: str) -> float:

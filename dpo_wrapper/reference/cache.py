@@ -65,7 +65,7 @@ class LogProbCache:
         for content, value in zip(hashes, values, strict=True):
             self.values.setdefault(content, value)
 
-    def exchange(self) -> None:
+    def gather_from_processes(self) -> None:
         """Share what every process knows with all others."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             states: list[Any] = [None] * torch.distributed.get_world_size()

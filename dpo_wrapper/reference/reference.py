@@ -151,9 +151,9 @@ class FrozenModel(ModelReference):
     ) -> None:
         super().__init__(scorer)
         self.module, self.device = self.model, device
-        own = {id(p) for p in self.model.parameters()}
+        reference_ids = {id(p) for p in self.model.parameters()}
         named = [] if policy is None else policy.named_parameters()
-        self.shared = [(name, p) for name, p in named if id(p) in own]
+        self.shared = [(name, p) for name, p in named if id(p) in reference_ids]
 
     def frozen(self) -> AbstractContextManager[None]:
         """As in `ModelReference`; ValueError if a parameter that the policy shares trains by now."""

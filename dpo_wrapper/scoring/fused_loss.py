@@ -12,7 +12,7 @@ from dpo_wrapper.batches.sequences import ScoredSequences
 from dpo_wrapper.log_probs import FusedLoss
 
 
-def group_linked(links: Int[Tensor, "k 2"], count: int) -> Int[Tensor, "n"]:
+def connected_components(links: Int[Tensor, "k 2"], count: int) -> Int[Tensor, "n"]:
     """A number for each of `count` things, the same for all that are connected by links (union-find)."""
     parent = list(range(count))
 
@@ -29,10 +29,10 @@ def group_linked(links: Int[Tensor, "k 2"], count: int) -> Int[Tensor, "n"]:
 
 def group_tokens(sequences: ScoredSequences, links: Int[Tensor, "k 2"]) -> Int[Tensor, "t"]:
     """The group of each scored token, where linked sequences, such as the sides of a pair, meet in a loss."""
-    return group_linked(links, len(sequences.length))[sequences.row]
+    return connected_components(links, len(sequences.length))[sequences.row]
 
 
-def merge_shared_tokens(fused_loss: FusedLoss, entry: Int[Tensor, "t"], entries: int) -> FusedLoss:
+def fused_loss_of_entries(fused_loss: FusedLoss, entry: Int[Tensor, "t"], entries: int) -> FusedLoss:
     """The same loss as a function of a tree's entries; `entry` is the index of each scored token's entry."""
     fn, groups = fused_loss.fn, fused_loss.groups
 
@@ -44,5 +44,5 @@ def merge_shared_tokens(fused_loss: FusedLoss, entry: Int[Tensor, "t"], entries:
     owner = groups.new_zeros(entries).scatter(0, entry, groups)  # one of the groups that share an entry
     is_shared = groups != owner[entry]
     links = torch.stack([groups[is_shared], owner[entry[is_shared]]], dim=1)
-    merged = group_linked(links, int(groups.max()) + 1 if len(groups) else 0)
+    merged = connected_components(links, int(groups.max()) + 1 if len(groups) else 0)
     return FusedLoss(loss_of_entries, merged[owner])

@@ -188,7 +188,7 @@ def relative_error(
     `dtype` is what the values were computed in, if narrower than their own. Values that stand for minus
     infinity (masked tokens of a vocabulary) are no scale for the others.
     """
-    tolerance = max(TOLERANCE.get(each, 0.1) for each in (values.dtype, expected.dtype, dtype))
+    tolerance = max(TOLERANCE.get(used, 0.1) for used in (values.dtype, expected.dtype, dtype))
     scale = expected.detach().abs()
     scale = scale.masked_fill(scale > torch.finfo(scale.dtype).max / 2, 0.0).double().max().clamp(min=1.0)
     difference = (values.double() - expected.double()).abs().masked_fill(values == expected, 0.0)

@@ -12,7 +12,7 @@ from dpo_wrapper.log_probs import FusedLoss, Impl, gather_log_probs, token_log_p
 from dpo_wrapper.models import LanguageModel
 from dpo_wrapper.models.eval_mode import reproducible_forward
 from dpo_wrapper.prefix_tree.layout import TreeOptions
-from dpo_wrapper.scoring.fused_loss import merge_shared_tokens
+from dpo_wrapper.scoring.fused_loss import fused_loss_of_entries
 from dpo_wrapper.validation import describe_type
 
 
@@ -56,7 +56,7 @@ def compute_log_probs(
         tree = sequences.as_tree(probe.tree)
         rows, targets = tree.source, tree.target
         if fused_loss is not None:
-            fused_loss = merge_shared_tokens(fused_loss, tree.entry, len(targets))
+            fused_loss = fused_loss_of_entries(fused_loss, tree.entry, len(targets))
     with reproducible_forward(model.model):
         if tree is not None:
             output = model.forward_tree(tree.layout, return_hidden=head is not None)

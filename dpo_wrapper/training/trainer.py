@@ -76,7 +76,7 @@ class Trainer:
                 metrics["lr"] = float(self.schedule.get_last_lr()[0])
                 self.schedule.step()
                 if self.stage.reference_cache is not None and step * self.stage.epochs == num_steps:
-                    self.stage.reference_cache.exchange()  # the first epoch's log-probs, between processes
+                    self.stage.reference_cache.gather_from_processes()  # once, after the first epoch
                 if self.accelerator.is_main_process:
                     self.run.log_metrics(self.stage.name, "step", step, metrics)
                     bar.set_postfix_str(format_progress(metrics, self.splits.unit), refresh=False)

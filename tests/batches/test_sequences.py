@@ -294,17 +294,20 @@ def test_pairs_may_share_sequences():
 def test_as_part_of():
     batch = one_batch()
     part = batch.with_step_totals(10, 70)
-    assert (part.step_count, part.step_chosen_tokens) == (10, 70)
+    assert (part.step_denominator, part.step_chosen_tokens) == (10, 70)
     assert part.sequences is batch.sequences and part.pair_index is batch.pair_index
-    assert (batch.step_count, batch.step_chosen_tokens) == (None, None)
-    assert part.with_step_totals(3, 4).step_count == 3
+    assert (batch.step_denominator, batch.step_chosen_tokens) == (None, None)
+    assert part.with_step_totals(3, 4).step_denominator == 3
 
 
 def test_to_moves_everything():
     batch = one_batch().with_step_totals(10, 70)
     moved = batch.to("meta")
     assert type(moved) is PreferenceBatch and type(moved.sequences) is ScoredSequences
-    assert moved.pair_index.device.type == "meta" and (moved.step_count, moved.step_chosen_tokens) == (10, 70)
+    assert moved.pair_index.device.type == "meta" and (moved.step_denominator, moved.step_chosen_tokens) == (
+        10,
+        70,
+    )
     for field in fields(ScoredSequences):
         there, here = getattr(moved.sequences, field.name), getattr(batch.sequences, field.name)
         assert there.device.type == "meta" and there.shape == here.shape and there.dtype == here.dtype
@@ -314,7 +317,7 @@ def test_to_moves_everything():
 
 def test_batches_are_frozen():
     with pytest.raises(AttributeError):
-        one_batch().step_count = 3
+        one_batch().step_denominator = 3
     with pytest.raises(AttributeError):
         one_batch().sequences.ids = torch.zeros(1)
 

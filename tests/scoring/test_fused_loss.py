@@ -15,7 +15,7 @@ from dpo_wrapper.batches import ScoredSequences, SFTBatch
 from dpo_wrapper.log_probs import fused_backward
 from dpo_wrapper.losses import ORPO, SFT, APODown, BetaDPO, DiscoPOP, PlackettLuce
 from dpo_wrapper.scoring import token_log_probs as scoring
-from dpo_wrapper.scoring.fused_loss import group_linked
+from dpo_wrapper.scoring.fused_loss import connected_components
 from dpo_wrapper.training.stages import SFTModule
 from helpers.batches import random_batch
 from helpers.every_loss import EVERY_LOSS_BUT_SLOW_OPTIONS, loss_id
@@ -249,20 +249,20 @@ def test_pairs_that_are_scored_together_meet(watch: Watch):
 def test_supervised_warm_up(watch: Watch):
     module = SFTModule(ZOO["hf-llama"](0).double())
     sequences = ScoredSequences.from_lists([()] * 3, [[1, 2, 3], [4, 5, 6, 7], [1, 2, 8, 9]])
-    compared(module, lambda: module(SFTBatch(sequences, step_count=17)))
+    compared(module, lambda: module(SFTBatch(sequences, step_denominator=17)))
     assert not watch.wrong and min(watch.parts) > 1
 
 
 def test_nothing_is_asked_without_gradients_or_in_evaluation_or_of_a_frozen_head(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    asked, merge = [], scoring.merge_shared_tokens
+    asked, merge = [], scoring.fused_loss_of_entries
 
     def watched(*args):
         asked.append(args)
         return merge(*args)
 
-    monkeypatch.setattr(scoring, "merge_shared_tokens", watched)
+    monkeypatch.setattr(scoring, "fused_loss_of_entries", watched)
     policy, reference = models("xt-rotary")
     dpo = DPO(policy, reference=reference)
     case = random_batch(Generator().manual_seed(3), b=4)
@@ -301,7 +301,7 @@ def test_no_valid_pair(watch: Watch):
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_groups_are_what_links_connect(drawn: tuple[int, list[tuple[int, int]]]):
     count, links = drawn
-    found = group_linked(torch.tensor(links, dtype=torch.long).reshape(-1, 2), count).tolist()
+    found = connected_components(torch.tensor(links, dtype=torch.long).reshape(-1, 2), count).tolist()
     reached = [{k} for k in range(count)]  # by the slow way: until nothing is new
     for _ in range(count):
         for one, other in links:
@@ -315,16 +315,18 @@ def test_groups_are_what_links_connect(drawn: tuple[int, list[tuple[int, int]]])
 
 def test_long_chains():
     links = torch.tensor(list(pairwise(range(3000))))
-    assert group_linked(links, 3000).tolist() == [0] * 3000
-    assert group_linked(links.flip(0), 3000).tolist() == [0] * 3000
+    assert connected_components(links, 3000).tolist() == [0] * 3000
+    assert connected_components(links.flip(0), 3000).tolist() == [0] * 3000
 
 
 def test_plackett_luce_groups_the_tokens_of_a_list(watch: Watch):
     prompts, completions = lists_of_ids()
     batch = RankedBatch.from_lists(prompts, completions)
     # two to a list, and the third rank is empty in one of them
-    assert sorted(set(group_linked(batch.links, len(batch.sequences.length)).tolist())) == [0, 3, 5]
-    assert batch.links.max() < len(batch.sequences.length)
+    assert sorted(
+        set(connected_components(batch.linked_sequences, len(batch.sequences.length)).tolist())
+    ) == [0, 3, 5]
+    assert batch.linked_sequences.max() < len(batch.sequences.length)
     policy, reference = models("xt-rotary")
     dpo = DPO(policy, loss=PlackettLuce(), reference=reference)
     compared(dpo, lambda: dpo(batch))
