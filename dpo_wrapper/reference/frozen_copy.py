@@ -4,12 +4,10 @@ import copy
 import types
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-T = TypeVar("T")
 
 
 def frozen_copy(
@@ -41,7 +39,7 @@ def frozen_copy(
     return copied.requires_grad_(False).eval().to(device, dtype)
 
 
-def copy_with_closures(value: T, model: nn.Module, memo: dict[int, Any]) -> T:
+def copy_with_closures(value: Any, model: nn.Module, memo: dict[int, Any]) -> Any:
     """`deepcopy` of the model, or of what holds it, whose functions read the copy and not the original.
 
     `deepcopy` does not copy functions. A function that a module holds (a lambda as output head, say) and that

@@ -1,7 +1,7 @@
 """The reference's log-probs of a data set, computed once and kept in files that record what made them."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,11 @@ def precompute_ref_log_probs(
         raise ValueError("the reference should have a model to compute log-probs with: give one that has.")
 
     device = next((p.device for p in reference.model.parameters()), torch.device("cpu"))
+    contents = b"".join(content for batch in sequences for content in batch.content_hashes())
     made_with = {
-        "weights": hash_bytes(tensor_contents(reference.weights())),
-        "sequences": hash_bytes(content for batch in sequences for content in batch.content_hashes()),
-        "dtype": describe_dtype(reference.model, device),
+        "weights": hash_tensors(reference.weights()),
+        "sequences": hashlib.blake2b(contents, digest_size=16).hexdigest(),
+        "dtype": describe_dtype(reference.model, device.type),
         "values": "of tokens" if per_token else "sums",
         "package version": __version__,
     }
@@ -109,28 +110,23 @@ def split_into_files(sequences: Sequence[ScoredSequences]) -> list[list[ScoredSe
     return parts
 
 
-def hash_bytes(contents: Iterable[Any]) -> str:
+def hash_tensors(tensors: Mapping[str, Any]) -> str:
+    """A hash of names, dtypes, shapes and contents; sharded tensors are gathered."""
     digest = hashlib.blake2b(digest_size=16)
-    for content in contents:
-        digest.update(content)
-    return digest.hexdigest()
-
-
-def tensor_contents(tensors: Mapping[str, Any]) -> Iterator[Any]:
-    """Names, dtypes, shapes and contents, as bytes; sharded tensors are gathered."""
     for name, tensor in sorted(tensors.items()):
         if isinstance(tensor, Tensor):
             full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            yield f"{name} {full.dtype} {tuple(full.shape)};".encode()
-            yield full.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+            digest.update(f"{name} {full.dtype} {tuple(full.shape)};".encode())
+            content: Any = full.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+            digest.update(content)
+    return digest.hexdigest()
 
 
-def describe_dtype(model: nn.Module, device: torch.device) -> str:
+def describe_dtype(model: nn.Module, device: str) -> str:
     """What the model computes in: the dtypes of its weights, and autocast's."""
     dtypes = " and ".join(sorted({str(p.dtype) for p in model.parameters() if p.is_floating_point()}))
-    if torch.is_autocast_enabled(device.type):
-        dtypes += f" under autocast to {torch.get_autocast_dtype(device.type)}"
-    return dtypes
+    is_autocast = torch.is_autocast_enabled(device)
+    return f"{dtypes} under autocast to {torch.get_autocast_dtype(device)}" if is_autocast else dtypes
 
 
 def write_file(file: Path, cache: LogProbCache, made_with: dict[str, str]) -> None:

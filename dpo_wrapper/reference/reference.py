@@ -180,7 +180,6 @@ class AdapterDisabled(ModelReference):
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """The context in which the adapter is off."""
         trains = [(p, p.requires_grad) for p in self.model.parameters()]
         policy: Any = self.model
         try:
@@ -192,13 +191,10 @@ class AdapterDisabled(ModelReference):
 
 
 class ReferenceOwner(nn.Module):
-    """A module that owns a reference beside its policy, and moves and copies the two rightly.
-
-    `ref_model` is the reference's own module, or None.
-    """
+    """A module that owns a reference beside its policy, and moves and copies the two rightly."""
 
     reference: Reference
-    ref_model: nn.Module | None
+    ref_model: nn.Module | None  # the reference's own
 
     def set_reference(self, reference: Reference) -> None:
         self.reference, self.ref_model = reference, reference.module

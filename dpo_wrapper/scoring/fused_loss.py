@@ -1,7 +1,6 @@
 """Groups of tokens that meet in one value of a loss, for the early gradients of a trained head.
 
-`token_log_probs(..., fused_loss=FusedLoss(fn, groups))` computes gradients during the forward pass, group by
-group. The functions here find the groups.
+`token_log_probs(..., fused_loss=FusedLoss(fn, groups))` computes gradients in forward, group by group.
 """
 
 import torch
@@ -34,15 +33,10 @@ def group_tokens(sequences: ScoredSequences, links: Int[Tensor, "k 2"]) -> Int[T
 
 def fused_loss_of_entries(fused_loss: FusedLoss, entry: Int[Tensor, "t"], entries: int) -> FusedLoss:
     """The same loss as a function of a tree's entries; `entry` is the index of each scored token's entry."""
-    fn, groups = fused_loss.fn, fused_loss.groups
-
-    def loss_of_entries(log_probs: Tensor) -> Tensor:
-        return fn(log_probs.index_select(0, entry))
-
-    if groups is None:
-        return FusedLoss(loss_of_entries)
-    owner = groups.new_zeros(entries).scatter(0, entry, groups)  # one of the groups that share an entry
-    is_shared = groups != owner[entry]
-    links = torch.stack([groups[is_shared], owner[entry[is_shared]]], dim=1)
-    merged = connected_components(links, int(groups.max()) + 1 if len(groups) else 0)
-    return FusedLoss(loss_of_entries, merged[owner])
+    groups = fused_loss.groups
+    if groups is not None:
+        owner = groups.new_zeros(entries).scatter(0, entry, groups)  # one of the groups that share an entry
+        is_shared = groups != owner[entry]
+        links = torch.stack([groups[is_shared], owner[entry[is_shared]]], dim=1)
+        groups = connected_components(links, int(groups.max()) + 1 if len(groups) else 0)[owner]
+    return FusedLoss(lambda log_probs: fused_loss.fn(log_probs.index_select(0, entry)), groups)

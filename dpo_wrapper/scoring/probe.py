@@ -73,13 +73,12 @@ def probe_head(model: LanguageModel, device: torch.device, policy: nn.Module | N
                 "the model's logits should be numbers, but they are NaN: are its weights loaded, and is its "
                 "dtype wide enough?"
             )
-        if policy is not None:
-            trained = {id(p) for p in policy.parameters() if p.requires_grad}
-            if trained & parameters_reached(logits):
-                raise ValueError(
-                    "the reference's output should not depend on parameters that train, but it does, so it "
-                    "would follow the policy: give a separately built model as reference = module."
-                )
+        trained = set() if policy is None else {id(p) for p in policy.parameters() if p.requires_grad}
+        if trained & parameters_reached(logits):
+            raise ValueError(
+                "the reference's output should not depend on parameters that train, but it does, so it would "
+                "follow the policy: give a separately built model as reference = module."
+            )
         # the two rows may differ by rounding, which is that of float32 even inside float64 models
         _, differs = relative_error(logits[0, :-1], logits[1, :-1], torch.float32)
         if differs:

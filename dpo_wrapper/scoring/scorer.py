@@ -69,11 +69,10 @@ class Scorer:
                 policy = None if self.policy is None else self.policy.language_model.model
                 self.probe = probe_model(self.language_model, device, self.impl, self.share_prefix, policy)
             probe = self.probe
-        expected = self.policy.probe if self.policy is not None else None
-        if expected is not None and expected.vocab_size != probe.vocab_size:
+        if self.policy and self.policy.probe and self.policy.probe.vocab_size != probe.vocab_size:
             raise ValueError(
                 f"the reference has a vocabulary of {probe.vocab_size} tokens but the policy one of "
-                f"{expected.vocab_size}: give a reference with the policy's tokenizer."
+                f"{self.policy.probe.vocab_size}: give a reference with the policy's tokenizer."
             )
         check_vocabulary(sequences.ids, probe.vocab_size)
         check_vocabulary(sequences.target, probe.vocab_size)
@@ -88,8 +87,7 @@ class Scorer:
     @property
     def trains_head(self) -> bool:
         """Whether gradients are needed of an output head that is applied outside the model."""
-        applies = self.probe is not None and self.probe.head_applies
-        head = self.language_model.output_head() if applies else None
+        head = self.language_model.output_head() if self.probe and self.probe.head_applies else None
         return head is not None and head.weight.requires_grad and torch.is_grad_enabled()
 
     @property
