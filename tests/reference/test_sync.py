@@ -96,7 +96,7 @@ def test_what_cannot_be_updated_is_refused(tmp_path):
         "computed before cannot be updated": DPO(
             model, reference=precompute_ref_log_probs(scored_sequences(pairs(), 30), model, tmp_path)
         ),
-        "of another architecture than the policy": DPO(model, reference=ZOO["hf-llama"](0)),
+        "of the policy's architecture, but attn_layers.* differs": DPO(model, reference=ZOO["hf-llama"](0)),
     }
     for sentence, dpo in refused.items():
         with pytest.raises(ValueError, match=f"{sentence}.*use reference = 'copy'"):

@@ -252,4 +252,7 @@ def test_the_help_names_their_losses():
         [sys.executable, "-m", "dpo_wrapper", "train", "--help"], capture_output=True, text=True, check=True
     )
     printed = re.sub(r"[\s│]+", " ", done.stdout)
-    assert "plackettluce(beta) (lists), kto(beta, desirable, undesirable) (rows)" in printed
+    assert (
+        "lists: plackettluce(beta); of completions with a label: kto(beta, desirable, undesirable)."
+        in printed
+    )
