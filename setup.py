@@ -10,7 +10,7 @@ train = [
     "safetensors>=0.4.3",
     "tokenizers>=0.22",
     "tqdm>=4.66",
-    "transformers>=4.56",
+    "transformers>=5.4",
     "tyro>=0.9.1",
 ]
 
@@ -51,7 +51,7 @@ setup(
             *train,
             "hypothesis>=6.100",
             "mypy>=1.13",
-            "peft>=0.15",
+            "peft>=0.16",
             "pytest>=8",
             "pytest-xdist>=3.6.1",
             "ruff>=0.8",

@@ -14,8 +14,8 @@ from dpo_wrapper.losses.combine import CombinedLoss, LossArgument
 from dpo_wrapper.losses.pairwise import Sigmoid
 from dpo_wrapper.metrics import batch_metrics
 from dpo_wrapper.models import eval_mode
-from dpo_wrapper.reference import CachedReference, ReferenceKind, ReferenceOptions, ReferenceOwner
-from dpo_wrapper.reference.build import build_reference
+from dpo_wrapper.reference.build import ReferenceKind, build_reference
+from dpo_wrapper.reference.reference import CachedReference, ReferenceOwner
 from dpo_wrapper.reference.sync import sync_reference
 from dpo_wrapper.scoring import Scorer, SharePrefix, group_tokens
 
@@ -79,8 +79,8 @@ class DPO(ReferenceOwner):
         self.disable_dropout = validation.check_flag("disable_dropout", disable_dropout)
         self.policy_model = model
         validation.check_flag("cache_ref_log_probs", cache_ref_log_probs)
-        options = ReferenceOptions(reference_dtype, reference_device, self.ld_alpha < 1, cache_ref_log_probs)
-        self.set_reference(build_reference(reference, self.policy, self.loss.needs_reference, options))
+        options = (reference_dtype, reference_device, self.ld_alpha < 1, cache_ref_log_probs)
+        self.set_reference(build_reference(reference, self.policy, self.loss.needs_reference, *options))
 
     def forward(
         self,
@@ -136,7 +136,7 @@ class DPO(ReferenceOwner):
 
     def as_batch(self, *arguments: Any) -> Any:
         """The batch of a call, shifted and checked against loss and policy; a ready batch passes."""
-        batch = batches.batch_from_arguments(*arguments, pad_id=self.pad_id)
+        batch = batches.batch_from_arguments(self.pad_id, *arguments)
         self.loss.check_dataset_type(batch.dataset_type)
         if isinstance(batch, PreferenceBatch):
             self.loss.check_columns(batch.margins is not None, batch.weights is not None)

@@ -166,7 +166,7 @@ def test_only_scored_positions_reach_the_head(name):
     dpo = DPO(ZOO[name](0))
     case = random_batch(Generator().manual_seed(0), b=3, odd=0)
     dpo(**arguments(case))
-    assert dpo.policy.probe.forward.head_applies
+    assert dpo.policy.probe.head_applies
     model = dpo.policy_model
     head = model.to_logits if name.startswith("xt") else model.get_output_embeddings()
 

@@ -22,13 +22,12 @@ class Batch(TensorDataclass, ABC):
     """Sequences, and how they meet in a loss.
 
     Attributes:
-        step_count: number of valid pairs (lists, rows) of the optimizer step, if it takes several batches.
-            Losses are divided by it, so that they add up to the step's loss.
+        step_count: number of valid pairs (lists, rows, SFT's tokens) of the optimizer step, if it takes
+            several batches. Losses are divided by it, so that they add up to the step's loss.
     """
 
     dataset_type: ClassVar[str]
-    needs_kl: ClassVar[bool] = False
-    """Whether its loss needs an estimate of the KL divergence of policy and reference (`with_kl`)."""
+    needs_kl: ClassVar[bool] = False  # whether its loss needs an estimate of the KL divergence (`with_kl`)
 
     sequences: ScoredSequences
     step_count: int | None = field(default=None, kw_only=True)
@@ -56,11 +55,11 @@ class Batch(TensorDataclass, ABC):
         return max(1, int(self.valid.sum()) if self.step_count is None else self.step_count)
 
     def step_totals(self) -> tuple[int, ...]:
-        """What this batch adds to the totals of its step, as `with_step_totals` takes them."""
+        """What this batch adds to the totals of its step."""
         return (int(self.valid.sum()),)
 
     def with_step_totals(self: B, *totals: int) -> B:
-        """The same batch in a step with these totals, sums of `step_totals` over its batches."""
+        """The same batch in a step with these sums of `step_totals` over its batches."""
         (count,) = totals
         return replace(self, step_count=count)
 
@@ -74,6 +73,20 @@ class Batch(TensorDataclass, ABC):
         raise TypeError(f"ref_log_probs are for pairs, but the batch is a {name}: leave them out.")
 
 
+@dataclass(frozen=True)
+class SFTBatch(Batch):
+    """Sequences whose scored tokens the model learns to write; each token is a term of the loss."""
+
+    dataset_type: ClassVar[str] = "prompt_completion"
+
+    @property
+    def valid(self) -> Bool[Tensor, "t"]:
+        return self.sequences.row >= 0
+
+    def log_probs(self, policy: SequenceLogProbs, reference: SequenceLogProbs | None = None) -> Any:
+        return policy.tokens
+
+
 def normalize_over_step(
     batches: Sequence[B],
     reduce: Reduce | None = None,
@@ -81,10 +94,7 @@ def normalize_over_step(
 ) -> list[B]:
     """Attach the step's totals to each micro-batch, so that their losses add up to the loss of the step.
 
-    Args:
-        batches: all of one class, at least one on each process.
-        reduce: sums a tensor over processes.
-        kl_sums: `DPO.kl_sums`, for batches that need an estimate of the KL divergence.
+    All are of one class, and each process has at least one. `kl_sums` is that of `DPO`, if `needs_kl`.
     """
     reduce = reduce or (lambda sums: sums)
     device = batches[0].sequences.ids.device

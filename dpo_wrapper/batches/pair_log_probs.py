@@ -7,27 +7,23 @@ from torch import Tensor
 from dpo_wrapper.batches.sequences import ScoredSequences, SequenceLogProbs
 
 
-def scored_positions(sequences: ScoredSequences) -> Int[Tensor, "t"]:
-    """Index of each scored token within its sequence, from 0."""
-    first = sequences.length.cumsum(dim=0) - sequences.length
-    return torch.arange(len(sequences.row), device=sequences.row.device) - first[sequences.row]
-
-
 def discounted_sums(
     sequences: ScoredSequences, pair_index: Int[Tensor, "p 2"], tokens: Float[Tensor, "t"], alpha: float
-) -> list[Float[Tensor, "p"]]:
+) -> tuple[Float[Tensor, "p"], Float[Tensor, "p"]]:
     """The sums of chosen and of rejected, in which tokens beyond the shorter completion count by `alpha`.
 
     A side's sum is its first `min(n_w, n_l)` log-probs plus `alpha` times the others: LD-DPO, Liu 2024 (arXiv
     2409.06411). `alpha = 1` gives the plain sums.
     """
     width = max(1, int(sequences.length.max())) if len(sequences.length) else 1
-    table = tokens.new_zeros(len(sequences.length), width)
-    table = table.index_put((sequences.row, scored_positions(sequences)), tokens)
+    first = sequences.length.cumsum(dim=0) - sequences.length
+    place = torch.arange(len(tokens), device=tokens.device) - first[sequences.row]  # within the completion
+    table = tokens.new_zeros(len(sequences.length), width).index_put((sequences.row, place), tokens)
     shorter = sequences.length[pair_index].amin(dim=-1, keepdim=True)
     is_shared = torch.arange(width, device=tokens.device) < shorter
     weights = torch.where(is_shared, 1.0, alpha).to(tokens.dtype)
-    return [(table[side] * weights).sum(dim=-1) for side in pair_index.unbind(dim=-1)]
+    chosen, rejected = ((table[side] * weights).sum(dim=-1) for side in pair_index.unbind(dim=-1))
+    return chosen, rejected
 
 
 @torch.no_grad()

@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from beartype import beartype
-from einops import rearrange
 from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor
 
@@ -15,7 +14,13 @@ from dpo_wrapper.batches.batch import Batch
 from dpo_wrapper.batches.pair_log_probs import discounted_sums, wpo_weights
 from dpo_wrapper.batches.sequences import Ids, ScoredSequences, SequenceLogProbs
 from dpo_wrapper.losses.inputs import PairLogProbs
-from dpo_wrapper.validation import check_pair_values, check_ref_log_probs
+from dpo_wrapper.validation import (
+    check_pair_values,
+    check_prompt_mask,
+    check_ref_log_probs,
+    check_seq_masks,
+    check_sequences,
+)
 
 
 @jaxtyped(typechecker=beartype)
@@ -33,7 +38,6 @@ class PreferenceBatch(Batch):
 
     dataset_type: ClassVar[str] = "preference"
 
-    sequences: ScoredSequences
     pair_index: Int[Tensor, "p 2"]
     weights: Float[Tensor, "p"] | None = None
     margins: Float[Tensor, "p"] | None = None
@@ -73,7 +77,6 @@ class PreferenceBatch(Batch):
         return cls(sequences, index_stacked_sides(sequences), weights, margins)
 
     def check(self) -> None:
-        """Raise TypeError or ValueError if indices, weights or margins do not fit the sequences."""
         if len(self.pair_index):
             count = len(self.sequences.length)
             low, high = (int(bound) for bound in torch.aminmax(self.pair_index))
@@ -90,7 +93,7 @@ class PreferenceBatch(Batch):
 
     @property
     def valid(self) -> Bool[Tensor, "p"]:
-        """Pairs both of whose sides have a scored token."""
+        """Which pairs have a scored token on both sides."""
         return (self.sequences.length[self.pair_index] > 0).all(dim=-1)
 
     @property
@@ -118,9 +121,9 @@ class PreferenceBatch(Batch):
         else:
             mean_length = lengths[chosen].to(dtype).sum() / max(1, len(chosen))
 
-        def sides(log_probs: SequenceLogProbs) -> list[Tensor]:
+        def sides(log_probs: SequenceLogProbs) -> tuple[Tensor, Tensor]:
             if self.ld_alpha == 1:
-                return [log_probs.sums[chosen].to(dtype), log_probs.sums[rejected].to(dtype)]
+                return log_probs.sums[chosen].to(dtype), log_probs.sums[rejected].to(dtype)
             assert log_probs.tokens is not None
             tokens = log_probs.tokens.to(dtype)
             return discounted_sums(self.sequences, self.pair_index[valid], tokens, self.ld_alpha)
@@ -130,8 +133,10 @@ class PreferenceBatch(Batch):
             wpo = wpo_weights(self.sequences, self.pair_index, policy)[valid]
             weights = wpo if weights is None else weights * wpo
         ref_chosen, ref_rejected = (None, None) if reference is None else sides(reference)
+        policy_chosen, policy_rejected = sides(policy)
         return PairLogProbs(
-            *sides(policy),
+            policy_chosen,
+            policy_rejected,
             ref_chosen,
             ref_rejected,
             lengths[chosen],
@@ -144,17 +149,49 @@ class PreferenceBatch(Batch):
 
     def given_log_probs(self, ref_log_probs: object) -> SequenceLogProbs:
         """Given reference log-probs of chosen and rejected, (Float[p], Float[p]), by sequence."""
-        pairs, device = len(self.pair_index), self.pair_index.device
         if self.ld_alpha < 1:
             raise ValueError(
-                "ref_log_probs are sums of all tokens, but ld_alpha needs single ones: give one of the two."
+                "ref_log_probs are sums of all tokens, but ld_alpha needs single ones: give one."
             )
-        values = torch.cat(check_ref_log_probs(ref_log_probs, pairs, device))
+        values = torch.cat(check_ref_log_probs(ref_log_probs, len(self.pair_index), self.pair_index.device))
         sums = values.new_zeros(self.sequences.length.shape)
         return SequenceLogProbs(sums.index_put((self.pair_index.T.flatten(),), values))
 
 
+def batch_from_arguments(
+    pad_id: int | None,
+    preferred_seq: Tensor | Batch,
+    unpreferred_seq: Tensor | None,
+    prompt_mask: Tensor | tuple[Tensor, Tensor] | None,
+    seq_mask: Tensor | tuple[Tensor, Tensor] | None,
+    preferred_seq_mask: Tensor | None,
+    unpreferred_seq_mask: Tensor | None,
+    pair_weights: Tensor | None,
+    margins: Tensor | None,
+) -> Any:
+    """The batch of a call of `DPO.forward`, after all checks that need no model.
+
+    A ready-made batch passes if it is given alone.
+    """
+    side_masks = (preferred_seq_mask, unpreferred_seq_mask)
+    if isinstance(preferred_seq, Batch):
+        others = (unpreferred_seq, prompt_mask, seq_mask, *side_masks, pair_weights, margins)
+        if any(argument is not None for argument in others):
+            name = type(preferred_seq).__name__
+            raise TypeError(f"a {name} holds ids, masks and weights already: give it alone.")
+        preferred_seq.check()
+        return preferred_seq
+    seqs = check_sequences(preferred_seq, unpreferred_seq)
+    prompt_masks = check_prompt_mask(prompt_mask, seqs)
+    seq_masks = check_seq_masks(seq_mask, side_masks, seqs, pad_id)
+    pairs, device = len(seqs[0]), seqs[0].device
+    if pair_weights is not None:
+        check_pair_values("pair_weights", pair_weights, pairs, device, minimum=0.0)
+    if margins is not None:
+        check_pair_values("margins", margins, pairs, device)
+    return PreferenceBatch.from_padded(seqs, prompt_masks, seq_masks, pair_weights, margins)
+
+
 def index_stacked_sides(sequences: ScoredSequences) -> Int[Tensor, "p 2"]:
     """The pairs of a stack of all chosen sequences and then all rejected ones."""
-    rows = torch.arange(len(sequences.ids), device=sequences.ids.device)
-    return rearrange(rows, "(side p) -> p side", side=2)
+    return torch.arange(len(sequences.ids), device=sequences.ids.device).view(2, -1).T

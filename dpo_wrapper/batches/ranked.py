@@ -31,7 +31,6 @@ class RankedBatch(Batch):
 
     dataset_type: ClassVar[str] = "ranked"
 
-    sequences: ScoredSequences
     ranks: Int[Tensor, "l k"]
     weights: Float[Tensor, "l"] | None = None
 
@@ -44,17 +43,15 @@ class RankedBatch(Batch):
     ) -> "RankedBatch":
         """A list of completions for each prompt, the best first, all as token ids."""
         if len(prompts) != len(completions):
+            counts = f"{len(completions)} lists for {len(prompts)} prompts"
             raise ValueError(
-                f"there should be a list of completions for each prompt, but there are {len(completions)} "
-                f"lists for {len(prompts)} prompts: give one list for each."
+                f"there should be a list of completions for each prompt, but there are {counts}: add one."
             )
-        lists = list(zip(prompts, completions, strict=True))
         sequences = ScoredSequences.from_lists(
-            [prompt for prompt, ranked in lists for _ in ranked],
+            [prompt for prompt, ranked in zip(prompts, completions, strict=True) for _ in ranked],
             [ids for ranked in completions for ids in ranked],
         )
-        ends = torch.tensor([len(ranked) for ranked in completions]).cumsum(dim=0).tolist()
-        rows = [torch.arange(end - len(ranked), end) for ranked, end in zip(completions, ends, strict=True)]
+        rows = torch.arange(len(sequences.length)).split([len(ranked) for ranked in completions])
         return cls(sequences, pad_sequence(rows, batch_first=True, padding_value=-1), weights)
 
     @property
@@ -91,9 +88,7 @@ class RankedBatch(Batch):
         Each sequence is scored once, however many pairs it stands in, and each pair has its list's weight.
         """
         if ranking not in ("all", "best"):
-            raise ValueError(
-                f"ranking should be 'all' or 'best', but it is {ranking!r}: choose one of the two."
-            )
+            raise ValueError(f"ranking should be 'all' or 'best', but it is {ranking!r}: choose one.")
         k = self.ranks.shape[1]
         better, worse = torch.triu_indices(k, k, offset=1, device=self.ranks.device)
         if ranking == "best":

@@ -25,11 +25,8 @@ Ids = Sequence[int]
 class SequenceLogProbs:
     """Log-probs of scored sequences in nats, under the policy or the reference.
 
-    Attributes:
-        sums: Float[s], the sum over the scored tokens of each sequence.
-        tokens: Float[t], the log-prob of each scored token; None where only the sums are known.
-        extras: by name, further values of each scored token without a gradient, as `token_log_probs` gives
-            them.
+    `sums` are those over the scored tokens of each sequence; `tokens` is None where only the sums are known.
+    `extras` are further values of each scored token without a gradient, as `token_log_probs` gives them.
     """
 
     sums: Float[Tensor, "s"]
@@ -76,9 +73,8 @@ class ScoredSequences(TensorDataclass):
         seq, scored, real = (mask.gather(-1, order) for mask in (seq, scored & real, real))
         scored = F.pad(scored[:, 1:], (1, 0), value=False)  # nothing predicts the first real token
         width = max(2, int(scored.any(dim=0).nonzero().max()) + 1) if scored.any() else 2
-        seq, scored, real = (
-            F.pad(mask, (0, max(0, width - mask.shape[1])))[:, :width] for mask in (seq, scored, real)
-        )
+        # pad or, where the number is negative, cut
+        seq, scored, real = (F.pad(mask, (0, width - mask.shape[1])) for mask in (seq, scored, real))
 
         row, place = scored.nonzero(as_tuple=True)
         last_scored = (scored * torch.arange(width, device=seq.device)).amax(dim=-1, keepdim=True)
@@ -144,9 +140,7 @@ class ScoredSequences(TensorDataclass):
         table = tokens.new_zeros(self.ids.shape)
         return table.index_put((self.row, self.source), tokens).sum(dim=-1)
 
-    def log_probs(
-        self, tokens: Float[Tensor, "t"], extras: Mapping[str, Tensor] | None = None
-    ) -> SequenceLogProbs:
+    def log_probs(self, tokens: Tensor, extras: Mapping[str, Tensor] | None = None) -> SequenceLogProbs:
         """`SequenceLogProbs` from the log-prob of each scored token."""
         return SequenceLogProbs(self.sum_per_sequence(tokens), tokens, extras or {})
 
@@ -157,7 +151,7 @@ class ScoredSequences(TensorDataclass):
     def unique_tokens(self) -> int:
         """Number of tokens if every prefix that sequences share is counted once."""
         for tree in vars(self).get("_trees", {}).values():
-            return tree.unique_tokens
+            return len(tree.layout.subtree_end)
         return len(PrefixTree.from_sequences(self.unpadded_ids()).ids)
 
 
@@ -165,25 +159,20 @@ class ScoredSequences(TensorDataclass):
 class ScoredTreeTokens(TensorDataclass):
     """The scored tokens of sequences on their prefix tree; equal tokens after the same past are one entry.
 
-    Attributes:
-        unique_tokens: number of tokens in the tree.
-        source, target: of each entry the token of the tree that predicts it, and its id.
-        entry: for each scored token of the sequences its index among the entries.
+    `source` and `target` are of each entry the token of the tree that predicts it, and its id; `entry` is for
+    each scored token of the sequences its index among the entries.
     """
 
     layout: TreeLayout
-    unique_tokens: int
     source: Int[Tensor, "e"]
     target: Int[Tensor, "e"]
     entry: Int[Tensor, "t"]
 
     @classmethod
     def from_sequences(cls, sequences: ScoredSequences, options: TreeOptions) -> "ScoredTreeTokens":
-        """Build the tree of the sequences, on the CPU, and move it to their device."""
         device = sequences.ids.device
         tree = PrefixTree.from_sequences(sequences.unpadded_ids())
         row, place, target = (t.cpu() for t in (sequences.row, sequences.source, sequences.target))
         source = tree.path[tree.start[row] + place]
         scored, entry = torch.unique(torch.stack([source, target]), dim=1, return_inverse=True)
-        layout = TreeLayout.from_tree(tree, options)
-        return cls(layout, len(tree.ids), scored[0], scored[1], entry).to(device)
+        return cls(TreeLayout.from_tree(tree, options), scored[0], scored[1], entry).to(device)

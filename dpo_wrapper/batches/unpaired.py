@@ -32,7 +32,6 @@ class UnpairedBatch(Batch):
     dataset_type: ClassVar[str] = "unpaired_preference"
     needs_kl: ClassVar[bool] = True
 
-    sequences: ScoredSequences
     kl_sequences: ScoredSequences
     label: Bool[Tensor, "s"]
     weights: Float[Tensor, "s"] | None = None
@@ -49,16 +48,13 @@ class UnpairedBatch(Batch):
     ) -> "UnpairedBatch":
         """One completion and one label for each prompt, all as token ids.
 
-        Args:
-            kl_completions: for each prompt a completion of another one; an empty one does not count. Without
-                them they are taken from the batch itself.
-            weights: factors of the rows' losses.
+        `kl_completions` are, for each prompt, a completion of another one; an empty one does not count.
+        Without them they are taken from the batch itself.
         """
         if not len(prompts) == len(completions) == len(labels):
-            lengths = f"{len(prompts)}, {len(completions)} and {len(labels)}"
+            counts = f"{len(prompts)}, {len(completions)} and {len(labels)}"
             raise ValueError(
-                f"prompts, completions and labels should be as many, but there are {lengths}: give "
-                "one of each for every row."
+                f"prompts, completions and labels should be as many, but there are {counts}: add the others."
             )
         if not all(isinstance(label, bool) for label in labels):
             raise TypeError("labels should be True or False, but one is something else: give one bool a row.")
@@ -66,8 +62,8 @@ class UnpairedBatch(Batch):
             partners = kl_partner_indices([tuple(prompt) for prompt in prompts])
             if all(partner is None for partner in partners):
                 raise ValueError(
-                    "rows should be of two prompts or more, so that each can get a completion of another "
-                    "one, but there is only one: make batches larger, or give kl_completions."
+                    "rows should be of two prompts or more, so that each gets a completion of another, but "
+                    "there is only one: make batches larger, or give kl_completions."
                 )
             kl_completions = [() if partner is None else completions[partner] for partner in partners]
         elif len(kl_completions) != len(prompts):
@@ -81,13 +77,11 @@ class UnpairedBatch(Batch):
 
     @property
     def valid(self) -> Bool[Tensor, "s"]:
-        """Rows with a scored token."""
         return self.sequences.length > 0
 
     def with_kl(self, sums: Float[Tensor, "2"]) -> "UnpairedBatch":
         """The same rows with the KL estimate `sums[0] / sums[1]`, from the sum of `DPO.kl_sums`."""
-        total, count = sums
-        return replace(self, step_kl=total / count.clamp(min=1))
+        return replace(self, step_kl=sums[0] / sums[1].clamp(min=1))
 
     def log_probs(self, policy: SequenceLogProbs, reference: SequenceLogProbs | None) -> UnpairedLogProbs:
         """The log-probs of the valid rows; the batch should have its KL estimate (`with_kl`)."""

@@ -15,20 +15,17 @@ patch_lock = threading.RLock()
 
 @dataclass(frozen=True)
 class OutputHead:
-    """`logits = logit_scale · (hidden @ weightᵀ + bias)`; a softcap c makes it `c · tanh(logits / c)`."""
+    """`logits = logit_scale · (hidden @ weightᵀ + bias)`; a softcap c makes it `c · tanh(logits / c)`.
+
+    The fields are named as the arguments of `token_log_probs`.
+    """
 
     weight: Float[Tensor, "v d"]
     bias: Float[Tensor, "v"] | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """All fields but the weight, as keyword arguments of `token_log_probs`."""
-        return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
-
     def compute_logits(self, hidden: Float[Tensor, "b n d"]) -> Float[Tensor, "b n v"]:
-        """Apply the head to hidden states."""
         logits = nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
         return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
 
@@ -36,20 +33,13 @@ class OutputHead:
 class LanguageModel:
     """Any module that maps `Int[b n]` ids to `Float[b n v]` logits or to an output that has `.logits`.
 
-    No method changes the weights or the modules of a model.
-
-    Attributes:
-        model: the module as the user gave it.
-        name: the family's name in messages.
-        vocab_size: the number of token ids that the model takes, where it can be told.
-        max_positions: the longest sequence that the model takes, where a table of positions bounds it.
-        can_share_prefix: whether `forward_tree` is implemented.
+    No method changes the weights or the modules of `model`, which is as the user gave it.
     """
 
-    name = "module"
-    vocab_size: int | None = None
-    max_positions: int | None = None
-    can_share_prefix = False
+    name = "module"  # the family's, in messages
+    vocab_size: int | None = None  # where it can be told
+    max_positions: int | None = None  # where a table of positions bounds the length of sequences
+    can_share_prefix = False  # whether `forward_tree` is implemented
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -64,14 +54,9 @@ class LanguageModel:
         raise NotImplementedError
 
     def forward_tree(self, layout: TreeLayout, return_hidden: bool) -> Float[Tensor, "r w _"]:
-        """Run the model over the tokens of a prefix tree.
+        """Run the model over the tokens of a prefix tree; returns logits or hidden states.
 
-        Args:
-            layout: the tree.
-            return_hidden: return hidden states instead of logits.
-
-        Raises:
-            PrefixSharingError: the model's attention cannot be run over a tree.
+        Raises PrefixSharingError if the model's attention cannot be run over a tree.
         """
         raise NotImplementedError
 

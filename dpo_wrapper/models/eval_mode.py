@@ -43,15 +43,12 @@ def reproducible_forward(model: nn.Module) -> Iterator[None]:
     fused path, which is for passes without gradients alone. Under autocast that path also leaves casts of the
     weights behind, without gradients, that a later pass with gradients would use.
     """
+    # torch.compile traces badly under a TorchFunctionMode
+    is_compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with onednn_linear() if is_onednn_faster() and not is_compiled(model) else nullcontext():
+        with onednn_linear() if is_onednn_faster() and not is_compiled else nullcontext():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Whether any part of a model is compiled: `torch.compile` traces badly under a `TorchFunctionMode`."""
-    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())

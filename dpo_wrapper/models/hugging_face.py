@@ -12,12 +12,7 @@ from dpo_wrapper.prefix_tree import TreeLayout
 
 
 class HuggingFaceModel(LanguageModel):
-    """A causal LM of transformers.
-
-    Attributes:
-        inner: the model without what PEFT and `torch.compile` have wrapped around it.
-        text_config: its configuration, or of a multimodal model that of the text part.
-    """
+    """A causal LM of transformers; `inner` is the model inside the wrappers of PEFT and `torch.compile`."""
 
     name = "Hugging Face"
     can_share_prefix = True
@@ -27,10 +22,9 @@ class HuggingFaceModel(LanguageModel):
         self.inner = inner
         config = inner.config
         if getattr(config, "is_encoder_decoder", False):
-            raise TypeError(
-                f"the model should be decoder-only, but {type(inner).__name__} has an encoder: "
-                "load one of transformers' AutoModelForCausalLM."
-            )
+            problem = f"the model should be decoder-only, but {type(inner).__name__} has an encoder"
+            raise TypeError(f"{problem}: load one of transformers' AutoModelForCausalLM.")
+        # of a multimodal model that of the text part
         self.text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.options = {"use_cache": False} if hasattr(self.text_config, "use_cache") else {}
         embedding = inner.get_input_embeddings()

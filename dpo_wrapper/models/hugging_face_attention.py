@@ -20,14 +20,9 @@ from dpo_wrapper.models.base import patch_lock, uses_checkpointing
 from dpo_wrapper.prefix_tree import PrefixSharingError, TreeLayout, attend_along_paths, attend_with_kernel
 from dpo_wrapper.prefix_tree.attention import make_causal_mask
 
-LAYOUT_KEYWORD = "prefix_tree_layout"
-"""The keyword argument by which a model hands the layout down to its attention."""
-
-_PREFIX = "dpo_wrapper_tree_"
-"""What the names of the registered functions begin with."""
-
-_thread = threading.local()
-"""`is_over_tree` is True in the thread that runs a model over a tree."""
+LAYOUT_KEYWORD = "prefix_tree_layout"  # by which a model hands the layout down to its attention
+_PREFIX = "dpo_wrapper_tree_"  # of the names of the registered functions
+_thread = threading.local()  # `is_over_tree` is True in the thread that runs a model over a tree
 
 
 @contextmanager
@@ -38,29 +33,24 @@ def attend_over_tree(model: nn.Module) -> Iterator[None]:
     Its configuration therefore keeps the registered attention, which without a layout does what the model's
     own does.
     """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
     key = "_attn_implementation_internal"
     with patch_lock, ExitStack() as stack:
         is_rerun = any(map(uses_checkpointing, model.modules()))
-        for config in (m.config for m in model.modules() if hasattr(m, "config")):
+        configs: list[Any] = [m.config for m in model.modules() if hasattr(m, "config")]
+        for config in configs:
             attention_name = config._attn_implementation or "eager"
             if not attention_name.startswith(_PREFIX):
                 if not is_rerun:
                     stack.callback(vars(config).__setitem__, key, vars(config).get(key))
-                vars(config)[key] = register_tree_attention(attention_name)
+                vars(config)[key] = tree_name = _PREFIX + attention_name
+                if tree_name not in AttentionInterface():
+                    AttentionInterface.register(tree_name, partial(_attend, attention_name))
+                    AttentionMaskInterface.register(tree_name, partial(_make_mask, attention_name))
         _thread.is_over_tree = True
         stack.callback(setattr, _thread, "is_over_tree", False)
         yield
-
-
-def register_tree_attention(attention_name: str) -> str:
-    """Register the tree's version of an attention function and of its mask; returns their name."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    tree_name = _PREFIX + attention_name
-    if tree_name not in AttentionInterface():
-        AttentionInterface.register(tree_name, partial(_attend, attention_name))
-        AttentionMaskInterface.register(tree_name, partial(_make_mask, attention_name))
-    return tree_name
 
 
 def _make_mask(attention_name: str, *args: Any, **kwargs: Any) -> Any:

@@ -23,10 +23,8 @@ class XTransformersModel(LanguageModel):
     def __init__(self, model: nn.Module, net: Any) -> None:
         super().__init__(model)
         if net.to_logits is None:
-            raise TypeError(
-                "the model should have an output head, but it returns embeddings: leave return_only_embed at "
-                "False."
-            )
+            problem = "the model should have an output head, but it returns embeddings"
+            raise TypeError(f"{problem}: leave return_only_embed at False.")
         self.net = net
         self.vocab_size = net.num_tokens
         self.max_positions = getattr(net.pos_emb, "max_seq_len", None)
@@ -43,8 +41,8 @@ class XTransformersModel(LanguageModel):
         takes_positions = isinstance(self.net.pos_emb, nn.Module) or has_rotation
         # with one row, positions have one axis: some of the embeddings take no second
         position = layout.position if len(layout.position) > 1 else layout.position[0]
+        pos = position if takes_positions else None
         with attend_over_tree(self.net, layout):
-            pos = position if takes_positions else None
             return self.net(layout.ids, return_embeddings=return_hidden, pos=pos)
 
     def output_head(self) -> OutputHead | None:
@@ -83,14 +81,13 @@ def attend_over_tree(net: Any, layout: TreeLayout) -> Iterator[None]:
 @contextmanager
 def patched_attribute(holder: object, name: str, value: Any) -> Iterator[None]:
     """Set `holder.name` to a value inside this context, as an attribute of the instance alone."""
-    attributes = vars(holder)
-    before = {name: attributes[name]} if name in attributes else {}
-    attributes[name] = value
+    before = {name: vars(holder)[name]} if name in vars(holder) else {}
+    vars(holder)[name] = value
     try:
         yield
     finally:
-        del attributes[name]
-        attributes.update(before)
+        del vars(holder)[name]
+        vars(holder).update(before)
 
 
 def _attend(

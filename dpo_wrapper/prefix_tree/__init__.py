@@ -9,11 +9,6 @@ from dpo_wrapper.prefix_tree.layout import TreeKernel, TreeLayout, TreeOptions
 from dpo_wrapper.prefix_tree.tree import PrefixTree
 
 __all__ = [
-    "PrefixSharingError",
-    "PrefixTree",
-    "TreeKernel",
-    "TreeLayout",
-    "TreeOptions",
-    "attend_along_paths",
+    "PrefixSharingError", "PrefixTree", "TreeKernel", "TreeLayout", "TreeOptions", "attend_along_paths",
     "attend_with_kernel",
-]
+]  # fmt: skip

@@ -32,9 +32,6 @@ def attend_along_paths(
     It maps q, k and v of shape [g h n d] to outputs [g h n e]. They are gathered along the tree's paths,
     attention runs on each group of paths, and for a token on several paths the output on one of them is kept:
     they are all equal.
-
-    Raises:
-        PrefixSharingError: the tensors hold other tokens than the layout.
     """
     shape, layout_shape = (q.shape[0], q.shape[2]), tuple(layout.ids.shape)
     if shape != layout_shape:
@@ -59,14 +56,9 @@ def attend_with_kernel(
 ) -> Float[Tensor, "r h w e"] | None:
     """Compute softmax attention over a tree by the kernel that `layout.options` names.
 
-    Args:
-        layout: the tree.
-        q, k, v: queries, keys and values; the heads of q may be a multiple of those of k and v.
-        window: a token attends to this many tokens, itself included; None is to all before it.
-        scale: the factor of `q · k`; None is `1 / sqrt(d)`.
-
-    Returns:
-        The outputs, or None where the kernel does not apply or does not pay.
+    Returns None where the kernel does not apply or does not pay. The heads of q may be a multiple of those of
+    k and v. With a window a token attends to that many tokens, itself included. `scale` is the factor of
+    `q · k`, None for `1 / sqrt(d)`.
     """
     options, branches = layout.options, layout.branches
     if options.kernel == "flex" and len(q) == 1:  # its block mask is that of one row
@@ -74,11 +66,8 @@ def attend_with_kernel(
 
         return flex_attention.attend_with_flex(q, k, v, layout.block_mask(window), scale)
     if options.kernel == "branches" and window is None and q.shape[-1] == v.shape[-1]:
-        min_numel = options.min_branch_numel
-        if min_numel is None:
-            min_numel = cpu_attention.MIN_BRANCH_NUMEL
         mean_branch_length = branches[-1][0].stop / len(branches)
-        if mean_branch_length * q.shape[1] * q.shape[-1] >= min_numel:
+        if mean_branch_length * q.shape[1] * q.shape[-1] >= options.min_branch_numel:
             q, k, v = (rearrange(t, "r h w d -> 1 h (r w) d") for t in (q, k, v))
             out = cpu_attention.attend_by_branch(q, k, v, branches, scale)
             return rearrange(out, "1 h (r w) e -> r h w e", r=len(layout.ids))

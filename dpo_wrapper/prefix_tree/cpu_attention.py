@@ -58,14 +58,10 @@ def attend_by_branch(
     branches: tuple[Branch, ...],
     scale: float | None,
 ) -> Float[Tensor, "1 h w d"]:
-    """Compute softmax attention over a tree.
+    """Compute softmax attention over a tree; tokens after the last branch are padding, with outputs of zeros.
 
-    Equal, in differentiable lines, to
-
-        mask = tree.attention_mask()
-        F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
-
-    Tokens after the last branch are padding: their outputs are zeros.
+    Equal to `F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)` with
+    `mask[q, k] = k <= q < subtree_end[k]`.
     """
     if (repeats := q.shape[1] // k.shape[1]) > 1:
         k, v = (t.repeat_interleave(repeats, dim=1) for t in (k, v))

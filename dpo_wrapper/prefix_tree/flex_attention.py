@@ -9,8 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-BLOCK_SIZE = 128
-"""Queries and keys in one block."""
+BLOCK_SIZE = 128  # queries and keys in one block
 
 compiled_flex_attention = torch.compile(flex_attention, dynamic=True)
 

@@ -1,7 +1,7 @@
 """A prefix tree as a model takes it: its tokens in rows, and its paths grouped into padded sequences."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
-from dpo_wrapper.prefix_tree.cpu_attention import Branch, find_branches
+from dpo_wrapper.prefix_tree import cpu_attention
 from dpo_wrapper.prefix_tree.tree import PrefixTree
 from dpo_wrapper.tensor_dataclass import TensorDataclass
 
@@ -27,18 +27,11 @@ model's own attention along each path."""
 
 @dataclass(frozen=True)
 class TreeOptions:
-    """How a model takes trees.
-
-    Attributes:
-        max_positions: the widest row, where the model has a table of positions of that length.
-        kernel: what computes attention that is plain.
-        min_branch_numel: the mean number of elements in the queries of one branch below which 'branches'
-            leaves attention to the model; None is `MIN_BRANCH_NUMEL`.
-    """
+    """How a model takes trees: its widest row, and what computes plain attention."""
 
     max_positions: int | None = None
     kernel: TreeKernel = "model"
-    min_branch_numel: int | None = None
+    min_branch_numel: int = field(default_factory=lambda: cpu_attention.MIN_BRANCH_NUMEL)
 
 
 @dataclass(frozen=True)
@@ -61,7 +54,7 @@ class TreeLayout(TensorDataclass):
     groups: tuple[Int[Tensor, "g n"], ...]
     path_index: Int[Tensor, "rw"]
     subtree_end: Int[Tensor, "u"]
-    branches: tuple[Branch, ...]
+    branches: tuple[cpu_attention.Branch, ...]
     options: TreeOptions
 
     @classmethod
@@ -74,7 +67,7 @@ class TreeLayout(TensorDataclass):
             F.pad(values, (0, rows * width - u)).view(rows, width) for values in (tree.ids, tree.position)
         )
         groups, path_index = group_paths(tree.leaf_paths(), rows * width)
-        branches = find_branches(tree.position)
+        branches = cpu_attention.find_branches(tree.position)
         return cls(ids, position, groups, path_index, tree.subtree_end, branches, options)
 
     def block_mask(self, window: int | None) -> "BlockMask":

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from beartype import beartype
-from jaxtyping import Bool, Int, jaxtyped
+from jaxtyping import Int, jaxtyped
 from torch import Tensor
 
 from dpo_wrapper.tensor_dataclass import TensorDataclass
@@ -43,12 +43,9 @@ class PrefixTree(TensorDataclass):
 
     @classmethod
     def from_sequences(cls, sequences: Sequence[Any]) -> "PrefixTree":
-        """Build the tree of sequences of token ids.
+        """Build the tree of tensors, arrays or lists of token ids; any may be empty or equal to another.
 
         Apart from sorting the sequences, the time is linear in the number of tokens.
-
-        Args:
-            sequences: tensors, arrays or lists of integers; any may be empty or equal to another.
         """
         rows = [np.asarray(row, dtype=np.int64) for row in sequences]
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
@@ -75,15 +72,6 @@ class PrefixTree(TensorDataclass):
 
         arrays = (ids[:size], position[:size], subtree_end[:size], path, start)
         return cls(*(torch.from_numpy(array.copy()) for array in arrays))
-
-    def sequences(self) -> list[Int[Tensor, "_"]]:
-        """The ids of the sequences from which the tree was built, in their order."""
-        return list(self.ids[self.path].split(self.start.diff().tolist()))
-
-    def attention_mask(self) -> Bool[Tensor, "u u"]:
-        """True where token q (row) may attend to token k (column)."""
-        index = torch.arange(len(self.ids), device=self.ids.device)
-        return (index <= index[:, None]) & (index[:, None] < self.subtree_end)
 
     def leaf_paths(self) -> list[Int[Tensor, "_"]]:
         """The paths that end at a leaf, each once: every other path is the beginning of one of them."""

@@ -1,43 +1,89 @@
 """Which reference a policy gets, from the options of `DPO`."""
 
 import re
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
 
-from dpo_wrapper.reference.cache import CachedReference
+from dpo_wrapper.reference.cache import LogProbCache
 from dpo_wrapper.reference.frozen_copy import frozen_copy
 from dpo_wrapper.reference.reference import (
     AdapterDisabled,
+    CachedReference,
     FrozenModel,
     ModelReference,
     NoReference,
     Reference,
-    StoredReference,
 )
 from dpo_wrapper.scoring.scorer import Scorer
 
 ReferenceKind = Literal["auto", "copy", "adapter", "none"]
 KINDS = ("auto", "copy", "adapter", "none")
-LORA_FACTOR = re.compile(r"lora_(embedding_)?[AB]\.")
 
 
-@dataclass(frozen=True)
-class ReferenceOptions:
-    """How a reference is made.
+def build_reference(
+    kind: ReferenceKind | nn.Module | CachedReference,
+    policy_scorer: Scorer,
+    is_needed: bool,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    per_token: bool,
+    has_cache: bool,
+) -> Reference:
+    """The reference of a policy, as the options of `DPO` say; TypeError or ValueError if they do not fit.
 
-    Attributes:
-        dtype, device: `reference_dtype` and `reference_device` of `DPO`.
-        per_token: whether single tokens' log-probs are needed, and not only sums.
-        caches: whether to keep log-probs in memory.
+    `is_needed` says whether a loss needs one, and `per_token` whether the log-prob of each token is needed.
     """
+    policy = policy_scorer.language_model.model
+    if kind not in KINDS and not isinstance(kind, (nn.Module, CachedReference)):
+        raise ValueError(f"reference should be a module or one of {', '.join(KINDS)}, but it is {kind!r}.")
+    if kind == "auto":
+        kind = "none" if not is_needed else "adapter" if has_fresh_adapter(policy) else "copy"
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"reference_dtype should be a torch dtype of floats, but it is {dtype!r}.")
+    for option, value in (("reference_dtype", dtype), ("reference_device", device)):
+        if value is not None and kind != "copy":
+            which = repr(kind) if isinstance(kind, str) else "given"
+            raise ValueError(
+                f"{option} is for reference = 'copy', but it is {which}: leave it out, and convert or "
+                "move a module of your own by module.to(...)."
+            )
+    if isinstance(kind, CachedReference):
+        if per_token and not kind.per_token:
+            raise ValueError(
+                "ld_alpha needs the reference's log-prob of each token, but the cache holds sums: make it "
+                "with precompute_ref_log_probs(..., per_token = True)."
+            )
+        return kind
+    if kind == "none":
+        return NoReference()
 
-    dtype: torch.dtype | None = None
-    device: torch.device | str | None = None
-    per_token: bool = False
-    caches: bool = False
+    def scorer(model: nn.Module) -> Scorer:
+        return Scorer(model, policy_scorer.impl, policy_scorer.share_prefix, policy_scorer)
+
+    reference: ModelReference
+    if isinstance(kind, nn.Module):
+        trained = {id(p) for p in policy.parameters() if p.requires_grad}
+        if kind is policy or any(id(p) in trained for p in kind.parameters()):
+            raise ValueError(
+                "the given reference shares trained parameters with the policy and would follow it: "
+                "use reference = 'copy'."
+            )
+        reference = FrozenModel(scorer(kind.requires_grad_(False).eval()), policy)
+    elif kind == "copy":
+        fixed_device = None if device is None else parse_device(device)
+        reference = FrozenModel(scorer(frozen_copy(policy, dtype, fixed_device)), policy, fixed_device)
+    elif has_fresh_adapter(policy):
+        reference = AdapterDisabled(scorer(policy))
+    else:
+        raise ValueError(
+            "reference = 'adapter' switches a fresh PEFT LoRA adapter off, but this policy has none, or one "
+            "that is already trained, or trains other weights as well: use reference = 'copy'."
+        )
+    if has_cache:
+        reference.cache = LogProbCache(per_token)
+    return reference
 
 
 def has_fresh_adapter(policy: nn.Module) -> bool:
@@ -47,7 +93,7 @@ def has_fresh_adapter(policy: nn.Module) -> bool:
     # PEFT starts factor B at zero, for embeddings A; DoRA trains magnitudes beside the factors
     zeros = [p for name, p in policy.named_parameters() if "lora_B." in name or "lora_embedding_A." in name]
     trained = [name for name, p in policy.named_parameters() if p.requires_grad]
-    is_lora_alone = all(LORA_FACTOR.search(name) for name in trained)
+    is_lora_alone = all(re.search(r"lora_(embedding_)?[AB]\.", name) for name in trained)
     return bool(zeros) and is_lora_alone and not any(p.detach().any() for p in zeros)
 
 
@@ -60,74 +106,3 @@ def parse_device(device: object) -> torch.device:
         raise ValueError(
             f"reference_device should be a device of this machine, like 'cpu', but it is {device!r}: {reason}"
         ) from error
-
-
-def check_module(module: nn.Module, policy: nn.Module) -> None:
-    """Raise ValueError for a given reference that would follow the policy."""
-    trained = {id(p) for p in policy.parameters() if p.requires_grad}
-    if module is policy or any(id(p) in trained for p in module.parameters()):
-        raise ValueError(
-            "the given reference shares trained parameters with the policy and would follow it: "
-            "use reference = 'copy'."
-        )
-
-
-def build_reference(
-    kind: ReferenceKind | nn.Module | CachedReference,
-    policy_scorer: Scorer,
-    is_needed: bool,
-    options: ReferenceOptions,
-) -> Reference:
-    """The reference of a policy, as the options of `DPO` say; TypeError or ValueError if they do not fit.
-
-    `kind` is the option `reference` of `DPO`, and `is_needed` says whether a loss needs one, for `'auto'`.
-    The reference's scorer takes over the options of the policy's.
-    """
-    policy, dtype, device = policy_scorer.language_model.model, options.dtype, options.device
-    is_known = kind in KINDS if isinstance(kind, str) else isinstance(kind, (nn.Module, CachedReference))
-    if not is_known:
-        raise ValueError(f"reference should be a module or one of {', '.join(KINDS)}, but it is {kind!r}.")
-    if kind == "auto":
-        kind = "none" if not is_needed else "adapter" if has_fresh_adapter(policy) else "copy"
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"reference_dtype should be a torch dtype of floats, but it is {dtype!r}.")
-    for option, value in (("reference_dtype", dtype), ("reference_device", device)):
-        if value is not None and not (isinstance(kind, str) and kind == "copy"):
-            which = repr(kind) if isinstance(kind, str) else "given"
-            raise ValueError(
-                f"{option} is for reference = 'copy', but it is {which}: leave it out, and convert or "
-                "move a module of your own by module.to(...)."
-            )
-    if isinstance(kind, CachedReference):
-        if options.per_token and not kind.per_token:
-            raise ValueError(
-                "ld_alpha needs the reference's log-prob of each token, but the cache holds sums: make it "
-                "with precompute_ref_log_probs(..., per_token = True)."
-            )
-        return StoredReference(kind)
-    if kind == "none":
-        return NoReference()
-
-    def scorer(model: nn.Module) -> Scorer:
-        share_prefix = policy_scorer.share_prefix
-        return Scorer(model, policy_scorer.impl, policy_scorer=policy_scorer, share_prefix=share_prefix)
-
-    reference: ModelReference
-    if kind == "adapter":
-        if not has_fresh_adapter(policy):
-            raise ValueError(
-                "reference = 'adapter' switches a fresh PEFT LoRA adapter off, but this policy has none, "
-                "or one that is already trained, or trains other weights as well: use reference = 'copy'."
-            )
-        reference = AdapterDisabled(scorer(policy))
-    else:
-        stays_on = None if device is None else parse_device(device)
-        if isinstance(kind, nn.Module):
-            check_module(kind, policy)
-            module = kind.requires_grad_(False).eval()
-        else:
-            module = frozen_copy(policy, dtype, stays_on)
-        reference = FrozenModel(scorer(module), policy, stays_on)
-    if options.caches:
-        reference.enable_cache(options.per_token)
-    return reference

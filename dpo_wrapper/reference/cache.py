@@ -44,24 +44,20 @@ class LogProbCache:
         for content, value in zip(sequences.content_hashes(), split, strict=True):
             self.values.setdefault(content, value.clone() if self.per_token else value)
 
-    def clear(self) -> None:
-        """Forget everything."""
-        self.values.clear()
-
     def state_dict(self) -> dict[str, Tensor]:
         """All content hashes and values, as tensors for a file."""
-        hashes = torch.zeros(0, dtype=torch.uint8)
-        if self.values:
-            hashes = torch.frombuffer(bytearray(b"".join(self.values)), dtype=torch.uint8)
-        lengths = [len(value) if self.per_token else 1 for value in self.values.values()]
-        values = [*self.values.values()]
+        hashes, values = b"".join(self.values), list(self.values.values())
+        lengths = [len(value) if self.per_token else 1 for value in values]
         flat = torch.cat(values) if self.per_token and values else torch.tensor(values, dtype=self.dtype)
-        return {"hashes": hashes, "lengths": torch.tensor(lengths, dtype=torch.long), "values": flat}
+        return {
+            "hashes": torch.tensor(list(hashes), dtype=torch.uint8),
+            "lengths": torch.tensor(lengths, dtype=torch.long),
+            "values": flat,
+        }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Add what the state holds to what is known."""
-        raw = state["hashes"].numpy().tobytes()
-        hashes = [raw[start : start + HASH_BYTES] for start in range(0, len(raw), HASH_BYTES)]
+        hashes = [bytes(row) for row in state["hashes"].view(-1, HASH_BYTES).numpy()]
         values: Any = state["values"].cpu()
         if len(values):
             self.dtype = values.dtype
@@ -76,32 +72,3 @@ class LogProbCache:
             torch.distributed.all_gather_object(states, self.state_dict())
             for state in states:
                 self.load_state_dict(state)
-
-
-class CachedReference(LogProbCache):
-    """The reference's log-probs of the sequences of data sets, as `precompute_ref_log_probs` returns them.
-
-    `DPO(model, reference=cached)` needs no model for the reference.
-    """
-
-    def log_probs(self, sequences: ScoredSequences) -> SequenceLogProbs:
-        """The log-probs of the sequences; ValueError if one is not known."""
-        log_probs = self.lookup(sequences)
-        if log_probs is None:
-            raise ValueError(
-                f"the cached reference knows {len(self)} sequences, but not all of this batch: run "
-                "precompute_ref_log_probs over the data set that the batch comes from."
-            )
-        return log_probs
-
-    def __or__(self, other: "CachedReference") -> "CachedReference":
-        """What either of the two knows."""
-        if self.per_token != other.per_token:
-            raise ValueError(
-                "two caches should hold the same kind of values, but one holds sums and the other single "
-                "tokens: make both with the same per_token."
-            )
-        both = CachedReference(self.per_token)
-        both.dtype = self.dtype
-        both.values = self.values | other.values
-        return both

@@ -52,8 +52,9 @@ def copy_with_closures(value: T, model: nn.Module, memo: dict[int, Any]) -> T:
     attributes = [attribute for module in model.modules() for attribute in vars(module).values()]
     memo |= {id(t): t.detach().clone() for t in attributes if isinstance(t, Tensor) and not t.is_leaf}
     model_ids = {id(part) for part in (*model.modules(), *model.parameters(), *model.buffers())}
+    functions = [f for f in iterate_references(attributes) if isinstance(f, types.FunctionType)]
     rebuilt = []
-    for function in list(find_closures(attributes, model_ids)):
+    for function in (f for f in functions if reaches(f, model_ids)):
         cells = tuple(types.CellType() for _ in function.__closure__ or ())
         new = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, cells)
         memo[id(function)] = new
@@ -107,10 +108,3 @@ def iterate_references(roots: list[Any]) -> Iterator[Any]:
 def reaches(value: object, model_ids: set[int]) -> bool:
     """Whether a value holds a part of the model, however deep."""
     return any(id(reference) in model_ids for reference in iterate_references([value]))
-
-
-def find_closures(attributes: list[Any], model_ids: set[int]) -> Iterator[types.FunctionType]:
-    """Functions among the attributes, however deep, that hold a part of the model."""
-    for value in iterate_references(attributes):
-        if isinstance(value, types.FunctionType) and reaches(value, model_ids):
-            yield value

@@ -1,7 +1,7 @@
 """The reference's log-probs of a data set, computed once and kept in files that record what made them."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dpo_wrapper.batches.sequences import ScoredSequences
-from dpo_wrapper.reference.cache import CachedReference, LogProbCache
-from dpo_wrapper.reference.reference import FrozenModel, ModelReference, Reference
+from dpo_wrapper.reference.cache import LogProbCache
+from dpo_wrapper.reference.reference import CachedReference, FrozenModel, ModelReference, Reference
 from dpo_wrapper.scoring.scorer import Scorer
 from dpo_wrapper.validation import describe_type
 from dpo_wrapper.version import __version__
@@ -51,16 +51,14 @@ def precompute_ref_log_probs(
             f"sequences should be a list of ScoredSequences, but it is {describe_type(sequences)}: make them "
             "by scored_sequences(examples, micro_batch_tokens)."
         )
-    reference = model
-    if isinstance(model, nn.Module):
-        reference = FrozenModel(Scorer(model, share_prefix="auto"))
+    reference = FrozenModel(Scorer(model, share_prefix="auto")) if isinstance(model, nn.Module) else model
     if not isinstance(reference, ModelReference):
         raise ValueError("the reference should have a model to compute log-probs with: give one that has.")
 
     device = next((p.device for p in reference.model.parameters()), torch.device("cpu"))
     made_with = {
-        "weights": hash_tensors(reference.weights()),
-        "sequences": hash_sequences(sequences),
+        "weights": hash_bytes(tensor_contents(reference.weights())),
+        "sequences": hash_bytes(content for batch in sequences for content in batch.content_hashes()),
         "dtype": describe_dtype(reference.model, device),
         "values": "of tokens" if per_token else "sums",
         "package version": __version__,
@@ -70,9 +68,17 @@ def precompute_ref_log_probs(
     parts = split_into_files(sequences)
     files = [folder / f"part-{k:05d}.safetensors" for k in range(len(parts))]
     for file in sorted(folder.glob("part-*.safetensors")):
-        check_file(file, made_with)
+        _, metadata = read_file(file)
+        changed = [name for name, value in made_with.items() if metadata.get(name) != value]
+        if changed:
+            raise ValueError(
+                f"the cached reference in {folder} was made with other {' and '.join(changed)}: delete the "
+                "folder, or name another."
+            )
 
-    rank, processes = get_rank()
+    rank, processes = 0, 1
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
     for part, file in list(zip(parts, files, strict=True))[rank::processes]:
         if not file.exists():
             cache = LogProbCache(per_token)
@@ -103,25 +109,20 @@ def split_into_files(sequences: Sequence[ScoredSequences]) -> list[list[ScoredSe
     return parts
 
 
-def hash_tensors(tensors: Mapping[str, Any]) -> str:
-    """A hash of names, dtypes, shapes and contents; sharded tensors are gathered."""
+def hash_bytes(contents: Iterable[Any]) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        tensor = tensors[name]
+    for content in contents:
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def tensor_contents(tensors: Mapping[str, Any]) -> Iterator[Any]:
+    """Names, dtypes, shapes and contents, as bytes; sharded tensors are gathered."""
+    for name, tensor in sorted(tensors.items()):
         if isinstance(tensor, Tensor):
             full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            digest.update(f"{name} {full.dtype} {tuple(full.shape)};".encode())
-            content: Any = full.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-            digest.update(content)
-    return digest.hexdigest()
-
-
-def hash_sequences(sequences: Sequence[ScoredSequences]) -> str:
-    """A hash of the ids and scored tokens of all sequences, in their order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for batch in sequences:
-        digest.update(b"".join(batch.content_hashes()))
-    return digest.hexdigest()
+            yield f"{name} {full.dtype} {tuple(full.shape)};".encode()
+            yield full.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
 
 
 def describe_dtype(model: nn.Module, device: torch.device) -> str:
@@ -130,16 +131,6 @@ def describe_dtype(model: nn.Module, device: torch.device) -> str:
     if torch.is_autocast_enabled(device.type):
         dtypes += f" under autocast to {torch.get_autocast_dtype(device.type)}"
     return dtypes
-
-
-def get_rank() -> tuple[int, int]:
-    """The index of this process, and how many there are."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-# files
 
 
 def write_file(file: Path, cache: LogProbCache, made_with: dict[str, str]) -> None:
@@ -160,23 +151,10 @@ def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{file} cannot be read ({error}): delete it, and it is computed again.") from error
 
 
-def check_file(file: Path, made_with: dict[str, str]) -> None:
-    """Raise ValueError for a file that something else made."""
-    _, metadata = read_file(file)
-    changed = [name for name, value in made_with.items() if metadata.get(name) != value]
-    if changed:
-        raise ValueError(
-            f"the cached reference in {file.parent} was made with other {' and '.join(changed)}: delete the "
-            "folder, or name another."
-        )
-
-
 def import_safetensors() -> Any:
     """The library, or ImportError that names the extra to install."""
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ImportError(
-            "precompute_ref_log_probs needs safetensors: pip install 'dpo-wrapper[train]'."
-        ) from error
+        raise ImportError("precomputing needs safetensors: pip install 'dpo-wrapper[train]'.") from error
     return safetensors

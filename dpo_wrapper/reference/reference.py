@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from dpo_wrapper.batches.sequences import ScoredSequences, SequenceLogProbs
 from dpo_wrapper.models.eval_mode import eval_mode
-from dpo_wrapper.reference.cache import CachedReference, LogProbCache
+from dpo_wrapper.reference.cache import LogProbCache
+from dpo_wrapper.reference.frozen_copy import copy_with_closures
 from dpo_wrapper.scoring.scorer import Scorer
 
 
@@ -18,11 +19,13 @@ class Reference(ABC):
     """Computes the reference's log-probs of sequences.
 
     Attributes:
+        description: what it is, in messages.
         module: the reference's own model; None where there is none.
         device: where the reference stays, whatever device the policy moves to; None if it moves along.
         cache: log-probs that were computed before, where they are kept in memory.
     """
 
+    description: ClassVar[str]
     module: nn.Module | None = None
     device: torch.device | None = None
     cache: LogProbCache | None = None
@@ -31,49 +34,67 @@ class Reference(ABC):
     def __call__(self, sequences: ScoredSequences) -> SequenceLogProbs | None:
         """The log-probs of the sequences, without gradients; None where there is no reference."""
 
-    @abstractmethod
     def explain(self) -> str:
         """What the reference is and which paths it takes, in plain words."""
+        return self.description
 
 
 class NoReference(Reference):
     """For losses that need no reference."""
 
+    description = "none"
+
     def __call__(self, sequences: ScoredSequences) -> None:
         return None
 
-    def explain(self) -> str:
-        return "none"
 
+class CachedReference(LogProbCache, Reference):
+    """The reference's log-probs of the sequences of data sets, as `precompute_ref_log_probs` returns them.
 
-class StoredReference(Reference):
-    """Log-probs that `precompute_ref_log_probs` has computed, and no model."""
+    `DPO(model, reference=cached)` needs no model for the reference.
+    """
 
-    def __init__(self, stored: CachedReference) -> None:
-        self.stored = stored
+    description = "log-probs computed before"
 
     def __call__(self, sequences: ScoredSequences) -> SequenceLogProbs:
-        return self.stored.log_probs(sequences)
+        """The log-probs of the sequences; ValueError if one is not known."""
+        log_probs = self.lookup(sequences)
+        if log_probs is None:
+            raise ValueError(
+                f"the cached reference knows {len(self)} sequences, but not all of this batch: run "
+                "precompute_ref_log_probs over the data set that the batch comes from."
+            )
+        return log_probs
+
+    def __or__(self, other: "CachedReference") -> "CachedReference":
+        """What either of the two knows."""
+        if self.per_token != other.per_token:
+            raise ValueError(
+                "two caches should hold the same kind of values, but one holds sums and the other single "
+                "tokens: make both with the same per_token."
+            )
+        both = CachedReference(self.per_token)
+        both.dtype = self.dtype
+        both.values = self.values | other.values
+        return both
 
     def explain(self) -> str:
-        return f"log-probs of {len(self.stored)} sequences, computed before"
+        return f"log-probs of {len(self)} sequences, computed before"
 
 
 class ModelReference(Reference):
     """A model that computes the reference's log-probs, with a cache of them where that is enabled."""
 
-    description: ClassVar[str] = "a frozen model"
+    description = "a frozen model"
 
     def __init__(self, scorer: Scorer) -> None:
         self.scorer = scorer
         self.model = scorer.language_model.model
         self.cache_fingerprint: Any = None
 
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
+    def frozen(self) -> AbstractContextManager[None]:
         """The context in which the model is the reference."""
-        with eval_mode(self.model):
-            yield
+        return eval_mode(self.model)
 
     def weights(self) -> dict[str, Tensor]:
         """The weights that the log-probs depend on, by name."""
@@ -83,16 +104,16 @@ class ModelReference(Reference):
         """The parameters that the log-probs depend on."""
         return list(self.model.parameters())
 
-    def enable_cache(self, per_token: bool) -> None:
-        """Keep log-probs in memory, so that each sequence is computed once as long as the weights stay."""
-        self.cache = LogProbCache(per_token)
-
     def __call__(self, sequences: ScoredSequences) -> SequenceLogProbs:
         if self.cache is None:
             return self.compute(sequences)
-        fingerprint = self.fingerprint(sequences.ids.device)
+        # changes with the reference's weights and with the dtype that it computes in
+        device = sequences.ids.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        weights = tuple((id(p), p._version, p.dtype, p.device) for p in self.frozen_parameters())
+        fingerprint = (autocast, weights)
         if self.cache_fingerprint not in (None, fingerprint):
-            self.cache.clear()
+            self.cache.values.clear()
         self.cache_fingerprint = fingerprint
         log_probs = self.cache.lookup(sequences)
         if log_probs is None:
@@ -109,11 +130,6 @@ class ModelReference(Reference):
             log_probs = self.scorer(sequences.to(self.device))
         assert log_probs.tokens is not None
         return sequences.log_probs(log_probs.tokens.to(sequences.ids.device))
-
-    def fingerprint(self, device: torch.device) -> Any:
-        """A value that changes with the reference's weights and with the dtype that it computes in."""
-        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        return autocast, tuple((id(p), p._version, p.dtype, p.device) for p in self.frozen_parameters())
 
     def explain(self) -> str:
         return f"{self.description}; {self.scorer.explain()}"
@@ -136,11 +152,10 @@ class FrozenModel(ModelReference):
         super().__init__(scorer)
         self.module, self.device = self.model, device
         own = {id(p) for p in self.model.parameters()}
-        named = [] if policy is None else list(policy.named_parameters())
+        named = [] if policy is None else policy.named_parameters()
         self.shared = [(name, p) for name, p in named if id(p) in own]
 
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
+    def frozen(self) -> AbstractContextManager[None]:
         """As in `ModelReference`; ValueError if a parameter that the policy shares trains by now."""
         for name, parameter in self.shared:
             if parameter.requires_grad:
@@ -148,24 +163,7 @@ class FrozenModel(ModelReference):
                     f"{name} was frozen when DPO was made, so policy and reference share it, but now it "
                     "trains: choose what trains before making DPO."
                 )
-        with super().frozen():
-            yield
-
-    def ddp_ignored_names(self, prefix: str) -> list[str]:
-        """Parameters and buffers on a device of their own, which DistributedDataParallel should ignore."""
-        if self.device is None:
-            return []
-        tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
-        return [f"{prefix}.{name}" for name, _ in tensors]
-
-    def apply_cast(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Apply the cast, but not the move, of what `DPO.to()` does to tensors."""
-
-        def cast(tensor: Tensor) -> Tensor:
-            result = function(tensor)
-            return result if result.device == tensor.device else tensor.to(result.dtype)
-
-        self.model._apply(cast)
+        return super().frozen()
 
 
 class AdapterDisabled(ModelReference):
@@ -191,3 +189,45 @@ class AdapterDisabled(ModelReference):
         finally:
             for parameter, requires_grad in trains:  # PEFT unfreezes all of an adapter that it enables again
                 parameter.requires_grad_(requires_grad)
+
+
+class ReferenceOwner(nn.Module):
+    """A module that owns a reference beside its policy, and moves and copies the two rightly.
+
+    `ref_model` is the reference's own module, or None.
+    """
+
+    reference: Reference
+    ref_model: nn.Module | None
+
+    def set_reference(self, reference: Reference) -> None:
+        self.reference, self.ref_model = reference, reference.module
+        # DistributedDataParallel wants all tensors that it synchronizes on one device
+        is_apart = reference.device is not None
+        names = [name for name, _ in (*self.named_parameters(), *self.named_buffers()) if is_apart]
+        self._ddp_params_and_buffers_to_ignore = [name for name in names if name.startswith("ref_model.")]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """What `.to()` and its relatives do; a reference with a device of its own is cast but stays there."""
+        ref_model = self.ref_model
+        if ref_model is None or self.reference.device is None:
+            return super()._apply(fn, recurse)
+
+        def cast(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.device == tensor.device else tensor.to(result.dtype)
+
+        self.ref_model = None
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self.ref_model = ref_model
+        ref_model._apply(cast)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy whose policy reads no weights but its own, with a tied head in x-transformers too."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy_with_closures(self.__dict__, self, memo))
+        return twin

@@ -1,64 +1,46 @@
 """A reference that follows the policy from time to time: TR-DPO, Gorbatovski 2024 (arXiv 2404.09656)."""
 
-from collections.abc import Callable, Iterator
-
 import torch
 from torch import Tensor, nn
 
-from dpo_wrapper.reference.reference import AdapterDisabled, Reference, StoredReference
+from dpo_wrapper.reference.reference import Reference
 from dpo_wrapper.validation import is_in_range
-
-NamedTensors = Callable[[], Iterator[tuple[str, Tensor]]]
 
 
 @torch.no_grad()
 def sync_reference(reference: Reference, policy: nn.Module, alpha: float) -> None:
     """`ref <- alpha * policy + (1 - alpha) * ref`, for all weights that the two do not share.
 
-    Buffers of floats are mixed as well; others (counters) are taken over.
-
-    Raises:
-        ValueError: `alpha` outside (0, 1], or a reference without weights of the policy's shapes.
+    Buffers of floats are mixed as well; others (counters) are taken over. ValueError for a reference without
+    weights of the policy's shapes.
     """
     if not (is_in_range(alpha, 0, 1) and alpha > 0):
         raise ValueError(f"alpha should be above 0 and at most 1, but it is {alpha!r}.")
-    module = check_has_weights(reference)
-    pairs = match_tensors(module.named_parameters, policy.named_parameters)
-    pairs += match_tensors(module.named_buffers, policy.named_buffers)
-    for old, new in pairs:
-        if old is new:
-            continue
-        if alpha == 1 or not old.is_floating_point():
-            old.copy_(new)
-        else:
-            dtype = torch.promote_types(old.dtype, torch.float32)
-            old.copy_(old.to(dtype).lerp(new.to(old.device, dtype), alpha))
-    if reference.cache is not None:
-        reference.cache.clear()
-
-
-def check_has_weights(reference: Reference) -> nn.Module:
-    """The reference's own model; ValueError with a remedy if it has none."""
-    if reference.module is not None:
-        return reference.module
-    if isinstance(reference, AdapterDisabled):
+    module = reference.module
+    if module is None:
         raise ValueError(
-            "the reference is the policy with its adapter off and has no weights to update: use "
-            "reference = 'copy', which copies the adapter alone."
+            f"the reference should have weights of its own to update, but it is {reference.description}: use "
+            "reference = 'copy', which copies the weights that train."
         )
-    stored = isinstance(reference, StoredReference)
-    reason = "log-probs computed before cannot be updated" if stored else "there is none"
-    raise ValueError(f"the reference should have weights of its own, but {reason}: use reference = 'copy'.")
-
-
-def match_tensors(old: NamedTensors, new: NamedTensors) -> list[tuple[Tensor, Tensor]]:
-    """Tensors of the same names; ValueError unless all names and shapes are the same."""
-    before, after = dict(old()), dict(new())
-    different = [name for name in before.keys() | after.keys() if name not in before or name not in after]
-    different = different or [name for name in before if before[name].shape != after[name].shape]
+    old, new = named_tensors(module), named_tensors(policy)
+    different = {(name, t.shape) for name, t in old.items()} ^ {(name, t.shape) for name, t in new.items()}
     if different:
         raise ValueError(
-            f"the reference should be of the policy's architecture, but {min(different)} differs, so the two "
-            "cannot be mixed: use reference = 'copy'."
+            f"the reference should be of the policy's architecture, but {min(different)[0]} differs, so the "
+            "two cannot be mixed: use reference = 'copy'."
         )
-    return [(before[name], after[name]) for name in before]
+    for name, target in old.items():
+        source = new[name]
+        if target is source:
+            continue
+        if alpha == 1 or not target.is_floating_point():
+            target.copy_(source)
+        else:
+            dtype = torch.promote_types(target.dtype, torch.float32)
+            target.copy_(target.to(dtype).lerp(source.to(target.device, dtype), alpha))
+    if reference.cache is not None:
+        reference.cache.values.clear()
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())

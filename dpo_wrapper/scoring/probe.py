@@ -1,7 +1,7 @@
 """The first look at a model: is it a causal language model, and which fast paths give its own log-probs?"""
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -13,32 +13,16 @@ from dpo_wrapper.batches.sequences import ScoredSequences
 from dpo_wrapper.log_probs import Impl
 from dpo_wrapper.models import LanguageModel, OutputHead
 from dpo_wrapper.models.eval_mode import eval_mode, reproducible_forward
-from dpo_wrapper.prefix_tree import PrefixSharingError
-from dpo_wrapper.prefix_tree.layout import TreeOptions
-from dpo_wrapper.scoring.token_log_probs import ForwardOptions, check_logits, compute_token_log_probs
+from dpo_wrapper.prefix_tree import PrefixSharingError, TreeKernel, TreeOptions
+from dpo_wrapper.scoring.token_log_probs import Probe, check_logits, compute_log_probs
 
 SharePrefix = bool | Literal["auto"]
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest relative error that counts as rounding."""
 
-FAST_KERNELS = {"cuda": ("flex",), "cpu": ("branches",)}
-"""Kernels that are faster than a model's own attention, by kind of device."""
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What the first look at a model found.
-
-    Attributes:
-        vocab_size: number of token ids.
-        forward: the paths that a forward pass takes.
-        why_padded: why prefixes are not shared; None where they are.
-    """
-
-    vocab_size: int
-    forward: ForwardOptions
-    why_padded: str | None
+FAST_KERNELS: dict[str, TreeKernel] = {"cuda": "flex", "cpu": "branches"}
+"""The kernel that is faster than a model's own attention, by kind of device."""
 
 
 def probe_model(
@@ -54,28 +38,22 @@ def probe_model(
     reference, depends on the policy's trained parameters, and where `share_prefix` is True but impossible.
     """
     vocab_size, head_applies = probe_head(model, device, policy)
-    options = ForwardOptions(None, head_applies, impl)
+    padded = Probe(device, vocab_size, head_applies, impl, why_padded="share_prefix is False")
     if not share_prefix:
-        return Probe(vocab_size, options, "share_prefix is False")
+        return padded
     tree = TreeOptions(model.max_positions)
-    reason = why_not_shared(model, device, vocab_size, replace(options, tree=tree))
+    reason = why_not_shared(model, replace(padded, tree=tree))
     if reason is None:
-        for kernel in FAST_KERNELS.get(device.type, ()):
-            faster = replace(tree, kernel=kernel)
-            if why_not_shared(model, device, vocab_size, replace(options, tree=faster)) is None:
-                tree = faster
-                break
-        return Probe(vocab_size, replace(options, tree=tree), None)
+        faster = replace(tree, kernel=FAST_KERNELS.get(device.type, tree.kernel))
+        if why_not_shared(model, replace(padded, tree=faster)) is None:
+            tree = faster
+        return replace(padded, tree=tree, why_padded=None)
+    sentence = f"prefixes are not shared in the {model.name} model, for {reason}"
     if share_prefix is True:
-        raise ValueError(
-            f"prefixes are not shared in the {model.name} model, for {reason}: use share_prefix = 'auto'."
-        )
+        raise ValueError(f"{sentence}: use share_prefix = 'auto'.")
     if model.name != "module":
-        warnings.warn(
-            f"prefixes are not shared in the {model.name} model, for {reason}; its sequences are padded.",
-            stacklevel=2,
-        )
-    return Probe(vocab_size, options, reason)
+        warnings.warn(f"{sentence}; its sequences are padded.", stacklevel=2)
+    return replace(padded, why_padded=reason)
 
 
 # the output head
@@ -103,20 +81,17 @@ def probe_head(model: LanguageModel, device: torch.device, policy: nn.Module | N
                     "would follow the policy: give a separately built model as reference = module."
                 )
         # the two rows may differ by rounding, which is that of float32 even inside float64 models
-        error, _ = relative_error(logits[0, :-1], logits[1, :-1])
-        if error > max(TOLERANCE[torch.float32], TOLERANCE.get(logits.dtype, 0.1)):
+        _, differs = relative_error(logits[0, :-1], logits[1, :-1], torch.float32)
+        if differs:
             raise ValueError(
                 "the model should be autoregressive, but changing a token changes the logits before it: use "
                 "a causal model (in x-transformers a Decoder)."
             )
-        if head is None:
-            reason: str | None = "its head is no linear layer of its own"
-        else:
-            reason = why_head_differs(model, head, ids, logits)
+        reason = why_head_differs(model, head, ids, logits)
     if reason is not None and model.name != "module":
         warnings.warn(f"all logits of the {model.name} model are computed, for {reason}.", stacklevel=3)
     vocab_size = min(logits.shape[-1], model.vocab_size or logits.shape[-1])
-    return vocab_size, head is not None and reason is None
+    return vocab_size, reason is None
 
 
 def first_forward(model: LanguageModel, ids: Int[Tensor, "b n"]) -> object:
@@ -127,9 +102,7 @@ def first_forward(model: LanguageModel, ids: Int[Tensor, "b n"]) -> object:
         devices = {p.device for p in model.model.parameters()}
         if devices and ids.device not in devices:
             names = ", ".join(sorted(map(str, devices)))
-            raise ValueError(
-                f"the model is on {names} but the ids are on {ids.device}: move one of them."
-            ) from error
+            raise ValueError(f"the model is on {names} but the ids are on {ids.device}: move one.") from error
         raise TypeError(
             f"the model should take ids of shape (b, n) and nothing else, but given {tuple(ids.shape)} it "
             f"raised {type(error).__name__} ({error}): wrap it in a module that does."
@@ -147,8 +120,12 @@ def parameters_reached(output: Tensor) -> set[int]:
     return reached
 
 
-def why_head_differs(model: LanguageModel, head: OutputHead, ids: Tensor, logits: Tensor) -> str | None:
+def why_head_differs(
+    model: LanguageModel, head: OutputHead | None, ids: Tensor, logits: Tensor
+) -> str | None:
     """Why the head may not be applied to hidden states outside the model; None if it may."""
+    if head is None:
+        return "its head is no linear layer of its own"
     if hasattr(head.weight, "device_mesh"):
         return "its head is sharded, and whole inside the model alone"
     try:
@@ -157,9 +134,9 @@ def why_head_differs(model: LanguageModel, head: OutputHead, ids: Tensor, logits
         return f"its hidden states cannot be had ({type(error).__name__}: {error})"
     if head_logits.shape != logits.shape:
         return f"its head gives logits of shape {tuple(head_logits.shape)} instead of {tuple(logits.shape)}"
-    error, differs = relative_error(head_logits, logits)
+    difference, differs = relative_error(head_logits, logits)
     if differs:
-        return f"its head alone gives other logits (relative difference {error:.1e})"
+        return f"its head alone gives other logits (relative difference {difference:.1e})"
     # hooks may compute a weight anew: it is a leaf of the graph, but no parameter
     differing = parameters_reached(head_logits) ^ parameters_reached(logits)
     leaves_out_trained = any(id(p) in differing for p in model.model.parameters())
@@ -170,29 +147,28 @@ def why_head_differs(model: LanguageModel, head: OutputHead, ids: Tensor, logits
 
 
 @torch.no_grad()
-def why_not_shared(
-    model: LanguageModel, device: torch.device, vocab_size: int, options: ForwardOptions
-) -> str | None:
+def why_not_shared(model: LanguageModel, probe: Probe) -> str | None:
     """Why the model may not compute prefixes once; None if short pairs get the log-probs of padded rows."""
     if not model.can_share_prefix:
         return "the attention of a plain module cannot be reached"
-    assert options.tree is not None
+    assert probe.tree is not None
     n = min(40, model.max_positions or 40)
-    ids = torch.randint(vocab_size, (4, n), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(probe.vocab_size, (4, n), generator=torch.Generator().manual_seed(0))
     ids[1, : n // 2], ids[3, : n // 4] = ids[0, : n // 2], ids[2, : n // 4]
     all_true = torch.ones_like(ids, dtype=torch.bool)
-    sequences = ScoredSequences.from_padded(ids, all_true, all_true).to(device)
-    every_size = replace(options.tree, min_branch_numel=0)  # the kernel is tried on short branches too
+    sequences = ScoredSequences.from_padded(ids, all_true, all_true).to(probe.device)
+    every_size = replace(probe.tree, min_branch_numel=0)  # the kernel is tried on short branches too
     try:
         with eval_mode(model.model):
-            padded, _ = compute_token_log_probs(model, sequences, replace(options, tree=None))
-            shared, _ = compute_token_log_probs(model, sequences, replace(options, tree=every_size))
+            padded = compute_log_probs(model, sequences, replace(probe, tree=None)).tokens
+            shared = compute_log_probs(model, sequences, replace(probe, tree=every_size)).tokens
     except PrefixSharingError as error:
         return str(error)
     except Exception as error:  # whatever a model's code may raise, padded rows remain
         return f"{type(error).__name__}: {error}"
-    error, differs = relative_error(shared, padded, narrowest_dtype(model.model, device))
-    return f"its log-probs would differ (by {error:.1e}, relatively)" if differs else None
+    assert padded is not None and shared is not None
+    difference, differs = relative_error(shared, padded, narrowest_dtype(model.model, probe.device))
+    return f"its log-probs would differ (by {difference:.1e}, relatively)" if differs else None
 
 
 def narrowest_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
@@ -209,8 +185,8 @@ def relative_error(
 ) -> tuple[float, bool]:
     """The largest difference relative to the largest expected value, and whether it is more than rounding.
 
-    `dtype` is what the values were computed in, if that is narrower than their own dtype. Values that stand
-    for minus infinity (masked tokens of a vocabulary) are no scale for the others.
+    `dtype` is what the values were computed in, if narrower than their own. Values that stand for minus
+    infinity (masked tokens of a vocabulary) are no scale for the others.
     """
     tolerance = max(TOLERANCE.get(each, 0.1) for each in (values.dtype, expected.dtype, dtype))
     scale = expected.detach().abs()

@@ -11,8 +11,8 @@ from dpo_wrapper.batches.sequences import ScoredSequences, SequenceLogProbs
 from dpo_wrapper.log_probs import FusedLoss, Impl, choose_impl
 from dpo_wrapper.models import language_model
 from dpo_wrapper.prefix_tree.layout import TreeOptions
-from dpo_wrapper.scoring.probe import Probe, SharePrefix, probe_model
-from dpo_wrapper.scoring.token_log_probs import compute_token_log_probs
+from dpo_wrapper.scoring.probe import SharePrefix, probe_model
+from dpo_wrapper.scoring.token_log_probs import Probe, compute_log_probs
 from dpo_wrapper.validation import check_ids, check_mask, check_vocabulary, describe_type
 
 KERNELS = {
@@ -27,51 +27,54 @@ _probing = threading.RLock()
 
 
 class Scorer:
-    """Computes log-probs of sequences under one model.
+    """Computes log-probs of sequences under one model. The first call on each device probes the model.
 
-    The first call on each device probes the model: see `probe_model`.
-
-    Args:
-        model: any autoregressive model, as for `DPO`.
-        impl: as in `token_log_probs`.
-        policy_scorer: for a reference, the policy's scorer: the two should have one vocabulary, and the
-            reference's output should not depend on parameters that train in the policy.
-        share_prefix: as in `DPO`.
+    For a reference, `policy` is the policy's scorer: the two should have one vocabulary, and the reference's
+    output should not depend on parameters that train in the policy.
     """
 
     def __init__(
         self,
         model: nn.Module,
         impl: Impl = "auto",
-        *,
-        policy_scorer: "Scorer | None" = None,
         share_prefix: SharePrefix = False,
+        policy: "Scorer | None" = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
-                f"a model should be a torch.nn.Module, but it is {describe_type(model)}: load or build it "
-                "first."
+                f"a model should be a torch.nn.Module, but it is {describe_type(model)}: load or build it."
             )
         choose_impl(impl)
         self.language_model = language_model(model)
         self.impl = impl
-        self.policy_scorer = policy_scorer
+        self.policy = policy
         self.share_prefix = share_prefix
         self.probe: Probe | None = None
-        self.probed_device: torch.device | None = None
 
     def __call__(
         self, sequences: ScoredSequences, extras: Sequence[str] = (), fused_loss: FusedLoss | None = None
     ) -> SequenceLogProbs:
-        """Log-probs of the sequences, after `check`; arguments as in `compute_token_log_probs`."""
-        arguments = (sequences, self.check(sequences).forward, extras, fused_loss)
+        """Log-probs of the sequences, after `check`; arguments as in `compute_log_probs`."""
+        probe = self.check(sequences)
         if torch.is_grad_enabled():
             torch.clear_autocast_cache()  # before 2.11, torch uses casts made without gradients again
-        return sequences.log_probs(*compute_token_log_probs(self.language_model, *arguments))
+        return compute_log_probs(self.language_model, sequences, probe, extras, fused_loss)
 
     def check(self, sequences: ScoredSequences) -> Probe:
         """Probe the model where needed, and raise what can be said before it runs on these sequences."""
-        probe = self._probe(sequences.ids.device)
+        device = sequences.ids.device
+        with _probing:
+            if self.probe is None or device != self.probe.device:
+                choose_impl(self.impl, device)  # raises where it is not available
+                policy = None if self.policy is None else self.policy.language_model.model
+                self.probe = probe_model(self.language_model, device, self.impl, self.share_prefix, policy)
+            probe = self.probe
+        expected = self.policy.probe if self.policy is not None else None
+        if expected is not None and expected.vocab_size != probe.vocab_size:
+            raise ValueError(
+                f"the reference has a vocabulary of {probe.vocab_size} tokens but the policy one of "
+                f"{expected.vocab_size}: give a reference with the policy's tokenizer."
+            )
         check_vocabulary(sequences.ids, probe.vocab_size)
         check_vocabulary(sequences.target, probe.vocab_size)
         longest, limit = sequences.ids.shape[1], self.language_model.max_positions
@@ -82,27 +85,10 @@ class Scorer:
             )
         return probe
 
-    def _probe(self, device: torch.device) -> Probe:
-        """What the first look at the model on this device found."""
-        with _probing:
-            if self.probe is not None and device == self.probed_device:
-                return self.probe
-            choose_impl(self.impl, device)  # raises where it is not available
-            policy = self.policy_scorer
-            policy_model = None if policy is None else policy.language_model.model
-            probe = probe_model(self.language_model, device, self.impl, self.share_prefix, policy_model)
-            if policy is not None and policy.probe and policy.probe.vocab_size != probe.vocab_size:
-                raise ValueError(
-                    f"the reference has a vocabulary of {probe.vocab_size} tokens but the policy one of "
-                    f"{policy.probe.vocab_size}: give a reference with the policy's tokenizer."
-                )
-            self.probe, self.probed_device = probe, device
-            return probe
-
     @property
     def trains_head(self) -> bool:
         """Whether gradients are needed of an output head that is applied outside the model."""
-        applies = self.probe is not None and self.probe.forward.head_applies
+        applies = self.probe is not None and self.probe.head_applies
         head = self.language_model.output_head() if applies else None
         return head is not None and head.weight.requires_grad and torch.is_grad_enabled()
 
@@ -110,21 +96,20 @@ class Scorer:
     def tree_options(self) -> TreeOptions | None:
         """How trees may be built ahead of the forward pass; None if sequences are padded."""
         if self.probe is not None:
-            return self.probe.forward.tree
+            return self.probe.tree
         return TreeOptions(self.language_model.max_positions) if self.share_prefix else None
 
     def explain(self) -> str:
         """Which paths are in use and why not the others, in plain words."""
-        name = self.language_model.name
-        if self.probe is None:
+        name, probe = self.language_model.name, self.probe
+        if probe is None:
             return f"{name} model, not probed before the first call"
-        options = self.probe.forward
-        head = "the head is applied to scored positions alone"
-        head = head if options.head_applies else "all logits are computed"
-        if options.tree is None:
-            return f"{name} model; sequences are padded, for {self.probe.why_padded}; {head}"
-        kernel = KERNELS[options.tree.kernel]
-        return f"{name} model; shared prefixes are computed once, by {kernel}; {head}"
+        head = "all logits are computed"
+        if probe.head_applies:
+            head = "the head is applied to scored positions alone"
+        if probe.tree is None:
+            return f"{name} model; sequences are padded, for {probe.why_padded}; {head}"
+        return f"{name} model; shared prefixes are computed once, by {KERNELS[probe.tree.kernel]}; {head}"
 
 
 def sequence_log_probs(
@@ -145,8 +130,6 @@ def sequence_log_probs(
         TypeError, ValueError: arguments that do not fit, before any forward pass.
     """
     seq = check_ids("seq", seq)
-    scored_mask = check_mask("scored_mask", scored_mask, seq, "seq")
-    if seq_mask is None:
-        seq_mask = torch.ones_like(scored_mask)
-    sequences = ScoredSequences.from_padded(seq, scored_mask, check_mask("seq_mask", seq_mask, seq, "seq"))
-    return Scorer(model)(sequences).sums
+    scored = check_mask("scored_mask", scored_mask, seq, "seq")
+    real = torch.ones_like(scored) if seq_mask is None else check_mask("seq_mask", seq_mask, seq, "seq")
+    return Scorer(model)(ScoredSequences.from_padded(seq, scored, real)).sums

@@ -1,12 +1,13 @@
 """One forward pass of a model: from sequences to the log-prob of each scored token."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dpo_wrapper.batches.sequences import ScoredSequences
+from dpo_wrapper.batches.sequences import ScoredSequences, SequenceLogProbs
 from dpo_wrapper.log_probs import FusedLoss, Impl, gather_log_probs, token_log_probs
 from dpo_wrapper.models import LanguageModel
 from dpo_wrapper.models.eval_mode import reproducible_forward
@@ -14,77 +15,68 @@ from dpo_wrapper.prefix_tree.layout import TreeOptions
 from dpo_wrapper.scoring.fused_loss import merge_shared_tokens
 from dpo_wrapper.validation import describe_type
 
-TokenLogProbs = tuple[Tensor, dict[str, Tensor]]
-"""The log-prob of each scored token in nats, and its extras by name."""
-
 
 @dataclass(frozen=True)
-class ForwardOptions:
-    """Which paths a forward pass takes.
+class Probe:
+    """What the first look at a model found, and so which paths its forward passes take.
 
     Attributes:
-        tree: how sequences are computed as a prefix tree; None for padded rows.
+        device: where the model was probed.
+        vocab_size: number of token ids.
         head_applies: whether the output head is applied to scored positions alone, outside the model.
         impl: as in `token_log_probs`.
+        tree: how sequences are computed as a prefix tree; None for padded rows.
+        why_padded: why prefixes are not shared; None where they are.
     """
 
+    device: torch.device
+    vocab_size: int
+    head_applies: bool
+    impl: Impl
     tree: TreeOptions | None = None
-    head_applies: bool = False
-    impl: Impl = "auto"
+    why_padded: str | None = None
 
 
-def compute_token_log_probs(
+def compute_log_probs(
     model: LanguageModel,
     sequences: ScoredSequences,
-    options: ForwardOptions,
+    probe: Probe,
     extras: Sequence[str] = (),
     fused_loss: FusedLoss | None = None,
-) -> TokenLogProbs:
-    """The log-prob of each scored token, and its extras, as `dpo_wrapper.token_log_probs` names them.
+) -> SequenceLogProbs:
+    """Log-probs of the sequences, with `extras` as `dpo_wrapper.token_log_probs` names them.
 
     `fused_loss` is the loss that the log-probs of all scored tokens will go into.
     """
-    if options.tree is None or not len(sequences.target):
-        rows = sequences.row * sequences.ids.shape[1] + sequences.source
-
-        def forward_padded(hidden: bool) -> Tensor:
-            if hidden:
-                return model.forward_hidden(sequences.ids)
-            return check_logits(model.forward_logits(sequences.ids), sequences.ids)
-
-        return _gather(model, options, forward_padded, rows, sequences.target, extras, fused_loss)
-
-    tree = sequences.as_tree(options.tree)
-    if fused_loss is not None:
-        fused_loss = merge_shared_tokens(fused_loss, tree.entry, len(tree.target))
-
-    def forward_tree(hidden: bool) -> Tensor:
-        return model.forward_tree(tree.layout, hidden)
-
-    log_probs, values = _gather(model, options, forward_tree, tree.source, tree.target, extras, fused_loss)
-    values = {name: value.index_select(0, tree.entry) for name, value in values.items()}
-    return log_probs.index_select(0, tree.entry), values
-
-
-def _gather(
-    model: LanguageModel,
-    options: ForwardOptions,
-    forward: Callable[[bool], Float[Tensor, "r w _"]],
-    rows: Int[Tensor, "t"],
-    targets: Int[Tensor, "t"],
-    extras: Sequence[str],
-    fused_loss: FusedLoss | None,
-) -> TokenLogProbs:
-    """The log-prob of each target under its row of what `forward` returns: hidden states (True) or logits."""
-    head = model.output_head()
+    head = model.output_head() if probe.head_applies else None
+    if probe.tree is None or not len(sequences.target):
+        tree = None
+        rows, targets = sequences.row * sequences.ids.shape[1] + sequences.source, sequences.target
+    else:
+        tree = sequences.as_tree(probe.tree)
+        rows, targets = tree.source, tree.target
+        if fused_loss is not None:
+            fused_loss = merge_shared_tokens(fused_loss, tree.entry, len(targets))
     with reproducible_forward(model.model):
-        if head is None or not options.head_applies:
-            result = gather_log_probs(forward(False).flatten(0, 1), rows, targets, extras)
-            return result if extras else (result, {})
-        hidden = forward(True).flatten(0, 1).index_select(0, rows)
-    arguments = {"impl": options.impl, "extras": extras, "fused_loss": fused_loss, **head.options}
-    result = token_log_probs(hidden, head.weight, targets, **arguments)
-    return result if extras else (result, {})
+        if tree is not None:
+            output = model.forward_tree(tree.layout, return_hidden=head is not None)
+        elif head is not None:
+            output = model.forward_hidden(sequences.ids)
+        else:
+            output = check_logits(model.forward_logits(sequences.ids), sequences.ids)
+        output = output.flatten(0, 1)
+        if head is None:
+            result = gather_log_probs(output, rows, targets, extras)
+        else:
+            output = output.index_select(0, rows)
+    if head is not None:
+        arguments = {"impl": probe.impl, "extras": extras, "fused_loss": fused_loss, **vars(head)}
+        result = token_log_probs(output, targets=targets, **arguments)
+    tokens, values = result if extras else (result, {})
+    if tree is not None:
+        tokens = tokens.index_select(0, tree.entry)
+        values = {name: value.index_select(0, tree.entry) for name, value in values.items()}
+    return sequences.log_probs(tokens, values)
 
 
 def check_logits(logits: object, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n v"]:
@@ -93,8 +85,7 @@ def check_logits(logits: object, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n 
         received = logits.dtype if isinstance(logits, Tensor) else describe_type(logits)
         raise TypeError(
             "the model should return logits, a float tensor or an output with .logits, but it returns "
-            f"{received}: give one with a language-model head (AutoModelForCausalLM), or wrap it in a module "
-            "that returns logits."
+            f"{received}: give one with a language-model head (AutoModelForCausalLM), or wrap it in one."
         )
     if logits.ndim != 3 or logits.shape[:2] != ids.shape:
         raise TypeError(
@@ -102,7 +93,5 @@ def check_logits(logits: object, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n 
             f"but their shape is {tuple(logits.shape)}: wrap it in a module that returns one row for each id."
         )
     if logits.device != ids.device:
-        raise ValueError(
-            f"the model's logits are on {logits.device} but the ids on {ids.device}: move the model there."
-        )
+        raise ValueError(f"the model's logits are on {logits.device} but the ids on {ids.device}: move one.")
     return logits

@@ -22,7 +22,7 @@ def test_a_tree_is_built_once_for_each_of_the_options_and_moves_with_the_sequenc
     tree = sequences.as_tree(TreeOptions(5))
     assert sequences.as_tree(TreeOptions(5)) is tree and sequences.as_tree(TreeOptions()) is not tree
     for twin in (tree.to("meta"), sequences.to("meta").as_tree(TreeOptions(5))):
-        assert twin.unique_tokens == tree.unique_tokens
+        assert len(twin.layout.subtree_end) == len(tree.layout.subtree_end)
         for tensor in (twin.source, twin.target, twin.entry, twin.layout.ids):
             assert tensor.device.type == "meta"
 
@@ -38,7 +38,7 @@ def test_scores_come_back_to_the_sequences_they_belong_to(seed, max_positions):
     sequences = scored_sequences(seed)
     tree = ScoredTreeTokens.from_sequences(sequences, TreeOptions(max_positions))
     real, rows = PrefixTree.from_sequences(sequences.unpadded_ids()), sequences.unpadded_ids()
-    assert tree.unique_tokens == len(real.ids) == sequences.unique_tokens()
+    assert len(tree.layout.subtree_end) == len(real.ids) == sequences.unique_tokens()
     nodes = nodes_of(real)
     table = [score_of(nodes[k], t) for k, t in zip(tree.source.tolist(), tree.target.tolist(), strict=True)]
     got = sequences.sum_per_sequence(torch.tensor(table, dtype=torch.float64)[tree.entry])
@@ -59,7 +59,7 @@ def test_equal_sequences_are_laid_and_scored_once():
     tree = ScoredTreeTokens.from_sequences(
         ScoredSequences.from_padded(seq, all_true, all_true), TreeOptions()
     )
-    assert tree.unique_tokens == 3 and tree.target.tolist() == [1, 2, 5]
+    assert len(tree.layout.subtree_end) == 3 and tree.target.tolist() == [1, 2, 5]
     assert tree.entry.tolist() == [0, 1, 2] * 4 and tree.layout.groups[0].shape == (1, 3)
 
 
@@ -69,6 +69,6 @@ def test_one_token_with_two_targets_and_two_tokens_with_one():
     tree = ScoredTreeTokens.from_sequences(
         ScoredSequences.from_padded(seq, all_true, all_true), TreeOptions()
     )
-    assert tree.unique_tokens == 2
+    assert len(tree.layout.subtree_end) == 2
     pairs = list(zip(tree.source.tolist(), tree.target.tolist(), strict=True))
     assert [pairs[k] for k in tree.entry.tolist()] == [(0, 1), (0, 2), (1, 1)]

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,10 @@ def write_json(args: argparse.Namespace, **content: Any) -> None:
         "torch": torch.__version__,
     }
     if torch.cuda.is_available():
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         machine["gpu"] = torch.cuda.get_device_name()
+        machine["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+        machine["triton"] = version("triton")
     args.json.write_text(json.dumps({"settings": settings, "machine": machine} | content, indent=1) + "\n")
 
 

@@ -6,7 +6,7 @@ from dpo_wrapper import DPO
 from dpo_wrapper.prefix_tree import TreeKernel
 from dpo_wrapper.reference.reference import ModelReference
 from dpo_wrapper.scoring import Scorer
-from dpo_wrapper.scoring.probe import Probe
+from dpo_wrapper.scoring.token_log_probs import Probe
 
 
 def scorers(dpo: DPO) -> tuple[Scorer, Scorer]:
@@ -27,13 +27,13 @@ def shares_prefix(dpo: DPO) -> bool:
 
 def tree_kernels(dpo: DPO) -> set[TreeKernel]:
     """The kernels of policy and reference; none if their sequences are padded."""
-    trees = [probe.forward.tree for probe in probes(dpo)]
+    trees = [probe.tree for probe in probes(dpo)]
     return {tree.kernel for tree in trees if tree is not None}
 
 
 def use_kernel(dpo: DPO, kernel: TreeKernel) -> None:
     """Have policy and reference use a kernel, whatever their probe has found."""
     for scorer, probe in zip(scorers(dpo), probes(dpo), strict=True):
-        assert probe.forward.tree is not None
-        tree = replace(probe.forward.tree, kernel=kernel)
-        scorer.probe = replace(probe, forward=replace(probe.forward, tree=tree))
+        assert probe.tree is not None
+        tree = replace(probe.tree, kernel=kernel)
+        scorer.probe = replace(probe, tree=tree)

@@ -43,6 +43,17 @@ def paths_of(tree: PrefixTree) -> tuple[Tensor, ...]:
     return tree.path.split(tree.start.diff().tolist())
 
 
+def sequences_of(tree: PrefixTree) -> list[list[int]]:
+    """The ids of the sequences from which the tree was built, in their order."""
+    return [tree.ids[path].tolist() for path in paths_of(tree)]
+
+
+def attention_mask(tree: PrefixTree) -> Tensor:
+    """Bool[u u], True where token q (row) may attend to token k (column)."""
+    index = torch.arange(len(tree.ids))
+    return (index <= index[:, None]) & (index[:, None] < tree.subtree_end)
+
+
 def nodes_of(tree: PrefixTree) -> list[Any]:
     """For each token the ids from the root to it, read off the paths."""
     nodes: list[Any] = [None] * len(tree.ids)

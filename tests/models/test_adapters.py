@@ -84,7 +84,7 @@ def test_adapters_start_at_their_reference(name):
     dpo = DPO(make())
     assert_reference_stays(dpo)
     assert (dpo.ref_model is None) == is_reference
-    assert dpo.policy.probe.forward.head_applies == head_applies
+    assert dpo.policy.probe.head_applies == head_applies
     trained = [p for p in dpo.policy_model.parameters() if p.requires_grad]
     dpo(**ARGUMENTS).backward()
     assert trained and all(p.grad is not None for p in trained)

@@ -19,7 +19,7 @@ def test_a_compiled_model_is_of_its_family(name):
     for each in (plain, dpo):
         nudged(each.policy_model, 0.1)
     assert torch.allclose(dpo(**ARGUMENTS), plain(**ARGUMENTS), atol=1e-6)
-    assert dpo.policy.probe.forward.head_applies == plain.policy.probe.forward.head_applies
+    assert dpo.policy.probe.head_applies == plain.policy.probe.head_applies
     assert dpo.policy.probe.vocab_size == VOCAB
     torch._dynamo.reset()
 
@@ -44,7 +44,7 @@ def test_a_subclass_of_a_wrapper_is_of_its_family():
 
     dpo = DPO(Mine(ZOO["xt-rotary"](0)))
     dpo(**ARGUMENTS)
-    assert dpo.policy.probe.forward.head_applies
+    assert dpo.policy.probe.head_applies
 
 
 @pytest.mark.pitfall(19)
@@ -62,6 +62,6 @@ def test_sharded_parameters_train_alike(name, of_policy, tmp_path):
         for dpo in (plain, sharded):
             train(dpo)
         assert torch.allclose(sharded(**ARGUMENTS), plain(**ARGUMENTS), atol=1e-5)
-        assert sharded.policy.probe.forward.head_applies != of_policy
+        assert sharded.policy.probe.head_applies != of_policy
     finally:
         distributed.destroy_process_group()

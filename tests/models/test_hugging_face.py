@@ -64,7 +64,7 @@ def test_families_of_transformers_equal_their_full_logits(name):
     policy = nudged(dpo.policy_model)
     loss = dpo(**ARGUMENTS)
     loss.backward()
-    assert all(probe.forward.head_applies for probe in probes(dpo))
+    assert all(probe.head_applies for probe in probes(dpo))
     gradients = {name: p.grad for name, p in policy.named_parameters()}
     dpo.zero_grad()
     expected = naive_loss(policy, reference)

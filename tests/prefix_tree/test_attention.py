@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dpo_wrapper.prefix_tree import PrefixSharingError, TreeLayout, TreeOptions, attend_along_paths
 from dpo_wrapper.prefix_tree.attention import make_causal_mask
-from helpers.trees import random_tree
+from helpers.trees import attention_mask, random_tree
 
 
 def random_heads(layout: TreeLayout, heads: int = 2, width: int = 4) -> list[torch.Tensor]:
@@ -32,7 +32,7 @@ def test_outputs_are_those_under_the_mask_of_the_tree(seed, max_positions):
     out = attend_along_paths(layout, q, k, v, attend_causally)
     assert out.shape == q.shape
     flat = [t.transpose(0, 1).flatten(1, 2)[:, :u] for t in (q, k, v, out)]  # [h u d]
-    expected = scaled_dot_product_attention(*flat[:3], attn_mask=tree.attention_mask())
+    expected = scaled_dot_product_attention(*flat[:3], attn_mask=attention_mask(tree))
     assert torch.allclose(flat[3], expected, atol=1e-12)
 
 

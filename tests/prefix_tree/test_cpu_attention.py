@@ -16,7 +16,7 @@ from helpers.batches import random_batch
 from helpers.dpo_calls import arguments
 from helpers.kernels import tree_kernels
 from helpers.models import ZOO
-from helpers.trees import branching_sequences, random_tree, sequence_sets
+from helpers.trees import attention_mask, branching_sequences, random_tree, sequence_sets
 
 
 def tokens(slices):
@@ -40,7 +40,7 @@ def test_branches_lie_end_to_end_and_continue_their_prefix(sequences):
     tree = PrefixTree.from_sequences(sequences)
     branches = find_branches(tree.position)
     assert tokens(branch for branch, _ in branches) == list(range(len(tree.ids)))
-    mask = tree.attention_mask()
+    mask = attention_mask(tree)
     for branch, prefix in branches:
         path = mask[branch.start].nonzero()[:, 0].tolist()
         assert [*tokens(prefix), branch.start] == path
@@ -63,7 +63,7 @@ def test_output_and_gradients_are_those_under_the_dense_rule(seed, heads):
             assert not out[:, :, u:].any()
         else:
             wide = (t[:, :, :u].repeat_interleave(4 // heads[1], dim=1) for t in (k, v))
-            out = scaled_dot_product_attention(q[:, :, :u], *wide, attn_mask=tree.attention_mask(), scale=0.3)
+            out = scaled_dot_product_attention(q[:, :, :u], *wide, attn_mask=attention_mask(tree), scale=0.3)
         results.append([out[:, :, :u], *torch.autograd.grad((out[:, :, :u] * given).sum(), (q, k, v))])
     for got, expected in zip(*results, strict=True):
         assert torch.allclose(got, expected, atol=1e-12)
@@ -90,7 +90,7 @@ def test_half_precision_errs_little_more_than_one_kernel_under_a_mask(dtype):
             if branchwise:
                 out = attend_by_branch(q, k, v, find_branches(tree.position), None)
             else:
-                out = scaled_dot_product_attention(q, k, v, attn_mask=tree.attention_mask())
+                out = scaled_dot_product_attention(q, k, v, attn_mask=attention_mask(tree))
             results.append([out, *torch.autograd.grad(out.sum(), (q, k, v))])
     truth, _, ours, theirs = results
     for exactly, got, plain in zip(truth, ours, theirs, strict=True):

@@ -15,14 +15,14 @@ from helpers.batches import random_batch
 from helpers.dpo_calls import arguments, nudged
 from helpers.kernels import tree_kernels, use_kernel
 from helpers.models import ZOO, x_transformer
-from helpers.trees import random_tree
+from helpers.trees import attention_mask, random_tree
 
 
 @given(st.integers(0, 10_000), st.integers(1, 8), st.sampled_from([3, 40, 200, 500]))
 @settings(max_examples=40, deadline=None)
 def test_blocks_hold_every_pair_that_attends_and_full_blocks_no_other(seed, sequences, longest):
     tree = random_tree(seed, sequences, longest)
-    mask, attends = create_tree_block_mask(tree.subtree_end, tree.position), tree.attention_mask()
+    mask, attends = create_tree_block_mask(tree.subtree_end, tree.position), attention_mask(tree)
     u, count = len(tree.ids), -(-len(tree.ids) // BLOCK_SIZE)
     partial, full = (torch.zeros(count, count, dtype=torch.bool) for _ in range(2))
     for table, numbers, indices in (
@@ -51,7 +51,7 @@ def test_forward_equals_attention_under_the_dense_rule(heads, window):
         torch.randn(1, n, u, 16, generator=Generator().manual_seed(n)) for n in (4, heads[1], heads[1])
     )
     out = attend_with_flex(q, k, v, create_tree_block_mask(tree.subtree_end, tree.position, window), 0.3)
-    rule = tree.attention_mask()
+    rule = attention_mask(tree)
     if window is not None:
         rule &= tree.position[:, None] - tree.position < window
     wide = (t.repeat_interleave(4 // heads[1], dim=1) for t in (k, v))

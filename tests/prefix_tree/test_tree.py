@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from torch import Generator
 
 from dpo_wrapper.prefix_tree import PrefixTree
-from helpers.trees import branching_sequences, nodes_of, paths_of, sequence_sets
+from helpers.trees import attention_mask, branching_sequences, nodes_of, paths_of, sequence_sets, sequences_of
 
 A, B, C = [1, 2, 3, 4], [1, 2, 24, 25], [5, 6]  # the sequences drawn in the module's docstring
 
@@ -37,7 +37,7 @@ def random_sequences(generator, count, longest, vocab=3):
 def test_the_tree_is_the_trie(sequences):
     tree = PrefixTree.from_sequences(sequences)
     expected = trie(sequences)
-    assert [row.tolist() for row in tree.sequences()] == sequences
+    assert sequences_of(tree) == sequences
     assert len(tree.ids) == len(expected)
 
     nodes = nodes_of(tree)
@@ -57,7 +57,7 @@ def test_the_tree_is_the_trie(sequences):
 @given(sequence_sets | branching_sequences())
 def test_a_token_attends_to_its_own_path_and_to_nothing_else(sequences):
     tree = PrefixTree.from_sequences(sequences)
-    nodes, seen = nodes_of(tree), tree.attention_mask()
+    nodes, seen = nodes_of(tree), attention_mask(tree)
     assert seen.shape == (len(nodes), len(nodes))
     for q, row in enumerate(nodes):
         for k, column in enumerate(nodes):
@@ -92,7 +92,7 @@ def test_two_hundred_sequences():
     rows = random_sequences(Generator().manual_seed(1), 200, 30)
     rows[10:20], rows[30] = rows[:10], []
     tree = PrefixTree.from_sequences(rows)
-    assert [row.tolist() for row in tree.sequences()] == rows
+    assert sequences_of(tree) == rows
     assert set(nodes_of(tree)) == trie(rows) and len(tree.ids) == len(trie(rows))
 
 

@@ -17,6 +17,7 @@ from dpo_wrapper.pretrained import PRESETS
 from dpo_wrapper.reference import precompute
 from dpo_wrapper.reference.cache import LogProbCache
 from dpo_wrapper.scoring.scorer import Scorer
+from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.train import train
 from dpo_wrapper.training.trainer import Trainer
 from helpers.adapters import lora
@@ -342,7 +343,8 @@ def test_an_interrupted_run_with_a_cache_resumes(rows, tmp_path, monkeypatch, wh
     monkeypatch.setattr(precompute, "write_file", breaks)
     breaks.left = 0  # type: ignore[attr-defined]
     train(make_config(rows, tmp_path / "out", resume=True, **options))
-    assert -breaks.left == (7 if where == "precomputation" else 0)  # of 10 parts, 3 were there  # type: ignore[attr-defined]
+    count = 7 if where == "precomputation" else 0  # of 10 parts, 3 were there
+    assert -breaks.left == count  # type: ignore[attr-defined]
     assert read_metrics(tmp_path / "out") == read_metrics(tmp_path / "whole")
 
 
@@ -396,5 +398,5 @@ def test_options_that_cannot_act_are_refused(rows, tmp_path):
     with pytest.raises(TypeError, match="cache_ref_log_probs should be True or False"):
         DPO(ZOO["xt-rotary"](0), cache_ref_log_probs=1)
     assert DPO(ZOO["xt-rotary"](0), loss=Sigmoid()).reference.cache is None
-    settings = json.dumps(make_config(rows, Path("x")).as_json())
+    settings = json.dumps(RunFolder(make_config(rows, Path("x"))).settings)
     assert '"precompute_ref_log_probs": false' in settings

@@ -91,12 +91,18 @@ def test_lora(kwargs):
 def test_what_cannot_be_updated_is_refused(tmp_path):
     model = ZOO["xt-rotary"](0)
     refused = {
-        "with its adapter off and has no weights": DPO(lora(ZOO["hf-llama"](0))),
-        "should have weights of its own, but there is none": DPO(model, reference="none"),
-        "computed before cannot be updated": DPO(
+        "weights of its own to update, but it is the policy with its adapter off": DPO(
+            lora(ZOO["hf-llama"](0))
+        ),
+        "should have weights of its own to update, but it is none": DPO(model, reference="none"),
+        "weights of its own to update, but it is log-probs computed before": DPO(
             model, reference=precompute_ref_log_probs(scored_sequences(pairs(), 30), model, tmp_path)
         ),
+<<<<<<< HEAD
         "of the policy's architecture, but attn_layers.* differs": DPO(model, reference=ZOO["hf-llama"](0)),
+=======
+        "should be of the policy's architecture, but .* differs": DPO(model, reference=ZOO["hf-llama"](0)),
+>>>>>>> origin/core
     }
     for sentence, dpo in refused.items():
         with pytest.raises(ValueError, match=f"{sentence}.*use reference = 'copy'"):

@@ -57,7 +57,7 @@ def test_a_head_is_used_alone_only_if_that_changes_nothing(change, reason):
         ):
             dpo(**arguments).backward()
         assert reason.endswith("parameters") == bool(dpo.policy_model.extra.grad is not None)
-    assert dpo.policy.probe.forward.head_applies == (reason is None)
+    assert dpo.policy.probe.head_applies == (reason is None)
 
 
 @pytest.mark.parametrize("masked", [float("-inf"), torch.finfo(torch.float32).min])

@@ -32,7 +32,8 @@ def test_the_running_mean_of_a_loss_resumes(rows, tmp_path, monkeypatch):
 
     def record_gap(self, *args):
         values = train_step(self, *args)
-        seen.append((float(self.stage.dpo.gap.mean), float(self.stage.dpo.gap.spread)))
+        statistics = self.stage.dpo.loss.first_loss.statistics
+        seen.append((float(statistics.mean), float(statistics.std)))
         if len(seen) == interrupt_after:
             raise InterruptedRunError
         return values
