@@ -135,7 +135,7 @@ BAD = {
     "loss option": (
         {"d.jsonl": GOOD},
         ["--data", "d.jsonl", "--loss", "sft(beta=1)"],
-        "the options of sft should be left out",
+        r"the options of sft should be left out, but the loss is 'sft\(beta=1\)'",
     ),
     "beta": (
         {"d.jsonl": GOOD},

@@ -252,4 +252,7 @@ def test_the_help_names_their_losses():
         [sys.executable, "-m", "dpo_wrapper", "train", "--help"], capture_output=True, text=True, check=True
     )
     printed = re.sub(r"[\s│]+", " ", done.stdout)
-    assert "of ranked lists: plackettluce(beta); of completions with a label: kto(beta, " in printed
+    named = (
+        "of ranked lists: plackettluce(beta); of completions with a label: kto(beta, desirable, undesirable)"
+    )
+    assert named in printed
