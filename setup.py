@@ -37,7 +37,7 @@ setup(
     packages=find_packages(include=["dpo_wrapper", "dpo_wrapper.*"]),
     package_data={"dpo_wrapper": ["py.typed"]},
     install_requires=[
-        "torch>=2.7",
+        "torch>=2.8",
         "einops>=0.8.1",
         "numpy>=1.26",
         "x-transformers>=2.31",
