@@ -55,7 +55,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6.1",
             "ruff>=0.8",
-            'triton>=3.2; platform_system == "Linux"',
+            'triton>=3.4; platform_system == "Linux"',
             'trl>=1.16; python_version >= "3.11"',
         ],
     },
