@@ -5,7 +5,6 @@ rows); what they are for ranked lists and for rows with a label stands there too
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -20,16 +19,14 @@ COUNTS = (*VALID_COUNTS, *SIDE_COUNTS, "tokens/unique", "tokens/padded")
 """Metrics that add up over batches; all others are means over what one of these counts."""
 
 Metrics = dict[str, Tensor]
+LogProbs = PairLogProbs | RankedLogProbs | UnpairedLogProbs
 
 
 @torch.no_grad()
-def batch_metrics(batch: Batch, log_probs: Any, losses: Float[Tensor, "_"], beta: float) -> Metrics:
+def batch_metrics(batch: Batch, log_probs: LogProbs, losses: Float[Tensor, "_"], beta: float) -> Metrics:
     """The metrics of one batch, as detached scalars; means are 0 where nothing is valid.
 
-    Args:
-        log_probs: what `batch.log_probs` returned: `PairLogProbs`, `RankedLogProbs` or `UnpairedLogProbs`.
-        losses: one loss per pair (list, row).
-        beta: the scale of rewards.
+    `log_probs` comes from `batch.log_probs`, `losses` has one per pair (list, row), `beta` scales rewards.
     """
     if isinstance(log_probs, PairLogProbs):
         valid, metrics = "pairs/valid", pair_metrics(log_probs, beta)
@@ -37,18 +34,13 @@ def batch_metrics(batch: Batch, log_probs: Any, losses: Float[Tensor, "_"], beta
         valid, metrics = "lists/valid", ranked_metrics(log_probs, beta)
     else:
         valid, metrics = "rows/valid", unpaired_metrics(log_probs, beta)
-    sequences = batch.sequences
-    counts = {
-        valid: len(losses),
-        "tokens/unique": sequences.unique_tokens(),
-        "tokens/padded": sequences.ids.numel(),
-    }
+    num_unique, num_padded = batch.sequences.unique_tokens(), batch.sequences.ids.numel()
+    counts = {valid: len(losses), "tokens/unique": num_unique, "tokens/padded": num_padded}
     count_tensors = {name: losses.new_tensor(float(count)) for name, count in counts.items()}
     return {"loss": mean(losses)} | metrics | count_tensors
 
 
 def pair_metrics(pairs: PairLogProbs, beta: float) -> Metrics:
-    """Metrics of preference pairs."""
     differences = pairs.chosen_logratio - pairs.rejected_logratio
     values = {
         "rewards/chosen": beta * pairs.chosen_logratio,
@@ -68,7 +60,6 @@ def pair_metrics(pairs: PairLogProbs, beta: float) -> Metrics:
 
 
 def ranked_metrics(lists: RankedLogProbs, beta: float) -> Metrics:
-    """Metrics of ranked lists."""
     is_real, rewards = lists.is_real, beta * lists.logratio
     rank = torch.arange(is_real.shape[1], device=is_real.device)
     is_best = rank == is_real.int().argmax(dim=-1, keepdim=True)  # the first with a scored token
@@ -115,12 +106,11 @@ def side_metrics(
 
 
 def is_ahead(difference: Tensor) -> Tensor:
-    """1 where a difference is positive, a half for a tie."""
+    """1 where the difference is positive, a half for a tie."""
     return (difference > 0).to(difference.dtype) + 0.5 * (difference == 0).to(difference.dtype)
 
 
 def mean(values: Float[Tensor, "_"]) -> Float[Tensor, ""]:
-    """The mean, 0 for no values."""
     return values.detach().sum() / max(1, len(values))
 
 

@@ -161,8 +161,9 @@ def check_vocabulary(ids: Tensor, vocab_size: int) -> None:
 
 def is_in_range(value: object, low: float, high: float) -> bool:
     """Whether a value is a number with `low <= value <= high`, and finite."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and low <= value <= high and abs(value) < math.inf  # type: ignore[operator]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return low <= value <= high and abs(value) < math.inf
 
 
 def check_pad_id(pad_id: object) -> int | None:

@@ -1,15 +1,7 @@
 """Preference data: file -> example -> tokens -> dataset -> batch."""
 
 from dpo_wrapper.data.chat import Message
-from dpo_wrapper.data.collate import (
-    COLLATE_FNS,
-    PreferenceCollator,
-    add_kl_completions,
-    collate_ranked,
-    collate_sft,
-    group_by_tokens,
-    scored_sequences,
-)
+from dpo_wrapper.data.collate import PreferenceCollator, collate_ranked, scored_sequences
 from dpo_wrapper.data.convert import check_ranking, convert_examples
 from dpo_wrapper.data.dataset import PreferenceDataset
 from dpo_wrapper.data.encode import tokenize_examples
@@ -21,9 +13,8 @@ from dpo_wrapper.data.split import split_examples
 from dpo_wrapper.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [
-    "COLLATE_FNS", "ByteTokenizer", "Example", "ExampleError", "Fields", "HuggingFaceTokenizer", "Message",
+    "ByteTokenizer", "Example", "ExampleError", "Fields", "HuggingFaceTokenizer", "Message",
     "PreferenceCollator", "PreferenceDataset", "TokenizedExample", "TokenizedExamples", "Tokenizer",
-    "add_kl_completions", "check_ranking", "collate_ranked", "collate_sft", "convert_examples",
-    "group_by_tokens", "load_tokenizer", "read_examples", "scored_sequences", "split_examples", "to_example",
-    "tokenize_examples",
+    "check_ranking", "collate_ranked", "convert_examples", "load_tokenizer", "read_examples",
+    "scored_sequences", "split_examples", "to_example", "tokenize_examples",
 ]  # fmt: skip

@@ -9,15 +9,9 @@ from dpo_wrapper.data.errors import ExampleError, describe_value, missing_field_
 
 ROLES = ("system", "user", "assistant", "tool")
 
-# The names of these roles in ShareGPT and similar data sets.
-_ROLE_ALIASES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "function": "tool",
-    "observation": "tool",
-}
+# ShareGPT and similar data sets have other names for these roles.
+_ROLE_ALIASES = {"human": "user", "function": "tool", "observation": "tool"}
+_ROLE_ALIASES |= dict.fromkeys(("gpt", "chatgpt", "model"), "assistant")
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _TEXT_ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -25,7 +19,7 @@ _TEXT_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a dialogue. ValueError unless `role` is 'system', 'user', 'assistant' or 'tool'."""
+    """One turn of a dialogue."""
 
     role: str
     content: str
@@ -54,11 +48,7 @@ def check_unicode(text: str, field: str, message: int = 0) -> str:
 
 
 def parse_messages(value: Any, field: str) -> Turns:
-    """The messages of a list of {role, content} or {from, value} objects, or of one such object.
-
-    Raises:
-        ExampleError: the value is anything else, or an empty list.
-    """
+    """The messages of a list of {role, content} or {from, value} objects, or of one such object."""
     items = value if isinstance(value, (list, tuple)) else [value]
     if not items:
         raise ExampleError("there should be at least one message, but the list is empty: add some.", field)
@@ -105,16 +95,8 @@ def parse_dialogue(text: str) -> Turns:
     return tuple(turns)
 
 
-def has_turns(text: str) -> bool:
-    """Whether a turn begins anywhere in the text."""
-    return _TURN.search("\n\n" + text.strip()) is not None
-
-
 def is_dialogue(text: str, prompt: str) -> bool:
-    """Whether the text is a whole dialogue rather than a completion of the prompt.
-
-    It is if it has an answer, and begins with a human turn or with a prompt that is a dialogue itself.
-    """
+    """Whether the text is a dialogue with an answer, which begins as one or with the dialogue `prompt`."""
     text = text.strip()
     is_start = text.startswith("Human:") or (is_open_dialogue(prompt) and text.startswith(prompt.strip()))
     return is_start and "\n\nAssistant:" in text
@@ -206,17 +188,16 @@ def parse_dialogues(dialogues: dict[str, Turns], prompt: Prompt) -> tuple[Turns,
         if turns != shared:
             equal = [a == b for a, b in zip(turns, shared, strict=False)]
             start = [*equal, False].index(False) + 1
-            difference = f"differ from turn {start} on ({len(turns)} turns instead of {len(shared)})"
-            expected = f"the turns before the last answer should be those of field '{first}'"
-            remedy = "let all completions answer one prompt or leave the row out"
-            raise ExampleError(f"{expected}, but they {difference}: {remedy}.", field)
+            problem = f"the turns before the last answer should be those of field '{first}', but they differ "
+            problem += f"from turn {start} on ({len(turns)} turns instead of {len(shared)})"
+            raise ExampleError(f"{problem}: let all answer one prompt or leave the row out.", field)
     _check_prompt(shared, first if prompt.is_blank else prompt.field)
     return shared, tuple(turns[-1].content for turns in dialogues.values())
 
 
 def _check_all_have_turns(texts: dict[str, str], prompt: Prompt) -> None:
     """Completions without a prompt hold it themselves, as dialogues; ExampleError if they do not."""
-    plain = [field for field, text in texts.items() if not has_turns(text)]
+    plain = [field for field, text in texts.items() if not _TURN.search("\n\n" + text.strip())]
     if len(plain) == len(texts) and not prompt.field:
         raise missing_field_error(prompt.record, "prompt", "add 'prompt' or say which field holds the prompt")
     if len(plain) == len(texts):
@@ -231,8 +212,7 @@ def _check_all_have_turns(texts: dict[str, str], prompt: Prompt) -> None:
 
 def _check_prompt(prompt: Turns, field: str) -> None:
     if not prompt:
-        problem = "a turn should stand before the answer, but the answer stands alone"
-        raise ExampleError(f"{problem}: add the prompt or leave the row out.", field)
+        raise ExampleError("a prompt should come first, but none does: add it or leave the row out.", field)
     if prompt[-1].role == "assistant":
         problem = "the last turn of the prompt should not be the assistant's, but it is an assistant turn"
         raise ExampleError(f"{problem}: leave the answers to the completions, or leave the row out.", field)

@@ -22,7 +22,7 @@ from dpo_wrapper.data.examples import DatasetType, TokenizedExample
 
 Examples = Sequence[TokenizedExample]
 
-ITEM_KEYS = ("preferred_seq", "unpreferred_seq", "prompt_mask")
+SIDES = ("preferred_seq", "unpreferred_seq")
 
 
 def group_by_tokens(examples: Examples, max_tokens: int) -> list[list[int]]:
@@ -161,24 +161,24 @@ class PreferenceCollator:
             raise ValueError("there should be at least one item, but there is none: leave the batch out.")
         for number, item in enumerate(items):
             _check_item(item, number)
-        preferred, unpreferred = (
-            self._pad([(item[name], item["prompt_mask"]) for item in items]) for name in ITEM_KEYS[:2]
-        )
-        seqs, prompt_masks, seq_masks = zip(preferred, unpreferred, strict=True)
-        sides = {"preferred_seq": seqs[0], "unpreferred_seq": seqs[1]}
-        names = [name for name in ("pair_weights", "margins") if name in items[0]]
-        columns = {name: torch.stack([item[name] for item in items]) for name in names}
-        return {**sides, "prompt_mask": prompt_masks, "seq_mask": seq_masks, **columns}
+        seqs, prompt_masks, seq_masks = zip(*(self._pad(items, side) for side in SIDES), strict=True)
+        batch: dict[str, Any] = dict(zip(SIDES, seqs, strict=True))
+        batch |= {"prompt_mask": prompt_masks, "seq_mask": seq_masks}
+        for name in ("pair_weights", "margins"):
+            if name in items[0]:
+                batch[name] = torch.stack([item[name] for item in items])
+        return batch
 
-    def _pad(self, sides: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-        lengths = [self._real_length(seq) for seq, _ in sides]
-        shape = (len(sides), max(*lengths, 1))
+    def _pad(self, items: Sequence[Mapping[str, Tensor]], side: str) -> tuple[Tensor, Tensor, Tensor]:
+        lengths = [self._real_length(item[side]) for item in items]
+        shape = (len(items), max(*lengths, 1))
         seqs = torch.full(shape, max(self.pad_id, 0), dtype=torch.long)
         prompt_mask, seq_mask = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
-        for row, ((seq, mask), length) in enumerate(zip(sides, lengths, strict=True)):
+        for row, (item, length) in enumerate(zip(items, lengths, strict=True)):
             start = 0 if self.padding_side == "right" else shape[1] - length
             real = slice(start, start + length)
-            seqs[row, real], prompt_mask[row, real], seq_mask[row, real] = seq[:length], mask[:length], True
+            seqs[row, real], seq_mask[row, real] = item[side][:length], True
+            prompt_mask[row, real] = item["prompt_mask"][:length]
         return seqs, prompt_mask, seq_mask
 
     def _real_length(self, seq: Tensor) -> int:
@@ -190,7 +190,8 @@ class PreferenceCollator:
 
 
 def _check_item(item: Any, number: int) -> None:
-    parts = [item.get(name) for name in ITEM_KEYS] if isinstance(item, Mapping) else [item]
+    names = (*SIDES, "prompt_mask")
+    parts: list[Any] = [item.get(name) for name in names] if isinstance(item, Mapping) else [item]
     is_item = (
         all(isinstance(part, Tensor) and part.dim() == 1 and not part.is_floating_point() for part in parts)
         and [part.dtype == torch.bool for part in parts] == [False, False, True]
@@ -199,6 +200,6 @@ def _check_item(item: Any, number: int) -> None:
     if not is_item:
         kinds = [f"{tuple(t.shape)} {t.dtype}" if isinstance(t, Tensor) else type(t).__name__ for t in parts]
         raise ValueError(
-            f"item {number} should have {', '.join(ITEM_KEYS)} of one length, integers, integers and bool, "
+            f"item {number} should have {', '.join(names)} of one length, integers, integers and bool, "
             f"but it has {', '.join(kinds)}: collate the items of a PreferenceDataset."
         )

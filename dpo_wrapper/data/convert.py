@@ -42,12 +42,11 @@ def convert_examples(
 
 def check_ranking(ranking: Ranking | None, dataset_type: DatasetType, examples: Iterable[Example]) -> None:
     """Refuse a ranking that has no effect."""
-    reason = None
-    if dataset_type != "preference":
-        reason = f"the loss takes {dataset_type} data"
-    elif all(len(example.completions) < 3 for example in examples):
+    is_used = dataset_type == "preference" and any(len(example.completions) > 2 for example in examples)
+    if ranking is not None and not is_used:
         reason = "no row has more than two completions"
-    if ranking is not None and reason is not None:
+        if dataset_type != "preference":
+            reason = f"the loss takes {dataset_type} data"
         problem = f"ranking should be given only where lists become pairs, but it is '{ranking}' and {reason}"
         raise ValueError(f"{problem}: leave the ranking out.")
 
@@ -66,8 +65,7 @@ def _convert(example: Example, dataset_type: DatasetType, ranking: Ranking) -> l
         sides = zip(example.completions, (True, False), strict=True)
         return [replace(example, completions=(text,), label=label) for text, label in sides]
     if example.label is not None:
-        need = "two completions to compare" if dataset_type == "preference" else "completions to rank"
-        problem = f"a row should have {need}, but it has one with a label"
+        problem = "a row should have two completions or more, but it has one with a label"
         raise ExampleError(f"{problem}: write pairs or ranked lists, or take a loss such as KTO.")
     if dataset_type == "ranked":
         return [example]

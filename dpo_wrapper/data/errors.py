@@ -9,13 +9,9 @@ OnError = Literal["raise", "skip"]
 
 
 class ExampleError(ValueError):
-    """An example that cannot be used, "prefs.jsonl, line 12, field 'prompt', message 2: <problem>".
+    """An example that cannot be used: "prefs.jsonl, line 12, field 'prompt', message 2: <problem>".
 
-    Args:
-        problem: "X should be A, but it is B: remedy."
-        field: the field of the record, or None for the whole record.
-        message: the number of the message within the field, from 1; 0 for none.
-        source: the example's place in its file.
+    `message` counts from 1. It is 0, `field` None and `source` empty where the place is not known.
     """
 
     def __init__(self, problem: str, field: str | None = None, message: int = 0, *, source: str = "") -> None:
@@ -47,7 +43,6 @@ def missing_field_error(record: Mapping[Any, Any], field: str, remedy: str) -> E
 
 
 def check_on_error(on_error: str) -> None:
-    """Raise ValueError for anything but 'raise' and 'skip'."""
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error should be 'raise' or 'skip', but it is {on_error!r}: choose one of them.")
 

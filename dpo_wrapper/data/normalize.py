@@ -10,9 +10,8 @@ from dpo_wrapper.data.examples import DEFAULT_FIELDS, Example, Fields
 
 PROMPT_FIELDS = ("prompt", "text", "conversations", "messages")
 
-_SPLITS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(
-    ("test", "validation", "valid", "eval", "held-out", "heldout"), "test"
-)
+_SPLITS = dict.fromkeys(("train", "training"), "train")
+_SPLITS |= dict.fromkeys(("test", "validation", "valid", "eval", "held-out", "heldout"), "test")
 
 
 def to_example(record: Any, fields: Fields = DEFAULT_FIELDS, source: str = "") -> Example:
@@ -28,38 +27,29 @@ def to_example(record: Any, fields: Fields = DEFAULT_FIELDS, source: str = "") -
     completion is always the last assistant turn, and what comes before it must be the same for all
     completions.
 
-    Args:
-        record: an object of a data file.
-        fields: the names of the columns.
-        source: the record's place, with which error messages begin.
-
-    Raises:
-        ExampleError: the record has no such form.
+    Error messages begin with `source`, the record's place.
     """
     try:
-        return _parse_record(record, fields, source)
+        if not isinstance(record, Mapping):
+            problem = "a row should be an object with prompt and completions"
+            raise ExampleError(f"{problem}, but it is {describe_value(record)}: write one object per row.")
+        values, label = _find_completions(record, fields)
+        found = _find_prompt(record, fields)
+        if all(isinstance(value, str) for value in values.values()):
+            prompt, completions = parse_texts(values, found)
+        else:
+            dialogues = {field: parse_messages(value, field) for field, value in values.items()}
+            prompt, completions = parse_dialogues(dialogues, found)
+        weight, margin = (_parse_number(record, field) for field in (fields.weight, fields.margin))
+        if weight is not None and weight < 0:
+            problem = f"the weight should not be negative, but it is {describe_value(weight)}"
+            remedy = "put the better completion first or leave the row out"
+            raise ExampleError(f"{problem}: {remedy}.", fields.weight)
+        split = _parse_split(record, fields.split)
+        return Example(prompt, completions, label, weight, margin, split, source)
     except ExampleError as error:
         error.source = source
         raise
-
-
-def _parse_record(record: Any, fields: Fields, source: str) -> Example:
-    if not isinstance(record, Mapping):
-        problem = f"a row should be an object with prompt and completions, but it is {describe_value(record)}"
-        raise ExampleError(f"{problem}: write one object per row.")
-    values, label = _find_completions(record, fields)
-    found = _find_prompt(record, fields)
-    if all(isinstance(value, str) for value in values.values()):
-        prompt, completions = parse_texts(values, found)
-    else:
-        dialogues = {field: parse_messages(value, field) for field, value in values.items()}
-        prompt, completions = parse_dialogues(dialogues, found)
-    split, weight = _parse_split(record, fields.split), _parse_number(record, fields.weight)
-    if weight is not None and weight < 0:
-        problem = f"the weight should not be negative, but it is {describe_value(weight)}"
-        raise ExampleError(f"{problem}: put the better completion first or leave the row out.", fields.weight)
-    margin = _parse_number(record, fields.margin)
-    return Example(prompt, completions, label, weight, margin, split, source)
 
 
 def _find_completions(record: Mapping[Any, Any], fields: Fields) -> tuple[dict[str, Any], bool | None]:
@@ -99,7 +89,6 @@ def _find_prompt(record: Mapping[Any, Any], fields: Fields) -> Prompt:
     names = [fields.prompt] if fields.prompt else PROMPT_FIELDS
     prompts = [Prompt(record, name, record[name]) for name in names if name in record]
     for prompt in prompts:
-        # A Parquet file of several forms has nulls in the columns of the other forms.
         if prompt.value is not None:
             _check_form(prompt.value, prompt.field)
         if not prompt.is_blank:

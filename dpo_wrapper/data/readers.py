@@ -45,12 +45,19 @@ def read_examples(
         ValueError: a file is missing, truncated, empty or of an unknown format, whatever `on_error` is.
     """
     check_on_error(on_error)
-    paths = _as_paths(paths)
+    paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+    is_list = isinstance(paths, (list, tuple))
+    if not is_list or not all(isinstance(path, (str, os.PathLike)) for path in paths):
+        problem = f"paths should be the path of a file or a list of paths, but it is {describe_value(paths)}"
+        raise TypeError(f"{problem}: name a file.")
+    if not paths:
+        raise ValueError("paths should hold at least one file, but it is an empty list: name a file.")
+    files = list(map(Path, paths))
     examples: list[Example] = []
     errors: list[ExampleError] = []
-    for path in paths:
+    for path in files:
         # The file's name reads best, unless another file of the same name is read as well.
-        name = path.name if sum(path.name == other.name for other in paths) == 1 else str(path)
+        name = path.name if sum(path.name == other.name for other in files) == 1 else str(path)
         count = 0
         for record in _read_records(path, name, fields):
             count += 1
@@ -60,21 +67,8 @@ def read_examples(
                 source, values = record
                 examples.append(to_example(values, fields, source))
         if not count:
-            problem = f"{name}: the file should have rows, but it is empty"
-            raise ValueError(f"{problem}: add rows or name another file.")
+            raise ValueError(f"{name}: the file should have rows, but it is empty: add rows or name another.")
     return examples, errors
-
-
-def _as_paths(paths: PathLike | Sequence[PathLike]) -> list[Path]:
-    if isinstance(paths, (str, os.PathLike)):
-        return [Path(paths)]
-    is_list = isinstance(paths, (list, tuple))
-    if not is_list or not all(isinstance(path, (str, os.PathLike)) for path in paths):
-        problem = f"paths should be the path of a file or a list of paths, but it is {describe_value(paths)}"
-        raise TypeError(f"{problem}: name a file.")
-    if not paths:
-        raise ValueError("paths should hold at least one file, but it is an empty list: name a file.")
-    return [Path(path) for path in paths]
 
 
 def _read_records(path: Path, name: str, fields: Fields) -> Iterator[_Record]:

@@ -5,7 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 
-from dpo_wrapper.data.chat import Message
+from dpo_wrapper.data.chat import Message, Turns
 from dpo_wrapper.data.examples import Example
 
 
@@ -29,8 +29,7 @@ def split_examples(
             the fraction is 0, nothing is left to evaluate on or there is only one prompt.
     """
     if not isinstance(fraction, (int, float)) or not 0 <= fraction < 1:
-        problem = f"the fraction should be from 0 to below 1, but it is {fraction!r}"
-        raise ValueError(f"{problem}: take 0.1 for a tenth.")
+        raise ValueError(f"the fraction should be in [0, 1), but it is {fraction!r}: take 0.1 for a tenth.")
     if not examples:
         raise ValueError("there should be examples to split, but there are none: read some first.")
     if any(example.split for example in examples):
@@ -51,7 +50,7 @@ def split_examples(
     return parts
 
 
-def _prompt_key(prompt: str | tuple[Message, ...]) -> str:
+def _prompt_key(prompt: str | Turns) -> str:
     """One text per prompt; plain text is the same prompt as a dialogue of that one question."""
     turns = (Message("user", prompt),) if isinstance(prompt, str) else prompt
     return json.dumps([(turn.role, turn.content) for turn in turns])

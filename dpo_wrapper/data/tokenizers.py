@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from dpo_wrapper.data.chat import Message
+from dpo_wrapper.data.chat import Message, Turns
 
 _BYTES_FILE = "byte_tokenizer.json"
 _TEXT_ROLES = {"system": "System", "user": "Human", "assistant": "Assistant", "tool": "Tool"}
@@ -38,10 +38,10 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, special tokens skipped."""
 
-    def prompt_ids(self, prompt: str | tuple[Message, ...]) -> list[int]:
+    def prompt_ids(self, prompt: str | Turns) -> list[int]:
         """The ids of a prompt: one BOS first if there is one; a dialogue ends by opening the answer."""
 
-    def completion_ids(self, prompt: str | tuple[Message, ...], completion: str) -> list[int]:
+    def completion_ids(self, prompt: str | Turns, completion: str) -> list[int]:
         """The ids that follow `prompt_ids(prompt)` in this completion; they end in exactly one EOS."""
 
     def fingerprint(self) -> str:
@@ -72,13 +72,13 @@ class ByteTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(token for token in ids if 0 <= token < 256).decode("utf-8", errors="replace")
 
-    def prompt_ids(self, prompt: str | tuple[Message, ...]) -> list[int]:
+    def prompt_ids(self, prompt: str | Turns) -> list[int]:
         if isinstance(prompt, str):
             return [self.bos_id, *self.encode(prompt)]
         turns = [token for turn in prompt for token in (self.role_ids[turn.role], *self.encode(turn.content))]
         return [self.bos_id, *turns, self.role_ids["assistant"]]
 
-    def completion_ids(self, prompt: str | tuple[Message, ...], completion: str) -> list[int]:
+    def completion_ids(self, prompt: str | Turns, completion: str) -> list[int]:
         return [*self.encode(completion), self.eos_id]
 
     def fingerprint(self) -> str:
@@ -126,8 +126,8 @@ class HuggingFaceTokenizer:
         try:
             from transformers import AutoTokenizer
         except ImportError as error:
-            remedy = "pip install 'dpo-wrapper[train]'"
-            raise ImportError(f"Hugging Face tokenizers need transformers: {remedy}.") from error
+            problem = "Hugging Face tokenizers need transformers"
+            raise ImportError(f"{problem}: pip install 'dpo-wrapper[train]'.") from error
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(name_or_folder))
         except Exception as error:  # OSError, ValueError, KeyError and more, by what is missing or broken
@@ -146,19 +146,16 @@ class HuggingFaceTokenizer:
         text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)
 
-    def prompt_ids(self, prompt: str | tuple[Message, ...]) -> list[int]:
-        """One BOS first if the tokenizer has one, whether or not the text or the template writes it."""
+    def prompt_ids(self, prompt: str | Turns) -> list[int]:
         ids = self.encode(prompt if isinstance(prompt, str) else self._prompt_text(prompt))
+        # A text or a template may write the BOS itself.
         return ids if self.bos_id is None or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
 
-    def completion_ids(self, prompt: str | tuple[Message, ...], completion: str) -> list[int]:
-        """ValueError for a BOS or EOS inside the completion, and for a chat template that does not fit."""
+    def completion_ids(self, prompt: str | Turns, completion: str) -> list[int]:
         answer = completion.removesuffix(self.tokenizer.eos_token)
         ids = self.encode(answer)
-        for name, id_, token in (
-            ("EOS", self.eos_id, self.tokenizer.eos_token),
-            ("BOS", self.bos_id, self.tokenizer.bos_token),
-        ):
+        eos = ("EOS", self.eos_id, self.tokenizer.eos_token)
+        for name, id_, token in (eos, ("BOS", self.bos_id, self.tokenizer.bos_token)):
             if id_ in ids:
                 problem = f"the completion should not hold the {name} token, but {token!r} is in it"
                 raise ValueError(f"{problem}: remove it from the text.")
@@ -168,7 +165,7 @@ class HuggingFaceTokenizer:
             return [*self.encode(f" {answer}" if answer else ""), self.eos_id]
         return self._templated_completion(prompt, answer)
 
-    def _templated_completion(self, prompt: tuple[Message, ...], answer: str) -> list[int]:
+    def _templated_completion(self, prompt: Turns, answer: str) -> list[int]:
         opening = self._prompt_text(prompt)
         dialogue = self._render((*prompt, Message("assistant", answer)), add_generation_prompt=False)
         if not dialogue.startswith(opening):
@@ -186,7 +183,7 @@ class HuggingFaceTokenizer:
         # After the EOS a template may begin the next turn (a line break): nothing to learn from.
         return [*ids[:end], self.eos_id]
 
-    def _prompt_text(self, prompt: tuple[Message, ...]) -> str:
+    def _prompt_text(self, prompt: Turns) -> str:
         if self.tokenizer.chat_template:
             return self._render(prompt, add_generation_prompt=True)
         texts = [f"\n\n{_TEXT_ROLES[turn.role]}: {turn.content}" for turn in prompt]
@@ -194,12 +191,11 @@ class HuggingFaceTokenizer:
             texts[0] = prompt[0].content
         return "".join([*texts, "\n\nAssistant:"])
 
-    def _render(self, turns: tuple[Message, ...], *, add_generation_prompt: bool) -> str:
+    def _render(self, turns: Turns, *, add_generation_prompt: bool) -> str:
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+            options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+            return str(self.tokenizer.apply_chat_template(messages, **options))
         except ImportError as error:
             raise ImportError("chat templates need jinja2: pip install 'dpo-wrapper[train]'.") from error
         except Exception as error:  # a template is a program: it may raise anything
@@ -207,7 +203,6 @@ class HuggingFaceTokenizer:
             roles = ", ".join(turn.role for turn in turns)
             problem = f"the chat template should take the roles {roles}, but it raises '{reason}'"
             raise ValueError(f"{problem}: change the roles or leave the row out.") from error
-        return str(text)
 
     def fingerprint(self) -> str:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
@@ -226,15 +221,7 @@ class HuggingFaceTokenizer:
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
-    """Load a tokenizer.
-
-    Args:
-        name: 'bytes' or a folder that a `ByteTokenizer` was saved in; else the folder or the name of a
-            Hugging Face tokenizer.
-
-    Raises:
-        ValueError: the folder holds no tokenizer, or the name cannot be fetched.
-    """
+    """The tokenizer of a folder, or of a model on the hub; 'bytes' is a `ByteTokenizer`."""
     if str(name) == "bytes" or (Path(name) / _BYTES_FILE).is_file():
         return ByteTokenizer()
     return HuggingFaceTokenizer.load(name)

@@ -26,7 +26,6 @@ def subclasses_by_name(base: type[ValidatedDataclass]) -> dict[str, type[Any]]:
 
 
 def losses_by_name() -> dict[str, type[Loss]]:
-    """Every loss under its lower-case name, those of ranked and unpaired data among them."""
     return subclasses_by_name(Loss)
 
 
@@ -41,16 +40,12 @@ def parse_losses(text: str) -> WeightedLosses:
 
     A term is a loss's name with its options in brackets and, in front, a weight if it should not be 1. A
     divergence is written in the same way: `sigmoid(divergence=forwardkl)`.
-
-    Raises:
-        ValueError: text that cannot be parsed, with what may stand there.
     """
     try:
         tree = ast.parse(text.strip(), mode="eval")
     except SyntaxError:
-        raise ValueError(
-            f"the loss should be written like 'sigmoid(beta=0.1) + 0.5*sft', but it is {text!r}: correct it."
-        ) from None
+        expected = "the loss should be written like 'sigmoid(beta=0.1) + 0.5*sft'"
+        raise ValueError(f"{expected}, but it is {text!r}: correct it.") from None
     return as_weighted_losses(list(_parse_terms(tree.body, text)))
 
 
@@ -66,16 +61,13 @@ def _parse_terms(node: ast.expr, text: str) -> Iterator[tuple[Loss, float]]:
 
 
 def _parse_call(node: ast.expr, base: type[ValidatedDataclass], text: str) -> Any:
-    """The loss or divergence that a name, perhaps with options in brackets, stands for."""
     call = node if isinstance(node, ast.Call) else ast.Call(func=node, args=[], keywords=[])
     name = call.func.id.lower() if isinstance(call.func, ast.Name) else ast.unparse(call.func)
-    classes = subclasses_by_name(base)
-    if name not in classes:
-        noun = base.__name__.lower()
-        raise ValueError(
-            f"the {noun} in {text!r} should be one of {', '.join(classes)}, but it is {name!r}: correct it."
-        )
-    types: dict[str, Any] = {option.name: option.metadata.get("type") for option in fields(classes[name])}
+    known = subclasses_by_name(base)
+    if name not in known:
+        expected = f"the {base.__name__.lower()} in {text!r} should be one of {', '.join(known)}"
+        raise ValueError(f"{expected}, but it is {name!r}: correct it.")
+    types: dict[str, Any] = {option.name: option.metadata.get("type") for option in fields(known[name])}
     values = {str(keyword.arg): keyword.value for keyword in call.keywords}
     if call.args or len(values) < len(call.keywords) or not set(values) <= set(types):
         expected = f"{', '.join(types)}, each as name=value" if types else "left out"
@@ -84,7 +76,7 @@ def _parse_call(node: ast.expr, base: type[ValidatedDataclass], text: str) -> An
     for option, value in values.items():
         parent = types[option]
         options[option] = _parse_number(value, text) if parent is None else _parse_call(value, parent, text)
-    return classes[name](**options)
+    return known[name](**options)
 
 
 def _parse_number(node: ast.expr, text: str) -> float:
@@ -94,9 +86,8 @@ def _parse_number(node: ast.expr, text: str) -> float:
             raise ValueError
         return float(value)
     except (ValueError, TypeError, OverflowError):
-        raise ValueError(
-            f"the value in {text!r} should be a number, but it is {ast.unparse(node)!r}: correct it."
-        ) from None
+        problem = f"the value in {text!r} should be a number, but it is {ast.unparse(node)!r}"
+        raise ValueError(f"{problem}: correct it.") from None
 
 
 def describe_loss(loss: type[Loss]) -> dict[str, str]:

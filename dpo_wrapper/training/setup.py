@@ -11,13 +11,13 @@ from dpo_wrapper.data import (
     ExampleError,
     Fields,
     Message,
-    add_kl_completions,
     check_ranking,
     convert_examples,
     read_examples,
     split_examples,
     tokenize_examples,
 )
+from dpo_wrapper.data.collate import add_kl_completions
 from dpo_wrapper.losses import CombinedLoss, parse_losses
 from dpo_wrapper.pretrained import PretrainedModel, load_pretrained
 from dpo_wrapper.reference.build import parse_device

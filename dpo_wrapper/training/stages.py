@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dpo_wrapper.batches import Reduce, SFTBatch, normalize_over_step
-from dpo_wrapper.data import COLLATE_FNS, TokenizedExample, collate_sft
+from dpo_wrapper.data import TokenizedExample
+from dpo_wrapper.data.collate import COLLATE_FNS, collate_sft
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.evaluation.evaluate import evaluate
 from dpo_wrapper.log_probs import FusedLoss

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dpo_wrapper.batches import Reduce
-from dpo_wrapper.data import TokenizedExample, group_by_tokens
+from dpo_wrapper.data import TokenizedExample
+from dpo_wrapper.data.collate import group_by_tokens
 from dpo_wrapper.metrics import MetricSums
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.run_folder import RunFolder

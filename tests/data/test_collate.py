@@ -12,17 +12,20 @@ from torch.utils.data import DataLoader
 from dpo_wrapper.batches import TreeOptions
 from dpo_wrapper.batches.sequences import ScoredSequences
 from dpo_wrapper.data import (
-    COLLATE_FNS,
     HuggingFaceTokenizer,
     PreferenceCollator,
     PreferenceDataset,
     TokenizedExample,
     collate_ranked,
-    collate_sft,
-    group_by_tokens,
     scored_sequences,
 )
-from dpo_wrapper.data.collate import collate_preference, collate_unpaired
+from dpo_wrapper.data.collate import (
+    COLLATE_FNS,
+    collate_preference,
+    collate_sft,
+    collate_unpaired,
+    group_by_tokens,
+)
 from helpers import tokenizers as tiny
 from helpers.datasets import write_json_lines
 

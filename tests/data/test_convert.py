@@ -9,19 +9,18 @@ import torch
 
 from dpo_wrapper import DPO
 from dpo_wrapper.data import (
-    COLLATE_FNS,
     ByteTokenizer,
     Example,
     ExampleError,
     Fields,
     TokenizedExample,
-    add_kl_completions,
     check_ranking,
     convert_examples,
     read_examples,
     to_example,
     tokenize_examples,
 )
+from dpo_wrapper.data.collate import COLLATE_FNS, add_kl_completions
 from dpo_wrapper.losses import KTO, PlackettLuce, Sigmoid
 from helpers.datasets import tokenize_example
 from helpers.models import ZOO
@@ -62,11 +61,11 @@ def test_pairs_are_ranked_lists_and_become_two_completions_with_a_label() -> Non
 @pytest.mark.parametrize(
     ("example", "dataset_type", "message"),
     [
-        (LABELLED, "preference", "line 3: a row should have two completions to compare, but it has one with"),
+        (LABELLED, "preference", "line 3: a row should have two completions or more, but it has one with"),
         (
             LABELLED,
             "ranked",
-            "line 3: a row should have completions to rank, but it has one with a label: write",
+            "line 3: a row should have two completions or more, but it has one with a label: write",
         ),
         (
             RANKED,
@@ -145,7 +144,7 @@ def test_rows_of_every_kind_in_one_file(tmp_path: Path) -> None:
         ("Q", "A", "C", 2.0, None),
         ("Q", "B", "C", 2.0, None),
     ]
-    assert len(errors) == 1 and "rows.parquet, row 3: a row should have two completions to c" in str(
+    assert len(errors) == 1 and "rows.parquet, row 3: a row should have two completions or more, but" in str(
         errors[0]
     )
     best, _ = convert_examples(examples, "preference", "best", on_error="skip")

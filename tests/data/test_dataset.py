@@ -108,7 +108,7 @@ def test_from_file_refusals(tmp_path: Path) -> None:
 def test_from_file_takes_ranked_lists_as_pairs_and_no_labels(tmp_path: Path) -> None:
     ranked, labelled = {"prompt": "Q", "completions": ["A", "B", "C"]}, {"prompt": "Q", "completion": "A"}
     path = write_json_lines(tmp_path / "a.jsonl", [ranked, {**labelled, "label": True}])
-    with pytest.raises(ValueError, match=r"a.jsonl, line 2: a row should have two completions to compare"):
+    with pytest.raises(ValueError, match=r"a.jsonl, line 2: a row should have two completions or more"):
         PreferenceDataset.from_file(path)
     dataset = PreferenceDataset.from_file(path, on_error="skip")
     sides = [(bytes(x.chosen[:1]), bytes(x.rejected[:1])) for x in dataset.examples]

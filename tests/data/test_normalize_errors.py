@@ -65,8 +65,8 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {  # field: record, what should be 
         ),
         (
             row("prompt", chosen=[ANSWER], rejected=[OTHER]),
-            "a turn should stand before the answer, but the answer stands alone",
-            "add the prompt",
+            "a prompt should come first, but none does",
+            f"add it or {LEAVE}",
         ),
         (
             turns("Q", [QUESTION, ANSWER], [USER, OTHER]),
@@ -115,12 +115,12 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {  # field: record, what should be 
         (
             row("prompt", chosen=[USER, ANSWER], rejected=[SYSTEM, USER, OTHER]),
             "but they differ from turn 1 on (2 turns instead of 1)",
-            "let all completions answer one prompt",
+            "let all answer one prompt",
         ),
         (
             row("prompt", chosen=[USER, ANSWER, QUESTION, ANSWER], rejected=[USER, OTHER]),
             "but they differ from turn 2 on (1 turns instead of 3)",
-            "let all completions answer one prompt",
+            "let all answer one prompt",
         ),
         (
             row("prompt", chosen=f"{ASKED}A", rejected="Human: R\n\nAssistant: B"),
@@ -232,7 +232,7 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {  # field: record, what should be 
         (
             {"completions": [f"{ASKED}A", "Human: R\n\nAssistant: B", f"{ASKED}C"]},
             "those of field 'completions[0]', but they differ from turn 1 on",
-            "let all completions answer one prompt",
+            "let all answer one prompt",
         ),
         ({"prompt": "Q", "completions": ["A", [OTHER]]}, "a string as in field 'completions[0]'", ONE_FORM),
     ],

@@ -21,7 +21,7 @@ LISTED = (
 
 
 BAD: list[tuple[str, bytes, str, str]] = [  # name, content, message after the name, remedy
-    ("a.jsonl", b"", EMPTY, "add rows or name another file"),
+    ("a.jsonl", b"", EMPTY, "add rows or name another"),
     ("a.jsonl", b"\n  \n", EMPTY, "add rows"),
     ("a.json", b" \n", EMPTY, "add rows"),
     ("a.json", b"[]", EMPTY, "add rows"),

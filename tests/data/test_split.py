@@ -94,11 +94,11 @@ def test_examples_with_a_split() -> None:
         (
             [Example("Q", ("A", "B"))],
             1,
-            "the fraction should be from 0 to below 1, but it is 1: take 0.1 for a tenth",
+            r"the fraction should be in \[0, 1\), but it is 1: take 0.1 for a tenth",
         ),
-        ([Example("Q", ("A", "B"))], -0.1, "the fraction should be from 0 to below 1, but it is -0.1"),
-        ([Example("Q", ("A", "B"))], float("nan"), "the fraction should be from 0 to below 1, but it is nan"),
-        ([Example("Q", ("A", "B"))], "0.1", "the fraction should be from 0 to below 1, but it is '0.1'"),
+        ([Example("Q", ("A", "B"))], -0.1, r"the fraction should be in \[0, 1\), but it is -0.1"),
+        ([Example("Q", ("A", "B"))], float("nan"), r"the fraction should be in \[0, 1\), but it is nan"),
+        ([Example("Q", ("A", "B"))], "0.1", r"the fraction should be in \[0, 1\), but it is '0.1'"),
     ],
 )
 def test_splits_that_cannot_be(examples: list[Example], fraction: Any, message: str) -> None:
