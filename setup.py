@@ -11,7 +11,7 @@ train = [
     "tokenizers>=0.22",
     "tqdm>=4.66",
     "transformers>=5.4",
-    "tyro>=0.9.1",
+    "tyro>=0.9.20",
 ]
 
 version = re.search('"(.+)"', Path(__file__).with_name("dpo_wrapper").joinpath("version.py").read_text())
@@ -51,7 +51,7 @@ setup(
             *train,
             "hypothesis>=6.100",
             "mypy>=1.13",
-            "peft>=0.16",
+            "peft>=0.18",
             "pytest>=8",
             "pytest-xdist>=3.6.1",
             "ruff>=0.8",
