@@ -136,7 +136,7 @@ class DPO(ReferenceOwner):
 
     def as_batch(self, *arguments: Any) -> Any:
         """The batch of a call, shifted and checked against loss and policy; a ready batch passes."""
-        batch = batches.batch_from_arguments(*arguments, self.pad_id)
+        batch = batches.batch_from_arguments(self.pad_id, *arguments)
         self.loss.check_dataset_type(batch.dataset_type)
         if isinstance(batch, PreferenceBatch):
             self.loss.check_columns(batch.margins is not None, batch.weights is not None)

@@ -1,7 +1,6 @@
 """Checks of ids, masks and options: each raises one sentence before any forward pass."""
 
 import math
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -19,21 +18,18 @@ def describe_type(value: object) -> str:
 def check_ids(name: str, seq: object) -> Tensor:
     """The ids as int64."""
     if not isinstance(seq, Tensor):
-        raise TypeError(
-            f"{name} should be a tensor of token ids, but it is {describe_type(seq)}: use torch.tensor."
-        )
+        raise TypeError(f"{name} should be an int tensor, but it is {describe_type(seq)}: use torch.tensor.")
     if seq.is_floating_point() or seq.is_complex() or seq.dtype == torch.bool:
         remedy = "is it a mask?" if seq.dtype == torch.bool else "use .long()."
         raise TypeError(f"{name} should hold token ids (int64), but its dtype is {seq.dtype}: {remedy}")
-    if seq.ndim != 2:
+    shape = tuple(seq.shape)
+    if len(shape) != 2:
         raise ValueError(
-            f"{name} should have shape (b, n), one row a sequence, but its shape is {tuple(seq.shape)}: "
-            "for a single sequence use ids[None]."
+            f"{name} should have shape (b, n), but its shape is {shape}: for a single row use ids[None]."
         )
-    if 0 in seq.shape:
+    if 0 in shape:
         raise ValueError(
-            f"{name} should hold at least one row and one token, but its shape is {tuple(seq.shape)}: "
-            "leave such a batch out."
+            f"{name} should hold a row and a token, but its shape is {shape}: leave such a batch out."
         )
     if seq.is_meta:
         raise ValueError(f"{name} is on the meta device, where tensors hold no ids: move it to the model's.")
@@ -102,7 +98,7 @@ def real_tokens(seq: Tensor, pad_id: int | None) -> Tensor:
 def check_seq_masks(
     seq_mask: object, per_side: tuple[object, object], seqs: Sides, pad_id: int | None
 ) -> Sides:
-    """The padding masks of both sides, from whichever of the three ways of giving them was used."""
+    """The padding masks of both sides, in whichever of the three ways they are given."""
     if seq_mask is not None:
         if per_side != (None, None):
             raise ValueError("give either seq_mask or preferred_seq_mask and unpreferred_seq_mask, not both.")
@@ -117,14 +113,14 @@ def check_seq_masks(
 def check_ref_log_probs(ref_log_probs: object, pairs: int, device: torch.device) -> Sides:
     if not (isinstance(ref_log_probs, (tuple, list)) and len(ref_log_probs) == 2):
         raise TypeError(
-            f"ref_log_probs should be a tuple (chosen, rejected) of tensors of shape ({pairs},), "
-            f"not {describe_type(ref_log_probs)}: give what sequence_log_probs says of each side."
+            f"ref_log_probs should be a tuple (chosen, rejected) of tensors of shape ({pairs},), but it is "
+            f"{describe_type(ref_log_probs)}: give what sequence_log_probs says of each side."
         )
     for side, sums in zip(("chosen", "rejected"), ref_log_probs, strict=True):
         name = f"ref_log_probs for {side}"
         if check_pair_values(name, sums, pairs, device).requires_grad:
             raise ValueError(f"{name} should have no gradient, but it requires one: .detach() it.")
-    return cast(Sides, tuple(ref_log_probs))
+    return ref_log_probs[0], ref_log_probs[1]
 
 
 def check_pair_values(
@@ -133,9 +129,7 @@ def check_pair_values(
     """One value for each pair, such as its weight or margin: Float[p], finite, at least `minimum`."""
     if not (isinstance(values, Tensor) and values.is_floating_point()):
         received = values.dtype if isinstance(values, Tensor) else describe_type(values)
-        raise TypeError(
-            f"{name} should be a tensor of floats, one per pair, but it is {received}: use .float()."
-        )
+        raise TypeError(f"{name} should be a float tensor, one per pair, but it is {received}: use .float().")
     if values.shape != (pairs,):
         raise ValueError(
             f"{name} should have shape ({pairs},), one per pair, but its shape is {tuple(values.shape)}."

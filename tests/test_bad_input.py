@@ -115,7 +115,7 @@ def bad_model(
 
 # ids
 
-NO_TENSOR = "should be a tensor of token ids, but it is"
+NO_TENSOR = "should be an int tensor, but it is"
 bad_call(
     "a list",
     TypeError,
@@ -140,7 +140,7 @@ bad_call(
     unpreferred_seq=REJECTED.half(),
 )
 bad_call("bool ids", TypeError, r"dtype is torch.bool: is it a mask\?", preferred_seq=CHOSEN > 3)
-SHAPE = r"should have shape \(b, n\), one row a sequence, but its shape is"
+SHAPE = r"should have shape \(b, n\), but its shape is"
 bad_call(
     "one dimension", ValueError, rf"{SHAPE} \(9,\): for a single .* ids\[None\]", preferred_seq=CHOSEN[0]
 )
@@ -150,12 +150,14 @@ bad_call(
 bad_call(
     "no rows",
     ValueError,
-    r"^preferred_seq should hold at least one row and one token, but its shape is \(0, 9\): leave such",
+    r"^preferred_seq should hold a row and a token, but its shape is \(0, 9\): leave such",
     preferred_seq=CHOSEN[:0],
     unpreferred_seq=REJECTED[:0],
     prompt_mask=PROMPT[:0],
 )
-bad_call("no columns", ValueError, r"at least one row .* \(2, 0\): leave", unpreferred_seq=REJECTED[:, :0])
+bad_call(
+    "no columns", ValueError, r"hold a row and a token, .* \(2, 0\): leave", unpreferred_seq=REJECTED[:, :0]
+)
 bad_call(
     "unequal batch sizes",
     ValueError,
@@ -294,7 +296,7 @@ bad_call(
 
 # reference log-probs
 
-PAIR = r"^ref_log_probs should be a tuple \(chosen, rejected\) of tensors of shape \(2,\), not"
+PAIR = r"^ref_log_probs should be a tuple \(chosen, rejected\) of tensors of shape \(2,\), but it is"
 bad_call("one tensor", TypeError, f"{PAIR} a Tensor: give what sequence_log_probs", ref_log_probs=SUMS)
 bad_call("a tuple of three sums", TypeError, f"{PAIR} a tuple of 3", ref_log_probs=(SUMS,) * 3)
 bad_call(
@@ -303,7 +305,7 @@ bad_call(
     r"^ref_log_probs for rejected should have shape \(2,\), one per pair, but its shape is \(2, 7\)",
     ref_log_probs=(SUMS, torch.zeros(B, M)),
 )
-FLOATS = r"^ref_log_probs for chosen should be a tensor of floats, one per pair, but it is"
+FLOATS = r"^ref_log_probs for chosen should be a float tensor, one per pair, but it is"
 bad_call("whole sums", TypeError, f"{FLOATS} torch.int64", ref_log_probs=(SUMS.long(), SUMS))
 bad_call("lists of sums", TypeError, f"{FLOATS} a list of 2", ref_log_probs=(SUMS.tolist(), SUMS.tolist()))
 bad_call(

@@ -133,8 +133,10 @@ class PreferenceBatch(Batch):
             wpo = wpo_weights(self.sequences, self.pair_index, policy)[valid]
             weights = wpo if weights is None else weights * wpo
         ref_chosen, ref_rejected = (None, None) if reference is None else sides(reference)
+        policy_chosen, policy_rejected = sides(policy)
         return PairLogProbs(
-            *sides(policy),
+            policy_chosen,
+            policy_rejected,
             ref_chosen,
             ref_rejected,
             lengths[chosen],
@@ -157,6 +159,7 @@ class PreferenceBatch(Batch):
 
 
 def batch_from_arguments(
+    pad_id: int | None,
     preferred_seq: Tensor | Batch,
     unpreferred_seq: Tensor | None,
     prompt_mask: Tensor | tuple[Tensor, Tensor] | None,
@@ -165,7 +168,6 @@ def batch_from_arguments(
     unpreferred_seq_mask: Tensor | None,
     pair_weights: Tensor | None,
     margins: Tensor | None,
-    pad_id: int | None,
 ) -> Any:
     """The batch of a call of `DPO.forward`, after all checks that need no model.
 

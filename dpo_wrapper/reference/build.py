@@ -64,7 +64,12 @@ def build_reference(
 
     reference: ModelReference
     if isinstance(kind, nn.Module):
-        check_module(kind, policy)
+        trained = {id(p) for p in policy.parameters() if p.requires_grad}
+        if kind is policy or any(id(p) in trained for p in kind.parameters()):
+            raise ValueError(
+                "the given reference shares trained parameters with the policy and would follow it: "
+                "use reference = 'copy'."
+            )
         reference = FrozenModel(scorer(kind.requires_grad_(False).eval()), policy)
     elif kind == "copy":
         fixed_device = None if device is None else parse_device(device)
@@ -101,13 +106,3 @@ def parse_device(device: object) -> torch.device:
         raise ValueError(
             f"reference_device should be a device of this machine, like 'cpu', but it is {device!r}: {reason}"
         ) from error
-
-
-def check_module(module: nn.Module, policy: nn.Module) -> None:
-    """Raise ValueError for a given reference that would follow the policy."""
-    trained = {id(p) for p in policy.parameters() if p.requires_grad}
-    if module is policy or any(id(p) in trained for p in module.parameters()):
-        raise ValueError(
-            "the given reference shares trained parameters with the policy and would follow it: "
-            "use reference = 'copy'."
-        )

@@ -54,9 +54,7 @@ def copy_with_closures(value: T, model: nn.Module, memo: dict[int, Any]) -> T:
     model_ids = {id(part) for part in (*model.modules(), *model.parameters(), *model.buffers())}
     functions = [f for f in iterate_references(attributes) if isinstance(f, types.FunctionType)]
     rebuilt = []
-    for function in functions:
-        if not reaches(function, model_ids):
-            continue
+    for function in (f for f in functions if reaches(f, model_ids)):
         cells = tuple(types.CellType() for _ in function.__closure__ or ())
         new = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, cells)
         memo[id(function)] = new

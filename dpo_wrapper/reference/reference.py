@@ -107,7 +107,11 @@ class ModelReference(Reference):
     def __call__(self, sequences: ScoredSequences) -> SequenceLogProbs:
         if self.cache is None:
             return self.compute(sequences)
-        fingerprint = self.fingerprint(sequences.ids.device)
+        # changes with the reference's weights and with the dtype that it computes in
+        device = sequences.ids.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        weights = tuple((id(p), p._version, p.dtype, p.device) for p in self.frozen_parameters())
+        fingerprint = (autocast, weights)
         if self.cache_fingerprint not in (None, fingerprint):
             self.cache.values.clear()
         self.cache_fingerprint = fingerprint
@@ -126,11 +130,6 @@ class ModelReference(Reference):
             log_probs = self.scorer(sequences.to(self.device))
         assert log_probs.tokens is not None
         return sequences.log_probs(log_probs.tokens.to(sequences.ids.device))
-
-    def fingerprint(self, device: torch.device) -> Any:
-        """A value that changes with the reference's weights and with the dtype that it computes in."""
-        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        return autocast, tuple((id(p), p._version, p.dtype, p.device) for p in self.frozen_parameters())
 
     def explain(self) -> str:
         return f"{self.description}; {self.scorer.explain()}"
@@ -156,8 +155,7 @@ class FrozenModel(ModelReference):
         named = [] if policy is None else policy.named_parameters()
         self.shared = [(name, p) for name, p in named if id(p) in own]
 
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
+    def frozen(self) -> AbstractContextManager[None]:
         """As in `ModelReference`; ValueError if a parameter that the policy shares trains by now."""
         for name, parameter in self.shared:
             if parameter.requires_grad:
@@ -165,8 +163,7 @@ class FrozenModel(ModelReference):
                     f"{name} was frozen when DPO was made, so policy and reference share it, but now it "
                     "trains: choose what trains before making DPO."
                 )
-        with super().frozen():
-            yield
+        return super().frozen()
 
 
 class AdapterDisabled(ModelReference):
@@ -204,13 +201,11 @@ class ReferenceOwner(nn.Module):
     ref_model: nn.Module | None
 
     def set_reference(self, reference: Reference) -> None:
-        module = reference.module
-        self.reference, self.ref_model = reference, module
-        tensors: list[tuple[str, Tensor]] = []
-        if module is not None and reference.device is not None:
-            tensors = [*module.named_parameters(), *module.named_buffers()]
+        self.reference, self.ref_model = reference, reference.module
         # DistributedDataParallel wants all tensors that it synchronizes on one device
-        self._ddp_params_and_buffers_to_ignore = [f"ref_model.{name}" for name, _ in tensors]
+        is_apart = reference.device is not None
+        names = [name for name, _ in (*self.named_parameters(), *self.named_buffers()) if is_apart]
+        self._ddp_params_and_buffers_to_ignore = [name for name in names if name.startswith("ref_model.")]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """What `.to()` and its relatives do; a reference with a device of its own is cast but stays there."""

@@ -1,7 +1,5 @@
 """A reference that follows the policy from time to time: TR-DPO, Gorbatovski 2024 (arXiv 2404.09656)."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
@@ -24,30 +22,25 @@ def sync_reference(reference: Reference, policy: nn.Module, alpha: float) -> Non
             f"the reference should have weights of its own to update, but it is {reference.description}: use "
             "reference = 'copy', which copies the weights that train."
         )
-    pairs = match_tensors(module.named_parameters(), policy.named_parameters())
-    pairs += match_tensors(module.named_buffers(), policy.named_buffers())
-    for old, new in pairs:
-        if old is new:
+    old, new = named_tensors(module), named_tensors(policy)
+    different = {(name, t.shape) for name, t in old.items()} ^ {(name, t.shape) for name, t in new.items()}
+    if different:
+        raise ValueError(
+            f"the reference should be of the policy's architecture, but {min(different)[0]} differs, so the "
+            "two cannot be mixed: use reference = 'copy'."
+        )
+    for name, target in old.items():
+        source = new[name]
+        if target is source:
             continue
-        if alpha == 1 or not old.is_floating_point():
-            old.copy_(new)
+        if alpha == 1 or not target.is_floating_point():
+            target.copy_(source)
         else:
-            dtype = torch.promote_types(old.dtype, torch.float32)
-            old.copy_(old.to(dtype).lerp(new.to(old.device, dtype), alpha))
+            dtype = torch.promote_types(target.dtype, torch.float32)
+            target.copy_(target.to(dtype).lerp(source.to(target.device, dtype), alpha))
     if reference.cache is not None:
         reference.cache.values.clear()
 
 
-def match_tensors(
-    old: Iterable[tuple[str, Tensor]], new: Iterable[tuple[str, Tensor]]
-) -> list[tuple[Tensor, Tensor]]:
-    """Tensors of the same names; ValueError unless all names and shapes are the same."""
-    before, after = dict(old), dict(new)
-    different = [name for name in before.keys() | after.keys() if name not in before or name not in after]
-    different = different or [name for name in before if before[name].shape != after[name].shape]
-    if different:
-        raise ValueError(
-            f"the reference should be of the policy's architecture, but {min(different)} differs, so the two "
-            "cannot be mixed: use reference = 'copy'."
-        )
-    return [(before[name], after[name]) for name in before]
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())

@@ -62,7 +62,19 @@ class Scorer:
 
     def check(self, sequences: ScoredSequences) -> Probe:
         """Probe the model where needed, and raise what can be said before it runs on these sequences."""
-        probe = self._probe(sequences.ids.device)
+        device = sequences.ids.device
+        with _probing:
+            if self.probe is None or device != self.probe.device:
+                choose_impl(self.impl, device)  # raises where it is not available
+                policy = None if self.policy is None else self.policy.language_model.model
+                self.probe = probe_model(self.language_model, device, self.impl, self.share_prefix, policy)
+            probe = self.probe
+        expected = self.policy.probe if self.policy is not None else None
+        if expected is not None and expected.vocab_size != probe.vocab_size:
+            raise ValueError(
+                f"the reference has a vocabulary of {probe.vocab_size} tokens but the policy one of "
+                f"{expected.vocab_size}: give a reference with the policy's tokenizer."
+            )
         check_vocabulary(sequences.ids, probe.vocab_size)
         check_vocabulary(sequences.target, probe.vocab_size)
         longest, limit = sequences.ids.shape[1], self.language_model.max_positions
@@ -72,23 +84,6 @@ class Scorer:
                 f"at {limit}: shorten the sequences."
             )
         return probe
-
-    def _probe(self, device: torch.device) -> Probe:
-        """What the first look at the model on this device found."""
-        with _probing:
-            if self.probe is not None and device == self.probe.device:
-                return self.probe
-            choose_impl(self.impl, device)  # raises where it is not available
-            policy = self.policy
-            policy_model = None if policy is None else policy.language_model.model
-            probe = probe_model(self.language_model, device, self.impl, self.share_prefix, policy_model)
-            if policy is not None and policy.probe and policy.probe.vocab_size != probe.vocab_size:
-                raise ValueError(
-                    f"the reference has a vocabulary of {probe.vocab_size} tokens but the policy one of "
-                    f"{policy.probe.vocab_size}: give a reference with the policy's tokenizer."
-                )
-            self.probe = probe
-            return probe
 
     @property
     def trains_head(self) -> bool:

@@ -126,7 +126,7 @@ def test_keywords_of_a_call():
     "columns, kind, message",
     [
         ({"pair_weights": torch.ones(3)}, ValueError, r"pair_weights should have shape \(4,\), one per pair"),
-        ({"pair_weights": [1.0] * 4}, TypeError, "pair_weights should be a tensor of floats, .* a list of 4"),
+        ({"pair_weights": [1.0] * 4}, TypeError, "pair_weights should be a float tensor, .* a list of 4"),
         ({"pair_weights": torch.ones(4).long()}, TypeError, "but it is torch.int64: use .float"),
         ({"pair_weights": -torch.ones(4)}, ValueError, "pair_weights should be finite and not negative"),
         ({"margins": torch.full((4,), math.inf)}, ValueError, "margins should be finite, but one is not"),
