@@ -11,7 +11,7 @@ train = [
     "tokenizers>=0.22",
     "tqdm>=4.66",
     "transformers>=5.4",
-    "tyro>=0.9.1",
+    "tyro>=0.9.20",
 ]
 
 version = re.search('"(.+)"', Path(__file__).with_name("dpo_wrapper").joinpath("version.py").read_text())
@@ -37,7 +37,7 @@ setup(
     packages=find_packages(include=["dpo_wrapper", "dpo_wrapper.*"]),
     package_data={"dpo_wrapper": ["py.typed"]},
     install_requires=[
-        "torch>=2.7",
+        "torch>=2.8",
         "einops>=0.8.1",
         "numpy>=1.26",
         "x-transformers>=2.31",
@@ -51,11 +51,11 @@ setup(
             *train,
             "hypothesis>=6.100",
             "mypy>=1.13",
-            "peft>=0.16",
+            "peft>=0.18",
             "pytest>=8",
             "pytest-xdist>=3.6.1",
             "ruff>=0.8",
-            'triton>=3.2; platform_system == "Linux"',
+            'triton>=3.4; platform_system == "Linux"',
             'trl>=1.16; python_version >= "3.11"',
         ],
     },

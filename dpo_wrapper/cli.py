@@ -20,13 +20,16 @@ def main(args: Sequence[str] | None = None) -> None:
         exit_with_error("the command line needs tyro, which is missing: pip install 'dpo-wrapper[train]'.")
     from dpo_wrapper.training.config import TrainConfig
 
-    config = tyro.extras.subcommand_cli_from_dict(
-        {"train": TrainConfig},
-        prog="dpo-wrapper",
-        description="Train any autoregressive PyTorch transformer on human preferences.",
-        args=args,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    try:
+        config = tyro.extras.subcommand_cli_from_dict(
+            {"train": TrainConfig},
+            prog="dpo-wrapper",
+            description="Train any autoregressive PyTorch transformer on human preferences.",
+            args=args,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except ValueError as error:  # an old tyro passes on what TrainConfig refuses
+        exit_with_error(error)
     train(config)
 
 

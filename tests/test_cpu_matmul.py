@@ -146,5 +146,8 @@ def test_the_processor_decides(monkeypatch, vendor, family, capability, faster):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     assert cpu_matmul.is_onednn_faster.__wrapped__() == faster
+    with monkeypatch.context() as patch:
+        patch.delattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+        assert not cpu_matmul.is_onednn_faster.__wrapped__()
     monkeypatch.setattr(cpu_matmul, "_onednn_matmul", lambda *_: (_ for _ in ()).throw(AttributeError))
     assert not cpu_matmul.is_onednn_faster.__wrapped__()
