@@ -98,11 +98,7 @@ def test_what_cannot_be_updated_is_refused(tmp_path):
         "weights of its own to update, but it is log-probs computed before": DPO(
             model, reference=precompute_ref_log_probs(scored_sequences(pairs(), 30), model, tmp_path)
         ),
-<<<<<<< HEAD
-        "of the policy's architecture, but attn_layers.* differs": DPO(model, reference=ZOO["hf-llama"](0)),
-=======
         "should be of the policy's architecture, but .* differs": DPO(model, reference=ZOO["hf-llama"](0)),
->>>>>>> origin/core
     }
     for sentence, dpo in refused.items():
         with pytest.raises(ValueError, match=f"{sentence}.*use reference = 'copy'"):
