@@ -152,6 +152,10 @@ def why_not_shared(model: LanguageModel, probe: Probe) -> str | None:
         return "the attention of a plain module cannot be reached"
     assert probe.tree is not None
     n = min(40, model.max_positions or 40)
+    if probe.tree.kernel == "flex" and model.max_positions is not None:
+        n = min(n, model.max_positions // 4)  # the tree has one row, as `attend_with_kernel` asks for
+        if n < 4:
+            return "its rows are too short"
     ids = torch.randint(probe.vocab_size, (4, n), generator=torch.Generator().manual_seed(0))
     ids[1, : n // 2], ids[3, : n // 4] = ids[0, : n // 2], ids[2, : n // 4]
     all_true = torch.ones_like(ids, dtype=torch.bool)

@@ -56,7 +56,8 @@ def x_transformer(
     from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 
     with seeded(seed):
-        layers = Decoder(dim=DIM, depth=DEPTH, heads=HEADS, attn_dim_head=8, verbose=False, **(decoder or {}))
+        options = {"attn_dim_head": DIM // HEADS, "verbose": False, **(decoder or {})}
+        layers = Decoder(dim=DIM, depth=DEPTH, heads=HEADS, **options)
         model = TransformerWrapper(num_tokens=VOCAB, max_seq_len=CONTEXT, attn_layers=layers, **kwargs)
         randomise_(model, embed_std=1.0)  # it scales its embeddings down
     return AutoregressiveWrapper(model) if wrapped else model

@@ -11,6 +11,8 @@ from torch import Generator
 from dpo_wrapper import DPO
 from dpo_wrapper.prefix_tree import flex_attention
 from dpo_wrapper.prefix_tree.flex_attention import BLOCK_SIZE, attend_with_flex, create_tree_block_mask
+from dpo_wrapper.scoring import probe
+from helpers import models
 from helpers.batches import random_batch
 from helpers.dpo_calls import arguments, nudged
 from helpers.kernels import tree_kernels, use_kernel
@@ -89,9 +91,22 @@ def test_log_probs_of_whole_models(name, monkeypatch):
         assert torch.allclose(got[metric], expected[metric], atol=1e-4), metric
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_the_probe_keeps_to_the_models_attention_where_flex_fails(name, monkeypatch):
+    monkeypatch.setitem(probe.FAST_KERNELS, "cpu", "flex")
+    attend = Mock(side_effect=NotImplementedError)
+    monkeypatch.setattr(flex_attention, "attend_with_flex", attend)
+    case = random_batch(Generator().manual_seed(0), b=4, odd=0)
+    dpo = DPO(nudged(MODELS[name]()), reference=MODELS[name](), share_prefix=True)
+    dpo(**arguments(case)).backward()
+    assert attend.called == (name != "not plain")
+    assert tree_kernels(dpo) == ({"model"} if attend.called else {"flex"})
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", MODELS)
-def test_gradients_on_cuda(name):
+def test_gradients_on_cuda(name, monkeypatch):
+    monkeypatch.setattr(models, "DIM", 32)  # on CUDA, FlexAttention needs heads of 16 or more
     case = arguments(random_batch(Generator().manual_seed(0), b=4, odd=0))
     on_cuda = {k: tuple(t.cuda() for t in v) if isinstance(v, tuple) else v.cuda() for k, v in case.items()}
     grads = []
