@@ -135,10 +135,7 @@ class DPO(ReferenceOwner):
         return (loss, batch_metrics(batch, log_probs, losses, self.beta)) if return_metrics else loss
 
     def as_batch(self, *arguments: Any) -> Any:
-        """The batch of a call, shifted and checked against loss and policy; a ready batch passes.
-
-        Switches dropout off and probes the policy; for `KTO` runs both models on the KL completions.
-        """
+        """The batch of a call, checked against loss and (probed) policy, for `KTO` with its KL estimate."""
         batch = batches.batch_from_arguments(self.pad_id, *arguments)
         self.loss.check_dataset_type(batch.dataset_type)
         if isinstance(batch, PreferenceBatch):
