@@ -1,7 +1,7 @@
 """Which reference a policy gets, from the options of `DPO`."""
 
 import re
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from dpo_wrapper.reference.reference import (
 from dpo_wrapper.scoring.scorer import Scorer
 
 ReferenceKind = Literal["auto", "copy", "adapter", "none"]
-KINDS = ("auto", "copy", "adapter", "none")
+KINDS = get_args(ReferenceKind)
 
 
 def build_reference(

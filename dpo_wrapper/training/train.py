@@ -1,7 +1,6 @@
 """Train a model on a file of preferences: `train(TrainConfig(data = ...))`."""
 
 import shutil
-from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -12,6 +11,7 @@ from dpo_wrapper.evaluation.report import format_before_and_after, format_comple
 from dpo_wrapper.losses import parse_losses
 from dpo_wrapper.pretrained import save_pretrained
 from dpo_wrapper.reference import CachedReference, precompute_ref_log_probs
+from dpo_wrapper.reference.build import ReferenceKind
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.setup import TrainSetup, select_sft_examples, set_up_training
@@ -58,7 +58,7 @@ def build_dpo(setup: TrainSetup, accelerator: Accelerator) -> DPO:
     """The policy with its reference, which is the model as it is now."""
     config, model = setup.config, setup.pretrained.model
     needs_copy = config.ref_model_sync_steps or config.reference_dtype or config.reference_device
-    reference: Literal["auto", "copy", "none"] | CachedReference = "copy" if needs_copy else config.reference
+    reference: ReferenceKind | CachedReference = "copy" if needs_copy else config.reference
     if config.precompute_ref_log_probs:
         reference = precompute_reference(setup, accelerator)
     return DPO(
