@@ -27,7 +27,7 @@ from dpo_wrapper.data.collate import (
     group_by_tokens,
 )
 from helpers import tokenizers as tiny
-from helpers.datasets import write_json_lines
+from helpers.datasets import write_rows
 
 PAIRS = [TokenizedExample((1, 2), ((3, 4, 5), (6,))), TokenizedExample((7,), ((8,), (9, 8)))]
 IDS = st.lists(st.integers(0, 9), max_size=6).map(tuple)
@@ -106,7 +106,7 @@ def test_a_side_of_padding_alone_has_no_token() -> None:
 @pytest.mark.parametrize("pad", ["<pad>", "</s>", None])
 def test_pad_that_is_eos_masks_no_eos(tmp_path: Path, pad: str | None) -> None:
     tokenizer = HuggingFaceTokenizer.load(tiny.save_tokenizer(tmp_path / "tokenizer", pad=pad))
-    path = write_json_lines(
+    path = write_rows(
         tmp_path / "a.jsonl", [{"prompt": "Hello", "chosen": "there", "rejected": "there, how are you?"}]
     )
     dataset = PreferenceDataset.from_file(path, tokenizer)

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dpo_wrapper.data import ByteTokenizer, PreferenceDataset, TokenizedExample
-from helpers.datasets import write_json_lines
+from helpers.datasets import write_rows
 
 PAIRS = [TokenizedExample((1, 2), ((3, 4, 5), (6,))), TokenizedExample((7,), ((8,), (9, 8)))]
 
@@ -70,7 +70,7 @@ def test_examples_that_cannot_be_items(pair: TokenizedExample, message: str) -> 
 
 def test_from_file(tmp_path: Path) -> None:
     rows = [{"prompt": "Q", "chosen": "A", "rejected": "B"}, {"prompt": "Q", "chosen": "A", "rejected": "A"}]
-    path = write_json_lines(tmp_path / "a.jsonl", [*rows, {"prompt": "Q"}])
+    path = write_rows(tmp_path / "a.jsonl", [*rows, {"prompt": "Q"}])
     with pytest.raises(ValueError, match=r"a.jsonl, line 3, field 'chosen': a row should have this field"):
         PreferenceDataset.from_file(path)
     dataset = PreferenceDataset.from_file(path, "bytes", on_error="skip", pad_to=8)
@@ -84,7 +84,7 @@ def test_from_file(tmp_path: Path) -> None:
 
 
 def test_from_file_refusals(tmp_path: Path) -> None:
-    path = write_json_lines(tmp_path / "a.jsonl", [{"prompt": "Q", "chosen": "A", "rejected": "A"}])
+    path = write_rows(tmp_path / "a.jsonl", [{"prompt": "Q", "chosen": "A", "rejected": "A"}])
     with pytest.raises(
         ValueError,
         match=r"should be pairs to train on, but there are none .Left out of 1 examples: 1 with.*: add rows",
@@ -95,19 +95,19 @@ def test_from_file_refusals(tmp_path: Path) -> None:
             ValueError, match=f"pad_id should be neither EOS nor BOS, but it is {taken}, .*: use -100"
         ):
             PreferenceDataset.from_file(path, pad_id=taken)
-    write_json_lines(path, [{"prompt": "Q" * 90, "chosen": "A" * 90, "rejected": "B" * 90}, {"prompt": "Q"}])
+    write_rows(path, [{"prompt": "Q" * 90, "chosen": "A" * 90, "rejected": "B" * 90}, {"prompt": "Q"}])
     with pytest.raises(
         ValueError, match=r"there are none .*: the first error is 'a.jsonl, line 2, field 'chosen'"
     ):
         PreferenceDataset.from_file(path, pad_id=65, max_length=50, on_error="skip")
     with pytest.raises(ValueError, match=r"a.jsonl, line 1: the chosen sequence should not end with"):
-        write_json_lines(path, [{"prompt": "Q" * 90, "chosen": "A" * 90, "rejected": "B" * 90}])
+        write_rows(path, [{"prompt": "Q" * 90, "chosen": "A" * 90, "rejected": "B" * 90}])
         PreferenceDataset.from_file(path, pad_id=65, max_length=50)
 
 
 def test_from_file_takes_ranked_lists_as_pairs_and_no_labels(tmp_path: Path) -> None:
     ranked, labelled = {"prompt": "Q", "completions": ["A", "B", "C"]}, {"prompt": "Q", "completion": "A"}
-    path = write_json_lines(tmp_path / "a.jsonl", [ranked, {**labelled, "label": True}])
+    path = write_rows(tmp_path / "a.jsonl", [ranked, {**labelled, "label": True}])
     with pytest.raises(ValueError, match=r"a.jsonl, line 2: a row should have two completions or more"):
         PreferenceDataset.from_file(path)
     dataset = PreferenceDataset.from_file(path, on_error="skip")

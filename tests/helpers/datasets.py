@@ -29,6 +29,6 @@ def tokenize_example(example: Example, tokenizer: Tokenizer, max_length: int) ->
     return encode.tokenize_example(example, tokenizer, max_length)[0]
 
 
-def write_json_lines(path: Path, records: Iterable[dict[str, Any]]) -> Path:
-    path.write_text("\n".join(map(json.dumps, records)))
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

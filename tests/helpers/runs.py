@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -20,11 +21,6 @@ SMALL_DECODER = {"dim": 32, "depth": 1, "heads": 1}
 def make_config(data, out, **options):
     defaults = {"sft_epochs": 1, "epochs": 2, "batch_size": 4, "max_length": 128, "cpu": True}
     return TrainConfig(data=data, out=out, **(defaults | options))
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def read_metrics(folder, *dropped):
@@ -85,31 +81,31 @@ def run_in_two_processes(script, *arguments):
     `torch.distributed.run` starts them: `accelerate launch --cpu --num_processes 2` starts one (1.15).
     """
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        list(map(str, [sys.executable, *launch, ROOT / "tests/helpers/rank.py", script, *arguments])),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [line for line in done.stdout.splitlines() if line.startswith("rank ")]
-    assert sorted(ranks) == ["rank 0 of 2", "rank 1 of 2"], done.stdout
+    with TemporaryDirectory() as ranks:
+        command = [sys.executable, *launch, ROOT / "tests/helpers/rank.py", ranks, script, *arguments]
+        done = subprocess.run(
+            list(map(str, command)),
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert sorted(os.listdir(ranks)) == ["rank 0 of 2", "rank 1 of 2"], done.stdout
 
 
 def train_in_two_processes(script, rows, out, loss=None):
-    """A run of two processes with the settings of `make_config`."""
-    more = "" if loss is None else f", loss={loss!r}"
+    """A run of two processes with the small decoder and the settings of `make_config`."""
+    options = {"save_steps": 0} | ({} if loss is None else {"loss": loss})
     script.write_text(
         "import sys\n"
         "from pathlib import Path\n"
         "import torch\n"
         "from dpo_wrapper.pretrained import PRESETS\n"
-        "from dpo_wrapper.training.config import TrainConfig\n"
         "from dpo_wrapper.training.train import train\n"
+        "from helpers.runs import SMALL_DECODER, make_config\n"
         "torch.set_num_threads(1)\n"
-        "PRESETS['tiny'] = {'dim': 32, 'depth': 1, 'heads': 1}\n"
-        "train(TrainConfig(data=Path(sys.argv[1]), out=Path(sys.argv[2]), sft_epochs=1, epochs=2,\n"
-        f"      batch_size=4, max_length=128, cpu=True, save_steps=0{more}))\n"
+        "PRESETS['tiny'] = SMALL_DECODER\n"
+        f"train(make_config(*map(Path, sys.argv[1:]), **{options!r}))\n"
     )
     run_in_two_processes(script, rows, out)

@@ -24,6 +24,7 @@ from helpers.adapters import lora
 from helpers.datasets import dataset, pairs
 from helpers.models import ZOO
 from helpers.runs import (
+    SMALL_DECODER,
     InterruptedRunError,
     assert_metrics_close,
     interrupt_training,
@@ -35,7 +36,7 @@ from helpers.runs import (
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setitem(PRESETS, "tiny", {"dim": 32, "depth": 1, "heads": 1})
+    monkeypatch.setitem(PRESETS, "tiny", SMALL_DECODER)
     monkeypatch.setattr(precompute, "SEQUENCES_PER_FILE", 6)
 
 
@@ -276,7 +277,7 @@ def without_memory(rows, tmp_path_factory):
     """A run in which the reference is computed each time."""
     out = tmp_path_factory.mktemp("runs") / "plain"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRESETS, "tiny", {"dim": 32, "depth": 1, "heads": 1})
+        patch.setitem(PRESETS, "tiny", SMALL_DECODER)
         patch.setattr(LogProbCache, "lookup", lambda self, sequences: None)
         train(make_config(rows, out))
     return out
@@ -358,13 +359,13 @@ def test_two_processes_cache_what_one_does(rows, tmp_path, without_memory):
         "import torch\n"
         "from dpo_wrapper.reference import precompute\n"
         "from dpo_wrapper.pretrained import PRESETS\n"
-        "from dpo_wrapper.training.config import TrainConfig\n"
         "from dpo_wrapper.training.trainer import Trainer\n"
         "from dpo_wrapper.scoring.scorer import Scorer\n"
         "from dpo_wrapper.training.train import train\n"
+        "from helpers.runs import SMALL_DECODER, make_config\n"
         "torch.set_num_threads(1)\n"
         "precompute.SEQUENCES_PER_FILE = 6\n"
-        "PRESETS['tiny'] = {'dim': 32, 'depth': 1, 'heads': 1}\n"
+        "PRESETS['tiny'] = SMALL_DECODER\n"
         "data, out = map(Path, sys.argv[1:])\n"
         "score, step, seen, calls = Scorer.__call__, Trainer.train_step, [], {}\n"
         "def counted(self, *args, **kwargs):\n"
@@ -377,9 +378,8 @@ def test_two_processes_cache_what_one_does(rows, tmp_path, without_memory):
         "    return values\n"
         "Scorer.__call__, Trainer.train_step = counted, watched\n"
         "for name, ahead in (('first', False), ('ahead', True)):\n"
-        "    train(TrainConfig(data=data, out=out / name, sft_epochs=1, epochs=2, batch_size=4,\n"
-        "          max_length=128, cpu=True, save_steps=0, micro_batch_tokens=1 if ahead else 16384,\n"
-        "          precompute_ref_log_probs=ahead))\n"
+        "    train(make_config(data, out / name, save_steps=0, precompute_ref_log_probs=ahead,\n"
+        "          micro_batch_tokens=1 if ahead else 16384))\n"
         "    if not ahead:\n"
         "        assert seen[len(seen) // 2 - 1] == seen[-1] > 0, seen\n"
     )

@@ -16,7 +16,7 @@ from helpers.batches import random_batch
 from helpers.datasets import pairs
 from helpers.dpo_calls import arguments
 from helpers.models import ZOO
-from helpers.runs import BUNDLED, interrupt_training, make_config, read_metrics
+from helpers.runs import BUNDLED, SMALL_DECODER, interrupt_training, make_config, read_metrics
 
 LN2 = 0.6931471805599453
 CASE = random_batch(Generator().manual_seed(0), odd=0)
@@ -261,7 +261,7 @@ def test_a_reference_on_the_cpu_beside_a_policy_on_cuda():
 
 @pytest.fixture
 def rows(tmp_path, monkeypatch):
-    monkeypatch.setitem(PRESETS, "tiny", {"dim": 32, "depth": 1, "heads": 1})
+    monkeypatch.setitem(PRESETS, "tiny", SMALL_DECODER)
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(BUNDLED.read_text(encoding="utf-8").splitlines(keepends=True)[:26]))
     return path

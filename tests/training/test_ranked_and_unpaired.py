@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from dpo_wrapper.cli import main
 from dpo_wrapper.pretrained import PRESETS
 from dpo_wrapper.training.train import train
+from helpers.datasets import write_rows
 from helpers.runs import (
     BUNDLED,
     SMALL_DECODER,
@@ -20,7 +21,6 @@ from helpers.runs import (
     make_config,
     read_metrics,
     train_in_two_processes,
-    write_rows,
 )
 
 

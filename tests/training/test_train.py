@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from dpo_wrapper.pretrained import load_pretrained
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.train import train
-from helpers.runs import ROOT, make_config, read_metrics, write_rows
+from helpers.datasets import write_rows
+from helpers.runs import ROOT, make_config, read_metrics
 
 
 def test_the_run_folder_holds_what_it_says(finished_run):
