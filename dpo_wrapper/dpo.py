@@ -70,13 +70,13 @@ class DPO(ReferenceOwner):
     ) -> None:
         super().__init__()
         validation.check_share_prefix(share_prefix)
-        self.policy = Scorer(model, log_prob_impl, share_prefix=share_prefix)
         self.loss = CombinedLoss(Sigmoid(beta) if loss is None else loss)
         self.beta = self.loss.check_beta(beta, is_default=loss is None)
         self.pad_id = validation.check_pad_id(pad_id)
         self.ld_alpha = self.loss.check_ld_alpha(ld_alpha)
         self.wpo = self.loss.check_wpo(wpo)
         self.disable_dropout = validation.check_flag("disable_dropout", disable_dropout)
+        self.policy = Scorer(model, log_prob_impl, share_prefix, is_eval=disable_dropout)
         self.policy_model = model
         validation.check_flag("cache_ref_log_probs", cache_ref_log_probs)
         options = (reference_dtype, reference_device, self.ld_alpha < 1, cache_ref_log_probs)

@@ -9,7 +9,14 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dpo_wrapper.models.base import LanguageModel, OutputHead, as_output_head, patch_lock, uses_checkpointing
+from dpo_wrapper.models.base import (
+    LanguageModel,
+    OutputHead,
+    as_output_head,
+    has_hooks,
+    patch_lock,
+    uses_checkpointing,
+)
 from dpo_wrapper.prefix_tree import PrefixSharingError, TreeLayout, attend_along_paths, attend_with_kernel
 from dpo_wrapper.prefix_tree.attention import make_causal_mask
 
@@ -44,6 +51,9 @@ class XTransformersModel(LanguageModel):
         pos = position if takes_positions else None
         with attend_over_tree(self.net, layout):
             return self.net(layout.ids, return_embeddings=return_hidden, pos=pos)
+
+    def why_own_forward(self) -> str | None:
+        return "hooks are called with the model as a whole" if has_hooks(self.net) else None
 
     def output_head(self) -> OutputHead | None:
         if self.net.output_is_log_prob:  # a mixture of softmaxes has several heads

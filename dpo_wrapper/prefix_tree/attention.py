@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dpo_wrapper.prefix_tree import cpu_attention
-from dpo_wrapper.prefix_tree.layout import TreeLayout
+from dpo_wrapper.prefix_tree.layout import TreeKernel, TreeLayout
 
 
 class PrefixSharingError(Exception):
@@ -36,6 +36,7 @@ def attend_along_paths(
     shape, layout_shape = (q.shape[0], q.shape[2]), tuple(layout.ids.shape)
     if shape != layout_shape:
         raise PrefixSharingError(f"its attention has rows of shape {shape} for tokens in {layout_shape}")
+    note_kernel(layout, "model")
     tokens = [rearrange(t, "r h w d -> (r w) h d") for t in (q, k, v)]
     outputs = []
     for group in layout.groups:
@@ -64,14 +65,22 @@ def attend_with_kernel(
     if options.kernel == "flex" and len(q) == 1:  # its block mask is that of one row
         from dpo_wrapper.prefix_tree import flex_attention  # imports a part of torch that others do not need
 
+        note_kernel(layout, "flex")
         return flex_attention.attend_with_flex(q, k, v, layout.block_mask(window), scale)
     if options.kernel == "branches" and window is None and q.shape[-1] == v.shape[-1]:
         mean_branch_length = branches[-1][0].stop / len(branches)
         if mean_branch_length * q.shape[1] * q.shape[-1] >= options.min_branch_numel:
+            note_kernel(layout, "branches")
             q, k, v = (rearrange(t, "r h w d -> 1 h (r w) d") for t in (q, k, v))
             out = cpu_attention.attend_by_branch(q, k, v, branches, scale)
             return rearrange(out, "1 h (r w) e -> r h w e", r=len(layout.ids))
     return None
+
+
+def note_kernel(layout: TreeLayout, kernel: TreeKernel) -> None:
+    """Note what computes attention over a tree, for the probe of a model."""
+    if not torch.compiler.is_compiling():
+        layout.kernels.add(kernel)
 
 
 def make_causal_mask(n: int, window: int | None, device: torch.device) -> Bool[Tensor, "1 1 n n"]:
