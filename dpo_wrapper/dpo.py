@@ -17,7 +17,7 @@ from dpo_wrapper.models import eval_mode
 from dpo_wrapper.reference.build import ReferenceKind, build_reference
 from dpo_wrapper.reference.reference import CachedReference, ReferenceOwner
 from dpo_wrapper.reference.sync import sync_reference
-from dpo_wrapper.scoring import Scorer, SharePrefix, group_tokens
+from dpo_wrapper.scoring import Scorer, SharePrefix, group_tokens, runs_uncompiled, was_compiled
 
 
 class DPO(ReferenceOwner):
@@ -82,6 +82,7 @@ class DPO(ReferenceOwner):
         options = (reference_dtype, reference_device, self.ld_alpha < 1, cache_ref_log_probs)
         self.set_reference(build_reference(reference, self.policy, self.loss.needs_reference, *options))
 
+    @runs_uncompiled
     def forward(
         self,
         preferred_seq: Tensor | Batch,
@@ -195,4 +196,5 @@ class DPO(ReferenceOwner):
 
     def explain(self) -> str:
         """Which paths are in use and why not the others, in plain words; known after the first call."""
-        return f"policy: {self.policy.explain()}\nreference: {self.reference.explain()}"
+        compiled = "\ncompiled: no, for trees differ from batch to batch" if was_compiled(self) else ""
+        return f"policy: {self.policy.explain()}\nreference: {self.reference.explain()}{compiled}"

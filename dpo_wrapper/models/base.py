@@ -40,6 +40,7 @@ class LanguageModel:
     vocab_size: int | None = None  # where it can be told
     max_positions: int | None = None  # where a table of positions bounds the length of sequences
     can_share_prefix = False  # whether `forward_tree` is implemented
+    has_own_positions = False  # whether its attention may count positions by itself, whatever a tree says
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

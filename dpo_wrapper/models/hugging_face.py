@@ -16,6 +16,7 @@ class HuggingFaceModel(LanguageModel):
 
     name = "Hugging Face"
     can_share_prefix = True
+    has_own_positions = True
 
     def __init__(self, model: nn.Module, inner: Any) -> None:
         super().__init__(model)

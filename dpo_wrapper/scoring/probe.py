@@ -1,6 +1,7 @@
 """What the first look at a model has found, and the state of a model for which that holds."""
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 import torch
@@ -18,6 +19,20 @@ KERNEL_NAMES: dict[TreeKernel, str] = {
     "flex": "FlexAttention",
     "branches": "torch's kernel on each long branch",
 }
+
+
+@cache
+def wrapper_kind(module_class: type) -> Literal["checkpoint", "sharded"] | None:
+    """What torch does with modules of a class: FSDP shards parameters, others recompute activations."""
+    names = {base.__name__ for base in module_class.__mro__}
+    if names & {"FSDPModule", "FullyShardedDataParallel"}:
+        return "sharded"
+    return "checkpoint" if "CheckpointWrapper" in names else None
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP gathers the parameters of a module as it is called, and shards them again later."""
+    return wrapper_kind(type(module)) == "sharded"
 
 
 @dataclass(frozen=True)
@@ -46,18 +61,18 @@ class ProbeKey:
         trains: list[bool] = []
         dtypes: set[torch.dtype] = set()
         visited, modules = {id(model)}, [model]
-        checkpointed, is_sharded = 0, False
+        checkpointed, any_sharded = 0, False
         for module in modules:
             attributes = module.__dict__
             for parameter in attributes["_parameters"].values():
                 if parameter is not None:
                     trains.append(parameter.requires_grad)
                     dtypes.add(parameter.dtype)
-            name = type(module).__name__
-            checkpointed += name == "CheckpointWrapper" or bool(
-                attributes.get("gradient_checkpointing") and module.training
-            )
-            is_sharded = is_sharded or name.startswith("FSDP") or name == "FullyShardedDataParallel"
+            if "gradient_checkpointing" in attributes:
+                checkpointed += bool(attributes["gradient_checkpointing"])
+            if (kind := wrapper_kind(type(module))) is not None:
+                checkpointed += kind == "checkpoint"
+                any_sharded = any_sharded or kind == "sharded"
             for child in attributes["_modules"].values():
                 if child is not None and id(child) not in visited:
                     visited.add(id(child))
@@ -67,7 +82,7 @@ class ProbeKey:
         return cls(
             device,
             torch.get_autocast_dtype(device.type) if is_autocast else None,
-            frozenset() if is_sharded else frozenset(dtypes),
+            frozenset() if any_sharded else frozenset(dtypes),
             tuple(trains) if needs_grad else None,
             checkpointed if needs_grad else 0,
             len(model._forward_hooks) + len(model._forward_pre_hooks),

@@ -8,8 +8,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dpo_wrapper.models import LanguageModel, OutputHead
+from dpo_wrapper.scoring.probe import is_sharded
 from dpo_wrapper.scoring.rounding import relative_error
-from dpo_wrapper.scoring.stand_ins import called_modules, is_sharded
+from dpo_wrapper.scoring.stand_ins import called_modules
 from dpo_wrapper.scoring.token_log_probs import check_logits
 
 Modes = Sequence[tuple[nn.Module, bool]]

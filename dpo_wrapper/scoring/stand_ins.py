@@ -8,17 +8,13 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from dpo_wrapper.scoring.probe import is_sharded
+
 MAX_BUFFER_NUMEL = 2**22
 """Larger buffers are weights (of quantized layers), which a forward pass does not change."""
 
 NOISE = 0.02
 """The standard deviation of what stands in for a parameter of zeros."""
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP gathers the parameters of a module as it is called, and shards them again later."""
-    names = {base.__name__ for base in type(module).__mro__}
-    return bool(names & {"FSDPModule", "FullyShardedDataParallel"})
 
 
 @contextmanager
