@@ -1,6 +1,5 @@
 """The interface to a language model, and the implementation for any module of which nothing is known."""
 
-import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,9 +7,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dpo_wrapper.prefix_tree import TreeLayout
-
-patch_lock = threading.RLock()
-"""Held while a model's attention is patched: one thread at a time runs a model over a tree."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +96,3 @@ def as_output_head(module: object, **options: Any) -> OutputHead | None:
     if type(module) is not nn.Linear or has_hooks(module):
         return None
     return OutputHead(module.weight, module.bias, **options)
-
-
-def uses_checkpointing(module: nn.Module) -> bool:
-    """Whether a module checkpoints activations, by transformers' flag or torch's wrapper (as FSDP does)."""
-    is_on = getattr(module, "gradient_checkpointing", False) and module.training
-    return bool(is_on) or type(module).__name__ == "CheckpointWrapper"

@@ -1,5 +1,6 @@
 """Causal language models of Hugging Face's transformers."""
 
+import sys
 import warnings
 from typing import Any
 
@@ -7,7 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dpo_wrapper.models.base import LanguageModel, OutputHead, as_output_head, has_hooks
-from dpo_wrapper.models.hugging_face_attention import LAYOUT_KEYWORD, attend_over_tree
+from dpo_wrapper.models.hugging_face_attention import install_hooks
+from dpo_wrapper.models.rerun import run_pass
 from dpo_wrapper.prefix_tree import TreeLayout
 
 
@@ -21,6 +23,8 @@ class HuggingFaceModel(LanguageModel):
     def __init__(self, model: nn.Module, inner: Any) -> None:
         super().__init__(model)
         self.inner = self.called_module = inner
+        if "transformers" in sys.modules:
+            install_hooks()
         config = inner.config
         if getattr(config, "is_encoder_decoder", False):
             problem = f"the model should be decoder-only, but {type(inner).__name__} has an encoder"
@@ -86,10 +90,12 @@ class HuggingFaceModel(LanguageModel):
 
     def forward_tree(self, layout: TreeLayout, return_hidden: bool) -> Float[Tensor, "r w _"]:
         model = self.inner.base_model if return_hidden else self.model
-        arguments = {"input_ids": layout.ids, "position_ids": layout.position, LAYOUT_KEYWORD: layout}
-        with attend_over_tree(self.inner):
-            output = model(**arguments, **self.options)
-        return output.last_hidden_state if return_hidden else output.logits
+
+        def forward() -> Tensor:
+            output = model(input_ids=layout.ids, position_ids=layout.position, **self.options)
+            return output.last_hidden_state if return_hidden else output.logits
+
+        return run_pass(self.model, forward, layout)
 
     def output_head(self) -> OutputHead | None:
         if self.inner.base_model is self.inner:

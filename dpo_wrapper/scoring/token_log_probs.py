@@ -9,6 +9,7 @@ from dpo_wrapper.batches.sequences import ScoredSequences, SequenceLogProbs
 from dpo_wrapper.log_probs import FusedLoss, gather_log_probs, token_log_probs
 from dpo_wrapper.models import LanguageModel
 from dpo_wrapper.models.eval_mode import reproducible_forward
+from dpo_wrapper.models.rerun import run_pass
 from dpo_wrapper.scoring.fused_loss import fused_loss_of_entries
 from dpo_wrapper.scoring.probe import Probe
 from dpo_wrapper.validation import describe_type
@@ -37,10 +38,8 @@ def compute_log_probs(
     with reproducible_forward(model.model):
         if tree is not None:
             output = model.forward_tree(tree.layout, return_hidden=head is not None)
-        elif head is not None:
-            output = model.forward_hidden(sequences.ids)
         else:
-            output = check_logits(model.forward_logits(sequences.ids), sequences.ids)
+            output = run_pass(model.model, lambda: run_padded(model, sequences.ids, head is not None))
         output = output.flatten(0, 1)
         # a model that is spread over several devices gives hidden states on its last
         device = output.device if head is None else head.weight.device
@@ -59,6 +58,11 @@ def compute_log_probs(
         tokens = tokens.index_select(0, tree.entry)
         values = {name: value.index_select(0, tree.entry) for name, value in values.items()}
     return sequences.log_probs(tokens, values)
+
+
+def run_padded(model: LanguageModel, ids: Int[Tensor, "b n"], return_hidden: bool) -> Float[Tensor, "b n _"]:
+    """Hidden states or, checked, logits of padded rows."""
+    return model.forward_hidden(ids) if return_hidden else check_logits(model.forward_logits(ids), ids)
 
 
 def check_logits(logits: object, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n v"]:

@@ -15,7 +15,7 @@ def runs_uncompiled(method: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def run(module: Any, *args: Any, **kwargs: Any) -> Any:
-        if not was_compiled(module):
+        if "_was_compiled" not in vars(module):
             vars(module)["_was_compiled"] = True
             warnings.warn(
                 f"torch.compile should be given parts of the model, but it is given {type(module).__name__}, "
@@ -33,6 +33,6 @@ def runs_uncompiled(method: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def was_compiled(module: Any) -> bool:
-    """Whether `torch.compile` has met a method of the module that runs uncompiled."""
-    return bool(vars(module).get("_was_compiled"))
+def explain_compiling(module: Any) -> str:
+    """A line that says so if `torch.compile` has met such a method of the module, else nothing."""
+    return "\ncompiled: no, for each batch is another tree" if "_was_compiled" in vars(module) else ""
