@@ -18,7 +18,7 @@ from dpo_wrapper.models.eval_mode import eval_mode
 from dpo_wrapper.reference.build import ReferenceKind, build_reference
 from dpo_wrapper.reference.reference import CachedReference, ReferenceOwner
 from dpo_wrapper.reference.sync import sync_reference
-from dpo_wrapper.scoring import Scorer, SharePrefix, explain_compiling, group_tokens, runs_uncompiled
+from dpo_wrapper.scoring import Scorer, SharePrefix, compile_note, group_tokens, runs_uncompiled
 
 
 class DPO(ReferenceOwner):
@@ -197,6 +197,4 @@ class DPO(ReferenceOwner):
 
     def explain(self) -> str:
         """Which paths are in use and why not the others, in plain words; known after the first call."""
-        return (
-            f"policy: {self.policy.explain()}\nreference: {self.reference.explain()}{explain_compiling(self)}"
-        )
+        return f"policy: {self.policy.explain()}\nreference: {self.reference.explain()}" + compile_note(self)

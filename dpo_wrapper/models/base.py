@@ -66,18 +66,15 @@ class LanguageModel:
         """Why the model has to be called as a whole for its logits, as a part of a sentence; else None."""
         return None
 
-    def why_no_tree(self, is_forced: bool) -> str | None:
-        """Why the model should not run over a tree, as a part of a sentence; None if a trial may decide.
+    def why_no_tree(self) -> str | None:
+        """Why the model should not run over a tree, as a part of a sentence; None if a trial may decide."""
+        return None if self.can_share_prefix else "the attention of a plain module cannot be reached"
 
-        `is_forced` leaves out what would only make it slow.
-        """
-        if not self.can_share_prefix:
-            return "the attention of a plain module cannot be reached"
+    def compiles_attention(self) -> bool:
+        """Whether `torch.compile` compiles attention layers, alone or in a larger part of the model."""
         modules = self.called_module.modules()
         compiled = (m for m in modules if hasattr(m, "_orig_mod") or m._compiled_call_impl is not None)
-        if not is_forced and any(map(has_attention, compiled)):
-            return "its attention is compiled, and would be anew for each tree"
-        return None
+        return any(map(has_attention, compiled))
 
 
 def has_attention(module: nn.Module) -> bool:

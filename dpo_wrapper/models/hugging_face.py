@@ -82,8 +82,8 @@ class HuggingFaceModel(LanguageModel):
             return "hooks are called with the model as a whole"
         return self.why_peft_forward()
 
-    def why_no_tree(self, is_forced: bool) -> str | None:
-        return super().why_no_tree(is_forced) or self.why_peft_forward()
+    def why_no_tree(self) -> str | None:
+        return self.why_peft_forward()
 
     def forward_hidden(self, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         return self.inner.base_model(input_ids=ids, **self.options).last_hidden_state

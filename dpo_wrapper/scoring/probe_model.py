@@ -51,7 +51,7 @@ def probe_sharing(model: LanguageModel, probe: Probe, share_prefix: SharePrefix,
     """The probe with what a trial of shared prefixes finds."""
     if not share_prefix:
         return probe.padded("share_prefix is False")
-    reason = model.why_no_tree(is_forced=share_prefix is True)
+    reason = model.why_no_tree()
     if reason is None:
         own = TreeOptions(model.max_positions)
         fast = replace(own, kernel=FAST_KERNELS.get(probe.device.type, own.kernel))

@@ -40,7 +40,8 @@ class TreeTrial:
     Attributes:
         model, probe: the model, and what is known of it so far.
         needs_grad: whether gradients are compared.
-        why_impossible: why no tree can be tried; else None.
+        longest: tokens of the longest sequence.
+        dtype: the narrowest that the model computes in.
     """
 
     def __init__(self, model: LanguageModel, probe: Probe, needs_grad: bool, fast_kernel: TreeKernel) -> None:
@@ -49,10 +50,10 @@ class TreeTrial:
         self.needs_grad = needs_grad and not any(map(is_sharded, modules))  # backward would reduce gradients
         is_large = sum(p.numel() for p in model.model.parameters()) > LARGE_NUMEL
         longest = LONGEST_ON_CPU if is_large and probe.device.type == "cpu" else LONGEST
-        limit = model.max_positions or longest
-        if fast_kernel == "flex":  # the tree has one row, as `attend_with_kernel` asks for
-            limit = limit * 3 // 5
-        self.longest = min(longest, limit)
+        limit = model.max_positions
+        if limit is not None:  # with flex the tree has one row, as `attend_with_kernel` asks for
+            longest = min(longest, limit // 2 if fast_kernel == "flex" else limit)
+        self.longest = longest
         self.dtype = narrowest_dtype(model.model, probe.device)
 
     def sequences(self, changed_row: int | None = None) -> ScoredSequences:
@@ -64,16 +65,12 @@ class TreeTrial:
         short = max(4, n // 4)
         ids = torch.randint(v, (4, n), generator=torch.Generator().manual_seed(0), device="cpu")
         low, high = (v - 1) // 2, (v - 1) // 2 + 1  # small ids are often padding
-        starts = (0, 0, 0, 0)
-        for (first, second), length, root in (((0, 1), n, low), ((2, 3), short, high)):
-            shared = max(1, length * 7 // 10 if length == n else length // 4)
-            ids[first, 0] = root
-            ids[second, :shared] = ids[first, :shared]
-            ids[first, shared], ids[second, shared] = low, high
-            starts = tuple(shared + 1 if k in (first, second) else start for k, start in enumerate(starts))
-        if changed_row is not None:
-            changed = ids[changed_row, starts[changed_row] :]
-            changed.copy_((changed + 1) % v)
+        for row, root, shared in ((0, low, 7 * n // 10), (2, high, short // 4)):
+            ids[row, 0] = root
+            ids[row + 1, :shared] = ids[row, :shared]
+            ids[row, shared], ids[row + 1, shared] = low, high
+            if changed_row in (row, row + 1):
+                ids[changed_row, shared + 1 :] = (ids[changed_row, shared + 1 :] + 1) % v
         lengths = torch.tensor([n, n, short, short], device="cpu")
         real = torch.arange(n, device="cpu") < lengths[:, None]
         return ScoredSequences.from_padded(ids, real, real)

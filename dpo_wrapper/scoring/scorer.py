@@ -136,7 +136,10 @@ class Scorer:
         name, probe = self.language_model.name, self.probe
         if probe is None:
             return f"{name} model, not probed before the first call"
-        return f"{name} model; {probe.explain()}"
+        explanation = f"{name} model; {probe.explain()}"
+        if probe.tree is not None and self.language_model.compiles_attention():
+            explanation += "; a tree breaks its compiled attention up, share_prefix = False does not"
+        return explanation
 
 
 def sequence_log_probs(

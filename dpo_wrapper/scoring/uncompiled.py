@@ -33,6 +33,6 @@ def runs_uncompiled(method: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def explain_compiling(module: Any) -> str:
+def compile_note(module: Any) -> str:
     """A line that says so if `torch.compile` has met such a method of the module, else nothing."""
     return "\ncompiled: no, for each batch is another tree" if "_was_compiled" in vars(module) else ""
