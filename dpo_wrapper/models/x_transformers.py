@@ -28,7 +28,7 @@ class XTransformersModel(LanguageModel):
         if net.to_logits is None:
             problem = "the model should have an output head, but it returns embeddings"
             raise TypeError(f"{problem}: leave return_only_embed at False.")
-        self.net = net
+        self.net = self.called_module = net
         install_hooks()
         self.vocab_size = net.num_tokens
         self.max_positions = getattr(net.pos_emb, "max_seq_len", None)

@@ -27,10 +27,9 @@ def probe_model(
     """Run the model on a few short rows, and try which fast paths give its own log-probs and gradients.
 
     It runs as in training, with gradients if the key has any, and leaves nothing behind. Raises TypeError or
-    ValueError as `probe_head` does, and where `share_prefix` is True but impossible. `is_eval` says that the
-    model will be called in eval mode, and not in its own.
+    ValueError as `probe_head` does, and where `share_prefix` is True but impossible. `is_eval` says whether
+    the model will be called in eval mode.
     """
-    own_modes = None if is_eval else [(module, module.training) for module in model.model.modules()]
     device, needs_grad = key.device, key.trains is not None
     with (
         torch.inference_mode(False),
@@ -40,7 +39,7 @@ def probe_model(
         reproducible_forward(model.model),
     ):
         torch.clear_autocast_cache()
-        vocab_size, why_all_logits = probe_head(model, device, policy, needs_grad, own_modes)
+        vocab_size, why_all_logits = probe_head(model, device, policy, needs_grad, is_eval)
         probe = Probe(device, vocab_size, why_all_logits is None, impl, why_all_logits=why_all_logits)
         probe = probe_sharing(model, probe, share_prefix, needs_grad)
     torch.clear_autocast_cache()
