@@ -18,7 +18,7 @@ from dpo_wrapper.models.eval_mode import eval_mode
 from dpo_wrapper.reference.build import ReferenceKind, build_reference
 from dpo_wrapper.reference.reference import CachedReference, ReferenceOwner
 from dpo_wrapper.reference.sync import sync_reference
-from dpo_wrapper.scoring import Scorer, SharePrefix, group_tokens
+from dpo_wrapper.scoring import Scorer, SharePrefix, compile_note, group_tokens, runs_uncompiled
 
 
 class DPO(ReferenceOwner):
@@ -72,18 +72,19 @@ class DPO(ReferenceOwner):
     ) -> None:
         super().__init__()
         validation.check_share_prefix(share_prefix)
-        self.policy = Scorer(model, log_prob_impl, share_prefix=share_prefix)
         self.loss = CombinedLoss(Sigmoid(beta) if loss is None else loss)
         self.beta = self.loss.check_beta(beta, is_default=loss is None)
         self.pad_id = validation.check_pad_id(pad_id)
         self.ld_alpha = self.loss.check_ld_alpha(ld_alpha)
         self.wpo = self.loss.check_wpo(wpo)
         self.disable_dropout = validation.check_flag("disable_dropout", disable_dropout)
+        self.policy = Scorer(model, log_prob_impl, share_prefix, is_eval=disable_dropout)
         self.policy_model = model
         validation.check_flag("cache_ref_log_probs", cache_ref_log_probs)
         options = (reference_dtype, reference_device, self.ld_alpha < 1, cache_ref_log_probs)
         self.set_reference(build_reference(reference, self.policy, self.loss.needs_reference, *options))
 
+    @runs_uncompiled
     def forward(
         self,
         preferred_seq: Tensor | Batch,
@@ -196,4 +197,4 @@ class DPO(ReferenceOwner):
 
     def explain(self) -> str:
         """Which paths are in use and why not the others, in plain words; known after the first call."""
-        return f"policy: {self.policy.explain()}\nreference: {self.reference.explain()}"
+        return f"policy: {self.policy.explain()}\nreference: {self.reference.explain()}" + compile_note(self)

@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dpo_wrapper.models.base import LanguageModel, OutputHead, as_output_head
+from dpo_wrapper.models.base import LanguageModel, OutputHead, as_output_head, has_hooks
 from dpo_wrapper.models.hugging_face_attention import install_hooks
 from dpo_wrapper.models.rerun import run_pass
 from dpo_wrapper.prefix_tree import PrefixSharingError, TreeLayout
@@ -18,10 +18,11 @@ class HuggingFaceModel(LanguageModel):
 
     name = "Hugging Face"
     can_share_prefix = True
+    has_own_positions = True
 
     def __init__(self, model: nn.Module, inner: Any) -> None:
         super().__init__(model)
-        self.inner = inner
+        self.inner = self.called_module = inner
         if "transformers" in sys.modules:
             install_hooks()
         config = inner.config
@@ -57,7 +58,32 @@ class HuggingFaceModel(LanguageModel):
 
     def forward_logits(self, ids: Int[Tensor, "b n"]) -> Any:
         output = self.model(input_ids=ids, **self.options)
-        return getattr(output, "logits", output)
+        logits = getattr(output, "logits", output)
+        if getattr(self.peft_config, "is_prompt_learning", False) and isinstance(logits, Tensor):
+            return logits[:, -ids.shape[1] :]  # a learned prompt stands before
+        return logits
+
+    @property
+    def peft_config(self) -> Any:
+        """The configuration of PEFT's active adapter; None where there is none."""
+        return getattr(self.model, "active_peft_config", None)
+
+    def why_peft_forward(self) -> str | None:
+        """What PEFT computes in its own forward, as a part of a sentence; else None."""
+        if getattr(self.peft_config, "is_prompt_learning", False):
+            return "PEFT adds a learned prompt in its own forward"
+        if getattr(self.peft_config, "alora_invocation_tokens", None) is not None:
+            return "PEFT looks for the invocation tokens of aLoRA in its own forward"
+        kind = getattr(getattr(self.peft_config, "peft_type", None), "value", None)
+        return f"PEFT computes a part of {kind} in its own forward" if kind in ("POLY", "XLORA") else None
+
+    def why_own_forward(self) -> str | None:
+        if has_hooks(self.model) or has_hooks(self.inner):
+            return "hooks are called with the model as a whole"
+        return self.why_peft_forward()
+
+    def why_no_tree(self) -> str | None:
+        return self.why_peft_forward()
 
     def forward_hidden(self, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         return self.inner.base_model(input_ids=ids, **self.options).last_hidden_state
@@ -78,9 +104,8 @@ class HuggingFaceModel(LanguageModel):
             raise PrefixSharingError(reason) from error
 
     def output_head(self) -> OutputHead | None:
-        peft_config = getattr(self.model, "active_peft_config", None)
-        if self.inner.base_model is self.inner or getattr(peft_config, "is_prompt_learning", False):
-            return None  # PEFT adds a learned prompt outside the base model
+        if self.inner.base_model is self.inner:
+            return None
 
         def find_option(*names: str) -> float | None:
             return next((value for name in names if (value := getattr(self.text_config, name, None))), None)

@@ -11,7 +11,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dpo_wrapper.models.base import LanguageModel, OutputHead, as_output_head
+from dpo_wrapper.models.base import LanguageModel, OutputHead, as_output_head, has_hooks
 from dpo_wrapper.models.rerun import attention_tree, may_be_over_tree, run_pass
 from dpo_wrapper.prefix_tree import PrefixSharingError, TreeLayout, attend_along_paths, attend_with_kernel
 from dpo_wrapper.prefix_tree.attention import make_causal_mask
@@ -48,6 +48,9 @@ class XTransformersModel(LanguageModel):
         pos = position if takes_positions else None
         forward = partial(self.net, layout.ids, return_embeddings=return_hidden, pos=pos)
         return run_pass(self.model, forward, as_attention_tree(self.net, layout))
+
+    def why_own_forward(self) -> str | None:
+        return "hooks are called with the model as a whole" if has_hooks(self.net) else None
 
     def output_head(self) -> OutputHead | None:
         if self.net.output_is_log_prob:  # a mixture of softmaxes has several heads

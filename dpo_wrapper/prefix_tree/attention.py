@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dpo_wrapper.prefix_tree import cpu_attention
-from dpo_wrapper.prefix_tree.layout import TreeLayout
+from dpo_wrapper.prefix_tree.layout import TreeKernel, TreeLayout
 
 
 class PrefixSharingError(Exception):
@@ -34,6 +34,7 @@ def attend_along_paths(
     they are all equal.
     """
     check_rows(layout, q)
+    note_kernel(layout, "model")
     tokens = [rearrange(t, "r h w d -> (r w) h d") for t in (q, k, v)]
     outputs = []
     for group in layout.groups:
@@ -62,8 +63,8 @@ def attend_with_kernel(
     """Compute softmax attention over a tree by the kernel that `layout.options` names.
 
     Returns None where the kernel does not apply or does not pay. The heads of q may be a multiple of those of
-    k and v, h // g of them in a row for each. With a window a token attends to that many tokens, itself included. `scale` is the factor of
-    `q · k`, None for `1 / sqrt(d)`.
+    k and v: each of these belongs to h // g of them that follow one another. With a window a token attends to
+    that many tokens, itself included. `scale` is the factor of `q · k`, None for `1 / sqrt(d)`.
     """
     check_rows(layout, q)
     options, branches, rows = layout.options, layout.branches, len(layout.ids)
@@ -73,6 +74,7 @@ def attend_with_kernel(
         is_used = mean_branch_length * q.shape[1] * q.shape[-1] >= options.min_branch_numel
     if not is_used:
         return None
+    note_kernel(layout, options.kernel)
     q, k, v = (rearrange(t, "r h w d -> 1 h (r w) d") for t in cast_as_autocast(q, k, v))
     if options.kernel == "flex":
         from dpo_wrapper.prefix_tree import flex_attention  # imports a part of torch that others do not need
@@ -89,6 +91,12 @@ def cast_as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not torch.is_autocast_enabled(kind) or torch.float64 in {t.dtype for t in tensors}:
         return tensors
     return tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors)
+
+
+def note_kernel(layout: TreeLayout, kernel: TreeKernel) -> None:
+    """Note what computes attention over a tree, for the probe of a model."""
+    if not torch.compiler.is_compiling():
+        layout.kernels.add(kernel)
 
 
 def make_causal_mask(n: int, window: int | None, device: torch.device) -> Bool[Tensor, "1 1 n n"]:

@@ -70,6 +70,11 @@ class TreeLayout(TensorDataclass):
         branches = cpu_attention.find_branches(tree.position)
         return cls(ids, position, groups, path_index, tree.subtree_end, branches, options)
 
+    @property
+    def kernels(self) -> set[TreeKernel]:
+        """What has computed attention over this tree so far."""
+        return vars(self).setdefault("_kernels", set())
+
     def block_mask(self, window: int | None) -> "BlockMask":
         """The tree's block mask for FlexAttention, computed once for each width of a sliding window."""
         from dpo_wrapper.prefix_tree.flex_attention import create_tree_block_mask

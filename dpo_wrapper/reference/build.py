@@ -75,7 +75,7 @@ def build_reference(
         fixed_device = None if device is None else parse_device(device)
         reference = FrozenModel(scorer(frozen_copy(policy, dtype, fixed_device)), policy, fixed_device)
     elif has_fresh_adapter(policy):
-        reference = AdapterDisabled(scorer(policy))
+        reference = AdapterDisabled(policy_scorer)
     else:
         raise ValueError(
             "reference = 'adapter' switches a fresh PEFT LoRA adapter off, but this policy has none, or one "
