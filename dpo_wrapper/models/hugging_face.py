@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dpo_wrapper.models.base import LanguageModel, OutputHead, as_output_head, has_hooks
 from dpo_wrapper.models.hugging_face_attention import install_hooks
 from dpo_wrapper.models.rerun import run_pass
-from dpo_wrapper.prefix_tree import TreeLayout
+from dpo_wrapper.prefix_tree import PrefixSharingError, TreeLayout
 
 
 class HuggingFaceModel(LanguageModel):
@@ -95,7 +95,13 @@ class HuggingFaceModel(LanguageModel):
             output = model(input_ids=layout.ids, position_ids=layout.position, **self.options)
             return output.last_hidden_state if return_hidden else output.logits
 
-        return run_pass(self.model, forward, layout)
+        try:
+            return run_pass(self.model, forward, layout)
+        except (AttributeError, TypeError) as error:
+            if "NoneType" not in str(error):
+                raise
+            reason = "its layers use the attention mask, which a tree does not have, outside of attention"
+            raise PrefixSharingError(reason) from error
 
     def output_head(self) -> OutputHead | None:
         if self.inner.base_model is self.inner:

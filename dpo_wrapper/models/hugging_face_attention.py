@@ -87,6 +87,8 @@ def _attend(
     window = kwargs.get("sliding_window")
     if attention_mask is not None and attention_mask.numel() > 1:
         raise PrefixSharingError("its attention takes a mask of its own")
+    if kwargs.get("position_bias") is not None:
+        raise PrefixSharingError("its attention takes a bias that is computed for whole rows")
     if attention_mask is not None and window is None and name in ("eager", "sdpa"):
         window = int(attention_mask)
 
@@ -99,7 +101,7 @@ def _attend(
         return rearrange(attention(module, q, k, v, mask, **kwargs)[0], "g n h e -> g h n e")
 
     out = None
-    others = (kwargs.get(option) for option in ("softcap", "position_bias", "s_aux"))
+    others = (kwargs.get(option) for option in ("softcap", "s_aux"))
     is_plain = not kwargs.get("dropout") and all(value is None for value in others)
     if name != "eager" and is_plain:
         out = attend_with_kernel(layout, query, key, value, window, kwargs.get("scaling"))

@@ -81,7 +81,11 @@ class TreeLayout(TensorDataclass):
 
         block_masks = vars(self).setdefault("_block_masks", {})
         if window not in block_masks:
-            block_masks[window] = create_tree_block_mask(self.subtree_end, self.position[0], window)
+            u, size = len(self.subtree_end), self.position.numel()
+            # a token of padding attends to itself
+            padding = torch.arange(u + 1, size + 1, device=self.subtree_end.device)
+            subtree_end = torch.cat([self.subtree_end, padding])
+            block_masks[window] = create_tree_block_mask(subtree_end, self.position.flatten(), window)
         return block_masks[window]
 
 
