@@ -55,7 +55,8 @@ def _make_mask(make_mask: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return None
     if not any("sliding_window" in name for name in closure_names(kwargs.get("mask_function"))):
         raise PrefixSharingError("its attention is local in another way than by a sliding window")
-    return torch.full((1, 1, 1, 1), window)  # some models tell their attention of it by the mask alone
+    # some models tell their attention of it by the mask alone
+    return torch.full((1, 1, 1, 1), window, device="cpu")
 
 
 def closure_names(function: Any) -> Iterator[str]:
