@@ -36,6 +36,7 @@ class LanguageModel:
     vocab_size: int | None = None  # where it can be told
     max_positions: int | None = None  # where a table of positions bounds the length of sequences
     can_share_prefix = False  # whether `forward_tree` is implemented
+    plain_attention_hint = ""  # what makes attention such that a kernel may compute it, in brackets
     has_own_positions = False  # whether its attention may count positions by itself, whatever a tree says
 
     def __init__(self, model: nn.Module) -> None:

@@ -22,6 +22,7 @@ class XTransformersModel(LanguageModel):
 
     name = "x-transformers"
     can_share_prefix = True
+    plain_attention_hint = " (attn_flash = True may make it so)"
 
     def __init__(self, model: nn.Module, net: Any) -> None:
         super().__init__(model)

@@ -58,7 +58,7 @@ def probe_sharing(model: LanguageModel, probe: Probe, share_prefix: SharePrefix,
         reason, kernels = trial.why_not_shared(fast)
         if reason is None and fast.kernel in kernels:
             return replace(probe, tree=fast, kernels=kernels)
-        why_own_attention = "it is not plain softmax attention"
+        why_own_attention = f"it is not plain softmax attention{model.plain_attention_hint}"
         if reason is not None and fast.kernel in kernels and fast.kernel != own.kernel:
             why_own_attention = f"{KERNEL_NAMES[fast.kernel]} does not fit ({reason})"
             reason, kernels = trial.why_not_shared(own)

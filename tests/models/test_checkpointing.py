@@ -23,7 +23,14 @@ from helpers.models import ZOO
 from helpers.oracle import to_float64
 from helpers.shareable_models import CASES, SHAREABLE
 
-LAYERS = ("LlamaDecoderLayer", "GPT2Block", "OPTDecoderLayer", "Attention", "FeedForward", "TransformerEncoderLayer")
+LAYERS = (
+    "LlamaDecoderLayer",
+    "GPT2Block",
+    "OPTDecoderLayer",
+    "Attention",
+    "FeedForward",
+    "TransformerEncoderLayer",
+)
 
 
 def find_layers(model: nn.Module) -> list[nn.Module]:
@@ -77,7 +84,17 @@ WAYS = [
     (by_torchs_wrapper, False), (by_composition, False), (by_hand, True), (by_hand, False),
     (by_hand_twice, True), (by_hand_twice, False),
 ]  # fmt: skip
-NAMES = ["hf-llama", "hf-gpt2", "hf-opt", "xt-rotary", "xt-alibi", "xt-window", "xt-t5", "xt-dropout", "plain-transformer"]
+NAMES = [
+    "hf-llama",
+    "hf-gpt2",
+    "hf-opt",
+    "xt-rotary",
+    "xt-alibi",
+    "xt-window",
+    "xt-t5",
+    "xt-dropout",
+    "plain-transformer",
+]
 SLOW = {"hf-gpt2", "hf-opt", "xt-alibi", "xt-window", "xt-t5"}
 
 
@@ -97,7 +114,9 @@ def backward(dpo: DPO) -> dict[str, Tensor | None]:
 
 def assert_equal(results: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> None:
     """That they agree to rounding; a wrapper may have given the parameters other names."""
-    for key, (value, truth) in zip(expected, zip(results.values(), expected.values(), strict=True), strict=True):
+    for key, (value, truth) in zip(
+        expected, zip(results.values(), expected.values(), strict=True), strict=True
+    ):
         assert (value is None) == (truth is None), key
         assert truth is None or torch.allclose(value, truth, atol=1e-10, rtol=1e-10), key
 

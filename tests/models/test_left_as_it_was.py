@@ -210,7 +210,11 @@ def test_other_losses_of_the_same_backward_pass_keep_their_dropout_and_their_att
         return policy(input_ids=CASES[1].preferred_seq).logits.logsumexp(dim=-1).mean()
 
     gradients = []
-    for parts in ([own_loss], [lambda: dpo(**arguments(CASES[1]))], [own_loss, lambda: dpo(**arguments(CASES[1]))]):
+    for parts in (
+        [own_loss],
+        [lambda: dpo(**arguments(CASES[1]))],
+        [own_loss, lambda: dpo(**arguments(CASES[1]))],
+    ):
         policy.zero_grad()
         sum(part() for part in (parts if order == "before" else parts[::-1])).backward()
         gradients.append([p.grad.clone() for p in policy.parameters()])
