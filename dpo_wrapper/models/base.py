@@ -67,6 +67,10 @@ class LanguageModel:
         """Why the model has to be called as a whole for its logits, as a part of a sentence; else None."""
         return None
 
+    def left_out_loss(self) -> str | None:
+        """A sentence on a loss that the model itself adds in training, but is left out here; else None."""
+        return None
+
     def why_no_tree(self) -> str | None:
         """Why the model should not run over a tree, as a part of a sentence; None if a trial may decide."""
         return None if self.can_share_prefix else "the attention of a plain module cannot be reached"

@@ -43,6 +43,8 @@ def probe_model(
         probe = Probe(device, vocab_size, why_all_logits is None, impl, why_all_logits=why_all_logits)
         probe = probe_sharing(model, probe, share_prefix, needs_grad)
     torch.clear_autocast_cache()
+    if needs_grad and (sentence := model.left_out_loss()) is not None:
+        warnings.warn(sentence, stacklevel=5)
     return probe
 
 

@@ -13,6 +13,7 @@ from dpo_wrapper import DPO
 from helpers.adapters import lora
 from helpers.models import VOCAB, ZOO, PlainGRU, hf_llama
 from helpers.naive_dpo import ARGUMENTS
+from helpers.shareable_models import hf
 
 MESSAGE = "parameters that train should get gradients, but"
 
@@ -83,6 +84,18 @@ def test_weights_of_several_dtypes_without_autocast_are_named(make):
         dpo(**ARGUMENTS)
     with torch.autocast("cpu", torch.bfloat16):
         assert dpo(**ARGUMENTS).isfinite()
+
+
+@pytest.mark.parametrize("asks_for_it", [True, False])
+def test_a_balance_loss_that_is_left_out_is_named(asks_for_it):
+    options = dict(num_local_experts=3, num_experts_per_tok=2, output_router_logits=asks_for_it)
+    dpo = DPO(hf("Mixtral", router_aux_loss_coef=0.5, **options)(0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            dpo(**ARGUMENTS)
+    told = [str(w.message) for w in caught if "balances experts" in str(w.message)]
+    assert len(told) == asks_for_it and all("router_aux_loss_coef = 0.5" in message for message in told)
 
 
 # the head's bias, in whatever mode the model was looked at first
