@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ KERNEL_NAMES: dict[TreeKernel, str] = {
 
 
 @cache
-def wrapper_kind(module_class: type) -> Literal["checkpoint", "sharded"] | None:
+def wrapper_kind(module_class: Any) -> Literal["checkpoint", "sharded"] | None:
     """What torch does with modules of a class: FSDP shards parameters, others recompute activations."""
     names = {base.__name__ for base in module_class.__mro__}
     if names & {"FSDPModule", "FullyShardedDataParallel"}:
