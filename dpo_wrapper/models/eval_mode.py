@@ -61,7 +61,10 @@ def are_held_from_training(modes: Sequence[tuple[nn.Module, bool]]) -> bool:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Compute a model in eval mode inside this context, so without dropout; activation checkpointing stays on."""
+    """Compute a model in eval mode inside this context, so without dropout.
+
+    Activation checkpointing stays on, for which models of transformers ask for train mode.
+    """
     library = sys.modules.get("transformers.modeling_layers")
     layer_class = getattr(library, "GradientCheckpointingLayer", ())
     modules = list(model.modules())
@@ -76,10 +79,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @cache
 def checkpoint_in_eval_mode(layer_class: Any) -> None:
-    """Let transformers' layers checkpoint in the eval mode of `eval_mode` too; by themselves they do in train mode.
-
-    What `layer_class` does otherwise stays as it is.
-    """
+    """Let transformers' layers checkpoint inside `eval_mode` too; otherwise they do what they always do."""
     call_layer = layer_class.__call__
 
     def __call__(layer: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807

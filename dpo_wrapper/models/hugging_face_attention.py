@@ -1,9 +1,9 @@
 """Attention over a prefix tree in models of transformers.
 
-transformers looks attention functions and mask functions up by name, in registries. `install_hooks` wraps these
-look-ups, once for the process. While a model runs over a tree they return functions of ours around what the
-model would have got; otherwise, and in all other threads, they return what they always do. No model and no
-configuration is changed.
+transformers looks attention functions and mask functions up by name, in registries. `install_hooks` wraps
+these look-ups, once for the process. While a model runs over a tree they return functions of ours around what
+the model would have got; otherwise, and in all other threads, they return what they always do. No model and
+no configuration is changed.
 """
 
 from collections.abc import Callable, Iterator
@@ -79,7 +79,7 @@ def _attend(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
-    """An attention function as transformers calls it, around `attention`, which has this name in the registry."""
+    """An attention function as transformers calls it, around `attention`, which has this name there."""
     layout: TreeLayout | None = attention_tree()
     if layout is None:
         return attention(module, query, key, value, attention_mask, **kwargs)

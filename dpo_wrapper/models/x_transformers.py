@@ -66,7 +66,7 @@ class AttentionTree:
     """What the attention of one model needs to run over a tree.
 
     Attributes:
-        windows: for the id of each of the model's `Attend` modules, to how many tokens a token attends at most.
+        windows: by the id of each `Attend` module of the model, to how many tokens a token attends at most.
         bias: the model's module that computes a bias from positions, if it has one.
     """
 
@@ -91,8 +91,8 @@ def as_attention_tree(net: Any, layout: TreeLayout) -> AttentionTree:
 def install_hooks() -> None:
     """Wrap the forward methods of the library's attention, once for the process.
 
-    While a model runs over a tree they do what is needed there; otherwise, and in all other threads, what they
-    always do.
+    While a model runs over a tree they do what is needed there; otherwise, and in all other threads, what
+    they always do.
     """
     attention_class: Any = sys.modules["x_transformers.x_transformers"].Attention
     attend_class: Any = sys.modules["x_transformers.attend"].Attend

@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 BLOCK_SIZE = 128  # queries and keys in one block
 
+
 @cache
 def compile_flex_attention(*_key: Hashable) -> Callable[..., Tensor]:
     """FlexAttention compiled for calls that have this key in common.

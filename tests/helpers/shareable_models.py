@@ -44,8 +44,18 @@ EXPERTS = dict(num_experts=3, num_experts_per_tok=2, moe_intermediate_size=8)
 AFMOE = EXPERTS | dict(head_dim=8, num_dense_layers=1, sliding_window=3)
 
 LATENT = dict(kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
-SPARSE = LATENT | EXPERTS | dict(  # a query attends to the few keys that an index finds
-    num_key_value_heads=2, n_routed_experts=4, n_group=1, topk_group=1, index_n_heads=2, index_head_dim=8, index_topk=4
+SPARSE = (
+    LATENT
+    | EXPERTS
+    | dict(  # a query attends to the few keys that an index finds
+        num_key_value_heads=2,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        index_n_heads=2,
+        index_head_dim=8,
+        index_topk=4,
+    )
 )
 
 SHAREABLE: dict[str, Make] = {name: make for name, make in ZOO.items() if not name.startswith("plain")} | {

@@ -1,10 +1,11 @@
-"""The caller's model is left as it was: modes, rates, attributes, configuration, and what other threads see."""
+"""The caller's model is left as it was: modes, attributes, configuration, and what other threads see."""
 
 import copy
 import pickle
 import subprocess
 import sys
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -104,7 +105,7 @@ class Merging(nn.Module):
         self.b = nn.Parameter(torch.randn(base.out_features, 2) * 0.3)
         self.is_merged = False
 
-    def train(self, mode: bool = True) -> nn.Module:
+    def train(self, mode: bool = True) -> "Merging":
         if self.is_merged == mode:
             self.weight.data += (self.b @ self.a) * (-1 if mode else 1)
             self.is_merged = not mode
@@ -150,7 +151,7 @@ def test_a_configuration_loads_in_another_process(tmp_path):
 
 @pytest.mark.parametrize("name", ["xt-rotary", "xt-window", "xt-alibi", "xt-t5", "hf-llama", "gemma2"])
 def test_another_thread_may_use_the_model_meanwhile(name, request):
-    request.addfinalizer(lambda interval=sys.getswitchinterval(): sys.setswitchinterval(interval))
+    request.addfinalizer(partial(sys.setswitchinterval, sys.getswitchinterval()))
     sys.setswitchinterval(1e-6)
     dpo = DPO(SHAREABLE[name](0).eval())
     policy, ids = dpo.policy_model, CASES[1].preferred_seq
@@ -210,8 +211,11 @@ def test_other_losses_of_the_same_backward_pass_keep_their_dropout_and_their_att
         torch.manual_seed(5)
         return policy(input_ids=CASES[1].preferred_seq).logits.logsumexp(dim=-1).mean()
 
+    def preference_loss() -> Tensor:
+        return dpo(**arguments(CASES[1]))
+
     gradients = []
-    for parts in ([own_loss], [lambda: dpo(**arguments(CASES[1]))], [own_loss, lambda: dpo(**arguments(CASES[1]))]):
+    for parts in ([own_loss], [preference_loss], [own_loss, preference_loss]):
         policy.zero_grad()
         sum(part() for part in (parts if order == "before" else parts[::-1])).backward()
         gradients.append([p.grad.clone() for p in policy.parameters()])
@@ -251,7 +255,9 @@ def make_reformer() -> nn.Module:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("make, reason", [(make_rwkv, "changes its weights"), (make_reformer, "fails in backward")])
+@pytest.mark.parametrize(
+    "make, reason", [(make_rwkv, "changes its weights"), (make_reformer, "fails in backward")]
+)
 def test_models_that_cannot_train_in_eval_mode_are_refused(make, reason):
     policy = make()
     weights = copy.deepcopy(policy.state_dict())
@@ -268,4 +274,5 @@ def test_models_that_cannot_train_in_eval_mode_are_refused(make, reason):
     for _ in range(2):
         dpo(**arguments(CASES[1])).backward()
         assert_unchanged()
-    assert all(p.grad is not None for p in policy.parameters())
+    without = [name for name, p in policy.named_parameters() if p.grad is None]
+    assert without in ([], ["lm_head.bias"])  # which Reformer never uses
