@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,15 +18,28 @@ from dpo_wrapper.cpu_matmul import is_onednn_faster, onednn_linear
 
 _lock = threading.Lock()
 _fastpath_holders, _is_fastpath_enabled = 0, True  # how many contexts hold torch's flag, and what it was
-_held: dict[int, list[Any]] = {}  # for the id of each held module: the module, its own mode, how many hold it
+_held: "dict[int, _Held]" = {}  # by the id of the module
+
+
+class _Held(NamedTuple):
+    """A module that contexts hold in modes of theirs: its own mode, and theirs, the latest last."""
+
+    module: nn.Module
+    own: bool
+    modes: dict[object, bool]
 
 
 @contextmanager
 def hold_modes(modes: Sequence[tuple[nn.Module, bool]]) -> Iterator[None]:
-    """Set modules' `training` flags inside this context; the last context that holds a module puts its own back."""
+    """Set modules' `training` flags inside this context; several threads may hold the same modules.
+
+    A module is in the mode of the latest context that holds it, and in its own when the last has ended.
+    """
+    holder = object()
     with _lock:
-        for module, _ in modes:  # all are read first: a wrapper may hand its flag on
-            _held.setdefault(id(module), [module, module.training, 0])[2] += 1
+        for module, is_training in modes:  # all are read first: a wrapper may hand its flag on
+            held = _held.setdefault(id(module), _Held(module, module.training, {}))
+            held.modes[holder] = is_training
         for module, is_training in modes:
             module.training = is_training
     try:
@@ -34,20 +47,24 @@ def hold_modes(modes: Sequence[tuple[nn.Module, bool]]) -> Iterator[None]:
     finally:
         with _lock:
             for module, _ in modes:
-                _held[id(module)][2] -= 1
-            for module, _ in modes:
-                if id(module) in _held and _held[id(module)][2] == 0:
-                    module.training = _held.pop(id(module))[1]
+                held = _held[id(module)]
+                del held.modes[holder]
+                module.training = next(reversed(held.modes.values()), held.own)
+                if not held.modes:
+                    del _held[id(module)]
 
 
 def are_held_from_training(modes: Sequence[tuple[nn.Module, bool]]) -> bool:
     """Whether one of the modules is held in a mode that is not its own."""
-    return any(id(m) in _held and _held[id(m)][1] != is_training for m, is_training in modes)
+    return any(id(m) in _held and _held[id(m)].own != is_training for m, is_training in modes)
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Compute a model in eval mode inside this context, so without dropout; activation checkpointing stays on."""
+    """Compute a model in eval mode inside this context, so without dropout.
+
+    Activation checkpointing stays on, for which models of transformers ask for train mode.
+    """
     library = sys.modules.get("transformers.modeling_layers")
     layer_class = getattr(library, "GradientCheckpointingLayer", ())
     modules = list(model.modules())
@@ -62,10 +79,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @cache
 def checkpoint_in_eval_mode(layer_class: Any) -> None:
-    """Let transformers' layers checkpoint in the eval mode of `eval_mode` too; by themselves they do in train mode.
-
-    What `layer_class` does otherwise stays as it is.
-    """
+    """Let transformers' layers checkpoint inside `eval_mode` too; otherwise they do what they always do."""
     call_layer = layer_class.__call__
 
     def __call__(layer: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807

@@ -106,12 +106,15 @@ class HuggingFaceModel(LanguageModel):
             return output.last_hidden_state if return_hidden else output.logits
 
         try:
-            return run_pass(self.model, forward, layout)
+            output = run_pass(self.model, forward, layout)
         except (AttributeError, TypeError) as error:
             if "NoneType" not in str(error):
                 raise
             reason = "its layers use the attention mask, which a tree does not have, outside of attention"
             raise PrefixSharingError(reason) from error
+        if not layout.kernels:
+            raise PrefixSharingError("its tokens meet elsewhere than in transformers' attention interface")
+        return output
 
     def output_head(self) -> OutputHead | None:
         if self.inner.base_model is self.inner:

@@ -1,9 +1,9 @@
 """Attention over a prefix tree in models of transformers.
 
-transformers looks attention functions and mask functions up by name, in registries. `install_hooks` wraps these
-look-ups, once for the process. While a model runs over a tree they return functions of ours around what the
-model would have got; otherwise, and in all other threads, they return what they always do. No model and no
-configuration is changed.
+transformers looks attention functions and mask functions up by name, in registries. `install_hooks` wraps
+these look-ups, once for the process. While a model runs over a tree they return functions of ours around what
+the model would have got; otherwise, and in all other threads, they return what they always do. No model and
+no configuration is changed.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dpo_wrapper.models.rerun import attention_tree, may_be_over_tree
+from dpo_wrapper.models.untraced import untraced
 from dpo_wrapper.prefix_tree import PrefixSharingError, TreeLayout, attend_along_paths, attend_with_kernel
 from dpo_wrapper.prefix_tree.attention import make_causal_mask
 
@@ -69,7 +70,7 @@ def closure_names(function: Any) -> Iterator[str]:
                 yield from closure_names(value)
 
 
-@torch.compiler.disable  # a tree in the trace would have it compiled anew for each tree
+@untraced  # a tree in the trace would have it compiled anew for each tree
 def _attend(
     name: str,
     attention: Callable[..., Any],
@@ -80,7 +81,7 @@ def _attend(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
-    """An attention function as transformers calls it, around `attention`, which has this name in the registry."""
+    """An attention function as transformers calls it, around `attention`, which has this name there."""
     layout: TreeLayout | None = attention_tree()
     if layout is None:
         return attention(module, query, key, value, attention_mask, **kwargs)

@@ -1,9 +1,9 @@
 """Forward passes whose layers may run again in backward (activation checkpointing of any kind).
 
-A layer that is checkpointed runs a second time in backward, when the contexts of the forward pass have ended. It
-should then be in the mode of the forward pass, and its attention should find the same prefix tree. autograd
-numbers its nodes in the order of their creation, and says which node it is at. The numbers between the first and
-the last of a forward pass therefore tell to which pass a layer belongs that runs again.
+A layer that is checkpointed runs a second time in backward, when the contexts of the forward pass have ended.
+It should then be in the mode of the forward pass, and its attention should find the same prefix tree.
+autograd numbers its nodes in the order of their creation, and says which node it is at. The numbers between
+the first and the last of a forward pass therefore tell to which pass a layer belongs that runs again.
 """
 
 import threading
@@ -94,7 +94,7 @@ class ForwardPass:
         self.held = ExitStack()
 
     def begin_backward(self, _grad: Tensor) -> None:
-        """Put the modules in their modes, and be what `attention_tree` finds, until the backward pass ends."""
+        """Put modules in their modes, and be what `attention_tree` finds, until the backward pass ends."""
         backward = torch._C._current_graph_task_id()
         _in_backward.setdefault(backward, []).append(self)
         if any(module.training != is_training for module, is_training in self.modes):
@@ -106,7 +106,7 @@ class ForwardPass:
 
 
 def find_first_node(node: Any, numbers: range) -> Any:
-    """Of the nodes below `node` that have these numbers, the one that was made first and so comes last in backward."""
+    """Of the nodes behind `node` that have these numbers, the one made first, which is last in backward."""
     first, visited, queue = node, {node}, [node]
     while queue:
         for node, _ in queue.pop().next_functions:

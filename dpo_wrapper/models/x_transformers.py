@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from functools import cache, partial, wraps
 from typing import Any
 
-import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dpo_wrapper.models.base import LanguageModel, OutputHead, as_output_head, has_hooks
 from dpo_wrapper.models.rerun import attention_tree, may_be_over_tree, run_pass
+from dpo_wrapper.models.untraced import untraced
 from dpo_wrapper.prefix_tree import PrefixSharingError, TreeLayout, attend_along_paths, attend_with_kernel
 from dpo_wrapper.prefix_tree.attention import make_causal_mask
 
@@ -67,7 +67,7 @@ class AttentionTree:
     """What the attention of one model needs to run over a tree.
 
     Attributes:
-        windows: for the id of each of the model's `Attend` modules, to how many tokens a token attends at most.
+        windows: by the id of each `Attend` module of the model, to how many tokens a token attends at most.
         bias: the model's module that computes a bias from positions, if it has one.
     """
 
@@ -92,8 +92,8 @@ def as_attention_tree(net: Any, layout: TreeLayout) -> AttentionTree:
 def install_hooks() -> None:
     """Wrap the forward methods of the library's attention, once for the process.
 
-    While a model runs over a tree they do what is needed there; otherwise, and in all other threads, what they
-    always do.
+    While a model runs over a tree they do what is needed there; otherwise, and in all other threads, what
+    they always do.
     """
     attention_class: Any = sys.modules["x_transformers.x_transformers"].Attention
     attend_class: Any = sys.modules["x_transformers.attend"].Attend
@@ -124,14 +124,14 @@ def install_hooks() -> None:
     attend_class.forward = forward_over_tree
 
 
-@torch.compiler.disable  # a tree in the trace would have it compiled anew for each tree
+@untraced  # a tree in the trace would have it compiled anew for each tree
 def is_over_tree(attend: Any) -> bool:
     """Whether an `Attend` module runs over a tree now."""
     tree = attention_tree()
     return isinstance(tree, AttentionTree) and id(attend) in tree.windows
 
 
-@torch.compiler.disable
+@untraced
 def _attend(
     module: Any,
     forward: Callable[..., Any],

@@ -86,7 +86,7 @@ def attend_with_kernel(
 
 
 def cast_as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What autocast, where it is on, hands to `F.scaled_dot_product_attention`: all in its dtype, but float64."""
+    """What autocast, where it is on, hands to `F.scaled_dot_product_attention`: all but float64 cast."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind) or torch.float64 in {t.dtype for t in tensors}:
         return tensors

@@ -221,6 +221,13 @@ class ReferenceOwner(nn.Module):
         ref_model._apply(cast)
         return self
 
+    def _replicate_for_data_parallel(self) -> Any:
+        """Replicas would go on using this module's models, since scorers hold these as they are."""
+        raise TypeError(
+            f"{type(self).__name__} should run once per process, but it is inside DataParallel: wrap it in "
+            "DistributedDataParallel."
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy whose policy reads no weights but its own, with a tied head in x-transformers too."""
         twin = type(self).__new__(type(self))

@@ -12,6 +12,7 @@ from dpo_wrapper.models.eval_mode import eval_mode, reproducible_forward
 from dpo_wrapper.prefix_tree import TreeOptions
 from dpo_wrapper.scoring.probe import FAST_KERNELS, KERNEL_NAMES, Probe, ProbeKey, SharePrefix
 from dpo_wrapper.scoring.probe_head import probe_head
+from dpo_wrapper.scoring.probe_modes import EvalModeCheck
 from dpo_wrapper.scoring.probe_tree import TreeTrial
 from dpo_wrapper.scoring.stand_ins import preserved_state, stand_in_parameters
 
@@ -39,9 +40,16 @@ def probe_model(
         reproducible_forward(model.model),
     ):
         torch.clear_autocast_cache()
+        eval_mode_check = EvalModeCheck(model)
         vocab_size, why_all_logits = probe_head(model, device, policy, needs_grad, is_eval)
+        if policy is None:
+            ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+            if is_eval:
+                eval_mode_check.check(ids, needs_grad)
         probe = Probe(device, vocab_size, why_all_logits is None, impl, why_all_logits=why_all_logits)
         probe = probe_sharing(model, probe, share_prefix, needs_grad)
+        if policy is None:
+            eval_mode_check.restore_weights(ids)
     torch.clear_autocast_cache()
     if needs_grad and (sentence := model.left_out_loss()) is not None:
         warnings.warn(sentence, stacklevel=5)

@@ -43,6 +43,21 @@ GEMMA2 = dict(head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=3.0, 
 EXPERTS = dict(num_experts=3, num_experts_per_tok=2, moe_intermediate_size=8)
 AFMOE = EXPERTS | dict(head_dim=8, num_dense_layers=1, sliding_window=3)
 
+LATENT = dict(kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
+SPARSE = (
+    LATENT
+    | EXPERTS
+    | dict(  # a query attends to the few keys that an index finds
+        num_key_value_heads=2,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        index_n_heads=2,
+        index_head_dim=8,
+        index_topk=4,
+    )
+)
+
 SHAREABLE: dict[str, Make] = {name: make for name, make in ZOO.items() if not name.startswith("plain")} | {
     "xt-alibi-flash": xt(decoder=dict(alibi_pos_bias=True, attn_flash=True), **NO_TABLE),
     "xt-qk-norm": xt(decoder=dict(attn_qk_norm=True)),
@@ -64,12 +79,14 @@ SHAREABLE: dict[str, Make] = {name: make for name, make in ZOO.items() if not na
     "mixtral": hf("Mixtral", num_local_experts=3, num_experts_per_tok=2),
     "afmoe": hf("Afmoe", "sdpa", **AFMOE),  # passes `attention_mask` by its name
     "afmoe-eager": hf("Afmoe", "eager", **AFMOE),
+    "dory": hf("Dory"),
     # these tell their attention of the window by the mask alone, and it is longer than the probe's sequences
     "qwen2-moe": hf("Qwen2Moe", use_sliding_window=True, sliding_window=16, max_window_layers=1, **EXPERTS),
     "phimoe": hf("Phimoe", "eager", sliding_window=16, num_local_experts=2, num_experts_per_tok=1),
 }
 
 DIFFERS = "log-probs would differ"
+ELSEWHERE = "elsewhere than in transformers' attention interface"
 CHUNKS = dict(layer_types=["chunked_attention", "full_attention"], attention_chunk_size=16, moe_layers=[])
 NOT_SHAREABLE: dict[str, tuple[Make, str]] = {  # with a part of the reason that is given
     "shift-tokens": (xt(decoder=dict(shift_tokens=1)), DIFFERS),
@@ -78,10 +95,13 @@ NOT_SHAREABLE: dict[str, tuple[Make, str]] = {  # with a part of the reason that
     "residual-attention": (xt(decoder=dict(residual_attn=True)), DIFFERS),
     "dynamic-alibi": (xt(decoder=dict(attn_data_dependent_alibi=True)), "depends on the data"),
     "plain-gru": (ZOO["plain-gru"], "plain module"),
-    "mamba": (hf("Mamba"), DIFFERS),
+    "mamba": (hf("Mamba"), ELSEWHERE),
+    "bloom": (hf("Bloom", n_head=2), ELSEWHERE),
     "lfm2": (hf("Lfm2", layer_types=["conv", "full_attention"]), DIFFERS),
     "llama4": (hf("Llama4", config_suffix="TextConfig", head_dim=8, **CHUNKS), "than by a sliding window"),
     "doge": (hf("Doge"), "mask of its own"),
+    "deepseek-v3.2": (hf("DeepseekV32", **SPARSE), "use the attention mask"),
+    "glm-dsa": (hf("GlmMoeDsa", **SPARSE), "use the attention mask"),
 }
 
 

@@ -101,6 +101,9 @@ SLOW = {"hf-gpt2", "hf-opt", "xt-alibi", "xt-window", "xt-t5"}
 def make(name: str) -> DPO:
     """A policy in train mode, with dropout where the model has it, and a reference."""
     policy, reference = (to_float64(SHAREABLE.get(name, ZOO.get(name))(0)) for _ in range(2))
+    for module in (*policy.modules(), *reference.modules()):
+        if hasattr(module, "attn_fn"):  # of x-transformers, which rounds to float32
+            module.attn_fn = partial(torch.softmax, dim=-1)
     return DPO(nudged(policy, 0.05), reference=reference, beta=0.3)
 
 
@@ -144,4 +147,4 @@ def test_gradients_are_those_without_checkpointing(name, way, reentrant):
             assert_equal(backward(each), expected)
             assert sorted(set(runs)) == list(range(layers)) and len(runs) >= 2 * layers  # all ran again
             assert [module.training for module in policy.modules()] == modes
-        assert shares_prefix(each) == (name != "plain-transformer")
+        assert shares_prefix(each) == (name != "plain-transformer"), each.explain()

@@ -1,20 +1,22 @@
-"""The caller's model is left as it was: modes, rates, attributes, configuration, and what other threads see."""
+"""The caller's model is left as it was: modes, attributes, configuration, and what other threads see."""
 
 import copy
 import pickle
 import subprocess
 import sys
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from dpo_wrapper import DPO
 from dpo_wrapper.models import eval_mode
 from helpers.dpo_calls import arguments, nudged
-from helpers.models import ZOO, hf_llama
+from helpers.models import VOCAB, ZOO, hf_llama, randomise_, seeded
 from helpers.shareable_models import CASES, SHAREABLE
 
 NAMES = ["xt-dropout", "xt-window", "xt-alibi", "hf-opt", "hf-gpt2", "plain-transformer"]
@@ -103,7 +105,7 @@ class Merging(nn.Module):
         self.b = nn.Parameter(torch.randn(base.out_features, 2) * 0.3)
         self.is_merged = False
 
-    def train(self, mode: bool = True) -> nn.Module:
+    def train(self, mode: bool = True) -> "Merging":
         if self.is_merged == mode:
             self.weight.data += (self.b @ self.a) * (-1 if mode else 1)
             self.is_merged = not mode
@@ -149,7 +151,7 @@ def test_a_configuration_loads_in_another_process(tmp_path):
 
 @pytest.mark.parametrize("name", ["xt-rotary", "xt-window", "xt-alibi", "xt-t5", "hf-llama", "gemma2"])
 def test_another_thread_may_use_the_model_meanwhile(name, request):
-    request.addfinalizer(lambda interval=sys.getswitchinterval(): sys.setswitchinterval(interval))
+    request.addfinalizer(partial(sys.setswitchinterval, sys.getswitchinterval()))
     sys.setswitchinterval(1e-6)
     dpo = DPO(SHAREABLE[name](0).eval())
     policy, ids = dpo.policy_model, CASES[1].preferred_seq
@@ -209,12 +211,11 @@ def test_other_losses_of_the_same_backward_pass_keep_their_dropout_and_their_att
         torch.manual_seed(5)
         return policy(input_ids=CASES[1].preferred_seq).logits.logsumexp(dim=-1).mean()
 
+    def preference_loss() -> Tensor:
+        return dpo(**arguments(CASES[1]))
+
     gradients = []
-    for parts in (
-        [own_loss],
-        [lambda: dpo(**arguments(CASES[1]))],
-        [own_loss, lambda: dpo(**arguments(CASES[1]))],
-    ):
+    for parts in ([own_loss], [preference_loss], [own_loss, preference_loss]):
         policy.zero_grad()
         sum(part() for part in (parts if order == "before" else parts[::-1])).backward()
         gradients.append([p.grad.clone() for p in policy.parameters()])
@@ -233,3 +234,45 @@ def test_two_passes_in_one_backward_pass():
         gradients.append([p.grad.clone() for p in policy.parameters()])
     for one, other, both in zip(*gradients, strict=True):
         assert torch.allclose(one + other, both, atol=1e-9, rtol=1e-6)
+
+
+def make_rwkv() -> nn.Module:
+    """It divides weights of its later layers by 2 in eval mode, and multiplies them in train mode."""
+    config = transformers.RwkvConfig(
+        vocab_size=VOCAB, hidden_size=16, attention_hidden_size=16, num_hidden_layers=8, context_length=64
+    )
+    with seeded(0):
+        return randomise_(transformers.RwkvForCausalLM(config), std=0.2).train()
+
+
+def make_reformer() -> nn.Module:
+    sizes = dict(vocab_size=VOCAB, hidden_size=16, feed_forward_size=32, num_attention_heads=2)
+    sizes |= dict(attention_head_size=8, max_position_embeddings=64, local_attn_chunk_length=64)
+    options = dict(is_decoder=True, axial_pos_embds=False, attn_layers=["local"], hidden_dropout_prob=0.0)
+    with seeded(0):
+        config = transformers.ReformerConfig(**sizes, **options, tie_word_embeddings=False)
+        return randomise_(transformers.ReformerModelWithLMHead(config), std=0.2).train()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "make, reason", [(make_rwkv, "changes its weights"), (make_reformer, "fails in backward")]
+)
+def test_models_that_cannot_train_in_eval_mode_are_refused(make, reason):
+    policy = make()
+    weights = copy.deepcopy(policy.state_dict())
+
+    def assert_unchanged() -> None:
+        for name, value in policy.state_dict().items():
+            assert torch.equal(value, weights[name]), name
+        assert all(module.training for module in policy.modules())
+
+    with pytest.raises(ValueError, match=f"{reason}.*: use disable_dropout = False"):
+        DPO(policy)(**arguments(CASES[1]))
+    assert_unchanged()
+    dpo = DPO(policy, disable_dropout=False)
+    for _ in range(2):
+        dpo(**arguments(CASES[1])).backward()
+        assert_unchanged()
+    without = [name for name, p in policy.named_parameters() if p.grad is None]
+    assert without in ([], ["lm_head.bias"])  # which Reformer never uses

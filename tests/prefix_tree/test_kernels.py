@@ -1,4 +1,4 @@
-"""What both kernels of attention over a tree have to do: several rows, grouped heads, autocast, many models."""
+"""What both kernels of attention over a tree do: several rows, grouped heads, autocast, many models."""
 
 from functools import partial
 
