@@ -10,7 +10,7 @@ import torch
 def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     """Have `torch.compile` call a function as it is, and compile what is around it.
 
-    `torch.compiler.disable` does so as well, but loads the compiler (in seconds) when the function is defined.
+    `torch.compiler.disable` does so as well, but loads the compiler, in seconds, as the function is defined.
     """
 
     @functools.wraps(function)
