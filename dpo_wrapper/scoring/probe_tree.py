@@ -117,7 +117,9 @@ class TreeTrial:
             return describe_error(error)
         if mixes_branches:
             return "its log-probs would differ, for they depend on other branches of the tree"
-        difference, differs = relative_error(tokens, padded_tokens, self.dtype)
+        # in narrow dtypes, rounding may send some tokens to other experts of a mixture
+        quantile = 0.8 if torch.finfo(self.dtype).bits <= 16 else 1.0
+        difference, differs = relative_error(tokens, padded_tokens, self.dtype, quantile)
         if differs:
             return f"its log-probs would differ (by {difference:.1e}, relatively)"
         if ignores_positions:
