@@ -104,7 +104,8 @@ class ScoredSequences(TensorDataclass):
         """The same sequences as a prefix tree, built once for each of the options."""
         trees = vars(self).setdefault("_trees", {})
         if options not in trees:
-            trees[options] = ScoredTreeTokens.from_sequences(self, options)
+            with torch.device("cpu"):  # where trees are built, whatever torch's default device is
+                trees[options] = ScoredTreeTokens.from_sequences(self, options)
         return trees[options]
 
     def prebuild_tree(self, options: TreeOptions | None) -> "ScoredSequences":

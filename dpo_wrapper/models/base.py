@@ -36,6 +36,7 @@ class LanguageModel:
     vocab_size: int | None = None  # where it can be told
     max_positions: int | None = None  # where a table of positions bounds the length of sequences
     can_share_prefix = False  # whether `forward_tree` is implemented
+    plain_attention_hint = ""  # what makes attention such that a kernel may compute it, in brackets
     has_own_positions = False  # whether its attention may count positions by itself, whatever a tree says
 
     def __init__(self, model: nn.Module) -> None:
@@ -64,6 +65,10 @@ class LanguageModel:
 
     def why_own_forward(self) -> str | None:
         """Why the model has to be called as a whole for its logits, as a part of a sentence; else None."""
+        return None
+
+    def left_out_loss(self) -> str | None:
+        """A sentence on a loss that the model itself adds in training, but is left out here; else None."""
         return None
 
     def why_no_tree(self) -> str | None:

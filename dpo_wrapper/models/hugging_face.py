@@ -82,6 +82,16 @@ class HuggingFaceModel(LanguageModel):
             return "hooks are called with the model as a whole"
         return self.why_peft_forward()
 
+    def left_out_loss(self) -> str | None:
+        coefficient = getattr(self.text_config, "router_aux_loss_coef", 0.0)
+        if not getattr(self.text_config, "output_router_logits", False) or not coefficient:
+            return None
+        return (
+            "the loss should have no term that balances experts, but the model's configuration asks for one "
+            f"(output_router_logits, router_aux_loss_coef = {coefficient}), which is left out: add it yourself, "
+            "or set output_router_logits = False."
+        )
+
     def why_no_tree(self) -> str | None:
         return self.why_peft_forward()
 

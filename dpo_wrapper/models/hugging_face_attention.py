@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from dpo_wrapper.models.rerun import attention_tree, may_be_over_tree
+from dpo_wrapper.models.rerun import attention_tree, may_be_over_tree, run_untraced
 from dpo_wrapper.prefix_tree import PrefixSharingError, TreeLayout, attend_along_paths, attend_with_kernel
 from dpo_wrapper.prefix_tree.attention import make_causal_mask
 
@@ -30,12 +30,16 @@ def install_hooks() -> None:
 
     def get_attention_by_index(self: Any, name: str) -> Any:
         attention = attention_by_index(self, name)
-        return partial(_attend, name, attention) if may_be_over_tree() else attention
+        return partial(run_untraced, _attend, name, attention) if may_be_over_tree() else attention
 
     def get_attention_by_method(self: Any, name: str, default: Any) -> Any:
         attention = attention_by_method(self, name, default)
         is_eager = attention is default  # which each model has for itself, in no registry
-        return partial(_attend, "eager", attention) if is_eager and may_be_over_tree() else attention
+        return (
+            partial(run_untraced, _attend, "eager", attention)
+            if is_eager and may_be_over_tree()
+            else attention
+        )
 
     def get_mask_by_index(self: Any, name: str) -> Any:
         make_mask = mask_by_index(self, name)
@@ -55,7 +59,8 @@ def _make_mask(make_mask: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return None
     if not any("sliding_window" in name for name in closure_names(kwargs.get("mask_function"))):
         raise PrefixSharingError("its attention is local in another way than by a sliding window")
-    return torch.full((1, 1, 1, 1), window)  # some models tell their attention of it by the mask alone
+    # some models tell their attention of it by the mask alone
+    return torch.full((1, 1, 1, 1), window, device="cpu")
 
 
 def closure_names(function: Any) -> Iterator[str]:
@@ -68,7 +73,6 @@ def closure_names(function: Any) -> Iterator[str]:
                 yield from closure_names(value)
 
 
-@torch.compiler.disable  # a tree in the trace would have it compiled anew for each tree
 def _attend(
     name: str,
     attention: Callable[..., Any],

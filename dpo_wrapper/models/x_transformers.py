@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from functools import cache, partial, wraps
 from typing import Any
 
-import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dpo_wrapper.models.base import LanguageModel, OutputHead, as_output_head, has_hooks
-from dpo_wrapper.models.rerun import attention_tree, may_be_over_tree, run_pass
+from dpo_wrapper.models.rerun import attention_tree, may_be_over_tree, run_pass, run_untraced
 from dpo_wrapper.prefix_tree import PrefixSharingError, TreeLayout, attend_along_paths, attend_with_kernel
 from dpo_wrapper.prefix_tree.attention import make_causal_mask
 
@@ -22,13 +21,14 @@ class XTransformersModel(LanguageModel):
 
     name = "x-transformers"
     can_share_prefix = True
+    plain_attention_hint = " (attn_flash = True may make it so)"
 
     def __init__(self, model: nn.Module, net: Any) -> None:
         super().__init__(model)
         if net.to_logits is None:
             problem = "the model should have an output head, but it returns embeddings"
             raise TypeError(f"{problem}: leave return_only_embed at False.")
-        self.net = net
+        self.net = self.called_module = net
         install_hooks()
         self.vocab_size = net.num_tokens
         self.max_positions = getattr(net.pos_emb, "max_seq_len", None)
@@ -100,20 +100,28 @@ def install_hooks() -> None:
 
     @wraps(forward_attention)
     def forward_without_bias(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if may_be_over_tree() and is_over_tree(self.attend) and kwargs.get("rel_pos") is not None:
+        if (
+            may_be_over_tree()
+            and run_untraced(is_over_tree, self.attend)
+            and kwargs.get("rel_pos") is not None
+        ):
             # it is computed for each group of paths, and never for the whole tree
             kwargs |= {"rel_pos": lambda *_: x.new_zeros(1, 1, 1), "pos": None}
         return forward_attention(self, x, *args, **kwargs)
 
     @wraps(forward_attend)
     def forward_over_tree(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if may_be_over_tree() and is_over_tree(self):
-            return _attend(self, partial(forward_attend, self), *args, **kwargs)
+        if may_be_over_tree() and run_untraced(is_over_tree, self):
+            return run_untraced(_attend, self, partial(forward_attend, self), *args, **kwargs)
         return forward_attend(self, *args, **kwargs)
 
     def get_max_attend_past(self: Any) -> int | None:  # the library makes a mask of it, as large as the tree
         past = vars(self)["max_attend_past"]
-        return None if past is not None and may_be_over_tree() and is_over_tree(self.attend) else past
+        return (
+            None
+            if past is not None and may_be_over_tree() and run_untraced(is_over_tree, self.attend)
+            else past
+        )
 
     def set_max_attend_past(self: Any, value: int | None) -> None:
         vars(self)["max_attend_past"] = value
@@ -123,14 +131,12 @@ def install_hooks() -> None:
     attend_class.forward = forward_over_tree
 
 
-@torch.compiler.disable  # a tree in the trace would have it compiled anew for each tree
 def is_over_tree(attend: Any) -> bool:
     """Whether an `Attend` module runs over a tree now."""
     tree = attention_tree()
     return isinstance(tree, AttentionTree) and id(attend) in tree.windows
 
 
-@torch.compiler.disable
 def _attend(
     module: Any,
     forward: Callable[..., Any],

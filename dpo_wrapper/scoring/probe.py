@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dpo_wrapper.log_probs import Impl
+from dpo_wrapper.models import LanguageModel
 from dpo_wrapper.prefix_tree import TreeKernel, TreeOptions
 
 SharePrefix = bool | Literal["auto"]
@@ -56,11 +57,11 @@ class ProbeKey:
     hooks: int
 
     @classmethod
-    def of_model(cls, model: nn.Module, device: torch.device) -> "ProbeKey":
+    def of_model(cls, model: LanguageModel, device: torch.device) -> "ProbeKey":
         """The state that a model is in now. This runs in every forward pass, so it reads attributes alone."""
         trains: list[bool] = []
         dtypes: set[torch.dtype] = set()
-        visited, modules = {id(model)}, [model]
+        visited, modules = {id(model.model)}, [model.model]
         checkpointed, any_sharded = 0, False
         for module in modules:
             attributes = module.__dict__
@@ -85,7 +86,9 @@ class ProbeKey:
             frozenset() if any_sharded else frozenset(dtypes),
             tuple(trains) if needs_grad else None,
             checkpointed if needs_grad else 0,
-            len(model._forward_hooks) + len(model._forward_pre_hooks),
+            sum(
+                len(m._forward_hooks) + len(m._forward_pre_hooks) for m in (model.model, model.called_module)
+            ),
         )
 
     def without_gradients(self) -> "ProbeKey":

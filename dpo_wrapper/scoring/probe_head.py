@@ -1,7 +1,8 @@
 """The first forward pass of a model: is it a causal language model, and may its head be applied by itself?"""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float, Int
@@ -13,22 +14,19 @@ from dpo_wrapper.scoring.rounding import relative_error
 from dpo_wrapper.scoring.stand_ins import called_modules
 from dpo_wrapper.scoring.token_log_probs import check_logits
 
-Modes = Sequence[tuple[nn.Module, bool]]
-"""Modules with their `training` flags."""
-
 
 def probe_head(
     model: LanguageModel,
     device: torch.device,
     policy: nn.Module | None,
     needs_grad: bool,
-    own_modes: Modes | None = None,
+    is_eval: bool,
 ) -> tuple[int, str | None]:
     """The size of the vocabulary, and why the head may not be applied to scored positions alone (or None).
 
     Raises TypeError or ValueError for a model that sees ahead, returns something else than logits or, as a
     reference, depends on the policy's trained parameters. With `needs_grad` it warns of parameters that train
-    but get no gradient, in eval mode or, where they are given, in modes of the modules' own.
+    but get no gradient. `is_eval` says whether the model will be called in eval mode.
     """
     known_size, n = model.vocab_size or 2, min(5, model.max_positions or 5)
     row = [(2 * k + 1) * known_size // (2 * n) for k in range(n)]  # spread out: small ids are often padding
@@ -56,7 +54,7 @@ def probe_head(
             )
         reason = why_head_differs(model, head, ids, logits)
         if needs_grad:
-            warn_of_missing_gradients(model, ids, logits, own_modes)
+            warn_of_missing_gradients(model, ids, logits, is_eval)
     if reason is not None and model.name != "module":
         warnings.warn(f"all logits of the {model.name} model are computed, for {reason}.", stacklevel=3)
     return min(logits.shape[-1], model.vocab_size or logits.shape[-1]), reason
@@ -105,15 +103,12 @@ def why_head_differs(
     """Why the head may not be applied to hidden states outside the model; None if it may."""
     if model.name == "module":
         return "the head of a plain module cannot be reached"
+    if head is not None and is_head_sharded(model, head):
+        return "its head is sharded, and whole inside the model alone"
     if (reason := model.why_own_forward()) is not None:
         return reason
     if head is None:
         return "its head is no linear layer of its own"
-    # FSDP gathers weights for a while: what counts is whose they are, not what they are just now
-    fsdp_modules = (module for module in model.model.modules() if is_sharded(module))
-    is_in_fsdp = any(p is head.weight for module in fsdp_modules for p in module.parameters())
-    if is_in_fsdp or hasattr(head.weight, "device_mesh"):
-        return "its head is sharded, and whole inside the model alone"
     try:
         head_logits = head.compute_logits(model.forward_hidden(ids).to(head.weight.device))
     except Exception as error:  # whatever a model's code may raise, its own logits remain
@@ -128,51 +123,66 @@ def why_head_differs(
     return f"its head alone gives other logits (relative difference {error:.1e})" if differs else None
 
 
-def warn_of_missing_gradients(
-    model: LanguageModel, ids: Tensor, logits: Tensor, own_modes: Modes | None
-) -> None:
-    """Warn of parameters that train, and whose module is called, but that get no gradient of the logits.
+def is_head_sharded(model: LanguageModel, head: OutputHead) -> bool:
+    """Whether the head's weight belongs to FSDP or to tensor parallelism, even while it is gathered."""
+    fsdp_modules = (module for module in model.model.modules() if is_sharded(module))
+    is_in_fsdp = any(p is head.weight for module in fsdp_modules for p in module.parameters())
+    return is_in_fsdp or hasattr(head.weight, "device_mesh")
 
-    Modules that are not called (an expert that no token is sent to, the vision part of a model) say nothing.
-    Sharded parameters are not looked at, since backward would gather and reduce them.
+
+def warn_of_missing_gradients(model: LanguageModel, ids: Tensor, logits: Tensor, is_eval: bool) -> None:
+    """Warn of parameters that train, but get no gradient because of the mode or of activation checkpointing.
+
+    A parameter that gets none in any mode is not used by the model, nor is one whose module is not called (an
+    expert that no token is sent to). Sharded parameters are not looked at: backward would reduce gradients.
     """
     if any(map(is_sharded, model.model.modules())) or not (missing := missing_gradients(model, logits)):
         return
-    if own_modes is not None:  # layers may compute gradients in train mode alone
-        modes = [(module, module.training) for module, _ in own_modes]
-        set_modes(own_modes)
-        try:
-            missing = missing_gradients(model, model.forward_logits(ids))
-        finally:
-            set_modes(modes)
     with called_modules(model.model) as calls, torch.no_grad():
         model.forward_logits(ids)
-    if not (missing := {name: p for name, p in missing.items() if calls.owns(p)}):
-        return
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.model.modules()):
-        remedy = "call model.enable_input_require_grads() for reentrant activation checkpointing"
-    else:
-        remedy = "use disable_dropout = False if its layers compute gradients in train mode alone"
-    names = ", ".join(list(missing)[:3]) + (" ..." if len(missing) > 3 else "")
-    warnings.warn(
-        f"parameters that train should get gradients, but {len(missing)} of the {model.name} model get none "
-        f"({names}): {remedy}, or freeze them.",
-        stacklevel=4,
-    )
+    missing = {name for name, p in missing.items() if calls.owns(p)}
+    remedy = "call model.enable_input_require_grads()"
+    cause = "reentrant activation checkpointing passes none on to a layer whose input needs none"
+    if not any(getattr(module, "gradient_checkpointing", False) for module in model.model.modules()):
+        if not is_eval:
+            return
+        with train_mode(model.model):
+            missing -= missing_gradients(model, model.forward_logits(ids)).keys()
+        cause, remedy = "some layers compute none in eval mode", "use disable_dropout = False"
+    if missing:
+        names = ", ".join(sorted(missing)[:3]) + (" ..." if len(missing) > 3 else "")
+        warnings.warn(
+            f"parameters that train should get gradients, but {len(missing)} of the {model.name} model get "
+            f"none ({names}), for {cause}: {remedy}.",
+            stacklevel=4,
+        )
 
 
 def missing_gradients(model: LanguageModel, logits: Tensor) -> dict[str, nn.Parameter]:
     """The parameters that train but that no gradient of the logits reaches, by name."""
     trained = {name: p for name, p in model.model.named_parameters() if p.requires_grad}
-    if not any("CheckpointFunctionBackward" in node.name() for node in graph_nodes(logits)):
+    if not has_reentrant_checkpoint(logits):
         reached = parameters_reached(logits)
         return {name: p for name, p in trained.items() if id(p) not in reached}
     for p in trained.values():
         p.grad = None
-    logits.float().square().mean().backward()  # a reentrant checkpoint hides its parameters from the graph
+    logits.float().square().mean().backward()  # such a checkpoint hides its parameters from the graph
     return {name: p for name, p in trained.items() if p.grad is None}
 
 
-def set_modes(modes: Modes) -> None:
-    for module, is_training in modes:
-        module.training = is_training
+def has_reentrant_checkpoint(output: Tensor) -> bool:
+    """Whether a part of the graph behind an output is computed again in backward, and not known before."""
+    return any(node.name() == "CheckpointFunctionBackward" for node in graph_nodes(output))
+
+
+@contextmanager
+def train_mode(model: nn.Module) -> Iterator[None]:
+    """Set all modules' `training` flags inside this context."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = True
+        yield
+    finally:
+        for module, is_training in modes:
+            module.training = is_training

@@ -28,10 +28,9 @@ def probe_model(
     """Run the model on a few short rows, and try which fast paths give its own log-probs and gradients.
 
     It runs as in training, with gradients if the key has any, and leaves nothing behind. Raises TypeError or
-    ValueError as `probe_head` does, and where `share_prefix` is True but impossible. `is_eval` says that the
-    model will be called in eval mode, and not in its own.
+    ValueError as `probe_head` does, and where `share_prefix` is True but impossible. `is_eval` says whether
+    the model will be called in eval mode.
     """
-    own_modes = None if is_eval else [(module, module.training) for module in model.model.modules()]
     device, needs_grad = key.device, key.trains is not None
     with (
         torch.inference_mode(False),
@@ -42,7 +41,7 @@ def probe_model(
     ):
         torch.clear_autocast_cache()
         eval_mode_check = EvalModeCheck(model)
-        vocab_size, why_all_logits = probe_head(model, device, policy, needs_grad, own_modes)
+        vocab_size, why_all_logits = probe_head(model, device, policy, needs_grad, is_eval)
         if policy is None:
             ids = torch.zeros(1, 2, dtype=torch.long, device=device)
             if is_eval:
@@ -52,6 +51,8 @@ def probe_model(
         if policy is None:
             eval_mode_check.restore_weights(ids)
     torch.clear_autocast_cache()
+    if needs_grad and (sentence := model.left_out_loss()) is not None:
+        warnings.warn(sentence, stacklevel=5)
     return probe
 
 
@@ -67,7 +68,7 @@ def probe_sharing(model: LanguageModel, probe: Probe, share_prefix: SharePrefix,
         reason, kernels = trial.why_not_shared(fast)
         if reason is None and fast.kernel in kernels:
             return replace(probe, tree=fast, kernels=kernels)
-        why_own_attention = "it is not plain softmax attention"
+        why_own_attention = f"it is not plain softmax attention{model.plain_attention_hint}"
         if reason is not None and fast.kernel in kernels and fast.kernel != own.kernel:
             why_own_attention = f"{KERNEL_NAMES[fast.kernel]} does not fit ({reason})"
             reason, kernels = trial.why_not_shared(own)

@@ -107,8 +107,7 @@ class Scorer:
 
     def find_probe(self, device: torch.device) -> Probe:
         """What is known of the model in its present state, after probing it where nothing is."""
-        model = self.language_model.model
-        key = ProbeKey.of_model(model, device)
+        key = ProbeKey.of_model(self.language_model, device)
         if key not in self.probes:
             choose_impl(self.impl, device)  # raises where it is not available
             policy = None if self.policy is None else self.policy.language_model.model
