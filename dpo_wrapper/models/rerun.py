@@ -87,7 +87,7 @@ def attention_tree() -> Any:
 
 
 def run_untraced(function: Callable[..., Output], *args: Any, **kwargs: Any) -> Output:
-    """Call a function that knows the tree, which in a trace of `torch.compile` would be compiled for each tree.
+    """Call a function that knows the tree. In a trace, `torch.compile` would compile it anew for each tree.
 
     `torch.compiler.disable` as a decorator would load the compiler when the package is imported.
     """

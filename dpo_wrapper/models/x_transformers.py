@@ -98,6 +98,9 @@ def install_hooks() -> None:
     attend_class: Any = sys.modules["x_transformers.attend"].Attend
     forward_attention, forward_attend = attention_class.forward, attend_class.forward
 
+    def is_active(attend: Any) -> bool:
+        return may_be_over_tree() and run_untraced(is_over_tree, attend)
+
     @wraps(forward_attention)
     def forward_without_bias(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if (
@@ -111,7 +114,7 @@ def install_hooks() -> None:
 
     @wraps(forward_attend)
     def forward_over_tree(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if may_be_over_tree() and run_untraced(is_over_tree, self):
+        if is_active(self):
             return run_untraced(_attend, self, partial(forward_attend, self), *args, **kwargs)
         return forward_attend(self, *args, **kwargs)
 
