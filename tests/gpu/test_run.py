@@ -1,0 +1,87 @@
+"""`run.sh` to its end, at sizes that measure nothing, and what it does where a stage fails."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.slow
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return subprocess.run(
+        ["bash", str(HERE / "run.sh"), *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"} | environment,
+    )
+
+
+def read(folder: Path, name: str) -> Any:
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def test_all_stages(tmp_path):
+    done = run("--toy", str(tmp_path / "out"))
+    out = tmp_path / "out"
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    stages = ("tests", "gather", "step", "profile")
+    logs = {stage: (out / f"{stage}.log").read_text() for stage in stages}
+    summary = read(out, "summary")
+    assert list(summary["stages"]) == list(stages)
+    assert {"torch", "trl"} <= set(summary["machine"]["versions"])
+    for stage, record in summary["stages"].items():
+        assert record["status"] == 0, logs[stage]
+        assert 0 <= record["seconds"] <= record["limit"] <= 420
+    tests = summary["stages"]["tests"]
+    assert tests["counts"]["passed"] >= 10 and "failed" not in tests["counts"]
+    assert all(test["reason"] for test in tests["tests"].values() if test["outcome"] == "skipped")
+
+    (of_shape,) = read(out, "gather")["shapes"]
+    for mode in ("frozen", "trained"):
+        figures = of_shape["results"]["fused"]["modes"][mode]
+        assert figures["seconds"] > 0 and figures["log_prob_error"] < 1e-3 and figures["grad_error"] < 1e-3
+    assert of_shape["results"]["cce"] == {"missing": "needs CUDA"}
+
+    full, lora = read(out, "step")["cases"]
+    for case in (full, lora):
+        tree, packed = case["results"]["tree"], case["results"]["packed"]
+        assert tree["seconds"] > 0 and tree["mfu"] > 0
+        assert case["tokens"]["unique"] < case["tokens"]["real"] < case["tokens"]["padded"]
+        assert packed["loss"] == pytest.approx(tree["loss"], rel=1e-2)
+        if "seconds" in case["results"]["trl"]:  # it is installed
+            assert case["results"]["trl"]["loss"] == pytest.approx(tree["loss"], rel=1e-3)
+    assert lora["trained"] < full["trained"]
+    assert lora["step_flops"]["attention"] == full["step_flops"]["attention"]
+
+    for case in read(out, "profile")["cases"]:
+        assert case["busy_ms"] > 0 and case["kernels"] and case["waits"] and case["gaps"]
+        assert sum(kernel["share"] for kernel in case["kernels"]) <= 1 + 1e-6
+        assert any("dpo_wrapper/" in place["place"] for place in case["places"])
+
+
+def test_a_failing_stage_does_not_stop_the_next(tmp_path):
+    (tmp_path / "gather.json").mkdir()  # nothing can be written there
+    done = run("--toy", str(tmp_path), "gather", "profile")
+    assert "gather: exit status 1" in done.stdout and "profile: exit status 0" in done.stdout
+    assert "IsADirectoryError" in (tmp_path / "gather.log").read_text()
+    assert [stage["status"] for stage in read(tmp_path, "summary")["stages"].values()] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "usage: "),
+        (("--help",), "usage: "),
+        (("out", "steps"), "a stage should be one of tests gather step profile, but it is steps."),
+    ],
+)
+def test_wrong_arguments(arguments, message, tmp_path):
+    done = run(*(str(tmp_path / a) if a == "out" else a for a in arguments))
+    assert done.returncode == 2 and message in done.stderr
