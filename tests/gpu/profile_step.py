@@ -66,10 +66,14 @@ def record_steps(setup: Setup, forward: Step, steps: int) -> list[FunctionEvent]
     return list(profiler.events())
 
 
+def is_kernel(event: FunctionEvent) -> bool:
+    return event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+
+
 def find_kernels(events: list[FunctionEvent], device: str) -> list[FunctionEvent]:
     """What ran on the device, in order; on the CPU the outermost operations."""
     if device == "cuda":
-        kernels = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+        kernels = [e for e in events if is_kernel(e)]
     else:
         kernels = [e for e in events if e.cpu_parent is None and e.name.startswith("aten::")]
     return sorted(kernels, key=lambda event: event.time_range.start)
@@ -158,7 +162,7 @@ def count_places(device: str) -> Iterator[Counter[tuple[str, str]]]:
         return
 
     def show(message: Any, *_: Any, **__: Any) -> None:
-        if "synchronizing" in str(message):
+        if "called a synchronizing" in str(message):
             places[describe_place()] += 1
 
     with warnings.catch_warnings():

@@ -41,24 +41,29 @@ run_pytest() { # LIMIT OUTCOMES ARGUMENT...
         --tb=short --durations=10 -p helpers.outcomes --outcomes "$scratch/$outcomes.json" "$@"
 }
 
-# The tests marked `cuda`, those that say most first; the Triton kernel, whose many variants take a minute to
-# compile, in a process beside them. On the CPU, what of tests/gpu runs there.
+# The tests marked `cuda`, in three processes, because most of their time goes to compiling: FlexAttention and
+# the Triton kernel, each with its variants, and all others. On the CPU, what of tests/gpu runs there.
 run_tests() { # LIMIT
-    local files kernel=tests/log_probs/test_triton_tile.py status
-    mapfile -t files < <(
-        ls tests/gpu/test_tree_attention.py tests/prefix_tree/test_flex_attention.py
-        grep -rlE --include='test_*.py' 'mark\.cuda|def test_.*\bdevice\b' tests | sort
-    )
-    mapfile -t files < <(printf '%s\n' "${files[@]}" | awk -v kernel=$kernel '!seen[$0]++ && $0 != kernel')
+    local attention=tests/gpu/test_tree_attention.py kernel=tests/log_probs/test_triton_tile.py
+    local others name status=0
+    declare -A running
     if [ ${#toy[@]} -gt 0 ]; then
         run_pytest "$1" tests -m "not cuda and not slow" tests/gpu
         return
     fi
+    mapfile -t others < <(
+        grep -rlE --include='test_*.py' 'mark\.cuda|def test_.*\bdevice\b' tests |
+            grep -vxF -e $attention -e $kernel | sort
+    )
     run_pytest "$1" kernel -m cuda $kernel >"$scratch/kernel.log" 2>&1 &
-    run_pytest "$1" tests -m cuda "${files[@]}"
-    status=$?
-    wait $! || status=$?
-    cat "$scratch/kernel.log"
+    running[kernel]=$!
+    run_pytest "$1" others -m cuda "${others[@]}" >"$scratch/others.log" 2>&1 &
+    running[others]=$!
+    run_pytest "$1" attention -m cuda $attention || status=$?
+    for name in others kernel; do
+        wait "${running[$name]}" || status=$?
+        cat "$scratch/$name.log"
+    done
     return $status
 }
 

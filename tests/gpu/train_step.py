@@ -48,23 +48,24 @@ from training_case import Case, Setup, add_case_options, chosen_cases, free_memo
 
 CASES = [
     Case("0.5b", "full", "hh", 64),
-    Case("1.5b", "lora", "en", 16),
-    Case("1.5b", "full", "hh", 32),
-    Case("0.5b", "lora", "en", 32),
-    Case("1.5b", "full", "en", 16),
     Case("0.5b", "full", "en", 16),
-    Case("1.5b", "lora", "hh", 64),
+    Case("1.5b", "full", "hh", 32),
+    Case("1.5b", "lora", "en", 16),
+    Case("1.5b", "lora", "hh", 32),
+    Case("1.5b", "full", "en", 16),
     Case("0.5b", "lora", "hh", 64),
+    Case("0.5b", "lora", "en", 16),
 ]
 
 NAMES = {
     "tree": "dpo_wrapper",
+    "tree-checkpointing": "dpo_wrapper, checkpointing",
     "packed": "dpo_wrapper, nothing shared",
-    "trl-checkpointing": "TRL DPOTrainer, checkpointing (its default)",
     "trl": "TRL DPOTrainer",
+    "trl-checkpointing": "TRL DPOTrainer, checkpointing (its default)",
     "plain": "dpo_wrapper, padded rows",
 }
-DEFAULT_NAMES = ["tree", "packed", "trl-checkpointing", "trl"]
+DEFAULT_NAMES = ["tree", "tree-checkpointing", "packed", "trl-checkpointing", "trl"]
 
 
 # measuring

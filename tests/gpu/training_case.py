@@ -75,12 +75,13 @@ class Setup:
         if name.startswith("trl"):
             return self.trl
         batch = self.batch.without_shared_prefixes() if name == "packed" else self.batch
-        return ours(self.model, batch, ARGS, share=name != "plain", reference=self.reference)
+        share: str | bool = False if name == "plain" else "auto"
+        return ours(self.model, batch, ARGS, share, reference=self.reference)
 
     def set_modes(self, name: str) -> None:
         """Train mode, which checkpointing asks for; these models have no dropout."""
         self.model.train()
-        if name == "trl-checkpointing":
+        if name.endswith("checkpointing"):
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         else:
             self.model.gradient_checkpointing_disable()
