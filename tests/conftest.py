@@ -31,6 +31,12 @@ def no_silent_fallback() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(params=("cpu", pytest.param("cuda", marks=pytest.mark.cuda)))
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a test runs: on the CPU, and, if there is one, on a GPU."""
+    return request.param
+
+
 @pytest.fixture(params=("eager", "cached", "recomputed"))
 def impl(request: pytest.FixtureRequest) -> Iterator[str]:
     """Of the log-prob gather: the slow lines, or tiles whose softmaxes are cached or computed again."""

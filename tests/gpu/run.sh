@@ -4,6 +4,7 @@
 #     tests/gpu/run.sh OUT                        all stages
 #     tests/gpu/run.sh OUT step profile           these stages, each with the time of all until its end
 #     tests/gpu/run.sh --toy OUT                  on the CPU, at sizes that measure nothing
+#     tests/gpu/run.sh --peak-flops 312e12 OUT    on a card that is no H100 (dense bfloat16)
 #
 # A stage ends at its second of the list below at the latest, and a failing one does not stop the next. Each
 # writes OUT/STAGE.log, and OUT/STAGE.json as results come; OUT/summary.json is rewritten after each.
@@ -12,13 +13,16 @@ set -uo pipefail
 declare -A ends=([tests]=150 [gather]=250 [step]=370 [profile]=420)
 order=(tests gather step profile)
 
-toy=()
-if [ "${1:-}" = --toy ]; then
-    toy=(--device cpu --toy --runs 1 --threads 1)
-    shift
-fi
+toy=() peak=()
+while [ $# -gt 1 ]; do
+    case $1 in
+    --toy) toy=(--device cpu --toy --runs 1 --threads 1) && shift ;;
+    --peak-flops) peak=(--peak-flops "$2") && shift 2 ;;
+    *) break ;;
+    esac
+done
 if [ $# -eq 0 ] || [ "${1#-}" != "$1" ]; then
-    echo "usage: $0 [--toy] OUT [STAGE ...], stages: ${order[*]}" >&2
+    echo "usage: $0 [--toy] [--peak-flops N] OUT [STAGE ...], stages: ${order[*]}" >&2
     exit 2
 fi
 mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
@@ -67,16 +71,16 @@ run_tests() { # LIMIT
     return $status
 }
 
-run_script() { # LIMIT NAME SCRIPT: no new case begins when less than three tenths of the time are left
-    timeout -k 5 "$1" python3 "tests/gpu/$3" --json "$out/$2.json" --seconds $(($1 * 7 / 10)) \
-        ${toy[@]+"${toy[@]}"}
+run_script() { # LIMIT NAME SCRIPT OPTION...: no case begins when less than three tenths of the time are left
+    local options=(--json "$out/$2.json" --seconds $(($1 * 7 / 10)) "${@:4}")
+    timeout -k 5 "$1" python3 "tests/gpu/$3" "${options[@]}" ${toy[@]+"${toy[@]}"}
 }
 
 run_stage() { # NAME LIMIT
     case $1 in
     tests) run_tests "$2" ;;
     gather) run_script "$2" gather gather.py ;;
-    step) run_script "$2" step train_step.py ;;
+    step) run_script "$2" step train_step.py ${peak[@]+"${peak[@]}"} ;;
     profile) run_script "$2" profile profile_step.py ;;
     esac
 }

@@ -88,6 +88,7 @@ def test_a_failing_stage_does_not_stop_the_next(tmp_path):
     [
         ((), "usage: "),
         (("--help",), "usage: "),
+        (("--toy",), "usage: "),
         (("out", "steps"), "a stage should be one of tests gather step profile, but it is steps."),
     ],
 )
