@@ -41,7 +41,7 @@ trap 'rm -rf "$scratch"' EXIT
 run_pytest() { # LIMIT OUTCOMES ARGUMENT...
     local limit=$1 outcomes=$2
     shift 2
-    PYTHONPATH="$PWD/tests:$PYTHONPATH" timeout -k 5 "$limit" python3 -m pytest -p no:cacheprovider -vv -ra \
+    PYTHONPATH="$PWD/tests:$PYTHONPATH" timeout -k 5 "$limit" python3 -m pytest -p no:cacheprovider -p no:logging -vv -ra \
         --tb=short --durations=10 -p helpers.outcomes --outcomes "$scratch/$outcomes.json" "$@"
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,21 +67,56 @@ def test_all_stages(tmp_path):
         assert any("dpo_wrapper/" in place["place"] for place in case["places"])
 
 
-def test_a_failing_stage_does_not_stop_the_next(tmp_path):
-    python = tmp_path / "python3"  # in place of Python: the first stage fails, the next does nothing
-    lines = (
+def run_with_stub(folder: Path, *arguments: str, **responses: str) -> tuple[str, list[str]]:
+    """What it prints, and the commands, if Python does nothing but, for a command with a name, `response`."""
+    folder.mkdir()
+    commands = folder / "commands"
+    cases = [f"*{name}) {response} ;;" for name, response in responses.items()]
+    lines = [
         "#!/bin/sh",
-        'case "$1" in',
-        "*gather.py) echo broken; exit 3 ;;",
-        f'*summary.py) exec {sys.executable} "$@" ;;',
+        f'echo "$@" >> {commands}',
+        f'case "$1" in *summary.py) exec {sys.executable} "$@" ;; esac',
+        'case "$*" in',
+        *cases,
         "esac",
-    )
-    python.write_text("\n".join(lines) + "\n")
-    python.chmod(0o755)
-    done = run("--toy", str(tmp_path / "out"), "gather", "step", PATH=f"{tmp_path}:{os.environ['PATH']}")
-    assert "gather: exit status 3" in done.stdout and "step: exit status 0" in done.stdout
-    assert (tmp_path / "out" / "gather.log").read_text() == "broken\n"
-    assert [s["status"] for s in read(tmp_path / "out", "summary")["stages"].values()] == [3, 0]
+    ]
+    (folder / "python3").write_text("\n".join(lines) + "\n")
+    (folder / "python3").chmod(0o755)
+    done = run(*arguments, PATH=f"{folder}:{os.environ['PATH']}")
+    assert not done.stderr, done.stderr
+    return done.stdout, [line for line in commands.read_text().splitlines() if "summary.py" not in line]
+
+
+def test_a_failing_stage_does_not_stop_the_next(tmp_path):
+    out = tmp_path / "out"
+    responses = {"gather.py*": "echo broken; exit 3"}
+    printed, _ = run_with_stub(tmp_path / "bin", "--toy", str(out), "gather", "step", **responses)
+    assert "gather: exit status 3" in printed and "step: exit status 0" in printed
+    assert (out / "gather.log").read_text() == "broken\n"
+    assert [stage["status"] for stage in read(out, "summary")["stages"].values()] == [3, 0]
+
+
+def test_the_tests_of_a_gpu_run_in_three_processes(tmp_path):
+    """All files with such tests are in one of them, and a failure of any is one of the stage."""
+    out = tmp_path / "out"
+    responses = {"test_triton_tile.py": "echo failed; exit 1"}
+    printed, commands = run_with_stub(tmp_path / "bin", str(out), "tests", **responses)
+    assert "tests: exit status 1" in printed and "failed" in (out / "tests.log").read_text()
+    assert len(commands) == 3 and all(" -m cuda " in command for command in commands)
+    files = [word for command in commands for word in command.split() if word.startswith("tests/")]
+    assert len(files) == len(set(files))
+    is_marked = re.compile(r"^@pytest\.mark\.cuda", re.MULTILINE).search
+    marked = [file for file in HERE.parent.rglob("test_*.py") if is_marked(file.read_text())]
+    assert {str(file.relative_to(HERE.parents[1])) for file in marked} <= set(files)
+    names = ("references", "mixed_precision", "device_map")
+    assert {f"tests/gpu/test_{name}.py" for name in names} <= set(files)
+
+
+def test_options_go_to_the_scripts(tmp_path):
+    arguments = ("--peak-flops", "312e12", str(tmp_path / "out"), "gather", "step")
+    _, (gather, step) = run_with_stub(tmp_path / "bin", *arguments)
+    assert step.endswith("--peak-flops 312e12") and "--peak-flops" not in gather
+    assert "--seconds 175 " in f"{gather} ", "seven tenths of the time until its end"
 
 
 @pytest.mark.parametrize(

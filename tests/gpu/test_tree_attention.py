@@ -4,12 +4,14 @@ Each case is compiled anew on CUDA, which takes seconds, so that there are few. 
 backward pass of FlexAttention.
 """
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from dpo_wrapper.prefix_tree import TreeOptions
+from dpo_wrapper.prefix_tree import TreeOptions, flex_attention
 from dpo_wrapper.prefix_tree.attention import attend_with_kernel
 from dpo_wrapper.prefix_tree.layout import TreeLayout
 from dpo_wrapper.prefix_tree.tree import PrefixTree
@@ -73,6 +75,26 @@ def check(case: str, device: str, tree: PrefixTree) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients(case, device):
     check(case, device, random_tree(1))
+
+
+@torch.no_grad()
+def test_trees_and_windows_of_any_size_share_a_graph(monkeypatch):
+    """On CUDA each graph is compiled for seconds; a tree within one block of 128 tokens has its own."""
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    counted = torch.compile(flex_attention.flex_attention, dynamic=True, backend=count)
+    monkeypatch.setattr(flex_attention, "flex_attention", counted)
+    *sizes, _, dtype = CASES["16-float32-gqa"]
+    trees = [(200, None, 1), (150, None, 1), (400, None, 1), (200, 50, 2), (300, 60, 2), (10, None, 3)]
+    for seed, (longest, window, expected) in enumerate(trees):
+        tree = random_tree(seed, longest=longest)
+        assert (len(tree.ids) <= flex_attention.BLOCK_SIZE) == (longest == 10)
+        attend_by_flex(tree, window, *draw(tree, *sizes, dtype)[:3])
+        assert len(graphs) == expected, (len(tree.ids), window)
 
 
 @pytest.mark.cuda
