@@ -73,6 +73,13 @@ def measure_shape(shape: tuple[int, int, int], args: argparse.Namespace) -> Resu
     return results
 
 
+def has_failed(shape: dict[str, Any]) -> bool:
+    """Whether a contestant failed for another reason than lack of memory, which is a result."""
+    results = shape.get("results", {}).values()
+    reasons = [mode.get("failed") for result in results for mode in result.get("modes", {}).values()]
+    return any(reason and not reason.startswith("OutOfMemoryError") for reason in reasons)
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -111,7 +118,7 @@ def main() -> int:
             tidy()
         if args.json:
             write_json(args, shapes=shapes)
-    return 0
+    return 1 if any(map(has_failed, shapes)) else 0
 
 
 if __name__ == "__main__":

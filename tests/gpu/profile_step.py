@@ -261,10 +261,13 @@ def main() -> int:
             except UnavailableError as error:
                 records.append({"case": asdict(case), "missing": str(error)})
                 print(error)
+            except Exception as error:  # of whatever kind: another case may do
+                records.append({"case": asdict(case), "failed": f"{type(error).__name__}: {error}"[:300]})
+                traceback.print_exc()
             free_memory()
         if args.json:
             write_json(args, cases=records)
-    return 0
+    return 1 if any("failed" in record for record in records) else 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """What the scripts of `run.sh` do with a GPU's events, its warnings, and with too little memory."""
 
-import importlib
+import importlib.util
 import warnings
+import weakref
+from argparse import Namespace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -17,7 +19,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The scripts as modules; they find each other and the benchmarks beside them, as when they are run."""
     for folder in (HERE, HERE.parent / "benchmarks"):
         monkeypatch.syspath_prepend(str(folder))
-    names = ("profile_step", "train_step", "training_case")
+    names = ("gather", "profile_step", "train_step", "training_case")
     modules: dict[str, ModuleType] = {name: importlib.import_module(name) for name in names}
     return SimpleNamespace(**modules)
 
@@ -74,3 +76,33 @@ def test_a_contestant_without_enough_memory_is_a_result(scripts, monkeypatch):
     tree = record["results"]["tree"]
     assert tree["mfu"] == pytest.approx(sum(record["step_flops"].values()) / tree["seconds"] / 1e12)
     assert all(p.grad is None for p in setup.model.parameters())
+
+
+def test_lack_of_memory_fails_no_stage_and_other_errors_do(scripts):
+    has_failed = scripts.train_step.has_failed
+    assert not has_failed({"results": {"tree": {"seconds": 1.0}, "trl": {"failed": "out of memory"}}})
+    assert has_failed({"results": {"tree": {"failed": "RuntimeError: no kernel"}}})
+    assert has_failed({"failed": "RuntimeError: no kernel"})
+    shape_has_failed = scripts.gather.has_failed
+    assert not shape_has_failed({"results": {"cce": {"missing": "not installed"}}})
+    modes = {"frozen": {"failed": "OutOfMemoryError: 20 GiB"}}
+    assert not shape_has_failed({"results": {"compile": {"modes": modes}}})
+    assert shape_has_failed({"results": {"triton": {"modes": {"frozen": {"failed": "RuntimeError: no"}}}}})
+
+
+def test_nothing_of_a_case_stays_in_memory(scripts, monkeypatch):
+    cases, train_step = scripts.training_case, scripts.train_step
+    models = []
+
+    def set_up(*arguments: Any) -> Any:
+        setup = cases.set_up(*arguments)
+        models.append(weakref.ref(setup.model))
+        return setup
+
+    monkeypatch.setattr(train_step, "set_up", set_up)
+    names = ["tree", "trl"] if importlib.util.find_spec("trl") else ["tree"]
+    options = Namespace(device="cpu", only=names, runs=1, peak_flops=1e12)
+    for case in cases.TOY_CASES:
+        assert not train_step.has_failed(train_step.run_case(case, options))
+        cases.free_memory()
+    assert [model() for model in models] == [None, None]

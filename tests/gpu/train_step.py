@@ -31,7 +31,6 @@ against these numbers, so that MFUs compare as speeds do.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -68,6 +67,9 @@ NAMES = {
 DEFAULT_NAMES = ["tree", "tree-checkpointing", "packed", "trl-checkpointing", "trl"]
 
 
+OUT_OF_MEMORY = "out of memory"
+
+
 # measuring
 
 
@@ -85,7 +87,7 @@ def measure_step(setup: Setup, forward: Step) -> dict[str, Any]:
 
 def in_words(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
+        return OUT_OF_MEMORY
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]
 
 
@@ -146,6 +148,9 @@ def summarize(setup: Setup, results: dict[str, dict[str, Any]], peak_flops: floa
 
 
 def report(record: dict[str, Any]) -> None:
+    if "results" not in record:
+        print(why_not(record))
+        return
     tokens, results = record["tokens"], record["results"]
     parameters, trained = record["parameters"] / 1e6, record["trained"] / 1e6
     print(f"{parameters:,.0f} M parameters, {trained:,.1f} M trained; ", end="")
@@ -180,35 +185,41 @@ def parse() -> Namespace:
     return parser.parse_args()
 
 
+def run_case(case: Case, args: Namespace) -> dict[str, Any]:
+    """The record of a case, or `missing` or `failed` with the reason."""
+    try:
+        setup = set_up(case, args.device)
+        record = summarize(setup, measure_case(setup, args.only, args.runs), args.peak_flops)
+    except UnavailableError as error:
+        return {"case": asdict(case), "missing": str(error)}
+    except Exception as error:  # of whatever kind: other cases may do
+        return {"case": asdict(case), "failed": in_words(error)}
+    return record
+
+
+def has_failed(record: dict[str, Any]) -> bool:
+    """Whether anything failed for another reason than lack of memory, which is a result."""
+    results = [record, *record.get("results", {}).values()]
+    return any(result.get("failed", OUT_OF_MEMORY) != OUT_OF_MEMORY for result in results)
+
+
 def main() -> int:
     began, args = time.monotonic(), parse()
     warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
     torch.set_num_threads(args.threads)
     records: list[dict[str, Any]] = []
-    left_out: list[str] = []
     for case in chosen_cases(args, CASES):
-        if args.seconds and time.monotonic() - began > args.seconds:
-            left_out.append(str(case))
-            continue
         print(f"\n{case}", flush=True)
-        try:
-            setup = set_up(case, args.device)
-        except UnavailableError as error:
-            print(error)
-            records.append({"case": asdict(case), "missing": str(error)})
-            continue
-        record = summarize(setup, measure_case(setup, args.only, args.runs), args.peak_flops)
-        report(record)
-        records.append(record)
-        del setup
-        free_memory()
+        if args.seconds and time.monotonic() - began > args.seconds:
+            records.append({"case": asdict(case), "left_out": "no time"})
+            print("no time")
+        else:
+            records.append(run_case(case, args))
+            report(records[-1])
+            free_memory()
         if args.json:
-            write_json(args, cases=records, left_out=left_out)
-    if left_out:
-        print(f"\nno time for: {json.dumps(left_out)}")
-    if args.json:
-        write_json(args, cases=records, left_out=left_out)
-    return 1 if any("failed" in r for record in records for r in record.get("results", {}).values()) else 0
+            write_json(args, cases=records)
+    return 1 if any(map(has_failed, records)) else 0
 
 
 if __name__ == "__main__":
