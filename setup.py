@@ -37,7 +37,7 @@ setup(
     packages=find_packages(include=["dpo_wrapper", "dpo_wrapper.*"]),
     package_data={"dpo_wrapper": ["py.typed"]},
     install_requires=[
-        "torch>=2.8",
+        "torch>=2.9",
         "einops>=0.8.1",
         "numpy>=1.26",
         "x-transformers>=2.31",
@@ -55,7 +55,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6.1",
             "ruff>=0.8",
-            'triton>=3.4; platform_system == "Linux"',
+            'triton>=3.5; platform_system == "Linux"',
             'trl>=1.16; python_version >= "3.11"',
         ],
     },
