@@ -50,11 +50,11 @@ setup(
         "test": [
             *train,
             "hypothesis>=6.100",
-            "mypy>=1.13",
+            "mypy>=1.18",
             "peft>=0.18",
             "pytest>=8",
             "pytest-xdist>=3.6.1",
-            "ruff>=0.8",
+            "ruff>=0.14.9",
             'triton>=3.5; platform_system == "Linux"',
             'trl>=1.16; python_version >= "3.11"',
         ],
