@@ -10,7 +10,7 @@ train = [
     "safetensors>=0.4.3",
     "tokenizers>=0.22",
     "tqdm>=4.66",
-    "transformers>=5.4",
+    "transformers>=5.7",
     "tyro>=0.9.20",
 ]
 
