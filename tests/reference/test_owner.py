@@ -13,6 +13,7 @@ from helpers.datasets import pairs
 from helpers.dpo_calls import LN2, nudged
 from helpers.models import ZOO
 from helpers.naive_dpo import ARGUMENTS, naive_loss, reference_log_probs, train
+from helpers.runs import run_in_two_processes
 
 
 @pytest.mark.parametrize("name", ["hf-llama", "xt-tied"])
@@ -142,3 +143,36 @@ def test_a_module_without_parameters_may_be_scored():
 def test_replicas_in_threads_are_refused():
     with pytest.raises(TypeError, match=r"nn.DataParallel makes replicas .* use DistributedDataParallel"):
         DPO(ZOO["hf-llama"](0))._replicate_for_data_parallel()
+
+
+DATA_PARALLEL = """
+import torch
+from accelerate import PartialState
+from torch.nn.parallel import DistributedDataParallel
+from dpo_wrapper import DPO
+from helpers.models import ZOO
+from helpers.naive_dpo import ARGUMENTS
+from helpers.runs import run_in_two_processes
+
+torch.set_num_threads(1)
+rank = PartialState(cpu=True).process_index
+halves = (slice(0, 2), slice(1, 3))
+
+def rows(which):
+    cut = lambda value: tuple(map(cut, value)) if isinstance(value, tuple) else value[which]
+    return {name: cut(value) for name, value in ARGUMENTS.items()}
+
+dpos = [DPO(ZOO["hf-llama"](0), reference=ZOO["xt-rotary"](1)) for _ in range(2)]
+parallel = DistributedDataParallel(dpos[0])
+for _ in range(2):  # an unfinished reduction would raise in the second step
+    parallel(**rows(halves[rank])).backward()
+    sum(dpos[1](**rows(half)) / 2 for half in halves).backward()
+for p, expected in zip(dpos[0].policy_model.parameters(), dpos[1].policy_model.parameters(), strict=True):
+    torch.testing.assert_close(p.grad, expected.grad, rtol=1e-4, atol=1e-6)
+"""
+
+
+def test_a_given_module_that_is_not_frozen_under_data_parallel(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(DATA_PARALLEL)
+    run_in_two_processes(script)
