@@ -47,7 +47,8 @@ class DPO(ReferenceOwner):
         disable_dropout: keep the policy in eval mode, so that only training sets it apart from the reference.
 
     Attributes:
-        policy_model, ref_model: the modules; `ref_model` is None if the reference has none of its own.
+        policy_model, ref_model: the modules, which may be assigned; `ref_model` is None if the reference has
+            none of its own.
         beta: the scale of the logged rewards.
     """
 
@@ -118,7 +119,8 @@ class DPO(ReferenceOwner):
             Float[], a zero with zero gradients if no pair is valid.
 
         Raises:
-            TypeError, ValueError: input that does not fit, before any forward pass.
+            TypeError, ValueError: input that does not fit, a policy that cannot train, or a reference that
+                would have moved, before any forward pass of the policy.
         """
         self.check_trains()
         masks = (prompt_mask, seq_mask, preferred_seq_mask, unpreferred_seq_mask)

@@ -15,6 +15,7 @@ from dpo_wrapper.reference.reference import (
     NoReference,
     Reference,
 )
+from dpo_wrapper.reference.shared_weights import memory_key
 from dpo_wrapper.scoring.scorer import Scorer
 
 ReferenceKind = Literal["auto", "copy", "adapter", "none"]
@@ -111,8 +112,8 @@ def reference_scorer(model: nn.Module, policy_scorer: Scorer) -> Scorer:
 
 def check_trains_nothing_of(policy: nn.Module, reference: nn.Module) -> None:
     """ValueError if the policy trains a parameter of the reference."""
-    trained = {id(p) for p in policy.parameters() if p.requires_grad}
-    if reference is policy or any(id(p) in trained for p in reference.parameters()):
+    trained = {memory_key(p) for p in policy.parameters() if p.requires_grad}
+    if reference is policy or any(memory_key(p) in trained for p in reference.parameters()):
         raise ValueError(
             "the given reference shares trained parameters with the policy and would follow it: "
             "use reference = 'copy'."

@@ -24,14 +24,14 @@ class SharedWeights:
 
     def __init__(self, policy: nn.Module, reference: nn.Module) -> None:
         self.policy, self.reference = policy, reference
-        mergeable = mergeable_parameters(reference)
+        mergeable = mergeable_parameters(policy)
         if policy is reference:  # with its adapter off: all that is no factor of the adapter
             shared = {n: p for n, p in parameters_by_name(policy).items() if not LORA_FACTOR.search(n)}
             self.names = {name: name for name in shared}
         else:
-            ids = {id(p): name for name, p in parameters_by_name(reference).items()}
-            shared = {name: p for name, p in parameters_by_name(policy).items() if id(p) in ids}
-            self.names = {name: ids[id(p)] for name, p in shared.items()}
+            keys = {memory_key(p): name for name, p in parameters_by_name(reference).items()}
+            shared = {name: p for name, p in parameters_by_name(policy).items() if memory_key(p) in keys}
+            self.names = {name: keys[memory_key(p)] for name, p in shared.items()}
         self.mergeable = {self.names[name] for name, p in shared.items() if id(p) in mergeable}
         self.had_adapter = any(map(is_adapted, policy.modules()))
         self.remember()
@@ -94,6 +94,13 @@ class SharedWeights:
 def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters by the names that they had before wrappers came between."""
     return {WRAPPERS.sub("", name): p for name, p in model.named_parameters()}
+
+
+def memory_key(parameter: nn.Parameter) -> tuple[str, int]:
+    """The same for parameters that lie in the same memory, be they one object or two."""
+    local = local_tensor(parameter)
+    address = 0 if local is None else local.data_ptr()
+    return (str(parameter.device), address) if address else ("object", id(parameter))
 
 
 def local_tensor(parameter: Any) -> Tensor | None:

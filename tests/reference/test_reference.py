@@ -104,6 +104,18 @@ def test_a_reference_that_reads_the_policy_is_refused():
         dpo(**arguments(random_batch(Generator().manual_seed(0), odd=0)))
 
 
+def test_a_given_module_in_the_memory_of_the_policy_is_refused():
+    policy, other = ZOO["hf-llama"](0), ZOO["hf-llama"](0)
+    other.lm_head.weight = nn.Parameter(policy.lm_head.weight.data)
+    with pytest.raises(ValueError, match=r"shares trained parameters .* use reference = 'copy'"):
+        DPO(policy, reference=other)
+    policy.lm_head.weight.requires_grad_(False)
+    dpo = DPO(policy, reference=other)
+    policy.lm_head.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"lm_head.weight was frozen when DPO was made"):
+        dpo(**arguments(random_batch(Generator().manual_seed(0), odd=0)))
+
+
 def test_a_given_module_is_used_and_left_as_it_was():
     policy, other = ZOO["xt-rotary"](0), ZOO["hf-llama"](1).train()
     frozen = other.lm_head.weight.requires_grad_(False)
