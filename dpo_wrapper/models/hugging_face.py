@@ -88,8 +88,8 @@ class HuggingFaceModel(LanguageModel):
             return None
         return (
             "the loss should have no term that balances experts, but the model's configuration asks for one "
-            f"(output_router_logits, router_aux_loss_coef = {coefficient}), which is left out: add it yourself, "
-            "or set output_router_logits = False."
+            f"(output_router_logits, router_aux_loss_coef = {coefficient}), which is left out: add it, or "
+            "set output_router_logits = False."
         )
 
     def why_no_tree(self) -> str | None:

@@ -14,7 +14,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from dpo_wrapper.models.rerun import attention_tree, may_be_over_tree, run_untraced
+from dpo_wrapper.models.rerun import attention_tree, may_be_over_tree
+from dpo_wrapper.models.untraced import untraced
 from dpo_wrapper.prefix_tree import PrefixSharingError, TreeLayout, attend_along_paths, attend_with_kernel
 from dpo_wrapper.prefix_tree.attention import make_causal_mask
 
@@ -30,16 +31,12 @@ def install_hooks() -> None:
 
     def get_attention_by_index(self: Any, name: str) -> Any:
         attention = attention_by_index(self, name)
-        return partial(run_untraced, _attend, name, attention) if may_be_over_tree() else attention
+        return partial(_attend, name, attention) if may_be_over_tree() else attention
 
     def get_attention_by_method(self: Any, name: str, default: Any) -> Any:
         attention = attention_by_method(self, name, default)
         is_eager = attention is default  # which each model has for itself, in no registry
-        return (
-            partial(run_untraced, _attend, "eager", attention)
-            if is_eager and may_be_over_tree()
-            else attention
-        )
+        return partial(_attend, "eager", attention) if is_eager and may_be_over_tree() else attention
 
     def get_mask_by_index(self: Any, name: str) -> Any:
         make_mask = mask_by_index(self, name)
@@ -73,6 +70,7 @@ def closure_names(function: Any) -> Iterator[str]:
                 yield from closure_names(value)
 
 
+@untraced  # a tree in the trace would have it compiled anew for each tree
 def _attend(
     name: str,
     attention: Callable[..., Any],

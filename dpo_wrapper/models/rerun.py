@@ -86,16 +86,6 @@ def attention_tree() -> Any:
     return None if _thread.rerun is None else _thread.rerun.tree
 
 
-def run_untraced(function: Callable[..., Output], *args: Any, **kwargs: Any) -> Output:
-    """Call a function that knows the tree. In a trace, `torch.compile` would compile it anew for each tree.
-
-    `torch.compiler.disable` as a decorator would load the compiler when the package is imported.
-    """
-    if torch.compiler.is_compiling():
-        function = torch.compiler.disable(function)
-    return function(*args, **kwargs)
-
-
 class ForwardPass:
     """One forward pass: the numbers of its nodes, the modules' modes, and the tree."""
 

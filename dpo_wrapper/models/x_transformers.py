@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dpo_wrapper.models.base import LanguageModel, OutputHead, as_output_head, has_hooks
-from dpo_wrapper.models.rerun import attention_tree, may_be_over_tree, run_pass, run_untraced
+from dpo_wrapper.models.rerun import attention_tree, may_be_over_tree, run_pass
+from dpo_wrapper.models.untraced import untraced
 from dpo_wrapper.prefix_tree import PrefixSharingError, TreeLayout, attend_along_paths, attend_with_kernel
 from dpo_wrapper.prefix_tree.attention import make_causal_mask
 
@@ -99,7 +100,7 @@ def install_hooks() -> None:
     forward_attention, forward_attend = attention_class.forward, attend_class.forward
 
     def is_active(attend: Any) -> bool:
-        return may_be_over_tree() and run_untraced(is_over_tree, attend)
+        return may_be_over_tree() and is_over_tree(attend)
 
     @wraps(forward_attention)
     def forward_without_bias(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -115,7 +116,7 @@ def install_hooks() -> None:
     @wraps(forward_attend)
     def forward_over_tree(self: Any, *args: Any, **kwargs: Any) -> Any:
         if is_active(self):
-            return run_untraced(_attend, self, partial(forward_attend, self), *args, **kwargs)
+            return _attend(self, partial(forward_attend, self), *args, **kwargs)
         return forward_attend(self, *args, **kwargs)
 
     def get_max_attend_past(self: Any) -> int | None:  # the library makes a mask of it, as large as the tree
@@ -134,12 +135,14 @@ def install_hooks() -> None:
     attend_class.forward = forward_over_tree
 
 
+@untraced  # a tree in the trace would have it compiled anew for each tree
 def is_over_tree(attend: Any) -> bool:
     """Whether an `Attend` module runs over a tree now."""
     tree = attention_tree()
     return isinstance(tree, AttentionTree) and id(attend) in tree.windows
 
 
+@untraced
 def _attend(
     module: Any,
     forward: Callable[..., Any],

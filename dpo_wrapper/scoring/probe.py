@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ KERNEL_NAMES: dict[TreeKernel, str] = {
 
 
 @cache
-def wrapper_kind(module_class: type) -> Literal["checkpoint", "sharded"] | None:
+def wrapper_kind(module_class: Any) -> Literal["checkpoint", "sharded"] | None:
     """What torch does with modules of a class: FSDP shards parameters, others recompute activations."""
     names = {base.__name__ for base in module_class.__mro__}
     if names & {"FSDPModule", "FullyShardedDataParallel"}:
@@ -33,7 +33,8 @@ def wrapper_kind(module_class: type) -> Literal["checkpoint", "sharded"] | None:
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether FSDP gathers the parameters of a module as it is called, and shards them again later."""
-    return wrapper_kind(type(module)) == "sharded"
+    module_class: Any = type(module)
+    return wrapper_kind(module_class) == "sharded"
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,14 @@ class ProbeKey:
         visited, modules = {id(model.model)}, [model.model]
         checkpointed, any_sharded = 0, False
         for module in modules:
-            attributes = module.__dict__
+            attributes, module_class = module.__dict__, cast(Any, type(module))
             for parameter in attributes["_parameters"].values():
                 if parameter is not None:
                     trains.append(parameter.requires_grad)
                     dtypes.add(parameter.dtype)
             if "gradient_checkpointing" in attributes:
                 checkpointed += bool(attributes["gradient_checkpointing"])
-            if (kind := wrapper_kind(type(module))) is not None:
+            if (kind := wrapper_kind(module_class)) is not None:
                 checkpointed += kind == "checkpoint"
                 any_sharded = any_sharded or kind == "sharded"
             for child in attributes["_modules"].values():

@@ -119,8 +119,8 @@ def why_head_differs(
     differing = parameters_reached(head_logits) ^ parameters_reached(logits)
     if any(id(p) in differing for p in model.model.parameters()):
         return "its head alone leaves out trained parameters"
-    error, differs = relative_error(head_logits, logits)
-    return f"its head alone gives other logits (relative difference {error:.1e})" if differs else None
+    difference, differs = relative_error(head_logits, logits)
+    return f"its head alone gives other logits (relative difference {difference:.1e})" if differs else None
 
 
 def is_head_sharded(model: LanguageModel, head: OutputHead) -> bool:
@@ -140,20 +140,20 @@ def warn_of_missing_gradients(model: LanguageModel, ids: Tensor, logits: Tensor,
         return
     with called_modules(model.model) as calls, torch.no_grad():
         model.forward_logits(ids)
-    missing = {name for name, p in missing.items() if calls.owns(p)}
+    names = {name for name, p in missing.items() if calls.owns(p)}
     remedy = "call model.enable_input_require_grads()"
     cause = "reentrant activation checkpointing passes none on to a layer whose input needs none"
     if not any(getattr(module, "gradient_checkpointing", False) for module in model.model.modules()):
         if not is_eval:
             return
         with train_mode(model.model):
-            missing -= missing_gradients(model, model.forward_logits(ids)).keys()
+            names -= missing_gradients(model, model.forward_logits(ids)).keys()
         cause, remedy = "some layers compute none in eval mode", "use disable_dropout = False"
-    if missing:
-        names = ", ".join(sorted(missing)[:3]) + (" ..." if len(missing) > 3 else "")
+    if names:
+        some = ", ".join(sorted(names)[:3]) + (" ..." if len(names) > 3 else "")
         warnings.warn(
-            f"parameters that train should get gradients, but {len(missing)} of the {model.name} model get "
-            f"none ({names}), for {cause}: {remedy}.",
+            f"parameters that train should get gradients, but {len(names)} of the {model.name} model get "
+            f"none ({some}), for {cause}: {remedy}.",
             stacklevel=4,
         )
 

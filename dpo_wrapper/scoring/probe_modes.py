@@ -7,6 +7,7 @@ from torch import Tensor
 from dpo_wrapper.models import LanguageModel
 from dpo_wrapper.models.eval_mode import hold_modes
 from dpo_wrapper.scoring.probe import is_sharded
+from dpo_wrapper.scoring.probe_tree import differentiated_parameters
 
 
 class EvalModeCheck:
@@ -49,7 +50,7 @@ class EvalModeCheck:
 
     def backward_error(self, ids: Int[Tensor, "b n"]) -> Exception | None:
         try:
-            with torch.enable_grad():
+            with differentiated_parameters(self.model.model, True):
                 logits = self.model.forward_logits(ids)
                 if logits.requires_grad:
                     logits.float().square().mean().backward()

@@ -117,13 +117,13 @@ class TreeTrial:
             return describe_error(error)
         if mixes_branches:
             return "its log-probs would differ, for they depend on other branches of the tree"
-        error, differs = relative_error(tokens, padded_tokens, self.dtype)
+        difference, differs = relative_error(tokens, padded_tokens, self.dtype)
         if differs:
-            return f"its log-probs would differ (by {error:.1e}, relatively)"
+            return f"its log-probs would differ (by {difference:.1e}, relatively)"
         if ignores_positions:
             return "its log-probs would differ, for they do not depend on the positions of a tree"
-        error, differs = gradients_differ(gradients, padded_gradients, self.dtype)
-        return f"its gradients would differ (by {error:.1e}, relatively)" if differs else None
+        difference, differs = gradients_differ(gradients, padded_gradients, self.dtype)
+        return f"its gradients would differ (by {difference:.1e}, relatively)" if differs else None
 
     def mixes_branches(self, sequences: ScoredSequences, probe: Probe, tokens: Tensor) -> bool:
         """Whether changing one branch changes log-probs of another.

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
+from dpo_wrapper.models.untraced import untraced
+
 
 def runs_uncompiled(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Run a module's method as it is where `torch.compile` traces it, and warn once.
-
-    `torch.compiler.disable` does so as well, but loads the compiler when the method is defined.
-    """
+    """Run a module's method as it is where `torch.compile` traces it, and warn once."""
 
     def run(module: Any, *args: Any, **kwargs: Any) -> Any:
         if "_was_compiled" not in vars(module):
@@ -24,11 +23,11 @@ def runs_uncompiled(method: Callable[..., Any]) -> Callable[..., Any]:
             )
         return method(module, *args, **kwargs)
 
+    untraced_run = untraced(run)
+
     @functools.wraps(method)
     def wrapper(module: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return torch.compiler.disable(run)(module, *args, **kwargs)
-        return method(module, *args, **kwargs)
+        return (untraced_run if torch.compiler.is_compiling() else method)(module, *args, **kwargs)
 
     return wrapper
 

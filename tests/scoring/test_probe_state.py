@@ -12,6 +12,7 @@ from dpo_wrapper import DPO
 from dpo_wrapper.scoring.stand_ins import preserved_state, stand_in_parameters
 from helpers.adapters import lora
 from helpers.dpo_calls import LN2, nudged
+from helpers.kernels import scorers
 from helpers.models import ZOO, PlainGRU, hf_llama
 from helpers.naive_dpo import ARGUMENTS, naive_loss
 from helpers.shareable_models import SHAREABLE, hf
@@ -77,7 +78,7 @@ def test_autocast_after_a_first_call_in_float32(name):
 def test_policy_and_the_reference_of_its_adapter_share_one_look():
     dpo = DPO(lora(hf_llama(0)))
     dpo(**ARGUMENTS).backward()
-    assert dpo.ref_model is None and dpo.reference.scorer is dpo.policy
+    assert dpo.ref_model is None and scorers(dpo)[1] is dpo.policy
     assert len({id(probe) for probe in dpo.policy.probes.values()}) == 1
 
 
