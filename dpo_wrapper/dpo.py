@@ -16,8 +16,8 @@ from dpo_wrapper.losses.pairwise import Sigmoid
 from dpo_wrapper.metrics import batch_metrics
 from dpo_wrapper.models.eval_mode import eval_mode
 from dpo_wrapper.reference.build import ReferenceKind, build_reference
-from dpo_wrapper.reference.reference import CachedReference, ReferenceOwner
-from dpo_wrapper.reference.sync import sync_reference
+from dpo_wrapper.reference.owner import ReferenceOwner
+from dpo_wrapper.reference.reference import CachedReference
 from dpo_wrapper.scoring import Scorer, SharePrefix, compile_note, group_tokens, runs_uncompiled
 
 
@@ -49,7 +49,8 @@ class DPO(ReferenceOwner):
             reference. Each module's `training` flag is afterwards as it was.
 
     Attributes:
-        policy_model, ref_model: the modules; `ref_model` is None if the reference has none of its own.
+        policy_model, ref_model: the modules, which may be assigned; `ref_model` is None if the reference has
+            none of its own.
         beta: the scale of the logged rewards.
     """
 
@@ -81,7 +82,8 @@ class DPO(ReferenceOwner):
         self.policy = Scorer(model, log_prob_impl, share_prefix, is_eval=disable_dropout)
         self.policy_model = model
         validation.check_flag("cache_ref_log_probs", cache_ref_log_probs)
-        options = (reference_dtype, reference_device, self.ld_alpha < 1, cache_ref_log_probs)
+        self.per_token = self.ld_alpha < 1
+        options = (reference_dtype, reference_device, self.per_token, cache_ref_log_probs)
         self.set_reference(build_reference(reference, self.policy, self.loss.needs_reference, *options))
 
     @runs_uncompiled
@@ -120,8 +122,10 @@ class DPO(ReferenceOwner):
             Float[], a zero with zero gradients if no pair is valid.
 
         Raises:
-            TypeError, ValueError: input that does not fit, before any forward pass.
+            TypeError, ValueError: input that does not fit, a policy that cannot train, or a reference that
+                would have moved, before any forward pass of the policy.
         """
+        self.check_trains()
         masks = (prompt_mask, seq_mask, preferred_seq_mask, unpreferred_seq_mask)
         batch = self.as_batch(preferred_seq, unpreferred_seq, *masks, pair_weights, margins)
         if ref_log_probs is None:
@@ -186,14 +190,6 @@ class DPO(ReferenceOwner):
         A call with a whole step does so by itself. `reduce` sums a tensor over processes.
         """
         self.loss.end_step(reduce)
-
-    def sync_reference(self, alpha: float = 0.6) -> None:
-        """Move the reference towards the policy: `ref <- alpha * policy + (1 - alpha) * ref` (TR-DPO).
-
-        Gorbatovski 2024 (arXiv 2404.09656). Weights that the two share stay, so that of a policy with an
-        adapter only the adapters are mixed, each LoRA factor by itself.
-        """
-        sync_reference(self.reference, self.policy_model, alpha)
 
     def explain(self) -> str:
         """Which paths are in use and why not the others, in plain words; known after the first call."""

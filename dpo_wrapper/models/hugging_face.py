@@ -119,6 +119,8 @@ class HuggingFaceModel(LanguageModel):
     def output_head(self) -> OutputHead | None:
         if self.inner.base_model is self.inner:
             return None
+        if hasattr(self.model, "_fsdp_wrapped_module"):
+            return None  # FSDP's older wrapper gathers parameters in its own forward alone
 
         def find_option(*names: str) -> float | None:
             return next((value for name in names if (value := getattr(self.text_config, name, None))), None)

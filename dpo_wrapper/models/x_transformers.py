@@ -99,22 +99,33 @@ def install_hooks() -> None:
     attend_class: Any = sys.modules["x_transformers.attend"].Attend
     forward_attention, forward_attend = attention_class.forward, attend_class.forward
 
+    def is_active(attend: Any) -> bool:
+        return may_be_over_tree() and is_over_tree(attend)
+
     @wraps(forward_attention)
     def forward_without_bias(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if may_be_over_tree() and is_over_tree(self.attend) and kwargs.get("rel_pos") is not None:
+        if (
+            may_be_over_tree()
+            and run_untraced(is_over_tree, self.attend)
+            and kwargs.get("rel_pos") is not None
+        ):
             # it is computed for each group of paths, and never for the whole tree
             kwargs |= {"rel_pos": lambda *_: x.new_zeros(1, 1, 1), "pos": None}
         return forward_attention(self, x, *args, **kwargs)
 
     @wraps(forward_attend)
     def forward_over_tree(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if may_be_over_tree() and is_over_tree(self):
+        if is_active(self):
             return _attend(self, partial(forward_attend, self), *args, **kwargs)
         return forward_attend(self, *args, **kwargs)
 
     def get_max_attend_past(self: Any) -> int | None:  # the library makes a mask of it, as large as the tree
         past = vars(self)["max_attend_past"]
-        return None if past is not None and may_be_over_tree() and is_over_tree(self.attend) else past
+        return (
+            None
+            if past is not None and may_be_over_tree() and run_untraced(is_over_tree, self.attend)
+            else past
+        )
 
     def set_max_attend_past(self: Any, value: int | None) -> None:
         vars(self)["max_attend_past"] = value

@@ -36,13 +36,6 @@ def test_a_policy_in_data_parallel_scores_right_and_is_told():
     assert torch.allclose(dpo(**ARGUMENTS), naive_loss(dpo.policy_model, hf_llama(0).eval()), atol=1e-5)
 
 
-def test_data_parallel_around_a_dpo_is_refused():
-    """A replica's scorers hold the models of the original, on another device."""
-    dpo = DPO(hf_llama(0))
-    with pytest.raises(TypeError, match="inside DataParallel: wrap it in DistributedDataParallel"):
-        dpo._replicate_for_data_parallel()  # which `nn.DataParallel` calls for each module on several GPUs
-
-
 def test_a_subclass_of_a_wrapper_is_of_its_family():
     from x_transformers import AutoregressiveWrapper
 
