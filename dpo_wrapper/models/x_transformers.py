@@ -104,11 +104,7 @@ def install_hooks() -> None:
 
     @wraps(forward_attention)
     def forward_without_bias(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if (
-            may_be_over_tree()
-            and run_untraced(is_over_tree, self.attend)
-            and kwargs.get("rel_pos") is not None
-        ):
+        if is_active(self.attend) and kwargs.get("rel_pos") is not None:
             # it is computed for each group of paths, and never for the whole tree
             kwargs |= {"rel_pos": lambda *_: x.new_zeros(1, 1, 1), "pos": None}
         return forward_attention(self, x, *args, **kwargs)
@@ -121,11 +117,7 @@ def install_hooks() -> None:
 
     def get_max_attend_past(self: Any) -> int | None:  # the library makes a mask of it, as large as the tree
         past = vars(self)["max_attend_past"]
-        return (
-            None
-            if past is not None and may_be_over_tree() and run_untraced(is_over_tree, self.attend)
-            else past
-        )
+        return None if past is not None and is_active(self.attend) else past
 
     def set_max_attend_past(self: Any, value: int | None) -> None:
         vars(self)["max_attend_past"] = value
