@@ -32,12 +32,14 @@ class Stage(ABC):
 
     Attributes:
         name: identifies the stage in the log and in checkpoints.
+        scorer: computes the log-probs of the model that is trained.
         epochs, learning_rate: number of epochs, and peak learning rate.
         reference_cache: log-probs that the first epoch computes and later ones look up, or None.
     """
 
     name: str
     module: nn.Module
+    scorer: Scorer
     epochs: int
     learning_rate: float
     reference_cache: LogProbCache | None = None
@@ -119,12 +121,13 @@ class DPOStage(Stage):
         self.epochs, self.learning_rate = config.epochs, config.peak_learning_rate
         self.sync_steps, self.mixup_alpha = config.ref_model_sync_steps, config.ref_model_mixup_alpha
         self.dpo = self.module = dpo
+        self.scorer = dpo.policy
         self.reference_cache = dpo.reference.cache
 
     @property
     def collate_fn(self) -> CollateFn:
         dataset_type: Any = self.dpo.loss.dataset_type
-        return partial(COLLATE_FNS[dataset_type], tree_options=self.dpo.policy.tree_options)
+        return partial(COLLATE_FNS[dataset_type], tree_options=self.scorer.tree_options)
 
     def normalize_over_step(self, batches: list[Any], reduce: Reduce | None) -> list[Any]:
         return self.dpo.normalize_over_step(batches, reduce)

@@ -12,6 +12,8 @@ from dpo_wrapper.losses import parse_losses
 from dpo_wrapper.pretrained import save_pretrained
 from dpo_wrapper.reference import CachedReference, precompute_ref_log_probs
 from dpo_wrapper.reference.build import ReferenceKind
+from dpo_wrapper.reference.reference import FrozenModel
+from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.setup import TrainSetup, select_sft_examples, set_up_training
@@ -79,14 +81,18 @@ def precompute_reference(setup: TrainSetup, accelerator: Accelerator) -> CachedR
     model.to(accelerator.device)
     per_token = config.ld_alpha < 1
     cached = CachedReference(per_token=per_token)
+    scorer = Scorer(model, share_prefix="auto")
+    first = scored_sequences(splits.train[:1], config.micro_batch_tokens)[0]
+    with accelerator.autocast():
+        is_padded = scorer.check(first.to(accelerator.device)).tree is None
     for name, examples in (("train", splits.train), ("eval", splits.eval)):
-        sequences = scored_sequences(examples, config.micro_batch_tokens)
+        sequences = scored_sequences(examples, config.micro_batch_tokens, is_padded=is_padded)
         total = sum(len(batch.length) for batch in sequences)
         bar = create_progress_bar(accelerator, f"reference, {name}", "sequence", total=total)
         folder = setup.run.path / "reference" / name
         with bar, accelerator.autocast():
             cached |= precompute_ref_log_probs(
-                sequences, model, folder, per_token=per_token, progress=bar.update
+                sequences, FrozenModel(scorer), folder, per_token=per_token, progress=bar.update
             )
     return cached
 

@@ -60,6 +60,7 @@ class Trainer:
 
     def train(self) -> None:
         """Run the steps that are not done yet; eval metrics are logged before, during and after."""
+        self.probe_model()
         progress, num_steps, save_steps = self.run.progress, len(self.steps), self.config.save_steps
         steps_done = progress.step if progress.stage == self.stage.name else 0
         if steps_done:
@@ -86,6 +87,12 @@ class Trainer:
                 if save_steps and step % save_steps == 0 and step < num_steps:
                     self.save_checkpoint(step)
         self.accelerator.free_memory()
+
+    def probe_model(self) -> None:
+        """Find out how the model takes sequences, which decides how batches of them are made."""
+        batch = self.stage.collate_fn(self.splits.train[:1]).to(self.accelerator.device)
+        with self.accelerator.autocast():
+            self.stage.scorer.check(batch.sequences)
 
     def train_step(self, step: int, batches: list[Any]) -> dict[str, float]:
         """Run one optimizer step on this process's micro-batches; the metrics are of all processes."""
@@ -145,8 +152,9 @@ class Trainer:
 
     def micro_batch_maker(self, examples: Sequence[TokenizedExample]) -> Callable[[list[int]], list[Any]]:
         """The function that makes micro-batches of the examples at some indices. It holds no model."""
-        max_tokens = self.config.micro_batch_tokens
-        return partial(make_micro_batches, examples, self.stage.collate_fn, max_tokens)
+        is_padded = self.stage.scorer.tree_options is None
+        options = (self.stage.collate_fn, self.config.micro_batch_tokens, is_padded)
+        return partial(make_micro_batches, examples, *options)
 
     def save_checkpoint(self, step: int) -> None:
         if self.accelerator.is_main_process:
@@ -167,11 +175,16 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def make_micro_batches(
-    examples: Sequence[TokenizedExample], collate_fn: CollateFn, max_tokens: int, indices: list[int]
+    examples: Sequence[TokenizedExample],
+    collate_fn: CollateFn,
+    max_tokens: int,
+    is_padded: bool,
+    indices: list[int],
 ) -> list[Any]:
-    """The examples at some indices, in batches of at most `max_tokens` tokens or of one example."""
+    """The examples at some indices, in batches by `group_by_tokens`."""
     chosen = [examples[index] for index in indices]
-    return [collate_fn([chosen[k] for k in group]) for group in group_by_tokens(chosen, max_tokens)]
+    groups = group_by_tokens(chosen, max_tokens, is_padded=is_padded)
+    return [collate_fn([chosen[k] for k in group]) for group in groups]
 
 
 def step_indices(num_examples: int, batch_size: int, epochs: int, seed: int) -> Iterator[list[int]]:
