@@ -5,7 +5,6 @@ update however a step is split.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from dpo_wrapper.batches import Reduce, SFTBatch, normalize_over_step
-from dpo_wrapper.data import TokenizedExample
 from dpo_wrapper.data.collate import COLLATE_FNS, collate_sft
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.evaluation.evaluate import evaluate
@@ -21,8 +19,7 @@ from dpo_wrapper.log_probs import FusedLoss
 from dpo_wrapper.reference import LogProbCache
 from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.training.config import TrainConfig
-
-CollateFn = Callable[[Sequence[TokenizedExample]], Any]
+from dpo_wrapper.training.micro_batches import CollateFn
 
 
 class Stage(ABC):

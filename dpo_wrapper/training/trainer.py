@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from dpo_wrapper.batches import Reduce
 from dpo_wrapper.data import TokenizedExample
-from dpo_wrapper.data.collate import group_by_tokens
 from dpo_wrapper.metrics import MetricSums
 from dpo_wrapper.training.config import TrainConfig
+from dpo_wrapper.training.micro_batches import MicroBatches, make_micro_batches
 from dpo_wrapper.training.run_folder import RunFolder
-from dpo_wrapper.training.stages import CollateFn, Stage
+from dpo_wrapper.training.stages import Stage
 
 MAX_TRAIN_EXAMPLES_EVALUATED = 512
 """Number of train examples that are evaluated at both ends of a stage, to see how their log-probs changed."""
@@ -150,7 +150,7 @@ class Trainer:
             generator=torch.Generator(),  # so that it draws no seed from the global generator
         )
 
-    def micro_batch_maker(self, examples: Sequence[TokenizedExample]) -> Callable[[list[int]], list[Any]]:
+    def micro_batch_maker(self, examples: Sequence[TokenizedExample]) -> Callable[[list[int]], MicroBatches]:
         """The function that makes micro-batches of the examples at some indices. It holds no model."""
         is_padded = self.stage.scorer.tree_options is None
         options = (self.stage.collate_fn, self.config.micro_batch_tokens, is_padded)
@@ -172,19 +172,6 @@ class Trainer:
 
 def create_accelerator(config: TrainConfig) -> Accelerator:
     return Accelerator(mixed_precision=config.precision, cpu=config.cpu)
-
-
-def make_micro_batches(
-    examples: Sequence[TokenizedExample],
-    collate_fn: CollateFn,
-    max_tokens: int,
-    is_padded: bool,
-    indices: list[int],
-) -> list[Any]:
-    """The examples at some indices, in batches by `group_by_tokens`."""
-    chosen = [examples[index] for index in indices]
-    groups = group_by_tokens(chosen, max_tokens, is_padded=is_padded)
-    return [collate_fn([chosen[k] for k in group]) for group in groups]
 
 
 def step_indices(num_examples: int, batch_size: int, epochs: int, seed: int) -> Iterator[list[int]]:
