@@ -18,9 +18,10 @@ from helpers.runs import ROOT, make_config, read_metrics
 def test_the_run_folder_holds_what_it_says(finished_run):
     names = {path.name for path in finished_run.iterdir()}
     assert {"config.json", "metrics.jsonl", "model.safetensors", "curves.png", "sft"} <= names
-    assert "checkpoint" not in names
-    settings = json.loads((finished_run / "config.json").read_text())
-    assert settings["dpo_wrapper"]["loss"] == TrainConfig(data=Path("x")).loss
+    assert not any(name.startswith("checkpoint") or name.endswith(".new") for name in names)
+    run = json.loads((finished_run / "run.json").read_text())
+    assert run["status"] == "finished" and run["settings"]["loss"] == TrainConfig(data=Path("x")).loss
+    assert "dpo_wrapper" not in (finished_run / "config.json").read_text()
     assert (finished_run / "curves.png").stat().st_size > 20_000
 
     log = read_metrics(finished_run)
