@@ -79,7 +79,9 @@ class SFTModule(nn.Module):
         self.scorer.check(batch.sequences)
         fused_loss = None
         if self.training and self.scorer.trains_head:
-            fused_loss = FusedLoss(loss_of_tokens, batch.sequences.row)  # sequences do not meet in the loss
+            # tokens do not meet in the loss: each is a group of its own, also where sequences share a prefix
+            groups = torch.arange(len(batch.sequences.row), device=batch.sequences.row.device)
+            fused_loss = FusedLoss(loss_of_tokens, groups)
         return loss_of_tokens(self.scorer(batch.sequences, fused_loss=fused_loss).sums)
 
 
