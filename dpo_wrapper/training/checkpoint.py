@@ -58,10 +58,11 @@ def random_file(folder: Path, accelerator: Accelerator) -> Path:
 
 def get_random_state(device: torch.device) -> dict[str, Any]:
     """The states of Python's, numpy's and torch's generators, and of that of `device`."""
-    numpy_state: Any = np.random.get_state(legacy=False)["state"]
+    numpy_state: Any = np.random.get_state()
+    name, key, position, has_gauss, gauss = numpy_state
     state = {
         "python": random.getstate(),
-        "numpy": (torch.from_numpy(numpy_state["key"].astype(np.int64)), numpy_state["pos"]),
+        "numpy": (name, torch.from_numpy(key.astype(np.int64)), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
     }
     if device.type != "cpu":
@@ -72,8 +73,8 @@ def get_random_state(device: torch.device) -> dict[str, Any]:
 def set_random_state(state: dict[str, Any], device: torch.device) -> str | None:
     """Put the generators in these states; returns why that of the device cannot be, or None."""
     random.setstate(state["python"])
-    key, position = state["numpy"]
-    np.random.set_state(("MT19937", key.numpy().astype(np.uint32), position))
+    name, key, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((name, key.numpy().astype(np.uint32), position, has_gauss, gauss))
     torch.set_rng_state(state["torch"])
     if device.type == "cpu":
         return None

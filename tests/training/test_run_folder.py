@@ -149,6 +149,8 @@ def test_whenever_training_is_killed_it_resumes_to_the_same_result(rows, tmp_pat
 
 
 class Planted:
+    path: Path
+
     def __reduce__(self):
         return os.mkdir, (str(Planted.path),)
 

@@ -3,10 +3,13 @@
 import errno
 import json
 import os
+import random
 import signal
 import sys
 
+import numpy as np
 import pytest
+import torch
 
 from dpo_wrapper import cli
 from dpo_wrapper.pretrained import PRESETS
@@ -146,3 +149,17 @@ def test_random_states_that_cannot_be_loaded_are_told(rows, tmp_path, capsys, mo
     train(make_config(rows, tmp_path / "out", resume=True, **options))
     sentence = "The random state of process 0 is not that of the interrupted run: the checkpoint has none."
     assert sentence in capsys.readouterr().out
+
+
+def test_random_states_come_back():
+    def draw():
+        return random.random(), random.gauss(0, 1), np.random.randn(), float(torch.rand(()))
+
+    random.gauss(0, 1), np.random.randn()  # of two draws, the second is kept
+    state = checkpoint.get_random_state(torch.device("cpu"))
+    first = draw()
+    checkpoint.set_random_state(state, torch.device("cpu"))
+    assert draw() == first != draw()
+    assert (
+        checkpoint.set_random_state(state, torch.device("meta")) == "the checkpoint was not written on meta"
+    )
