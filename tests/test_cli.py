@@ -206,15 +206,17 @@ def test_bad_input_gets_one_sentence_and_loses_nothing(case, tmp_path, monkeypat
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])  # to workers as well
 def test_a_signal_writes_a_checkpoint_and_says_how_to_continue(tmp_path, number):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "dpo_wrapper", "train", "--data", BUNDLED, "--out", out, "--cpu"]
+    command += ["--num-workers", "1"]
     process = subprocess.Popen(
         list(map(str, command)),
         cwd=ROOT,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
+        start_new_session=True,
         # where the tests run in the background, the shell has told them to ignore the signal
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
@@ -222,7 +224,7 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_continue(tmp_path, number)
     deadline = time.monotonic() + 120
     while not (log.exists() and log.read_text().count("\n") > 2) and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert (out / "checkpoint" / "progress.json").exists()

@@ -8,6 +8,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dpo_wrapper.training.stopping import TrainingError
+
 
 def write_state(file: Path, state: Any) -> None:
     """Write dicts, lists and tuples of tensors, numbers, strings, bools and None.
@@ -40,14 +42,14 @@ def read_state(file: Path) -> Any:
     """Read what `write_state` wrote, its tensors on the CPU.
 
     Raises:
-        ValueError: the file is not there, or it holds no such state.
+        TrainingError: the file is not there, or it holds no such state.
     """
     try:
         with safe_open(str(file), framework="pt") as opened:
             description = json.loads(opened.metadata()["state"])
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise TrainingError(
             f"{file} should be part of a checkpoint, but it cannot be read ({error}): delete "
             f"{file.parent}, and --resume starts the run again."
         ) from error

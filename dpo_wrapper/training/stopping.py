@@ -52,6 +52,10 @@ class StopRequest:
         os.write(2, text.encode())  # a handler may run in the middle of a print
 
 
-def ignore_interrupts(_: int) -> None:
-    """What a worker process does at its start: a terminal sends Ctrl-C to it as well."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_signals(_: int) -> None:
+    """What a worker process does at its start: a signal to all processes is answered by the main process.
+
+    Workers end with it, or when it is done with them.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

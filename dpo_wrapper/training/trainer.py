@@ -23,7 +23,7 @@ from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.micro_batches import MicroBatches, make_micro_batches
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.stages import Stage
-from dpo_wrapper.training.stopping import StoppedBySignal, StopRequest, TrainingError, ignore_interrupts
+from dpo_wrapper.training.stopping import StoppedBySignal, StopRequest, TrainingError, ignore_signals
 
 MAX_TRAIN_EXAMPLES_EVALUATED = 512
 """Number of train examples that are evaluated at both ends of a stage, to see how their log-probs changed."""
@@ -127,7 +127,8 @@ class Trainer:
         grad_norm = accelerator.clip_grad_norm_(self.module.parameters(), self.config.max_grad_norm)
         total_loss = float(reduce(loss))
         self.check_finite(step, "loss", total_loss)
-        if accelerator.scaler is None:  # a scaler leaves out steps whose gradients overflow
+        scaler = accelerator.scaler
+        if scaler is None or scaler.get_scale() < 1:  # steps that overflow at a larger scale are left out
             self.check_finite(step, "norm of the gradients", float(grad_norm))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -175,7 +176,7 @@ class Trainer:
             batch_size=None,
             collate_fn=self.micro_batch_maker(self.splits.train),
             num_workers=self.config.num_workers,
-            worker_init_fn=ignore_interrupts,
+            worker_init_fn=ignore_signals,
             pin_memory=self.accelerator.device.type == "cuda",
             generator=torch.Generator(),  # so that it draws no seed from the global generator
         )

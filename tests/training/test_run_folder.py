@@ -15,6 +15,7 @@ from dpo_wrapper.training import checkpoint, state_files
 from dpo_wrapper.training import train as train_module
 from dpo_wrapper.training.run_folder import Progress, RunFolder
 from dpo_wrapper.training.state_files import read_state, write_state
+from dpo_wrapper.training.stopping import TrainingError
 from dpo_wrapper.training.train import train
 from helpers.runs import interrupt_training, make_config, read_metrics
 
@@ -167,7 +168,7 @@ def test_resuming_runs_no_code_of_the_folder(rows, tmp_path):
     train(make_config(rows, out, save_steps=2, resume=True))
     assert not Planted.path.exists()
     (tmp_path / "state.safetensors").write_bytes(pickle.dumps(Planted()))
-    with pytest.raises(ValueError, match=r"part of a checkpoint, but it cannot be read .*: delete"):
+    with pytest.raises(TrainingError, match=r"part of a checkpoint, but it cannot be read .*: delete"):
         read_state(tmp_path / "state.safetensors")
     assert not Planted.path.exists()
 

@@ -38,17 +38,15 @@ def after_calls(function, number, then):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "owner, name, call",
+    "owner, name, call, number",
     [
-        (stages.SFTStage, "micro_batch_loss", 2),
-        (stages.SFTStage, "evaluate", 1),
-        (stages.DPOStage, "micro_batch_loss", 1),
-        (stages.DPOStage, "evaluate", 1),
-        (stages.DPOStage, "evaluate", 4),
-        (Trainer, "train_step", 6 + 12),  # the very last step
+        (stages.SFTStage, "micro_batch_loss", 2, signal.SIGINT),
+        (stages.SFTStage, "evaluate", 1, signal.SIGTERM),
+        (stages.DPOStage, "micro_batch_loss", 1, signal.SIGTERM),
+        (stages.DPOStage, "evaluate", 4, signal.SIGINT),
+        (Trainer, "train_step", 6 + 12, signal.SIGTERM),  # the very last step
     ],
 )
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_writes_a_checkpoint_first(
     finished_run, rows, tmp_path, monkeypatch, owner, name, call, number
 ):
