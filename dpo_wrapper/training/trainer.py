@@ -62,12 +62,12 @@ class Trainer:
             TrainingError: the loss or the norm of the gradients is not finite.
             StoppedBySignal: SIGINT or SIGTERM came; there is a checkpoint.
         """
-        self.probe_model()
         progress, num_steps, folder = self.run.progress, len(self.steps), self.run.checkpoint_folder
         is_resumed = progress.stage == self.stage.name and (folder / STATE_FILE).is_file()
         steps_done = progress.step if is_resumed else 0
         if is_resumed:
             load_checkpoint(folder, *self.checkpointed)
+        self.probe_model()
         label = self.stage.name.upper()
         with (
             StopRequest() as stop_request,
