@@ -1,11 +1,15 @@
 """`ScoredTreeTokens` against brute force: what is scored on a tree comes back to its sequences."""
 
+import time
+
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from torch import Generator
 
 from dpo_wrapper import PreferenceBatch
-from dpo_wrapper.batches.sequences import ScoredSequences, ScoredTreeTokens
+from dpo_wrapper.batches.sequences import ScoredSequences, ScoredTreeTokens, unique_pairs
 from dpo_wrapper.prefix_tree import PrefixTree, TreeOptions
 from helpers.batches import random_batch
 from helpers.trees import nodes_of
@@ -72,3 +76,44 @@ def test_one_token_with_two_targets_and_two_tokens_with_one():
     assert len(tree.layout.subtree_end) == 2
     pairs = list(zip(tree.source.tolist(), tree.target.tolist(), strict=True))
     assert [pairs[k] for k in tree.entry.tolist()] == [(0, 1), (0, 2), (1, 1)]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3) | st.integers(0, 2**20), st.integers(-2, 3) | st.integers(0, 2**20)))
+)
+@example([])
+@example([(0, -1), (1, -1), (0, 5)])
+def test_unique_pairs_are_those_of_torch(pairs):
+    columns = torch.tensor(pairs, dtype=torch.long).view(-1, 2).T
+    first, second, index = unique_pairs(*columns)
+    if not pairs:
+        assert len(first) == len(second) == len(index) == 0
+        return
+    expected, expected_index = torch.unique(columns, dim=1, return_inverse=True)
+    assert torch.equal(torch.stack([first, second]), expected) and torch.equal(index, expected_index)
+
+
+def shortest_time(function, repeats=5):
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def test_laying_out_takes_less_time_than_comparing_columns_would():
+    """128 pairs as long as those of anthropics/hh-rlhf: comparing columns alone takes four times as long."""
+    generator = Generator().manual_seed(0)
+
+    def random_ids(mean):
+        length = int(torch.empty(()).exponential_(1 / mean, generator=generator)) + 2
+        return torch.randint(16_000, (length,), generator=generator).tolist()
+
+    sides = ([random_ids(mean) for _ in range(128)] for mean in (120, 50, 50))
+    sequences = PreferenceBatch.from_lists(*sides).sequences
+    tree = ScoredTreeTokens.from_sequences(sequences, TreeOptions())
+    columns = torch.stack([tree.source[tree.entry], tree.target[tree.entry]])
+    assert shortest_time(lambda: ScoredTreeTokens.from_sequences(sequences, TreeOptions())) < shortest_time(
+        lambda: torch.unique(columns, dim=1, return_inverse=True)
+    )
