@@ -1,5 +1,6 @@
 """The interface to a language model, and the implementation for any module of which nothing is known."""
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +8,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dpo_wrapper.prefix_tree import TreeLayout
+
+install_lock = threading.Lock()
+"""Held while a library's attention is wrapped, once for the process."""
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     checkpointing = [m for m in modules if getattr(m, "gradient_checkpointing", False)]
     if any(isinstance(module, layer_class) for module in checkpointing):
-        checkpoint_in_eval_mode(layer_class)
+        with _lock:
+            checkpoint_in_eval_mode(layer_class)
         checkpointing = []
     # code outside of transformers may ask for train mode where it checkpoints the layers below
     with hold_modes([(module, any(module is each for each in checkpointing)) for module in modules]):

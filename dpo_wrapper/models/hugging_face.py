@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dpo_wrapper.models.base import LanguageModel, OutputHead, as_output_head, has_hooks
+from dpo_wrapper.models.base import LanguageModel, OutputHead, as_output_head, has_hooks, install_lock
 from dpo_wrapper.models.hugging_face_attention import install_hooks
 from dpo_wrapper.models.rerun import run_pass
 from dpo_wrapper.prefix_tree import PrefixSharingError, TreeLayout
@@ -24,7 +24,8 @@ class HuggingFaceModel(LanguageModel):
         super().__init__(model)
         self.inner = self.called_module = inner
         if "transformers" in sys.modules:
-            install_hooks()
+            with install_lock:
+                install_hooks()
         config = inner.config
         if getattr(config, "is_encoder_decoder", False):
             problem = f"the model should be decoder-only, but {type(inner).__name__} has an encoder"

@@ -10,7 +10,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dpo_wrapper.models.base import LanguageModel, OutputHead, as_output_head, has_hooks
+from dpo_wrapper.models.base import LanguageModel, OutputHead, as_output_head, has_hooks, install_lock
 from dpo_wrapper.models.rerun import attention_tree, may_be_over_tree, run_pass
 from dpo_wrapper.models.untraced import untraced
 from dpo_wrapper.prefix_tree import PrefixSharingError, TreeLayout, attend_along_paths, attend_with_kernel
@@ -30,7 +30,8 @@ class XTransformersModel(LanguageModel):
             problem = "the model should have an output head, but it returns embeddings"
             raise TypeError(f"{problem}: leave return_only_embed at False.")
         self.net = self.called_module = net
-        install_hooks()
+        with install_lock:
+            install_hooks()
         self.vocab_size = net.num_tokens
         self.max_positions = getattr(net.pos_emb, "max_seq_len", None)
 

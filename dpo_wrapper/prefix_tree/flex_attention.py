@@ -56,6 +56,7 @@ def create_tree_block_mask(
         return (k <= q) & (q < subtree_end[k])
 
     def windowed_mask_mod(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        assert window is not None
         return (k <= q) & (q < subtree_end[k]) & (position[q] - position[k] < window)
 
     return BlockMask.from_kv_blocks(

@@ -1,5 +1,6 @@
 """Tiny models that can share prefixes and some that cannot, and `DPO` with and without sharing."""
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -159,7 +160,12 @@ def held_attributes(dpo: DPO) -> list[dict[str, Any]]:
     """What the modules and configurations of policy and reference hold, by identity."""
     modules = [*dpo.policy_model.modules(), *dpo.ref_model.modules()]
     held = [{**vars(m), **vars(getattr(m, "config", m))} for m in modules]
-    return [
-        {name: list(value) if isinstance(value, dict) else id(value) for name, value in attributes.items()}
-        for attributes in held
-    ]
+
+    def describe(value: Any) -> Any:
+        if isinstance(value, dict):
+            return list(value)
+        if isinstance(value, list):  # torch's recurrent layers make a new one whenever a weight is set
+            return [id(item()) if isinstance(item, weakref.ref) else id(item) for item in value]
+        return id(value)
+
+    return [{name: describe(value) for name, value in attributes.items()} for attributes in held]
