@@ -130,7 +130,7 @@ class ScoredSequences(TensorDataclass):
             sources, targets = (t.cpu().split(lengths) for t in (self.source, self.target))
             hashes = []
             for ids, source, target in zip(self.unpadded_ids(), sources, targets, strict=True):
-                shape = torch.tensor([len(ids), len(source)])
+                shape = torch.tensor([len(ids), len(source)], device="cpu")
                 content = torch.cat([shape, ids, source, target]).numpy().tobytes()
                 hashes.append(hashlib.blake2b(content, digest_size=16).digest())
             vars(self)["_content_hashes"] = tuple(hashes)
@@ -148,7 +148,7 @@ class ScoredSequences(TensorDataclass):
     def unpadded_ids(self) -> list[Int[Tensor, "_"]]:
         """Each row of `ids` without its padding, on the CPU."""
         ids, real = self.ids.cpu(), self.real.cpu()
-        return list(ids[torch.arange(ids.shape[1]) < real[:, None]].split(real.tolist()))
+        return list(ids[torch.arange(ids.shape[1], device="cpu") < real[:, None]].split(real.tolist()))
 
     def unique_tokens(self) -> int:
         """Number of tokens if every prefix that sequences share is counted once."""
