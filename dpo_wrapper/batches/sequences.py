@@ -104,7 +104,8 @@ class ScoredSequences(TensorDataclass):
         """The same sequences as a prefix tree, built once for each of the options."""
         trees = vars(self).setdefault("_trees", {})
         if options not in trees:
-            trees[options] = ScoredTreeTokens.from_sequences(self, options)
+            with torch.device("cpu"):  # where trees are built, whatever torch's default device is
+                trees[options] = ScoredTreeTokens.from_sequences(self, options)
         return trees[options]
 
     def prebuild_tree(self, options: TreeOptions | None) -> "ScoredSequences":
@@ -129,7 +130,7 @@ class ScoredSequences(TensorDataclass):
             sources, targets = (t.cpu().split(lengths) for t in (self.source, self.target))
             hashes = []
             for ids, source, target in zip(self.unpadded_ids(), sources, targets, strict=True):
-                shape = torch.tensor([len(ids), len(source)])
+                shape = torch.tensor([len(ids), len(source)], device="cpu")
                 content = torch.cat([shape, ids, source, target]).numpy().tobytes()
                 hashes.append(hashlib.blake2b(content, digest_size=16).digest())
             vars(self)["_content_hashes"] = tuple(hashes)
@@ -147,7 +148,7 @@ class ScoredSequences(TensorDataclass):
     def unpadded_ids(self) -> list[Int[Tensor, "_"]]:
         """Each row of `ids` without its padding, on the CPU."""
         ids, real = self.ids.cpu(), self.real.cpu()
-        return list(ids[torch.arange(ids.shape[1]) < real[:, None]].split(real.tolist()))
+        return list(ids[torch.arange(ids.shape[1], device="cpu") < real[:, None]].split(real.tolist()))
 
     def unique_tokens(self) -> int:
         """Number of tokens if every prefix that sequences share is counted once."""

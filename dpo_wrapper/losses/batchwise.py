@@ -89,14 +89,15 @@ class RunningStatistics(nn.Module):
     @torch.no_grad()
     def add(self, values: Float[Tensor, "p"]) -> None:
         """Add values to the sums of the current step, taken relative to the mean against rounding."""
-        deviations = values.double().cpu() - self.mean.double().cpu()
+        deviations = values.cpu().double() - self.mean.cpu().double()  # an Apple GPU has no float64
         new = (float(len(deviations)), deviations.sum().item(), deviations.square().sum().item())
         self.step_sums = [total + value for total, value in zip(self.step_sums, new, strict=True)]
 
     @torch.no_grad()
     def end_step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         """Move the buffers; `reduce` sums a tensor over processes. A step without pairs moves nothing."""
-        sums = torch.tensor(self.step_sums, dtype=torch.float32 if reduce is not None else torch.float64)
+        dtype = torch.float32 if reduce is not None else torch.float64
+        sums = torch.tensor(self.step_sums, dtype=dtype, device="cpu")
         count, total, squares = (sums if reduce is None else reduce(sums)).tolist()
         self.step_sums = [0.0, 0.0, 0.0]
         if count == 0:
