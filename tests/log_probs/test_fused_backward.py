@@ -111,20 +111,41 @@ def test_the_number_of_products(prediction: str):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_narrow_gradients_of_several_chunks_are_left_to_backward(dtype: torch.dtype):
-    for tokens, chunks in ((4, 2), (99, 1)):
+def test_gradients_of_several_chunks_are_summed_in_float32(dtype: torch.dtype):
+    for tokens in (1, 4, 99):
         inputs, counter = random_inputs(T, V, D, dtype, bias=False), FlopCounterMode(display=False)
         expected, eager = truth(inputs), values_and_grads(inputs.scores(impl="eager"), inputs)
         with tile_size(3, 8), chunk_size(tokens):
             with counter:
                 scores = inputs.scores(impl="chunked", fused_loss=FusedLoss(weighted_sum, GROUPS))
             for one, plain, true in zip(values_and_grads(scores, inputs), eager, expected, strict=True):
+                assert one.dtype == plain.dtype
                 assert relative_error(one, true) <= max(
                     3 * relative_error(plain, true), 3 * torch.finfo(dtype).eps
                 )
-        is_narrow = torch.finfo(dtype).bits < 32
-        is_fused = dtype != torch.float16 and not (is_narrow and chunks > 1)
-        assert counter.get_total_flops() == (3 if is_fused else 1) * 2 * T * D * V
+        # in float16 they are left to backward
+        assert counter.get_total_flops() == (1 if dtype == torch.float16 else 3) * 2 * T * D * V
+
+
+def test_many_chunks_lose_nothing_to_bfloat16():
+    t, v, d = 512, 16, 8
+    inputs = random_inputs(t, v, d, torch.bfloat16, bias=False)
+    (_, hidden_grad, weight_grad), one_chunk = truth(inputs), None
+    for tokens in (999, 4):
+        with chunk_size(tokens):
+            fused_loss = FusedLoss(weighted_sum, torch.arange(t) // 4)
+            got = values_and_grads(inputs.scores(impl="chunked", fused_loss=fused_loss), inputs)
+        errors = [relative_error(got[1], hidden_grad), relative_error(got[2], weight_grad)]
+        one_chunk = one_chunk or errors
+        assert all(error <= 1.1 * first for error, first in zip(errors, one_chunk, strict=True))
+
+
+def test_without_room_for_sums_narrow_gradients_are_left_to_backward(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fused_backward, "cache_room", lambda weight: 4 * V * D + 4 * V * 2 - 1)
+    inputs, counter = random_inputs(T, V, D, torch.bfloat16, bias=False), FlopCounterMode(display=False)
+    with chunk_size(4), counter:
+        inputs.scores(impl="chunked", fused_loss=FusedLoss(weighted_sum, GROUPS))
+    assert counter.get_total_flops() == 2 * T * D * V
 
 
 @pytest.mark.parametrize(
@@ -243,7 +264,7 @@ def test_inside_activation_checkpointing():
 def test_chunks_are_whole_groups(sizes: list[int], max_tokens: int, seed: int):
     numbers = torch.tensor([7 * k - 20 for k, size in enumerate(sizes) for _ in range(size)])
     shuffled = numbers[torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed % 2**31))]
-    chunks = FusedLoss(fail_if_called, shuffled).split(max_tokens)
+    chunks = FusedLoss(fail_if_called, shuffled).split(max_tokens, torch.device("cpu"))
     chunks = [torch.arange(len(numbers))[chunk] for chunk in chunks]
     assert sorted(torch.cat(chunks).tolist()) == list(range(len(numbers)))
     groups = [set(shuffled[chunk].tolist()) for chunk in chunks]
