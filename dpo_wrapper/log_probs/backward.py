@@ -50,7 +50,7 @@ def compute_gradients(
         weight_out = weight_sum = None if weight_grad is None else weight_grad[vocab_slice]
         if weight_out is not None and weight_out.dtype != sum_dtype and len(tiles.token_slices) > 1:
             weight_sum = torch.empty_like(weight_out, dtype=sum_dtype)
-        bias_sum = tiles.zeros(vocab_slice.stop - vocab_slice.start)
+        bias_sum = None if bias_grad is None else tiles.zeros(vocab_slice.stop - vocab_slice.start)
         for token_slice in tiles.token_slices:
             cached, tile_lse = cache.pop()
             if cached is None:
@@ -65,12 +65,12 @@ def compute_gradients(
             if weight_sum is not None and weighted_hidden is not None:
                 beta = 0.0 if is_new and token_slice.start == 0 else 1.0
                 add_matmul(weight_sum, matmul_tile.T, weighted_hidden[token_slice], beta)
-            if bias_grad is not None:
+            if bias_sum is not None:
                 bias_sum.sub_(grad[token_slice] @ tile.to(sum_dtype))
             del cached, raw, tile, matmul_tile  # free this tile before the next is computed
         if weight_out is not None and weight_sum is not None and weight_out is not weight_sum:
             weight_out.copy_(weight_sum)
-        if bias_grad is not None:
+        if bias_grad is not None and bias_sum is not None:
             bias_grad[vocab_slice] = bias_sum if is_new else bias_sum.add_(bias_grad[vocab_slice])
     if hidden_grad is not None:
         hidden_grad = sum_over(hidden_grad.mul_(-grad[:, None]), options.vocab_group).to(hidden.dtype)

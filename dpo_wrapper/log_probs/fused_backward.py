@@ -107,11 +107,11 @@ def max_chunk_tokens(weight: Float[Tensor, "v d"], matmul_dtype: torch.dtype, su
     """The most tokens in a chunk, unless one group has more.
 
     Each chunk reads and writes the head's gradient, 8·v·d bytes beside 6·v·d FLOPs for each of its tokens.
-    Larger chunks make that matter less; smaller ones need less memory for their tiles. On CUDA they are as
-    large as the room for tiles allows, from which `sum_bytes` are taken.
+    Larger chunks make that matter less; smaller ones need less memory for their tiles. On an accelerator they
+    are as large as the room for tiles allows, from which `sum_bytes` are taken.
     """
-    if weight.device.type != "cuda":
-        return max(512 if weight.device.type == "cpu" else 2048, weight.shape[1] // 2)
+    if weight.device.type == "cpu":
+        return max(512, weight.shape[1] // 2)
     room = cache_room(weight) - sum_bytes
     return max(2048, weight.shape[1] // 2, room // (len(weight) * matmul_dtype.itemsize))
 

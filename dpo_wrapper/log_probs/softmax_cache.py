@@ -14,9 +14,9 @@ CPU_CACHE_HEADS = 4
 """On the CPU the cache may be as large as this many copies of the head: training the head takes as much
 anyway, for its weight, its gradient and AdamW's two moments."""
 
-MAX_CUDA_CACHE_BYTES = 2 * 2**30
-MAX_CUDA_CACHE_SHARE = 0.25
-"""On CUDA the cache may be as large as this share of the free memory, within the bytes above."""
+MAX_CACHE_BYTES = 2 * 2**30
+MAX_CACHE_SHARE = 0.25
+"""Elsewhere the cache may be as large as this share of the device's free memory, within the bytes above."""
 
 BUFFER_BYTES = 64 * 2**20
 """On the CPU tiles lie in buffers of this size. The C library returns a buffer so large to the system as soon
@@ -25,16 +25,16 @@ as its last tile is freed. Backward frees tiles while it fills the head's gradie
 
 def cache_room(weight: Float[Tensor, "v d"]) -> int:
     """The bytes that may be taken while the head trains, to compute no product twice."""
-    if weight.device.type == "cuda":
-        free = free_cuda_bytes(weight.device)
-        return max(MIN_CACHE_BYTES, min(MAX_CUDA_CACHE_BYTES, int(MAX_CUDA_CACHE_SHARE * free)))
-    if weight.device.type != "cpu":
-        return MIN_CACHE_BYTES
-    return max(MIN_CACHE_BYTES, CPU_CACHE_HEADS * weight.numel() * weight.element_size())
+    if weight.device.type == "cpu":
+        return max(MIN_CACHE_BYTES, CPU_CACHE_HEADS * weight.numel() * weight.element_size())
+    share = int(MAX_CACHE_SHARE * free_bytes(weight.device))
+    return max(MIN_CACHE_BYTES, min(MAX_CACHE_BYTES, share))
 
 
-def free_cuda_bytes(device: torch.device) -> int:
-    """The memory that the device has free, and that torch holds without using it."""
+def free_bytes(device: torch.device) -> int:
+    """The memory that a device has free, or that torch holds without using it; 0 where it is not known."""
+    if device.type != "cuda":
+        return 0
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
 

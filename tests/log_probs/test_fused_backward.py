@@ -137,7 +137,7 @@ def test_many_chunks_lose_nothing_to_bfloat16():
             got = values_and_grads(inputs.scores(impl="chunked", fused_loss=fused_loss), inputs)
         errors = [relative_error(got[1], hidden_grad), relative_error(got[2], weight_grad)]
         one_chunk = one_chunk or errors
-        assert all(error <= 1.1 * first for error, first in zip(errors, one_chunk, strict=True))
+        assert all(error <= 1.5 * first for error, first in zip(errors, one_chunk, strict=True))
 
 
 def test_without_room_for_sums_narrow_gradients_are_left_to_backward(monkeypatch: pytest.MonkeyPatch):
