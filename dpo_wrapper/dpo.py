@@ -1,6 +1,5 @@
 """Direct preference optimisation as a module around a language model."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -140,7 +139,7 @@ class DPO(ReferenceOwner):
         self.loss.check_dataset_type(batch.dataset_type)
         if isinstance(batch, PreferenceBatch):
             self.loss.check_columns(batch.margins is not None, batch.weights is not None)
-            batch = replace(batch, ld_alpha=self.ld_alpha)
+            batch = batch.replace(ld_alpha=self.ld_alpha)
         self.set_eval_mode()
         self.policy.check(batch.sequences)
         if isinstance(batch, UnpairedBatch) and batch.step_kl is None:
@@ -156,7 +155,8 @@ class DPO(ReferenceOwner):
             log_probs = batch.log_probs(batch.sequences.log_probs(tokens), reference)
             return self.loss(log_probs).sum() / batch.denominator
 
-        groups = group_tokens(batch.sequences, batch.linked_sequences) if self.loss.is_per_pair else None
+        on_cpu = batch.on_cpu
+        groups = group_tokens(on_cpu.sequences, on_cpu.linked_sequences) if self.loss.is_per_pair else None
         return FusedLoss(loss_of_tokens, groups)
 
     @torch.no_grad()

@@ -104,7 +104,10 @@ class ScoredSequences(TensorDataclass):
         """The same sequences as a prefix tree, built once for each of the options."""
         trees = vars(self).setdefault("_trees", {})
         if options not in trees:
-            trees[options] = ScoredTreeTokens.from_sequences(self, options)
+            host = self.on_cpu
+            is_here = host is self
+            tree = ScoredTreeTokens.from_sequences(self, options) if is_here else host.as_tree(options)
+            trees[options] = tree if is_here else tree.to(self.ids.device)
         return trees[options]
 
     def prebuild_tree(self, options: TreeOptions | None) -> "ScoredSequences":
@@ -125,8 +128,9 @@ class ScoredSequences(TensorDataclass):
     def content_hashes(self) -> tuple[bytes, ...]:
         """A hash of each sequence's ids and scored tokens, the same in any batch and with any padding."""
         if "_content_hashes" not in vars(self):
-            lengths = self.length.tolist()
-            sources, targets = (t.cpu().split(lengths) for t in (self.source, self.target))
+            host = self.on_cpu
+            lengths = host.length.tolist()
+            sources, targets = (t.split(lengths) for t in (host.source, host.target))
             hashes = []
             for ids, source, target in zip(self.unpadded_ids(), sources, targets, strict=True):
                 shape = torch.tensor([len(ids), len(source)])
@@ -146,7 +150,8 @@ class ScoredSequences(TensorDataclass):
 
     def unpadded_ids(self) -> list[Int[Tensor, "_"]]:
         """Each row of `ids` without its padding, on the CPU."""
-        return [ids[:n] for ids, n in zip(self.ids.cpu(), self.real.tolist(), strict=True)]
+        host = self.on_cpu
+        return [ids[:n] for ids, n in zip(host.ids, host.real.tolist(), strict=True)]
 
     def unique_tokens(self) -> int:
         """Number of tokens if every prefix that sequences share is counted once."""
