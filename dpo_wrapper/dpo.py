@@ -167,7 +167,7 @@ class DPO(ReferenceOwner):
         ratios, reference = self.policy(batch.kl_sequences).sums, self.reference(batch.kl_sequences)
         ratios = ratios if reference is None else ratios - reference.sums
         is_counted = batch.kl_sequences.length > 0
-        return torch.stack([ratios[is_counted].sum(), is_counted.sum().to(ratios.dtype)])
+        return torch.stack([ratios.where(is_counted, 0.0).sum(), is_counted.sum().to(ratios.dtype)])
 
     def set_eval_mode(self) -> None:
         """Switch the policy's dropout off, unless it should stay on."""
