@@ -73,7 +73,7 @@ def matmul(
 
 @lru_cache
 def can_add_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch adds a product of narrow matrices to a float32 one (CUDA, from torch 2.8 on): it is tried.
+    """Whether torch adds a product of narrow matrices to a float32 one (CUDA, torch 2.8): it is tried.
 
     Otherwise each product is written and read once more, and rounded.
     """
@@ -93,8 +93,8 @@ def add_matmul(
 ) -> None:
     """`out = beta * out + a @ b` in place, without gradients; with `beta = 0`, `out` may be uninitialized.
 
-    `out` may be wider than `a` and `b`, or, with `beta = 0`, narrower. Where torch cannot add to a wider `out`
-    itself, the product is first rounded to the dtype of `a` and `b`.
+    `out` may be wider than `a` and `b`, or, with `beta = 0`, narrower. Where torch cannot add to a wider
+    `out` itself, the product is first rounded to the dtype of `a` and `b`.
     """
     if out.dtype == a.dtype and not needs_onednn(a, b, len(a)):
         torch.addmm(out, a, b, beta=beta, out=out)

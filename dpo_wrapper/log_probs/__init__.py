@@ -188,7 +188,7 @@ def log_probs_from_hidden(
     vocab_group: ProcessGroup | None = None,
     are_targets_known: bool = True,
 ) -> Any:
-    """`token_log_probs` of targets that are known to be in the vocabulary, so that no device is waited for."""
+    """`token_log_probs` of targets that are known to be in the vocabulary; waits for no device."""
     weight, bias = full_weight(weight), None if bias is None else full_weight(bias)
     check_inputs(hidden, weight, targets, bias, logit_scale, softcap)
     check_extras(extras)

@@ -17,7 +17,7 @@ TILE_TOKENS = 8192
 
 TILE_BYTES = {"cpu": 12 * 2**20, "other": 128 * 2**20}
 """The memory of a tile. On the CPU it fits into the processor's cache, and is too small for the C library to
-return to the system each time it is freed. Elsewhere the products of a tile take longer than launching them."""
+return to the system each time it is freed. Elsewhere a tile's products take longer than their launches."""
 
 TokenIndex = slice | Int[Tensor, "k"]
 """What selects some of the t tokens."""

@@ -36,7 +36,9 @@ class TorchBackend(TileBackend):
         reference_lse: Float[Tensor, "r"] | None = None,
         out: Float[Tensor, "r w"] | None = None,
     ) -> ReducedTile:
-        softmax = tile_softmax(raw, needs_tile or reference_lse is not None, out, is_in_place=not needs_moments)
+        softmax = tile_softmax(
+            raw, needs_tile or reference_lse is not None, out, is_in_place=not needs_moments
+        )
         p, lse = softmax.p, softmax.lse
         moments = None
         if needs_moments:

@@ -232,9 +232,7 @@ class TritonBackend(TileBackend):
         width = values.shape[1]
         block_size = min(1024, triton.next_power_of_2(max(1, width)))
         with torch.cuda.device_of(values):
-            _scale_rows_kernel[(len(values),)](
-                values, factor, values.stride(0), width, BLOCK_SIZE=block_size
-            )
+            _scale_rows_kernel[(len(values),)](values, factor, values.stride(0), width, BLOCK_SIZE=block_size)
 
 
 def constants(raw: RawTile) -> dict[str, Any]:

@@ -87,7 +87,9 @@ def wrap(x: Any) -> Any:
     return DeviceTensor(x) if type(x) is Tensor else x
 
 
-def count_wait(name: str, args: Any, kwargs: dict[str, Any], is_on_device: bool, goes_to_device: bool) -> None:
+def count_wait(
+    name: str, args: Any, kwargs: dict[str, Any], is_on_device: bool, goes_to_device: bool
+) -> None:
     indices = args[1] if name.startswith(("index", "_index_put", "_unsafe_index")) and len(args) > 1 else ()
     has_mask = isinstance(indices, (list, tuple)) and any(
         isinstance(index, Tensor) and index.dtype == torch.bool for index in indices
@@ -97,7 +99,9 @@ def count_wait(name: str, args: Any, kwargs: dict[str, Any], is_on_device: bool,
     repeats = name == "repeat_interleave" and kwargs.get("output_size") is None
     if name in WAITING or has_mask or repeats or (crosses and (is_synchronous or not goes_to_device)):
         frames = [f for f in traceback.extract_stack() if "/dpo_wrapper/" in f.filename]
-        where = f"{frames[-1].filename.split('/dpo_wrapper/')[-1]}:{frames[-1].lineno}" if frames else "outside"
+        where = (
+            f"{frames[-1].filename.split('/dpo_wrapper/')[-1]}:{frames[-1].lineno}" if frames else "outside"
+        )
         waits[f"{name} at {where}"] += 1
 
 

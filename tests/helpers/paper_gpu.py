@@ -126,6 +126,6 @@ def run_gather(
         return {
             "products": (forward / (2 * t * d * v), ledger.flops / (2 * t * d * v)),
             "kernels": dict(PaperBackend.kernels),
-            "launches": dict(ledger.launches),
+            "launches": Counter(ledger.launches),
             "extra": ledger.peak - before - grad_bytes,
         }

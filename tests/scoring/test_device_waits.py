@@ -107,7 +107,11 @@ def test_a_step_of_sft():
 
 def test_sums_of_metrics_are_one_copy():
     with counted_waits() as waits:
-        metrics = {"loss": torch.tensor(2.0), "pairs/valid": torch.tensor(3.0), "kl/chosen": torch.tensor(1.0)}
+        metrics = {
+            "loss": torch.tensor(2.0),
+            "pairs/valid": torch.tensor(3.0),
+            "kl/chosen": torch.tensor(1.0),
+        }
         metrics = {name: value.to(DEVICE) for name, value in metrics.items()}
         sums = MetricSums()
         waits.clear()
