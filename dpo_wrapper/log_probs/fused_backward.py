@@ -123,7 +123,7 @@ def split_for_fused_loss(fused_loss: FusedLoss | None, tiles: Tiles) -> list[Tok
     - With extras, or with a `vocab_group`, whose processes would not agree on chunks.
     - In float16 gradients need a scaler's factor before they are rounded.
     - The gradient of a head narrower than float32 is summed over chunks in float32, and there is no room for
-      that beside the tiles of a chunk.
+      that beside the tiles of a chunk; or there is room for all tiles, with which no sum is needed.
     """
     options, weight = tiles.options, tiles.weight
     trained = [x for x in (weight, tiles.bias) if x is not None and x.requires_grad]
@@ -137,8 +137,8 @@ def split_for_fused_loss(fused_loss: FusedLoss | None, tiles: Tiles) -> list[Tok
     if len(chunks) == 1 or all(x.dtype == options.accumulation_dtype for x in trained):
         return chunks
     sum_bytes = weight.numel() * options.accumulation_dtype.itemsize
-    max_tokens = max_chunk_tokens(weight, dtype, sum_bytes)
-    if sum_bytes + max_tokens * len(weight) * dtype.itemsize > cache_room(weight):
+    max_tokens, room = max_chunk_tokens(weight, dtype, sum_bytes), cache_room(weight)
+    if tiles.num_bytes() <= room or sum_bytes + max_tokens * len(weight) * dtype.itemsize > room:
         return None
     return fused_loss.split(max_tokens, device)
 

@@ -36,9 +36,8 @@ class TorchBackend(TileBackend):
         reference_lse: Float[Tensor, "r"] | None = None,
         out: Float[Tensor, "r w"] | None = None,
     ) -> ReducedTile:
-        softmax = tile_softmax(
-            raw, needs_tile or reference_lse is not None, out, is_in_place=not needs_moments
-        )
+        needs_slopes = needs_tile or reference_lse is not None
+        softmax = tile_softmax(raw, needs_slopes, out, is_in_place=not needs_moments)
         p, lse = softmax.p, softmax.lse
         moments = None
         if needs_moments:
@@ -47,7 +46,7 @@ class TorchBackend(TileBackend):
             entropy = ((p * below_max).sum(dim=1) + lse - max_logit).masked_fill(lse == -torch.inf, 0.0)
             moments = (entropy, p.square().sum(dim=1), max_logit)
         statistics.update(lse, softmax.target_logit, softmax.target_slope, moments)
-        if needs_tile or reference_lse is not None:
+        if needs_slopes:
             softmax.multiply_by_slopes(raw.logit_scale)
         if reference_lse is None:
             return ReducedTile(p, lse)

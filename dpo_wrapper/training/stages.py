@@ -80,9 +80,8 @@ class SFTModule(nn.Module):
         self.scorer.check(batch.sequences)
         fused_loss = None
         if self.training and self.scorer.trains_head:
-            fused_loss = FusedLoss(
-                loss_of_tokens, batch.sequences.on_cpu.row
-            )  # sequences do not meet in the loss
+            groups = batch.sequences.on_cpu.row  # sequences do not meet in the loss
+            fused_loss = FusedLoss(loss_of_tokens, groups)
         return loss_of_tokens(self.scorer(batch.sequences, fused_loss=fused_loss).sums)
 
 

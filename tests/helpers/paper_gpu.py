@@ -8,7 +8,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
@@ -63,7 +63,7 @@ class Ledger(TorchDispatchMode):
 class PaperBackend(triton_tile.TritonBackend):
     """The Triton backend, whose kernels are counted instead of launched."""
 
-    kernels: Counter[str] = Counter()
+    kernels: ClassVar[Counter[str]] = Counter()
 
     def reduce(self, raw: RawTile, statistics: OnlineSoftmax, *, reference_lse=None, **_: Any) -> ReducedTile:
         self.kernels["read" if reference_lse is None else "read and write"] += 1

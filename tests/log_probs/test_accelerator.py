@@ -71,7 +71,7 @@ def test_a_float32_head_under_autocast_is_cast_once_in_a_pass(options: dict):
 
     def to(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         result = make(x, *args, **kwargs)
-        if x.is_meta and x.ndim == 2 and x.shape[1] == 256 and result is not x and len(x) != 16384:
+        if result is not x and x.untyped_storage().nbytes() == 4 * shape[1] * shape[2]:
             casts.append(x.shape[0])
         return result
 

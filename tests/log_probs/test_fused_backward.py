@@ -110,42 +110,52 @@ def test_the_number_of_products(prediction: str):
     assert [counter.get_total_flops() for counter in counters] == [n * 2 * T * D * V for n in products]
 
 
+def narrow_room(t: int, v: int, d: int, tokens: int) -> int:
+    """Room for the sums of a bfloat16 head and a chunk, but not for all tiles."""
+    room = 4 * v * d + 2 * v * tokens
+    assert room < 2 * t * v
+    return room
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradients_of_several_chunks_are_summed_in_float32(dtype: torch.dtype):
-    for tokens in (1, 4, 99):
-        inputs, counter = random_inputs(T, V, D, dtype, bias=False), FlopCounterMode(display=False)
+def test_gradients_of_several_chunks_are_summed_in_float32(dtype: torch.dtype, monkeypatch):
+    t, v, d = 64, V, D
+    monkeypatch.setattr(fused_backward, "cache_room", lambda weight: narrow_room(t, v, d, 16))
+    for tokens in (1, 16):
+        inputs, counter = random_inputs(t, v, d, dtype, bias=False), FlopCounterMode(display=False)
         expected, eager = truth(inputs), values_and_grads(inputs.scores(impl="eager"), inputs)
         with tile_size(3, 8), chunk_size(tokens):
             with counter:
-                scores = inputs.scores(impl="chunked", fused_loss=FusedLoss(weighted_sum, GROUPS))
+                fused_loss = FusedLoss(weighted_sum, torch.arange(t) // 4)
+                scores = inputs.scores(impl="chunked", fused_loss=fused_loss)
             for one, plain, true in zip(values_and_grads(scores, inputs), eager, expected, strict=True):
                 assert one.dtype == plain.dtype
                 assert relative_error(one, true) <= max(
                     3 * relative_error(plain, true), 3 * torch.finfo(dtype).eps
                 )
         # in float16 they are left to backward
-        assert counter.get_total_flops() == (1 if dtype == torch.float16 else 3) * 2 * T * D * V
+        assert counter.get_total_flops() == (1 if dtype == torch.float16 else 3) * 2 * t * d * v
 
 
-def test_many_chunks_lose_nothing_to_bfloat16():
+def test_many_chunks_lose_nothing_to_bfloat16(monkeypatch):
     t, v, d = 512, 16, 8
-    inputs = random_inputs(t, v, d, torch.bfloat16, bias=False)
-    (_, hidden_grad, weight_grad), one_chunk = truth(inputs), None
+    monkeypatch.setattr(fused_backward, "cache_room", lambda weight: narrow_room(t, v, d, 4))
+    inputs, errors = random_inputs(t, v, d, torch.bfloat16, bias=False), []
     for tokens in (999, 4):
         with chunk_size(tokens):
             fused_loss = FusedLoss(weighted_sum, torch.arange(t) // 4)
             got = values_and_grads(inputs.scores(impl="chunked", fused_loss=fused_loss), inputs)
-        errors = [relative_error(got[1], hidden_grad), relative_error(got[2], weight_grad)]
-        one_chunk = one_chunk or errors
-        assert all(error <= 1.5 * first for error, first in zip(errors, one_chunk, strict=True))
+        errors.append([relative_error(*pair) for pair in zip(got[1:], truth(inputs)[1:], strict=True)])
+    assert all(many <= 1.5 * one for one, many in zip(*errors, strict=True))
 
 
-def test_without_room_for_sums_narrow_gradients_are_left_to_backward(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(fused_backward, "cache_room", lambda weight: 4 * V * D + 4 * V * 2 - 1)
-    inputs, counter = random_inputs(T, V, D, torch.bfloat16, bias=False), FlopCounterMode(display=False)
+@pytest.mark.parametrize("room", (4 * V * D + 2 * V * 4 - 1, 2 * 64 * V), ids=("none", "for all tiles"))
+def test_narrow_gradients_are_left_to_backward_where_sums_do_not_help(room: int, monkeypatch):
+    monkeypatch.setattr(fused_backward, "cache_room", lambda weight: room)
+    inputs, counter = random_inputs(64, V, D, torch.bfloat16, bias=False), FlopCounterMode(display=False)
     with chunk_size(4), counter:
-        inputs.scores(impl="chunked", fused_loss=FusedLoss(weighted_sum, GROUPS))
-    assert counter.get_total_flops() == 2 * T * D * V
+        inputs.scores(impl="chunked", fused_loss=FusedLoss(weighted_sum, torch.arange(64) // 4))
+    assert counter.get_total_flops() == 2 * 64 * D * V
 
 
 @pytest.mark.parametrize(
