@@ -242,7 +242,7 @@ def constants(raw: RawTile) -> dict[str, Any]:
         "HAS_BIAS": raw.bias is not None,
         "HAS_CAP": raw.softcap is not None,
         "BLOCK_SIZE": block_size,
-        "num_warps": 8 if block_size >= 4096 else 4,
+        "num_warps": 16 if block_size >= 8192 else 8 if block_size >= 2048 else 4,
     }
 
 

@@ -70,7 +70,7 @@ class PaperBackend(triton_tile.TritonBackend):
         rescale = None if reference_lse is None else torch.empty_like(reference_lse)
         return ReducedTile(raw.product, rescale=rescale)
 
-    def write_grad(self, raw: RawTile, tile_lse: None, lse: Tensor, target_grad: Tensor) -> Tensor:
+    def write_grad(self, raw: RawTile, tile_lse: Tensor | None, lse: Tensor, target_grad: Tensor) -> Tensor:
         self.kernels["read and write"] += 1
         return raw.product
 

@@ -62,7 +62,7 @@ def run_step(kind: str, on_device: bool) -> tuple[Tensor, dict, list[Tensor], li
             dpo(draw_batch(kind))
         batch = draw_batch(kind)
         batch.sequences.prebuild_tree(dpo.policy.tree_options)
-        if kind == "unpaired":
+        if isinstance(batch, UnpairedBatch):
             batch.kl_sequences.prebuild_tree(dpo.policy.tree_options)
         if on_device:
             batch = batch.to(DEVICE)
