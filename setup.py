@@ -10,7 +10,7 @@ train = [
     "safetensors>=0.4.3",
     "tokenizers>=0.22",
     "tqdm>=4.66",
-    "transformers>=5.4",
+    "transformers>=5.7",
     "tyro>=0.9.20",
 ]
 
@@ -37,7 +37,7 @@ setup(
     packages=find_packages(include=["dpo_wrapper", "dpo_wrapper.*"]),
     package_data={"dpo_wrapper": ["py.typed"]},
     install_requires=[
-        "torch>=2.8",
+        "torch>=2.9",
         "einops>=0.8.1",
         "numpy>=1.26",
         "x-transformers>=2.31",
@@ -50,12 +50,12 @@ setup(
         "test": [
             *train,
             "hypothesis>=6.100",
-            "mypy>=1.13",
+            "mypy>=1.18",
             "peft>=0.18",
             "pytest>=8",
             "pytest-xdist>=3.6.1",
-            "ruff>=0.8",
-            'triton>=3.4; platform_system == "Linux"',
+            "ruff>=0.14.9",
+            'triton>=3.5; platform_system == "Linux"',
             'trl>=1.16; python_version >= "3.11"',
         ],
     },

@@ -43,7 +43,7 @@ def is_onednn_faster() -> bool:
         return False
     a, b = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0)).unbind()
     try:
-        torch._C._autograd._top_saved_tensors_default_hooks(True)  # for `linear`; torch has it from 2.8 on
+        torch._C._autograd._top_saved_tensors_default_hooks(True)  # for `linear`
         return torch.allclose(_onednn_matmul(a, b), a @ b, atol=1e-4)
     except (AttributeError, RuntimeError, TypeError):  # the two are no public part of torch
         return False

@@ -14,8 +14,8 @@ from dpo_wrapper.losses.pairwise import Sigmoid
 from dpo_wrapper.metrics import batch_metrics
 from dpo_wrapper.models import eval_mode
 from dpo_wrapper.reference.build import ReferenceKind, build_reference
-from dpo_wrapper.reference.reference import CachedReference, ReferenceOwner
-from dpo_wrapper.reference.sync import sync_reference
+from dpo_wrapper.reference.owner import ReferenceOwner
+from dpo_wrapper.reference.reference import CachedReference
 from dpo_wrapper.scoring import Scorer, SharePrefix, group_tokens
 
 
@@ -46,7 +46,8 @@ class DPO(ReferenceOwner):
         disable_dropout: keep the policy in eval mode, so that only training sets it apart from the reference.
 
     Attributes:
-        policy_model, ref_model: the modules; `ref_model` is None if the reference has none of its own.
+        policy_model, ref_model: the modules, which may be assigned; `ref_model` is None if the reference has
+            none of its own.
         beta: the scale of the logged rewards.
     """
 
@@ -78,7 +79,8 @@ class DPO(ReferenceOwner):
         self.disable_dropout = validation.check_flag("disable_dropout", disable_dropout)
         self.policy_model = model
         validation.check_flag("cache_ref_log_probs", cache_ref_log_probs)
-        options = (reference_dtype, reference_device, self.ld_alpha < 1, cache_ref_log_probs)
+        self.per_token = self.ld_alpha < 1
+        options = (reference_dtype, reference_device, self.per_token, cache_ref_log_probs)
         self.set_reference(build_reference(reference, self.policy, self.loss.needs_reference, *options))
 
     def forward(
@@ -116,8 +118,10 @@ class DPO(ReferenceOwner):
             Float[], a zero with zero gradients if no pair is valid.
 
         Raises:
-            TypeError, ValueError: input that does not fit, before any forward pass.
+            TypeError, ValueError: input that does not fit, a policy that cannot train, or a reference that
+                would have moved, before any forward pass of the policy.
         """
+        self.check_trains()
         masks = (prompt_mask, seq_mask, preferred_seq_mask, unpreferred_seq_mask)
         batch = self.as_batch(preferred_seq, unpreferred_seq, *masks, pair_weights, margins)
         if ref_log_probs is None:
@@ -184,14 +188,6 @@ class DPO(ReferenceOwner):
         A call with a whole step does so by itself. `reduce` sums a tensor over processes.
         """
         self.loss.end_step(reduce)
-
-    def sync_reference(self, alpha: float = 0.6) -> None:
-        """Move the reference towards the policy: `ref <- alpha * policy + (1 - alpha) * ref` (TR-DPO).
-
-        Gorbatovski 2024 (arXiv 2404.09656). Weights that the two share stay, so that of a policy with an
-        adapter only the adapters are mixed, each LoRA factor by itself.
-        """
-        sync_reference(self.reference, self.policy_model, alpha)
 
     def explain(self) -> str:
         """Which paths are in use and why not the others, in plain words; known after the first call."""

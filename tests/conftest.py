@@ -21,6 +21,22 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_silent_fallback() -> Iterator[None]:
+    """A function that torch has compiled too often runs uncompiled from then on: on CUDA that is an error."""
+    if not torch.cuda.is_available() or not hasattr(torch._dynamo.config, "fail_on_recompile_limit_hit"):
+        yield  # torch before 2.7 knows the limit by another name
+        return
+    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+        yield
+
+
+@pytest.fixture(params=("cpu", pytest.param("cuda", marks=pytest.mark.cuda)))
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a test runs: on the CPU, and, if there is one, on a GPU."""
+    return request.param
+
+
 @pytest.fixture(params=("eager", "cached", "recomputed"))
 def impl(request: pytest.FixtureRequest) -> Iterator[str]:
     """Of the log-prob gather: the slow lines, or tiles whose softmaxes are cached or computed again."""

@@ -69,6 +69,8 @@ class HuggingFaceModel(LanguageModel):
         peft_config = getattr(self.model, "active_peft_config", None)
         if self.inner.base_model is self.inner or getattr(peft_config, "is_prompt_learning", False):
             return None  # PEFT adds a learned prompt outside the base model
+        if hasattr(self.model, "_fsdp_wrapped_module"):
+            return None  # FSDP's older wrapper gathers parameters in its own forward alone
 
         def find_option(*names: str) -> float | None:
             return next((value for name in names if (value := getattr(self.text_config, name, None))), None)

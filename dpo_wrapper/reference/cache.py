@@ -1,5 +1,6 @@
 """Log-probs that were computed before, looked up by the content of sequences."""
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,8 @@ HASH_BYTES = 16
 class LogProbCache:
     """For each sequence, by its content hash, the sum of its log-probs or, with `per_token`, each of them.
 
-    The batch that a sequence stands in and its padding do not matter.
+    The batch that a sequence stands in and its padding do not matter. What `state` names does: log-probs that
+    are kept under one state are not found under another.
     """
 
     def __init__(self, per_token: bool = False) -> None:
@@ -25,24 +27,24 @@ class LogProbCache:
     def __len__(self) -> int:
         return len(self.values)
 
-    def lookup(self, sequences: ScoredSequences) -> SequenceLogProbs | None:
+    def lookup(self, sequences: ScoredSequences, state: str = "") -> SequenceLogProbs | None:
         """The log-probs of the sequences; None unless all of them are known."""
-        values: list[Any] = [self.values.get(content) for content in sequences.content_hashes()]
+        values: list[Any] = [self.values.get(key) for key in cache_keys(sequences, state)]
         if any(value is None for value in values):
             return None
         if self.per_token:
             return sequences.log_probs(torch.cat(values).to(sequences.ids.device))
         return SequenceLogProbs(torch.tensor(values, dtype=self.dtype, device=sequences.ids.device))
 
-    def store(self, sequences: ScoredSequences, log_probs: SequenceLogProbs) -> None:
+    def store(self, sequences: ScoredSequences, log_probs: SequenceLogProbs, state: str = "") -> None:
         """Keep the log-probs of the sequences. A sequence that is known keeps the value it has."""
         values = log_probs.tokens if self.per_token else log_probs.sums
         assert values is not None
         values = values.detach().cpu()
         self.dtype = values.dtype
         split = values.split(sequences.length.tolist()) if self.per_token else values.tolist()
-        for content, value in zip(sequences.content_hashes(), split, strict=True):
-            self.values.setdefault(content, value.clone() if self.per_token else value)
+        for key, value in zip(cache_keys(sequences, state), split, strict=True):
+            self.values.setdefault(key, value.clone() if self.per_token else value)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All content hashes and values, as tensors for a file."""
@@ -72,3 +74,11 @@ class LogProbCache:
             torch.distributed.all_gather_object(states, self.state_dict())
             for state in states:
                 self.load_state_dict(state)
+
+
+def cache_keys(sequences: ScoredSequences, state: str) -> tuple[bytes, ...]:
+    """The key of each sequence: its content hash, or one of content and state."""
+    hashes = sequences.content_hashes()
+    if not state:
+        return hashes
+    return tuple(hashlib.blake2b(h + state.encode(), digest_size=HASH_BYTES).digest() for h in hashes)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_wrapper.batches.sequences import ScoredSequences
+from dpo_wrapper.models.batch_dependence import max_independent_length
 from dpo_wrapper.reference.cache import LogProbCache
 from dpo_wrapper.reference.reference import CachedReference, FrozenModel, ModelReference, Reference
 from dpo_wrapper.scoring.scorer import Scorer
@@ -43,8 +44,8 @@ def precompute_ref_log_probs(
         progress: called with the number of sequences after each file, whether computed or found.
 
     Raises:
-        ValueError: the folder was made with other weights, sequences, dtype, kind of values or version of
-            this package, or it cannot be read.
+        ValueError: log-probs of a sequence depend on its batch; or the folder was made with other weights,
+            sequences, dtype, kind of values or version of this package, or cannot be read.
     """
     if not isinstance(sequences, Sequence) or not all(isinstance(x, ScoredSequences) for x in sequences):
         raise TypeError(
@@ -55,6 +56,13 @@ def precompute_ref_log_probs(
     if not isinstance(reference, ModelReference):
         raise ValueError("the reference should have a model to compute log-probs with: give one that has.")
 
+    longest = max((batch.ids.shape[1] for batch in sequences), default=0)
+    if longest > (limit := max_independent_length(reference.model)):
+        raise ValueError(
+            "log-probs that are computed ahead should not depend on the batch that a sequence stands in, but "
+            f"those of this model do in batches longer than {limit} tokens, and one has {longest}: compute "
+            "them in training, with reference = 'copy' or 'adapter'."
+        )
     device = next((p.device for p in reference.model.parameters()), torch.device("cpu"))
     contents = b"".join(content for batch in sequences for content in batch.content_hashes())
     made_with = {

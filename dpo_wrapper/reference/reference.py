@@ -1,7 +1,9 @@
 """Where reference log-probs come from: a frozen model, the policy without its adapter, a cache, nowhere."""
 
+import math
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
@@ -9,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from dpo_wrapper.batches.sequences import ScoredSequences, SequenceLogProbs
+from dpo_wrapper.models.adapters import LORA_FACTOR
+from dpo_wrapper.models.batch_dependence import max_independent_length
 from dpo_wrapper.models.eval_mode import eval_mode
 from dpo_wrapper.reference.cache import LogProbCache
-from dpo_wrapper.reference.frozen_copy import copy_with_closures
+from dpo_wrapper.reference.sharding import is_true_everywhere
+from dpo_wrapper.reference.shared_weights import SharedWeights, tensor_version
 from dpo_wrapper.scoring.scorer import Scorer
 
 
@@ -83,42 +88,76 @@ class CachedReference(LogProbCache, Reference):
 
 
 class ModelReference(Reference):
-    """A model that computes the reference's log-probs, with a cache of them where that is enabled."""
+    """A model that computes the reference's log-probs, with a cache of them where that is enabled.
+
+    Attributes:
+        shared: the parameters that should stay as they are, since the policy has them too.
+        max_cached_length: length of the longest batch whose log-probs may be looked up in other batches.
+    """
 
     description = "a frozen model"
 
-    def __init__(self, scorer: Scorer) -> None:
+    def __init__(self, scorer: Scorer, policy: nn.Module | None = None) -> None:
         self.scorer = scorer
         self.model = scorer.language_model.model
-        self.cache_fingerprint: Any = None
+        self.shared = SharedWeights(nn.Module() if policy is None else policy, self.model)
+        self.versions: dict[tuple[str, bool], Any] = {}
+        self.max_cached_length = math.inf
+
+    def enable_cache(self, per_token: bool) -> None:
+        """Keep log-probs from now on, of batches in which they depend on nothing beside each sequence."""
+        self.max_cached_length = max_independent_length(self.model)
+        self.cache = LogProbCache(per_token) if self.max_cached_length else None
+        if self.cache is None:
+            warnings.warn(
+                "cache_ref_log_probs has no effect, for the reference's log-probs of a sequence depend on "
+                "its batch.",
+                stacklevel=4,
+            )
 
     def frozen(self) -> AbstractContextManager[None]:
-        """The context in which the model is the reference."""
+        """The context in which the model is the reference; ValueError if it would not be what it was."""
+        self.shared.check()
         return eval_mode(self.model)
 
     def weights(self) -> dict[str, Tensor]:
         """The weights that the log-probs depend on, by name."""
         return self.model.state_dict()
 
-    def frozen_parameters(self) -> list[nn.Parameter]:
-        """The parameters that the log-probs depend on."""
-        return list(self.model.parameters())
+    def frozen_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that the log-probs depend on, by name."""
+        return dict(self.model.named_parameters())
+
+    def forget_if_changed(self, cache: LogProbCache) -> None:
+        """Empty the cache if a parameter was replaced or written since the last call."""
+        for name, p in self.frozen_parameters().items():
+            # FSDP gathers a parameter for a time, which is no change
+            form = (name, hasattr(p, "device_mesh"))
+            version = (id(p), tensor_version(p), p.dtype, p.device)
+            if self.versions.get(form, version) != version:
+                cache.values.clear()
+            self.versions[form] = version
 
     def __call__(self, sequences: ScoredSequences) -> SequenceLogProbs:
         if self.cache is None:
             return self.compute(sequences)
-        # changes with the reference's weights and with the dtype that it computes in
+        self.forget_if_changed(self.cache)
+        # autocast changes what the same weights compute
         device = sequences.ids.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        weights = tuple((id(p), p._version, p.dtype, p.device) for p in self.frozen_parameters())
-        fingerprint = (autocast, weights)
-        if self.cache_fingerprint not in (None, fingerprint):
-            self.cache.values.clear()
-        self.cache_fingerprint = fingerprint
-        log_probs = self.cache.lookup(sequences)
-        if log_probs is None:
+        state = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
+        can_be_cached = sequences.ids.shape[1] <= self.max_cached_length
+        if not can_be_cached:
+            warnings.warn(
+                f"reference log-probs of batches longer than {self.max_cached_length} tokens are not cached, "
+                "for there those of a sequence depend on its batch.",
+                stacklevel=3,
+            )
+        log_probs = self.cache.lookup(sequences, state) if can_be_cached else None
+        is_known = is_true_everywhere(log_probs is not None, self.model)
+        if log_probs is None or not is_known:
             log_probs = self.compute(sequences)
-            self.cache.store(sequences, log_probs)
+            if can_be_cached:
+                self.cache.store(sequences, log_probs, state)
         return log_probs
 
     @torch.no_grad()
@@ -137,33 +176,20 @@ class ModelReference(Reference):
     def __getstate__(self) -> dict[str, Any]:
         """A copy starts with an empty cache, since a cache belongs to these very parameters."""
         cache = None if self.cache is None else LogProbCache(self.cache.per_token)
-        return vars(self) | {"cache_fingerprint": None, "cache": cache}
+        return vars(self) | {"versions": {}, "cache": cache}
 
 
 class FrozenModel(ModelReference):
     """A model of the reference's own: a frozen copy of the policy, or a given module.
 
-    Parameters that it shares with the policy should stay frozen. With a `device` it stays there.
+    Parameters that it shares with the policy should stay as they are. With a `device` it stays there.
     """
 
     def __init__(
         self, scorer: Scorer, policy: nn.Module | None = None, device: torch.device | None = None
     ) -> None:
-        super().__init__(scorer)
+        super().__init__(scorer, policy)
         self.module, self.device = self.model, device
-        reference_ids = {id(p) for p in self.model.parameters()}
-        named = [] if policy is None else policy.named_parameters()
-        self.shared = [(name, p) for name, p in named if id(p) in reference_ids]
-
-    def frozen(self) -> AbstractContextManager[None]:
-        """As in `ModelReference`; ValueError if a parameter that the policy shares trains by now."""
-        for name, parameter in self.shared:
-            if parameter.requires_grad:
-                raise ValueError(
-                    f"{name} was frozen when DPO was made, so policy and reference share it, but now it "
-                    "trains: choose what trains before making DPO."
-                )
-        return super().frozen()
 
 
 class AdapterDisabled(ModelReference):
@@ -171,12 +197,14 @@ class AdapterDisabled(ModelReference):
 
     description = "the policy with its adapter off"
 
-    def weights(self) -> dict[str, Tensor]:
-        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
-        return {name: value for name, value in self.model.state_dict().items() if name not in trained}
+    def __init__(self, scorer: Scorer) -> None:
+        super().__init__(scorer, scorer.language_model.model)
 
-    def frozen_parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.model.parameters() if not p.requires_grad]
+    def weights(self) -> dict[str, Tensor]:
+        return {n: value for n, value in self.model.state_dict().items() if not LORA_FACTOR.search(n)}
+
+    def frozen_parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in super().frozen_parameters().items() if not LORA_FACTOR.search(name)}
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -188,42 +216,3 @@ class AdapterDisabled(ModelReference):
         finally:
             for parameter, requires_grad in trains:  # PEFT unfreezes all of an adapter that it enables again
                 parameter.requires_grad_(requires_grad)
-
-
-class ReferenceOwner(nn.Module):
-    """A module that owns a reference beside its policy, and moves and copies the two rightly."""
-
-    reference: Reference
-    ref_model: nn.Module | None  # the reference's own
-
-    def set_reference(self, reference: Reference) -> None:
-        self.reference, self.ref_model = reference, reference.module
-        # DistributedDataParallel wants all tensors that it synchronizes on one device
-        is_apart = reference.device is not None
-        names = [name for name, _ in (*self.named_parameters(), *self.named_buffers()) if is_apart]
-        self._ddp_params_and_buffers_to_ignore = [name for name in names if name.startswith("ref_model.")]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """What `.to()` and its relatives do; a reference with a device of its own is cast but stays there."""
-        ref_model = self.ref_model
-        if ref_model is None or self.reference.device is None:
-            return super()._apply(fn, recurse)
-
-        def cast(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            return result if result.device == tensor.device else tensor.to(result.dtype)
-
-        self.ref_model = None
-        try:
-            super()._apply(fn, recurse)
-        finally:
-            self.ref_model = ref_model
-        ref_model._apply(cast)
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copy whose policy reads no weights but its own, with a tied head in x-transformers too."""
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__dict__.update(copy_with_closures(self.__dict__, self, memo))
-        return twin

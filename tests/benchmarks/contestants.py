@@ -1,7 +1,8 @@
 """One contestant of a benchmark, in a process of its own: a training step, timed and weighed.
 
 Every process builds the same policy and reference from the seed. The reference is the model as initialised,
-the policy the same with a little noise on every weight, so that no log-ratio is zero.
+the policy the same with a little noise on every weight, so that no log-ratio is zero. In
+`tests/gpu/train_step.py` the same contestants share one process and the models.
 """
 
 import importlib.util
@@ -10,8 +11,8 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Generator
-from copy import deepcopy
-from typing import Any
+from copy import copy, deepcopy
+from typing import Any, Literal
 
 import torch
 from lengths import Lengths
@@ -24,6 +25,7 @@ from dpo_wrapper.cpu_matmul import matmul
 from dpo_wrapper.prefix_tree.tree import PrefixTree
 
 Step = Callable[[], Tensor]
+Reference = nn.Module | Literal["copy", "adapter"]
 BETA = 0.1
 
 
@@ -33,20 +35,14 @@ BETA = 0.1
 def build(args: Namespace) -> nn.Module:
     torch.manual_seed(args.seed)
     if args.model == "llama":
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        config = LlamaConfig(
+        return build_llama(
             vocab_size=args.vocab,
             hidden_size=args.dim,
             intermediate_size=args.dim * 11 // 4,
             num_hidden_layers=args.depth,
             num_attention_heads=args.dim // 64,
-            max_position_embeddings=4096,
             tie_word_embeddings=False,
-            attn_implementation="sdpa",
-            use_cache=False,
         )
-        return LlamaForCausalLM(config)
 
     from x_transformers import Decoder, TransformerWrapper
 
@@ -58,11 +54,19 @@ def build(args: Namespace) -> nn.Module:
     )
 
 
+def build_llama(**config: Any) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    common = {"max_position_embeddings": 4096, "attn_implementation": "sdpa", "use_cache": False}
+    return LlamaForCausalLM(LlamaConfig(**common | config))
+
+
 @torch.no_grad()
 def perturb(model: nn.Module, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed + 1)
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed + 1)
     for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
+        noise = torch.randn(parameter.shape, generator=generator, device=device, dtype=parameter.dtype)
         parameter += 0.1 * parameter.std(correction=0) * noise
 
 
@@ -76,19 +80,26 @@ def head_of(model: nn.Module) -> nn.Module:
 class Batch:
     """The pairs as every contestant's own collator would lay them."""
 
-    def __init__(self, lengths: Lengths, vocab: int, seed: int) -> None:
+    def __init__(self, lengths: Lengths, vocab: int, seed: int, device: str = "cpu") -> None:
         self.chosen, self.rejected, self.prompts = lengths.ids(vocab, seed)
+        self.device = device
+
+    def without_shared_prefixes(self) -> "Batch":
+        """Sequences as long, each with another first token, so that a tree of them has them side by side."""
+        batch = copy(self)
+        pairs = enumerate(zip(self.chosen, self.rejected, strict=True))
+        rows = [([2 * k + 1, *chosen[1:]], [2 * k + 2, *rejected[1:]]) for k, (chosen, rejected) in pairs]
+        batch.chosen, batch.rejected = map(list, zip(*rows, strict=True))
+        return batch
 
     def side(self, rows: list[list[int]], width: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, padded on the right with 0, and what of them is prompt, and what is real."""
         width = max(map(len, rows)) if width is None else width
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
         place = torch.arange(width)
-        return (
-            ids,
-            place < torch.tensor(self.prompts)[:, None],
-            place < torch.tensor([[len(r)] for r in rows]),
-        )
+        prompt = place < torch.tensor(self.prompts)[:, None]
+        real = place < torch.tensor([[len(row)] for row in rows])
+        return ids.to(self.device), prompt.to(self.device), real.to(self.device)
 
     def counts(self) -> dict[str, int]:
         rows = self.chosen + self.rejected
@@ -117,10 +128,19 @@ class Batch:
 # contestants
 
 
-def ours(model: nn.Module, batch: Batch, args: Namespace, share: str | bool, cached: bool) -> Step:
+def ours(
+    model: nn.Module,
+    batch: Batch,
+    args: Namespace,
+    share: str | bool,
+    cached: bool = False,
+    reference: Reference = "copy",
+) -> Step:
+    """`DPO`; if it makes the reference, the policy gets its noise afterwards."""
     loss = losses.Sigmoid(BETA) if args.model == "llama" else losses.SigmoidNorm(BETA)
-    dpo = DPO(model, loss=loss, share_prefix=share)
-    perturb(model, args.seed)
+    dpo = DPO(model, loss=loss, share_prefix=share, reference=reference)
+    if reference == "copy":
+        perturb(model, args.seed)
     sides = [batch.side(rows) for rows in (batch.chosen, batch.rejected)]
     chosen, rejected = (ids for ids, _, _ in sides)
     longest = max(sides, key=lambda side: side[0].shape[1])
@@ -132,6 +152,7 @@ def ours(model: nn.Module, batch: Batch, args: Namespace, share: str | bool, cac
             assert (scorer.probe.why_padded is None) == bool(share), scorer.probe.why_padded
         return loss
 
+    step.explain = dpo.explain  # type: ignore[attr-defined]
     if cached:
         prompts, reals = (tuple(side[k] for side in sides) for k in (1, 2))
         ready = PreferenceBatch.from_padded((chosen, rejected), prompts, reals)
@@ -153,7 +174,13 @@ def x_transformers(model: nn.Module, batch: Batch, args: Namespace) -> Step:
     return lambda: dpo(chosen, rejected, prompt_mask=prompt, **masks)
 
 
-def trl(model: nn.Module, batch: Batch, args: Namespace, checkpointing: bool = False) -> Step:
+def trl(
+    model: nn.Module,
+    batch: Batch,
+    args: Namespace,
+    checkpointing: bool = False,
+    reference: Reference = "copy",
+) -> Step:
     """`DPOTrainer.compute_loss` on what TRL's own collator makes of the tokens."""
     if importlib.util.find_spec("trl") is None:
         raise UnavailableError("not installed: pip install trl")
@@ -176,18 +203,19 @@ def trl(model: nn.Module, batch: Batch, args: Namespace, checkpointing: bool = F
         padding_free=False,
         disable_dropout=True,
         gradient_checkpointing=checkpointing,
-        use_cpu=True,
+        use_cpu=batch.device == "cpu",
         bf16=False,
         report_to=[],
     )
     trainer = DPOTrainer(
         model=model,
-        ref_model=deepcopy(model),
+        ref_model=deepcopy(model) if reference == "copy" else None if reference == "adapter" else reference,
         args=config,
         train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "a", "rejected": "b"}]),
         processing_class=tokenizer,
     )
-    perturb(model, args.seed)
+    if reference == "copy":
+        perturb(model, args.seed)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     rows = zip(batch.chosen, batch.rejected, batch.prompts, strict=True)
@@ -195,15 +223,15 @@ def trl(model: nn.Module, batch: Batch, args: Namespace, checkpointing: bool = F
         {"prompt_ids": chosen[:n], "chosen_ids": chosen[n:], "rejected_ids": rejected[n:]}
         for chosen, rejected, n in rows
     ]
-    inputs = trainer.data_collator(examples)
+    inputs = {name: value.to(batch.device) for name, value in trainer.data_collator(examples).items()}
     trainer.model.train()
     return lambda: trainer.compute_loss(trainer.model, inputs)
 
 
 CONTESTANTS: dict[str, Callable[[nn.Module, Batch, Namespace], Step]] = {
-    "tree": lambda m, b, a: ours(m, b, a, share="auto", cached=False),
+    "tree": lambda m, b, a: ours(m, b, a, share="auto"),
     "cached": lambda m, b, a: ours(m, b, a, share="auto", cached=True),
-    "plain": lambda m, b, a: ours(m, b, a, share=False, cached=False),
+    "plain": lambda m, b, a: ours(m, b, a, share=False),
     "trl": trl,
     "trl-checkpointing": lambda m, b, a: trl(m, b, a, checkpointing=True),
     "x-transformers": x_transformers,

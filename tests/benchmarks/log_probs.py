@@ -32,6 +32,7 @@ The JSON has the largest error in nats, too.
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -110,11 +111,11 @@ def cells(of_mode: dict[str, Any], ours: dict[str, Any] | None) -> str:
     )
 
 
-def report(results: dict[str, dict[str, Any]]) -> None:
+def report(results: dict[str, dict[str, Any]], modes: Sequence[str] = tuple(MODES)) -> None:
     """Print a table for each mode, and what is to be said of its lines."""
     head = "  seconds      best  ratio  peak MB  ratio    floor of floor  log-prob  gradient   first"
-    for mode, title in MODES.items():
-        print(f"\n{title:<35} {head}")
+    for mode in modes:
+        print(f"\n{MODES[mode]:<35} {head}")
         lines = {name: result.get("modes", {}).get(mode, result) for name, result in results.items()}
         ours = next((lines[n] for n in ("fused", "triton", "chunked") if "seconds" in lines.get(n, {})), None)
         for name, line in lines.items():

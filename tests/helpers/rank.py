@@ -15,6 +15,7 @@ from torch import distributed
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     sys.argv = sys.argv[2:]
+    sys.path.remove(str(Path(__file__).parent))  # where `tokenizers` is another
     runpy.run_path(sys.argv[0], run_name="__main__")
     count = torch.ones(())
     distributed.all_reduce(count)  # raises where no group was made

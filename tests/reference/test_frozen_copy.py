@@ -2,17 +2,20 @@
 
 import copy
 import functools
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, prune
 
 from dpo_wrapper import DPO
-from helpers.dpo_calls import nudged
+from helpers.adapters import lora
+from helpers.dpo_calls import LN2, nudged
 from helpers.models import VOCAB, ZOO, seeded
 from helpers.naive_dpo import ARGUMENTS, CASE, assert_reference_stays, logits_of, train
 
@@ -146,3 +149,106 @@ def test_a_copy_of_a_dpo_is_independent_of_it(name, used):
     train(twin)
     assert all(p.grad is None for p in dpo.parameters())
     assert not torch.equal(logits_of(twin.policy_model, CASE.preferred_seq[0]), logits)
+
+
+# copies in another dtype
+
+
+def decoder(**options):
+    from x_transformers import Decoder, TransformerWrapper
+
+    wrapper = {name: options.pop(name) for name in ("scaled_sinu_pos_emb",) if name in options}
+    layers = Decoder(dim=96, depth=2, heads=2, **options)
+    with seeded(0):
+        return TransformerWrapper(num_tokens=VOCAB, max_seq_len=600, attn_layers=layers, **wrapper).eval()
+
+
+POSITIONS = {
+    "xt-rotary": (lambda: decoder(rotary_pos_emb=True), "attn_layers.rotary_pos_emb"),
+    "xt-polar": (lambda: decoder(polar_pos_emb=True), "attn_layers.polar_pos_emb"),
+    "xt-sinusoidal": (lambda: decoder(scaled_sinu_pos_emb=True), "pos_emb"),
+    "hf-llama": (lambda: ZOO["hf-llama"](0), "model.rotary_emb"),
+}
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_positions_are_told_apart_in_a_low_dtype(name):
+    make, path = POSITIONS[name]
+    model = make()
+    dpo = DPO(model, reference="copy", reference_dtype=torch.bfloat16)
+    assert {p.dtype for p in dpo.ref_model.parameters()} == {torch.bfloat16}
+    frequencies = [dict(m.get_submodule(path).named_buffers())["inv_freq"] for m in (model, dpo.ref_model)]
+    assert torch.equal(*frequencies) and frequencies[1].dtype == torch.float32
+    assert frequencies[0].data_ptr() != frequencies[1].data_ptr()
+    assert abs(dpo(**ARGUMENTS) - LN2) < 0.05
+    if name == "xt-sinusoidal":
+        ids = torch.zeros(1, 600, dtype=torch.long)
+        exact, low = (m.get_submodule(path)(ids) for m in (model, dpo.ref_model))
+        assert low.dtype == torch.bfloat16
+        torch.testing.assert_close(low.float(), exact, rtol=0, atol=0.02 * exact.abs().max().item())
+    assert abs(copy.deepcopy(dpo).to(torch.float64)(**ARGUMENTS) - LN2) < 0.05
+
+
+# models that cannot be copied at once, or not at all
+
+RANKS = {
+    "gate of values": {"attn_gate_values": True, "attn_gate_values_rank": 4},
+    "gate of outputs": {"attn_output_gate": True, "attn_output_gate_rank": 4},
+    "aggregated residuals": {"attn_aggregated_residuals": True},
+}
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_layers_whose_new_wants_arguments_are_copied(name):
+    model = decoder(**RANKS[name])
+    with pytest.raises(TypeError, match="dim_in"):
+        copy.deepcopy(model)
+    dpo = DPO(model)
+    assert_reference_stays(dpo)
+    twin = copy.deepcopy(dpo)
+    assert torch.equal(twin(**ARGUMENTS), dpo(**ARGUMENTS))
+    train(twin)
+    assert not torch.equal(twin(**ARGUMENTS), dpo(**ARGUMENTS))
+
+
+def test_a_model_that_cannot_be_copied_is_told_the_remedy():
+    model = ZOO["plain-tied"](0)
+    model.lock = threading.Lock()
+    with pytest.raises(ValueError, match=r"can be copied, but it raises TypeError .*reference = module"):
+        DPO(model)
+    assert abs(DPO(model, reference=ZOO["plain-tied"](0))(**ARGUMENTS) - LN2) < 1e-6
+
+
+def test_a_policy_that_is_sharded_before(tmp_path):
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = fully_shard(ZOO["hf-llama"](0))
+        with pytest.raises(ValueError, match=r"make DPO before sharding, or give reference = module"):
+            DPO(model)
+        dpo = DPO(model, reference=ZOO["hf-llama"](0))
+        assert abs(dpo(**ARGUMENTS) - LN2) < 1e-5
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:prefixes are not shared", "ignore:all logits")
+@pytest.mark.parametrize("is_on_disk", [True, False])
+def test_offloaded_weights(is_on_disk, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+
+    def offload(model):
+        cpu = torch.device("cpu")
+        accelerate.disk_offload(
+            model, tmp_path / str(id(model)), cpu
+        ) if is_on_disk else accelerate.cpu_offload(model, cpu)
+        return model
+
+    policy = lora(ZOO["hf-llama"](0))
+    offload(policy.get_base_model())
+    for reference in ("auto", "copy", "adapter"):
+        with pytest.raises(
+            ValueError, match=r"should be in memory .* but they are offloaded: load the policy"
+        ):
+            DPO(policy, reference=reference)
+    assert abs(DPO(policy, reference=ZOO["hf-llama"](0))(**ARGUMENTS) - LN2) < 1e-6
+    assert abs(DPO(ZOO["hf-llama"](0), reference=offload(ZOO["hf-llama"](0)))(**ARGUMENTS) - LN2) < 1e-6

@@ -278,7 +278,7 @@ def without_memory(rows, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "plain"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "tiny", SMALL_DECODER)
-        patch.setattr(LogProbCache, "lookup", lambda self, sequences: None)
+        patch.setattr(LogProbCache, "lookup", lambda self, *arguments: None)
         train(make_config(rows, out))
     return out
 

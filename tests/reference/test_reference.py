@@ -104,14 +104,44 @@ def test_a_reference_that_reads_the_policy_is_refused():
         dpo(**arguments(random_batch(Generator().manual_seed(0), odd=0)))
 
 
-def test_a_given_module_is_frozen_and_used():
-    policy, other = ZOO["xt-rotary"](0), ZOO["hf-llama"](1).train()
+def test_a_given_module_in_the_memory_of_the_policy_is_refused():
+    policy, other = ZOO["hf-llama"](0), ZOO["hf-llama"](0)
+    other.lm_head.weight = nn.Parameter(policy.lm_head.weight.data)
+    with pytest.raises(ValueError, match=r"shares trained parameters .* use reference = 'copy'"):
+        DPO(policy, reference=other)
+    policy.lm_head.weight.requires_grad_(False)
     dpo = DPO(policy, reference=other)
-    assert dpo.ref_model is other and not any(p.requires_grad for p in other.parameters())
+    policy.lm_head.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"lm_head.weight was frozen when DPO was made"):
+        dpo(**arguments(random_batch(Generator().manual_seed(0), odd=0)))
+
+
+def test_a_given_module_is_used_and_left_as_it_was():
+    policy, other = ZOO["xt-rotary"](0), ZOO["hf-llama"](1).train()
+    frozen = other.lm_head.weight.requires_grad_(False)
+    other.model.layers[0].eval()
+    modes = [module.training for module in other.modules()]
+    dpo = DPO(policy, reference=other)
     case = random_batch(Generator().manual_seed(0), odd=0)
-    metrics = dpo(**arguments(case), return_metrics=True)[1]
+    loss, metrics = dpo(**arguments(case), return_metrics=True)
+    loss.backward()
     assert metrics["logps/ref_chosen"] != metrics["logps/chosen"]
-    assert not other.training
+    assert dpo.ref_model is other and [module.training for module in other.modules()] == modes
+    assert all(p.grad is None and p.requires_grad != (p is frozen) for p in other.parameters())
+    # DistributedDataParallel would wait for gradients of these
+    ignored = set(dpo._ddp_params_and_buffers_to_ignore)
+    assert ignored == {f"ref_model.{n}" for n, p in other.named_parameters() if p.requires_grad}
+
+
+def test_a_policy_may_train_on_while_it_is_the_reference_of_another():
+    """Self-play: the reference that an owner trains follows it, with a cache as well."""
+    one, case = DPO(ZOO["hf-llama"](0)), random_batch(Generator().manual_seed(0), odd=0)
+    two = DPO(ZOO["xt-rotary"](0), reference=one.policy_model, cache_ref_log_probs=True)
+    before = two(**arguments(case), return_metrics=True)[1]
+    train(one, case, torch.optim.SGD(one.policy_model.parameters(), lr=1.0), steps=1)
+    after, policy = (dpo(**arguments(case), return_metrics=True)[1] for dpo in (two, one))
+    assert after["logps/ref_chosen"] != before["logps/ref_chosen"]
+    torch.testing.assert_close(after["logps/ref_chosen"], policy["logps/chosen"], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(

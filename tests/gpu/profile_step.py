@@ -1,0 +1,274 @@
+"""Where the time of our training step goes: kernels, waits for the device, and gaps in which no kernel runs.
+
+    python tests/gpu/profile_step.py --json profile.json           # 0.5b full hh 64, and 1.5b lora en 16
+    python tests/gpu/profile_step.py --case 1.5b full hh 32
+    python tests/gpu/profile_step.py --device cpu --toy
+
+Cases are those of train_step.py. Kernels and waits are per step, as torch.profiler records them. It slows the
+processor's side down, so that the share of gaps is computed from the time of steps that were not profiled:
+1 - (time in which a kernel runs) / (time of a step). Places are lines of code that waited for the device in
+one more step, as torch.cuda.set_sync_debug_mode warns of them. On the CPU, the outermost operations stand for
+kernels, and places are those of operations that would wait on CUDA, as far as torch dispatches them.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from contestants import Step
+from measure import ROOT, UnavailableError, add_running, timed, write_json
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from training_case import Case, Setup, add_case_options, chosen_cases, free_memory, set_up
+
+CASES = [Case("0.5b", "full", "hh", 64), Case("1.5b", "lora", "en", 16)]
+MAX_KERNELS, MAX_GAPS, MAX_PLACES = 25, 10, 25
+WAITS = (
+    "cudaStreamSynchronize",
+    "cudaEventSynchronize",
+    "cudaDeviceSynchronize",
+    "cudaMemcpy",
+    "aten::item",
+    "aten::_local_scalar_dense",
+    "aten::is_nonzero",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::_unique2",
+    "Memcpy DtoH (Device -> Pageable)",
+    "Memcpy DtoH (Device -> Pinned)",
+)
+"""What the profiler calls waits for the device, and the operations that cause them."""
+
+
+# what the profiler records
+
+
+def record_steps(setup: Setup, forward: Step, steps: int) -> list[FunctionEvent]:
+    activities = [ProfilerActivity.CPU]
+    if setup.device == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as profiler:
+        for _ in range(steps):
+            setup.train_step(forward)
+        if setup.device == "cuda":
+            torch.cuda.synchronize()
+    return list(profiler.events())
+
+
+def is_kernel(event: FunctionEvent) -> bool:
+    return event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+
+
+def find_kernels(events: list[FunctionEvent], device: str) -> list[FunctionEvent]:
+    """What ran on the device, in order; on the CPU the outermost operations."""
+    if device == "cuda":
+        kernels = [e for e in events if is_kernel(e)]
+    else:
+        kernels = [e for e in events if e.cpu_parent is None and e.name.startswith("aten::")]
+    return sorted(kernels, key=lambda event: event.time_range.start)
+
+
+def count_kernels(kernels: list[FunctionEvent], steps: int) -> list[dict[str, Any]]:
+    """Number and milliseconds per step of each kernel, the longest first."""
+    times: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for event in kernels:
+        times[event.name] += event.time_range.elapsed_us()
+        counts[event.name] += 1
+    total = sum(times.values()) or 1.0
+    return [
+        {"name": name, "ms": us / 1e3 / steps, "count": counts[name] / steps, "share": us / total}
+        for name, us in times.most_common()
+    ]
+
+
+def find_gaps(kernels: list[FunctionEvent]) -> tuple[float, list[dict[str, Any]]]:
+    """Milliseconds in which a kernel runs, and the gaps between kernels, the longest first."""
+    busy, gaps, end, last = 0.0, [], None, ""
+    for event in kernels:
+        start, stop = event.time_range.start, event.time_range.end
+        if end is None or start > end:
+            if end is not None:
+                gaps.append({"ms": (start - end) / 1e3, "after": last, "before": event.name})
+            busy += stop - start
+        elif stop > end:
+            busy += stop - end
+        if end is None or stop > end:
+            end, last = stop, event.name
+    return busy / 1e3, sorted(gaps, key=lambda gap: -gap["ms"])
+
+
+def count_waits(events: list[FunctionEvent], steps: int) -> dict[str, dict[str, float]]:
+    """By name, number and milliseconds per step."""
+    waits = {}
+    for name in WAITS:
+        durations = [event.time_range.elapsed_us() for event in events if event.name == name]
+        if durations:
+            waits[name] = {"count": len(durations) / steps, "ms": sum(durations) / 1e3 / steps}
+    return waits
+
+
+# where code waits
+
+
+def describe_place() -> tuple[str, str]:
+    """The innermost line of this project's package, and the innermost line of all, outside this file."""
+    frames = [f for f in traceback.extract_stack() if f.filename not in (__file__, warnings.__file__)]
+    frames = [f for f in frames if not f.filename.endswith(("_python_dispatch.py", "eval_frame.py"))]
+    package = [f for f in frames if "dpo_wrapper" in f.filename and "site-packages" not in f.filename]
+    lines = [f"{short_path(f.filename)}:{f.lineno} {f.name}" for f in (*package[-1:], *frames[-1:])]
+    return (lines[0], lines[-1]) if lines else ("?", "?")
+
+
+def short_path(filename: str) -> str:
+    if filename.startswith(str(ROOT)):
+        return filename[len(str(ROOT)) + 1 :]
+    return "/".join(filename.split("/")[-3:])
+
+
+class WaitingOperations(TorchDispatchMode):
+    """Counts, by place, operations whose results' values or sizes the processor needs."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "_unique2", "unique_dim")
+
+    def __init__(self, places: Counter[tuple[str, str]]) -> None:
+        super().__init__()
+        self.places = places
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in self.NAMES:
+            self.places[describe_place()] += 1
+        return func(*args, **kwargs or {})
+
+
+@contextmanager
+def count_places(device: str) -> Iterator[Counter[tuple[str, str]]]:
+    """Within, the places that wait for the device are counted."""
+    places: Counter[tuple[str, str]] = Counter()
+    if device != "cuda":
+        with WaitingOperations(places):
+            yield places
+        return
+
+    def show(message: Any, *_: Any, **__: Any) -> None:
+        if "called a synchronizing" in str(message):
+            places[describe_place()] += 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = show  # type: ignore[assignment]
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield places
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+# a case
+
+
+def profile_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    setup = set_up(case, args.device)
+    forward = setup.build_forward("tree")
+    setup.set_modes("tree")
+    for _ in range(2):  # the first probes and compiles, the second fills caches
+        setup.train_step(forward)
+    runs = [timed(lambda: setup.train_step(forward), args.device) for _ in range(args.runs)]
+    events = record_steps(setup, forward, args.runs)
+    kernels = find_kernels(events, args.device)
+    busy_ms, gaps = find_gaps(kernels)
+    with count_places(args.device) as places:
+        setup.train_step(forward)
+    step_ms, busy_ms = statistics.median(runs) * 1e3, busy_ms / args.runs
+    profiled_us = kernels[-1].time_range.end - kernels[0].time_range.start if kernels else 0.0
+    profiled_ms = profiled_us / 1e3 / args.runs
+    return {
+        "case": asdict(case),
+        "explain": forward.explain().splitlines(),  # type: ignore[attr-defined]
+        "tokens": setup.batch.counts(),
+        "step_ms": step_ms,
+        "busy_ms": busy_ms,
+        "gap_share": 1 - busy_ms / step_ms,
+        "profiled_step_ms": profiled_ms,
+        "profiled_gap_share": 1 - busy_ms / profiled_ms if profiled_ms else None,
+        "kernel_count": len(kernels) / args.runs,
+        "kernels": count_kernels(kernels, args.runs)[:MAX_KERNELS],
+        "gaps": gaps[:MAX_GAPS],
+        "waits": count_waits(events, args.runs),
+        "places": [
+            {"count": count, "place": place, "innermost": innermost}
+            for (place, innermost), count in places.most_common(MAX_PLACES)
+        ],
+    }
+
+
+def report(record: dict[str, Any]) -> None:
+    print("\n".join(record["explain"]))
+    print(
+        f"a step takes {record['step_ms']:.1f} ms; kernels run for {record['busy_ms']:.1f} ms of it: "
+        f"{record['gap_share']:.0%} gaps ({record['profiled_gap_share'] or 0:.0%} while profiled)"
+    )
+    print(f"\nkernels, {record['kernel_count']:.0f} a step\n{'ms':>9} {'share':>6} {'count':>8}")
+    for kernel in record["kernels"]:
+        print(f"{kernel['ms']:>9.3f} {kernel['share']:>6.1%} {kernel['count']:>8.1f}  {kernel['name'][:140]}")
+    print(f"\nwaits for the device, a step\n{'count':>9} {'ms':>9}")
+    for name, wait in record["waits"].items():
+        print(f"{wait['count']:>9.1f} {wait['ms']:>9.3f}  {name}")
+    print(f"\nplaces that wait, in one step\n{'count':>9}")
+    for place in record["places"]:
+        inner = "" if place["innermost"] == place["place"] else f"  (in {place['innermost']})"
+        print(f"{place['count']:>9}  {place['place']}{inner}")
+    print(f"\nlongest gaps\n{'ms':>9}")
+    for gap in record["gaps"]:
+        print(f"{gap['ms']:>9.3f}  after {gap['after'][:60]}, before {gap['before'][:60]}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_case_options(parser, "0.5b full hh 64, 1.5b lora en 16")
+    parser.add_argument("--seconds", type=float, help="begin no other case after so many")
+    add_running(parser, runs=3)
+    return parser.parse_args()
+
+
+def main() -> int:
+    began, args = time.monotonic(), parse()
+    torch.set_num_threads(args.threads)
+    warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
+    records: list[dict[str, Any]] = []
+    for case in chosen_cases(args, CASES):
+        print(f"\n{case}", flush=True)
+        if args.seconds and time.monotonic() - began > args.seconds:
+            records.append({"case": asdict(case), "left_out": "no time"})
+            print("no time")
+        else:
+            try:
+                records.append(profile_case(case, args))
+                report(records[-1])
+            except UnavailableError as error:
+                records.append({"case": asdict(case), "missing": str(error)})
+                print(error)
+            except Exception as error:  # of whatever kind: another case may do
+                records.append({"case": asdict(case), "failed": f"{type(error).__name__}: {error}"[:300]})
+                traceback.print_exc()
+            free_memory()
+        if args.json:
+            write_json(args, cases=records)
+    return 1 if any("failed" in record for record in records) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
