@@ -89,7 +89,7 @@ class RunningStatistics(nn.Module):
     @torch.no_grad()
     def add(self, values: Float[Tensor, "p"]) -> None:
         """Add values to the sums of the current step, taken relative to the mean against rounding."""
-        deviations = values.cpu().double() - self.mean.cpu().double()
+        deviations = values.cpu().double() - self.mean.cpu().double()  # an Apple GPU has no float64
         new = (float(len(deviations)), deviations.sum().item(), deviations.square().sum().item())
         self.step_sums = [total + value for total, value in zip(self.step_sums, new, strict=True)]
 
