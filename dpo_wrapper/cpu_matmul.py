@@ -41,7 +41,7 @@ def is_onednn_faster() -> bool:
     has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     if not (is_recent and has_both and torch.backends.cpu.get_cpu_capability() == "AVX512"):
         return False
-    a, b = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0)).unbind()
+    a, b = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0), device="cpu").unbind()
     try:
         torch._C._autograd._top_saved_tensors_default_hooks(True)  # for `linear`
         return torch.allclose(_onednn_matmul(a, b), a @ b, atol=1e-4)

@@ -1,5 +1,6 @@
 """Direct preference optimisation as a module around a language model."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,11 +13,11 @@ from dpo_wrapper.log_probs import FusedLoss, Impl
 from dpo_wrapper.losses.combine import CombinedLoss, LossArgument
 from dpo_wrapper.losses.pairwise import Sigmoid
 from dpo_wrapper.metrics import batch_metrics
-from dpo_wrapper.models import eval_mode
+from dpo_wrapper.models.eval_mode import eval_mode
 from dpo_wrapper.reference.build import ReferenceKind, build_reference
 from dpo_wrapper.reference.owner import ReferenceOwner
 from dpo_wrapper.reference.reference import CachedReference
-from dpo_wrapper.scoring import Scorer, SharePrefix, group_tokens
+from dpo_wrapper.scoring import Scorer, SharePrefix, compile_note, group_tokens, runs_uncompiled
 
 
 class DPO(ReferenceOwner):
@@ -43,7 +44,8 @@ class DPO(ReferenceOwner):
         ld_alpha: tokens beyond the length of the shorter completion are weighted by it, in the sums of policy
             and reference (LD-DPO, Liu 2024, arXiv 2409.06411).
         wpo: weight each pair by how likely the policy is to write its sides (Zhou 2024, arXiv 2406.11827).
-        disable_dropout: keep the policy in eval mode, so that only training sets it apart from the reference.
+        disable_dropout: compute the policy without dropout, so that only training sets it apart from the
+            reference. Each module's `training` flag is afterwards as it was.
 
     Attributes:
         policy_model, ref_model: the modules, which may be assigned; `ref_model` is None if the reference has
@@ -70,19 +72,20 @@ class DPO(ReferenceOwner):
     ) -> None:
         super().__init__()
         validation.check_share_prefix(share_prefix)
-        self.policy = Scorer(model, log_prob_impl, share_prefix=share_prefix)
         self.loss = CombinedLoss(Sigmoid(beta) if loss is None else loss)
         self.beta = self.loss.check_beta(beta, is_default=loss is None)
         self.pad_id = validation.check_pad_id(pad_id)
         self.ld_alpha = self.loss.check_ld_alpha(ld_alpha)
         self.wpo = self.loss.check_wpo(wpo)
         self.disable_dropout = validation.check_flag("disable_dropout", disable_dropout)
+        self.policy = Scorer(model, log_prob_impl, share_prefix, is_eval=disable_dropout)
         self.policy_model = model
         validation.check_flag("cache_ref_log_probs", cache_ref_log_probs)
         self.per_token = self.ld_alpha < 1
         options = (reference_dtype, reference_device, self.per_token, cache_ref_log_probs)
         self.set_reference(build_reference(reference, self.policy, self.loss.needs_reference, *options))
 
+    @runs_uncompiled
     def forward(
         self,
         preferred_seq: Tensor | Batch,
@@ -129,7 +132,8 @@ class DPO(ReferenceOwner):
         else:
             reference = batch.given_log_probs(ref_log_probs)
         extras = ("log_sum_p2",) if self.wpo else ()
-        policy = self.policy(batch.sequences, extras, self.fused_loss(batch, reference))
+        with self.policy_mode():
+            policy = self.policy(batch.sequences, extras, self.fused_loss(batch, reference))
         log_probs = batch.log_probs(policy, reference)
         losses = self.loss(log_probs)
         loss = losses.sum() / batch.denominator
@@ -144,7 +148,6 @@ class DPO(ReferenceOwner):
         if isinstance(batch, PreferenceBatch):
             self.loss.check_columns(batch.margins is not None, batch.weights is not None)
             batch = batch.replace(ld_alpha=self.ld_alpha)
-        self.set_eval_mode()
         self.policy.check(batch.sequences)
         if isinstance(batch, UnpairedBatch) and batch.step_kl is None:
             batch = batch.with_kl(self.kl_sums(batch))
@@ -166,17 +169,16 @@ class DPO(ReferenceOwner):
     @torch.no_grad()
     def kl_sums(self, batch: UnpairedBatch) -> Float[Tensor, "2"]:
         """What a batch adds to its step's KL estimate: the sum of log-ratios in nats, and their number."""
-        self.set_eval_mode()
-        self.policy.check(batch.kl_sequences)
-        ratios, reference = self.policy(batch.kl_sequences).sums, self.reference(batch.kl_sequences)
+        with self.policy_mode():
+            ratios = self.policy(batch.kl_sequences).sums
+        reference = self.reference(batch.kl_sequences)
         ratios = ratios if reference is None else ratios - reference.sums
         is_counted = batch.kl_sequences.length > 0
         return torch.stack([ratios.where(is_counted, 0.0).sum(), is_counted.sum().to(ratios.dtype)])
 
-    def set_eval_mode(self) -> None:
-        """Switch the policy's dropout off, unless it should stay on."""
-        if self.disable_dropout:
-            eval_mode.disable_dropout(self.policy_model)
+    def policy_mode(self) -> AbstractContextManager[None]:
+        """The context in which the policy is computed: without dropout, unless that should stay on."""
+        return eval_mode(self.policy_model) if self.disable_dropout else nullcontext()
 
     def normalize_over_step(self, parts: list[Any], reduce: Reduce | None = None) -> list[Any]:
         """Give the micro-batches of a step its totals, so that their losses add up to the step's loss."""
@@ -191,4 +193,4 @@ class DPO(ReferenceOwner):
 
     def explain(self) -> str:
         """Which paths are in use and why not the others, in plain words; known after the first call."""
-        return f"policy: {self.policy.explain()}\nreference: {self.reference.explain()}"
+        return f"policy: {self.policy.explain()}\nreference: {self.reference.explain()}" + compile_note(self)

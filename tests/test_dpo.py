@@ -287,7 +287,8 @@ def test_explain_says_which_paths_are_in_use():
     assert "not probed before the first call" in dpo.explain()
     dpo(**arguments(case))
     policy, reference = dpo.explain().splitlines()
-    assert policy.startswith("policy: x-transformers model; shared prefixes are computed once, by torch's")
+    own = "by the model's own attention along each path, for it is not plain softmax attention (attn_flash"
+    assert policy.startswith(f"policy: x-transformers model; shared prefixes are computed once, {own}")
     assert policy.endswith("the head is applied to scored positions alone")
     assert reference.startswith("reference: a frozen model; x-transformers model; shared prefixes")
 
@@ -295,7 +296,8 @@ def test_explain_says_which_paths_are_in_use():
     plain(**arguments(case))
     policy, reference = plain.explain().splitlines()
     assert "sequences are padded, for the attention of a plain module cannot be reached" in policy
-    assert policy.endswith("all logits are computed") and reference == "reference: none"
+    assert policy.endswith("all logits are computed, for the head of a plain module cannot be reached")
+    assert reference == "reference: none"
     off = DPO(ZOO["xt-rotary"](0), share_prefix=False)
     off(**arguments(case))
     assert "padded, for share_prefix is False" in off.explain()

@@ -105,9 +105,11 @@ class ScoredSequences(TensorDataclass):
         trees = vars(self).setdefault("_trees", {})
         if options not in trees:
             host = self.on_cpu
-            is_here = host is self
-            tree = ScoredTreeTokens.from_sequences(self, options) if is_here else host.as_tree(options)
-            trees[options] = tree if is_here else tree.to(self.ids.device)
+            if host is self:
+                with torch.device("cpu"):  # where trees are built, whatever torch's default device is
+                    trees[options] = ScoredTreeTokens.from_sequences(self, options)
+            else:
+                trees[options] = host.as_tree(options).to(self.ids.device)
         return trees[options]
 
     def prebuild_tree(self, options: TreeOptions | None) -> "ScoredSequences":
@@ -133,7 +135,7 @@ class ScoredSequences(TensorDataclass):
             sources, targets = (t.split(lengths) for t in (host.source, host.target))
             hashes = []
             for ids, source, target in zip(self.unpadded_ids(), sources, targets, strict=True):
-                shape = torch.tensor([len(ids), len(source)])
+                shape = torch.tensor([len(ids), len(source)], device="cpu")
                 content = torch.cat([shape, ids, source, target]).numpy().tobytes()
                 hashes.append(hashlib.blake2b(content, digest_size=16).digest())
             vars(self)["_content_hashes"] = tuple(hashes)

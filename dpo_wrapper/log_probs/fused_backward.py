@@ -171,7 +171,7 @@ class FusedLossLogProbs(torch.autograd.Function):
         chunk_bytes = chunk_numel * options.matmul_dtype.itemsize
         buffer = None  # on the CPU, memory that the tiles of all chunks use in turn
         if len(chunks) > 1 and hidden.device.type == "cpu":
-            buffer = torch.empty(chunk_numel, dtype=options.matmul_dtype)
+            buffer = torch.empty(chunk_numel, dtype=options.matmul_dtype, device=hidden.device)
         for chunk in chunks:
             tiles = all_tiles.select(chunk)
             # a larger chunk, of one group, has memory of its own, which backward frees tile by tile

@@ -79,7 +79,7 @@ class SoftmaxCache:
             return is_cached, None
         if self.buffer is None or len(self.buffer) < numel:
             size = max(numel, min(BUFFER_BYTES // self.dtype.itemsize, self.remaining_numel))
-            self.buffer = torch.empty(size, dtype=self.dtype)
+            self.buffer = torch.empty(size, dtype=self.dtype, device=self.device)
         out, self.buffer = self.buffer[:numel], self.buffer[numel:]
         self.remaining_numel -= numel
         return True, out.view(tokens, entries)

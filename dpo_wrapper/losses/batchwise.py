@@ -96,7 +96,8 @@ class RunningStatistics(nn.Module):
     @torch.no_grad()
     def end_step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         """Move the buffers; `reduce` sums a tensor over processes. A step without pairs moves nothing."""
-        sums = torch.tensor(self.step_sums, dtype=torch.float32 if reduce is not None else torch.float64)
+        dtype = torch.float32 if reduce is not None else torch.float64
+        sums = torch.tensor(self.step_sums, dtype=dtype, device="cpu")
         count, total, squares = (sums if reduce is None else reduce(sums)).tolist()
         self.step_sums = [0.0, 0.0, 0.0]
         if count == 0:

@@ -32,7 +32,8 @@ def language_model(model: nn.Module) -> LanguageModel:
         return HuggingFaceModel(model, inner)
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         warnings.warn(
-            f"inside {type(model).__name__} all logits of a model are computed: wrap DPO, not the model.",
+            f"all logits of a model inside {type(model).__name__} are computed: make DPO of the model itself "
+            "and wrap DPO in DistributedDataParallel.",
             stacklevel=2,
         )
     return LanguageModel(model)

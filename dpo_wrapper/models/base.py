@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from dpo_wrapper.prefix_tree import TreeLayout
 
-patch_lock = threading.RLock()
-"""Held while a model's attention is patched: one thread at a time runs a model over a tree."""
+install_lock = threading.Lock()
+"""Held while a library's attention is wrapped, once for the process."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,12 @@ class LanguageModel:
     vocab_size: int | None = None  # where it can be told
     max_positions: int | None = None  # where a table of positions bounds the length of sequences
     can_share_prefix = False  # whether `forward_tree` is implemented
+    plain_attention_hint = ""  # what makes attention such that a kernel may compute it, in brackets
+    has_own_positions = False  # whether its attention may count positions by itself, whatever a tree says
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.called_module = model  # in which scoring calls modules
 
     def forward_logits(self, ids: Int[Tensor, "b n"]) -> Any:
         """Run the model as it is; what it returns is not checked here."""
@@ -64,15 +67,38 @@ class LanguageModel:
         """The output head; None if it is anything but one linear layer."""
         return None
 
+    def why_own_forward(self) -> str | None:
+        """Why the model has to be called as a whole for its logits, as a part of a sentence; else None."""
+        return None
+
+    def left_out_loss(self) -> str | None:
+        """A sentence on a loss that the model itself adds in training, but is left out here; else None."""
+        return None
+
+    def why_no_tree(self) -> str | None:
+        """Why the model should not run over a tree, as a part of a sentence; None if a trial may decide."""
+        return None if self.can_share_prefix else "the attention of a plain module cannot be reached"
+
+    def compiles_attention(self) -> bool:
+        """Whether `torch.compile` compiles attention layers, alone or in a larger part of the model."""
+        modules = self.called_module.modules()
+        compiled = (m for m in modules if hasattr(m, "_orig_mod") or m._compiled_call_impl is not None)
+        return any(map(has_attention, compiled))
+
+
+def has_attention(module: nn.Module) -> bool:
+    """Whether a module is an attention layer or holds one, by the names of the classes."""
+    names = (type(part).__name__.lower() for part in module.modules())
+    return any("attention" in name or "attn" in name for name in names)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling a module calls hooks as well."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
 
 def as_output_head(module: object, **options: Any) -> OutputHead | None:
     """The head of a plain linear layer; None for one that is adapted, hooked or replaced."""
-    if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
+    if type(module) is not nn.Linear or has_hooks(module):
         return None
     return OutputHead(module.weight, module.bias, **options)
-
-
-def uses_checkpointing(module: nn.Module) -> bool:
-    """Whether a module checkpoints activations, by transformers' flag or torch's wrapper (as FSDP does)."""
-    is_on = getattr(module, "gradient_checkpointing", False) and module.training
-    return bool(is_on) or type(module).__name__ == "CheckpointWrapper"

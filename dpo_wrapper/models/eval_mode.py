@@ -1,38 +1,95 @@
-"""The modes in which a model is computed: without dropout, in eval mode for a while, reproducibly."""
+"""The modes in which a model is computed: without dropout for a while, reproducibly.
 
-from collections.abc import Iterator
+Nobody's `.train()` or `.eval()` is called: layers may do more there than set their flag (loralib merges its
+weights). The `training` flags alone are set, and put back. No dropout rate is changed.
+"""
+
+import sys
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from dpo_wrapper.cpu_matmul import is_onednn_faster, onednn_linear
 
+_lock = threading.Lock()
+_fastpath_holders, _is_fastpath_enabled = 0, True  # how many contexts hold torch's flag, and what it was
+_held: "dict[int, _Held]" = {}  # by the id of the module
 
-def disable_dropout(model: nn.Module) -> None:
-    """Put a model in eval mode, which switches off dropout in modules, in functions and of whole layers.
 
-    A module of transformers checkpoints its activations in train mode only. It alone stays in that mode, with
-    the dropout rates that its own forward may use set to 0.
+class _Held(NamedTuple):
+    """A module that contexts hold in modes of theirs: its own mode, and theirs, the latest last."""
+
+    module: nn.Module
+    own: bool
+    modes: dict[object, bool]
+
+
+@contextmanager
+def hold_modes(modes: Sequence[tuple[nn.Module, bool]]) -> Iterator[None]:
+    """Set modules' `training` flags inside this context; several threads may hold the same modules.
+
+    A module is in the mode of the latest context that holds it, and in its own when the last has ended.
     """
-    for module in model.modules():
-        module.training = bool(getattr(module, "gradient_checkpointing", False))
-        if module.training:
-            for name, value in vars(module).items():
-                if "drop" in name and isinstance(value, float):
-                    setattr(module, name, 0.0)
+    holder = object()
+    with _lock:
+        for module, is_training in modes:  # all are read first: a wrapper may hand its flag on
+            held = _held.setdefault(id(module), _Held(module, module.training, {}))
+            held.modes[holder] = is_training
+        for module, is_training in modes:
+            module.training = is_training
+    try:
+        yield
+    finally:
+        with _lock:
+            for module, _ in modes:
+                held = _held[id(module)]
+                del held.modes[holder]
+                module.training = next(reversed(held.modes.values()), held.own)
+                if not held.modes:
+                    del _held[id(module)]
+
+
+def are_held_from_training(modes: Sequence[tuple[nn.Module, bool]]) -> bool:
+    """Whether one of the modules is held in a mode that is not its own."""
+    return any(id(m) in _held and _held[id(m)].own != is_training for m, is_training in modes)
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode inside this context; each module is in its own mode again afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    """Compute a model in eval mode inside this context, so without dropout.
+
+    Activation checkpointing stays on, for which models of transformers ask for train mode.
+    """
+    library = sys.modules.get("transformers.modeling_layers")
+    layer_class = getattr(library, "GradientCheckpointingLayer", ())
+    modules = list(model.modules())
+    checkpointing = [m for m in modules if getattr(m, "gradient_checkpointing", False)]
+    if any(isinstance(module, layer_class) for module in checkpointing):
+        with _lock:
+            checkpoint_in_eval_mode(layer_class)
+        checkpointing = []
+    # code outside of transformers may ask for train mode where it checkpoints the layers below
+    with hold_modes([(module, any(module is each for each in checkpointing)) for module in modules]):
         yield
-    finally:
-        for module, is_training in modes:
-            module.training = is_training
+
+
+@cache
+def checkpoint_in_eval_mode(layer_class: Any) -> None:
+    """Let transformers' layers checkpoint inside `eval_mode` too; otherwise they do what they always do."""
+    call_layer = layer_class.__call__
+
+    def __call__(layer: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        is_checkpointed = layer.gradient_checkpointing and not layer.training and torch.is_grad_enabled()
+        if is_checkpointed and id(layer) in _held:
+            return layer._gradient_checkpointing_func(partial(call_layer, layer, **kwargs), *args)
+        return call_layer(layer, *args, **kwargs)
+
+    layer_class.__call__ = __call__
 
 
 @contextmanager
@@ -45,10 +102,23 @@ def reproducible_forward(model: nn.Module) -> Iterator[None]:
     """
     # torch.compile traces badly under a TorchFunctionMode
     is_compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    with _without_fastpath(), onednn_linear() if is_onednn_faster() and not is_compiled else nullcontext():
+        yield
+
+
+@contextmanager
+def _without_fastpath() -> Iterator[None]:
+    """Hold the flag, which is one for the process, until no thread needs it."""
+    global _fastpath_holders, _is_fastpath_enabled
+    with _lock:
+        if _fastpath_holders == 0:
+            _is_fastpath_enabled = torch.backends.mha.get_fastpath_enabled()
+        _fastpath_holders += 1
+        torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with onednn_linear() if is_onednn_faster() and not is_compiled else nullcontext():
-            yield
+        yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+        with _lock:
+            _fastpath_holders -= 1
+            if _fastpath_holders == 0:
+                torch.backends.mha.set_fastpath_enabled(_is_fastpath_enabled)

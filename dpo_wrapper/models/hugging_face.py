@@ -1,14 +1,16 @@
 """Causal language models of Hugging Face's transformers."""
 
+import sys
 import warnings
 from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dpo_wrapper.models.base import LanguageModel, OutputHead, as_output_head
-from dpo_wrapper.models.hugging_face_attention import LAYOUT_KEYWORD, attend_over_tree
-from dpo_wrapper.prefix_tree import TreeLayout
+from dpo_wrapper.models.base import LanguageModel, OutputHead, as_output_head, has_hooks, install_lock
+from dpo_wrapper.models.hugging_face_attention import install_hooks
+from dpo_wrapper.models.rerun import run_pass
+from dpo_wrapper.prefix_tree import PrefixSharingError, TreeLayout
 
 
 class HuggingFaceModel(LanguageModel):
@@ -16,10 +18,14 @@ class HuggingFaceModel(LanguageModel):
 
     name = "Hugging Face"
     can_share_prefix = True
+    has_own_positions = True
 
     def __init__(self, model: nn.Module, inner: Any) -> None:
         super().__init__(model)
-        self.inner = inner
+        self.inner = self.called_module = inner
+        if "transformers" in sys.modules:
+            with install_lock:
+                install_hooks()
         config = inner.config
         if getattr(config, "is_encoder_decoder", False):
             problem = f"the model should be decoder-only, but {type(inner).__name__} has an encoder"
@@ -53,22 +59,67 @@ class HuggingFaceModel(LanguageModel):
 
     def forward_logits(self, ids: Int[Tensor, "b n"]) -> Any:
         output = self.model(input_ids=ids, **self.options)
-        return getattr(output, "logits", output)
+        logits = getattr(output, "logits", output)
+        if getattr(self.peft_config, "is_prompt_learning", False) and isinstance(logits, Tensor):
+            return logits[:, -ids.shape[1] :]  # a learned prompt stands before
+        return logits
+
+    @property
+    def peft_config(self) -> Any:
+        """The configuration of PEFT's active adapter; None where there is none."""
+        return getattr(self.model, "active_peft_config", None)
+
+    def why_peft_forward(self) -> str | None:
+        """What PEFT computes in its own forward, as a part of a sentence; else None."""
+        if getattr(self.peft_config, "is_prompt_learning", False):
+            return "PEFT adds a learned prompt in its own forward"
+        if getattr(self.peft_config, "alora_invocation_tokens", None) is not None:
+            return "PEFT looks for the invocation tokens of aLoRA in its own forward"
+        kind = getattr(getattr(self.peft_config, "peft_type", None), "value", None)
+        return f"PEFT computes a part of {kind} in its own forward" if kind in ("POLY", "XLORA") else None
+
+    def why_own_forward(self) -> str | None:
+        if has_hooks(self.model) or has_hooks(self.inner):
+            return "hooks are called with the model as a whole"
+        return self.why_peft_forward()
+
+    def left_out_loss(self) -> str | None:
+        coefficient = getattr(self.text_config, "router_aux_loss_coef", 0.0)
+        if not getattr(self.text_config, "output_router_logits", False) or not coefficient:
+            return None
+        return (
+            "the loss should have no term that balances experts, but the model's configuration asks for one "
+            f"(output_router_logits, router_aux_loss_coef = {coefficient}), which is left out: add it, or "
+            "set output_router_logits = False."
+        )
+
+    def why_no_tree(self) -> str | None:
+        return self.why_peft_forward()
 
     def forward_hidden(self, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         return self.inner.base_model(input_ids=ids, **self.options).last_hidden_state
 
     def forward_tree(self, layout: TreeLayout, return_hidden: bool) -> Float[Tensor, "r w _"]:
         model = self.inner.base_model if return_hidden else self.model
-        arguments = {"input_ids": layout.ids, "position_ids": layout.position, LAYOUT_KEYWORD: layout}
-        with attend_over_tree(self.inner):
-            output = model(**arguments, **self.options)
-        return output.last_hidden_state if return_hidden else output.logits
+
+        def forward() -> Tensor:
+            output = model(input_ids=layout.ids, position_ids=layout.position, **self.options)
+            return output.last_hidden_state if return_hidden else output.logits
+
+        try:
+            output = run_pass(self.model, forward, layout)
+        except (AttributeError, TypeError) as error:
+            if "NoneType" not in str(error):
+                raise
+            reason = "its layers use the attention mask, which a tree does not have, outside of attention"
+            raise PrefixSharingError(reason) from error
+        if not layout.kernels:
+            raise PrefixSharingError("its tokens meet elsewhere than in transformers' attention interface")
+        return output
 
     def output_head(self) -> OutputHead | None:
-        peft_config = getattr(self.model, "active_peft_config", None)
-        if self.inner.base_model is self.inner or getattr(peft_config, "is_prompt_learning", False):
-            return None  # PEFT adds a learned prompt outside the base model
+        if self.inner.base_model is self.inner:
+            return None
         if hasattr(self.model, "_fsdp_wrapped_module"):
             return None  # FSDP's older wrapper gathers parameters in its own forward alone
 

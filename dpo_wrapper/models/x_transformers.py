@@ -1,15 +1,18 @@
 """Models of lucidrains' x-transformers."""
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial, wraps
 from typing import Any
 
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dpo_wrapper.models.base import LanguageModel, OutputHead, as_output_head, patch_lock, uses_checkpointing
+from dpo_wrapper.models.base import LanguageModel, OutputHead, as_output_head, has_hooks, install_lock
+from dpo_wrapper.models.rerun import attention_tree, may_be_over_tree, run_pass
+from dpo_wrapper.models.untraced import untraced
 from dpo_wrapper.prefix_tree import PrefixSharingError, TreeLayout, attend_along_paths, attend_with_kernel
 from dpo_wrapper.prefix_tree.attention import make_causal_mask
 
@@ -19,13 +22,16 @@ class XTransformersModel(LanguageModel):
 
     name = "x-transformers"
     can_share_prefix = True
+    plain_attention_hint = " (attn_flash = True may make it so)"
 
     def __init__(self, model: nn.Module, net: Any) -> None:
         super().__init__(model)
         if net.to_logits is None:
             problem = "the model should have an output head, but it returns embeddings"
             raise TypeError(f"{problem}: leave return_only_embed at False.")
-        self.net = net
+        self.net = self.called_module = net
+        with install_lock:
+            install_hooks()
         self.vocab_size = net.num_tokens
         self.max_positions = getattr(net.pos_emb, "max_seq_len", None)
 
@@ -42,8 +48,11 @@ class XTransformersModel(LanguageModel):
         # with one row, positions have one axis: some of the embeddings take no second
         position = layout.position if len(layout.position) > 1 else layout.position[0]
         pos = position if takes_positions else None
-        with attend_over_tree(self.net, layout):
-            return self.net(layout.ids, return_embeddings=return_hidden, pos=pos)
+        forward = partial(self.net, layout.ids, return_embeddings=return_hidden, pos=pos)
+        return run_pass(self.model, forward, as_attention_tree(self.net, layout))
+
+    def why_own_forward(self) -> str | None:
+        return "hooks are called with the model as a whole" if has_hooks(self.net) else None
 
     def output_head(self) -> OutputHead | None:
         if self.net.output_is_log_prob:  # a mixture of softmaxes has several heads
@@ -54,48 +63,82 @@ class XTransformersModel(LanguageModel):
         return as_output_head(to_logits)
 
 
-@contextmanager
-def attend_over_tree(net: Any, layout: TreeLayout) -> Iterator[None]:
-    """Patch a `TransformerWrapper` so that, inside this context, its attention runs over a tree."""
-    library = sys.modules["x_transformers.x_transformers"]
-    rel_pos, compute_bias = net.attn_layers.rel_pos, None
-    with patch_lock, ExitStack() as stack:
-        if rel_pos is not None:  # the bias is computed for each group of paths, and never for the whole tree
-            compute_bias = rel_pos.forward
-            no_bias = layout.ids.new_zeros(1, 1, 1)
-            for name in ("forward", "forward_custom_pos"):
-                stack.enter_context(patched_attribute(rel_pos, name, lambda *_: no_bias))
-        for module in net.modules():
-            if uses_checkpointing(module):
-                raise PrefixSharingError("its layers run again in backward, when the tree is gone")
-            if isinstance(module, library.Attention):
-                if module.data_dependent_alibi is not None or module.rel_proj_pos_bias is not None:
-                    raise PrefixSharingError("its attention has a bias that depends on the data")
-                window = None if module.max_attend_past is None else module.max_attend_past + 1
-                stack.enter_context(patched_attribute(module, "max_attend_past", None))
-                forward = partial(_attend, layout, module.attend, module.attend.forward, window, compute_bias)
-                stack.enter_context(patched_attribute(module.attend, "forward", forward))
-        yield
+@dataclass(frozen=True)
+class AttentionTree:
+    """What the attention of one model needs to run over a tree.
+
+    Attributes:
+        windows: by the id of each `Attend` module of the model, to how many tokens a token attends at most.
+        bias: the model's module that computes a bias from positions, if it has one.
+    """
+
+    layout: TreeLayout
+    windows: dict[int, int | None]
+    bias: Any
 
 
-@contextmanager
-def patched_attribute(holder: object, name: str, value: Any) -> Iterator[None]:
-    """Set `holder.name` to a value inside this context, as an attribute of the instance alone."""
-    before = {name: vars(holder)[name]} if name in vars(holder) else {}
-    vars(holder)[name] = value
-    try:
-        yield
-    finally:
-        del vars(holder)[name]
-        vars(holder).update(before)
+def as_attention_tree(net: Any, layout: TreeLayout) -> AttentionTree:
+    """What a `TransformerWrapper` needs; PrefixSharingError where its attention cannot run over a tree."""
+    windows = {}
+    for module in net.modules():
+        if isinstance(module, sys.modules["x_transformers.x_transformers"].Attention):
+            if module.data_dependent_alibi is not None or module.rel_proj_pos_bias is not None:
+                raise PrefixSharingError("its attention has a bias that depends on the data")
+            past = vars(module)["max_attend_past"]
+            windows[id(module.attend)] = None if past is None else past + 1
+    return AttentionTree(layout, windows, net.attn_layers.rel_pos)
 
 
+@cache
+def install_hooks() -> None:
+    """Wrap the forward methods of the library's attention, once for the process.
+
+    While a model runs over a tree they do what is needed there; otherwise, and in all other threads, what
+    they always do.
+    """
+    attention_class: Any = sys.modules["x_transformers.x_transformers"].Attention
+    attend_class: Any = sys.modules["x_transformers.attend"].Attend
+    forward_attention, forward_attend = attention_class.forward, attend_class.forward
+
+    def is_active(attend: Any) -> bool:
+        return may_be_over_tree() and is_over_tree(attend)
+
+    @wraps(forward_attention)
+    def forward_without_bias(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if is_active(self.attend) and kwargs.get("rel_pos") is not None:
+            # it is computed for each group of paths, and never for the whole tree
+            kwargs |= {"rel_pos": lambda *_: x.new_zeros(1, 1, 1), "pos": None}
+        return forward_attention(self, x, *args, **kwargs)
+
+    @wraps(forward_attend)
+    def forward_over_tree(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_active(self):
+            return _attend(self, partial(forward_attend, self), *args, **kwargs)
+        return forward_attend(self, *args, **kwargs)
+
+    def get_max_attend_past(self: Any) -> int | None:  # the library makes a mask of it, as large as the tree
+        past = vars(self)["max_attend_past"]
+        return None if past is not None and is_active(self.attend) else past
+
+    def set_max_attend_past(self: Any, value: int | None) -> None:
+        vars(self)["max_attend_past"] = value
+
+    attention_class.forward = forward_without_bias
+    attention_class.max_attend_past = property(get_max_attend_past, set_max_attend_past)
+    attend_class.forward = forward_over_tree
+
+
+@untraced  # a tree in the trace would have it compiled anew for each tree
+def is_over_tree(attend: Any) -> bool:
+    """Whether an `Attend` module runs over a tree now."""
+    tree = attention_tree()
+    return isinstance(tree, AttentionTree) and id(attend) in tree.windows
+
+
+@untraced
 def _attend(
-    layout: TreeLayout,
     module: Any,
     forward: Callable[..., Any],
-    window: int | None,
-    compute_bias: Callable[[int, int], Tensor] | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -103,6 +146,8 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
     """What `Attend.forward` of the library does, over a tree; `forward` is the method as it was."""
+    tree = attention_tree()
+    layout, window = tree.layout, tree.windows[id(module)]
     if k.shape[2] != q.shape[2]:
         raise PrefixSharingError("its attention has memory key/values")
     others = sorted(name for name, value in kwargs.items() if value is not None and name != "causal")
@@ -112,14 +157,16 @@ def _attend(
     intermediates = sys.modules["x_transformers.attend"].Intermediates()
     is_changed = module.l2_distance or module.add_zero_kv or (module.dropout and module.training)
     if module.flash and attn_bias is None and not is_changed:  # plain softmax attention
-        out = attend_with_kernel(layout, q, k, v, window, module.scale)
+        g = k.shape[1]  # the library gives its heads those of k and v in turn: 0 1 0 1, for kernels 0 0 1 1
+        q_in_order = rearrange(q, "b (r g) n d -> b (g r) n d", g=g)
+        out = attend_with_kernel(layout, q_in_order, k, v, window, module.scale)
         if out is not None:
-            return out, intermediates
+            return rearrange(out, "b (g r) n d -> b (r g) n d", g=g), intermediates
 
     def attend_path(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         n = q.shape[2]
         causal_mask = make_causal_mask(n, window, q.device) if window is not None and n > window else None
-        bias = compute_bias(n, n) if attn_bias is not None and compute_bias is not None else None
+        bias = None if attn_bias is None or tree.bias is None else tree.bias(n, n)
         return forward(q, k, v, **(kwargs | {"mask": causal_mask, "attn_bias": bias}))[0]
 
     return attend_along_paths(layout, q, k, v, attend_path), intermediates

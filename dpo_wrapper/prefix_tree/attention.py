@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dpo_wrapper.prefix_tree import cpu_attention
-from dpo_wrapper.prefix_tree.layout import TreeLayout
+from dpo_wrapper.prefix_tree.layout import TreeKernel, TreeLayout
 
 
 class PrefixSharingError(Exception):
@@ -33,9 +33,8 @@ def attend_along_paths(
     attention runs on each group of paths, and for a token on several paths the output on one of them is kept:
     they are all equal.
     """
-    shape, layout_shape = (q.shape[0], q.shape[2]), tuple(layout.ids.shape)
-    if shape != layout_shape:
-        raise PrefixSharingError(f"its attention has rows of shape {shape} for tokens in {layout_shape}")
+    check_rows(layout, q)
+    note_kernel(layout, "model")
     tokens = [rearrange(t, "r h w d -> (r w) h d") for t in (q, k, v)]
     outputs = []
     for group in layout.groups:
@@ -44,6 +43,13 @@ def attend_along_paths(
         outputs.append(rearrange(out, "g h n e -> (g n) h e"))
     unique = torch.cat(outputs).index_select(0, layout.path_index)
     return rearrange(unique, "(r w) h e -> r h w e", w=q.shape[2])
+
+
+def check_rows(layout: TreeLayout, q: Float[Tensor, "r h w d"]) -> None:
+    """PrefixSharingError if attention has other rows than the tree."""
+    shape, layout_shape = (q.shape[0], q.shape[2]), tuple(layout.ids.shape)
+    if shape != layout_shape:
+        raise PrefixSharingError(f"its attention has rows of shape {shape} for tokens in {layout_shape}")
 
 
 def attend_with_kernel(
@@ -57,21 +63,40 @@ def attend_with_kernel(
     """Compute softmax attention over a tree by the kernel that `layout.options` names.
 
     Returns None where the kernel does not apply or does not pay. The heads of q may be a multiple of those of
-    k and v. With a window a token attends to that many tokens, itself included. `scale` is the factor of
-    `q · k`, None for `1 / sqrt(d)`.
+    k and v: each of these belongs to h // g of them that follow one another. With a window a token attends to
+    that many tokens, itself included. `scale` is the factor of `q · k`, None for `1 / sqrt(d)`.
     """
-    options, branches = layout.options, layout.branches
-    if options.kernel == "flex" and len(q) == 1:  # its block mask is that of one row
-        from dpo_wrapper.prefix_tree import flex_attention  # imports a part of torch that others do not need
-
-        return flex_attention.attend_with_flex(q, k, v, layout.block_mask(window), scale)
+    check_rows(layout, q)
+    options, branches, rows = layout.options, layout.branches, len(layout.ids)
+    is_used = options.kernel == "flex"
     if options.kernel == "branches" and window is None and q.shape[-1] == v.shape[-1]:
         mean_branch_length = branches[-1][0].stop / len(branches)
-        if mean_branch_length * q.shape[1] * q.shape[-1] >= options.min_branch_numel:
-            q, k, v = (rearrange(t, "r h w d -> 1 h (r w) d") for t in (q, k, v))
-            out = cpu_attention.attend_by_branch(q, k, v, branches, scale)
-            return rearrange(out, "1 h (r w) e -> r h w e", r=len(layout.ids))
-    return None
+        is_used = mean_branch_length * q.shape[1] * q.shape[-1] >= options.min_branch_numel
+    if not is_used:
+        return None
+    note_kernel(layout, options.kernel)
+    q, k, v = (rearrange(t, "r h w d -> 1 h (r w) d") for t in cast_as_autocast(q, k, v))
+    if options.kernel == "flex":
+        from dpo_wrapper.prefix_tree import flex_attention  # imports a part of torch that others do not need
+
+        out = flex_attention.attend_with_flex(q, k, v, layout.block_mask(window), scale)
+    else:
+        out = cpu_attention.attend_by_branch(q, k, v, branches, scale)
+    return rearrange(out, "1 h (r w) e -> r h w e", r=rows)
+
+
+def cast_as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What autocast, where it is on, hands to `F.scaled_dot_product_attention`: all but float64 cast."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind) or torch.float64 in {t.dtype for t in tensors}:
+        return tensors
+    return tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors)
+
+
+def note_kernel(layout: TreeLayout, kernel: TreeKernel) -> None:
+    """Note what computes attention over a tree, for the probe of a model."""
+    if not torch.compiler.is_compiling():
+        layout.kernels.add(kernel)
 
 
 def make_causal_mask(n: int, window: int | None, device: torch.device) -> Bool[Tensor, "1 1 n n"]:

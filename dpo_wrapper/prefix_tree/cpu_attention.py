@@ -77,7 +77,7 @@ class BranchAttention(torch.autograd.Function):
     ) -> Tensor:
         flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out = zero_heads(q, q.dtype)
-        lse = torch.zeros(out.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
+        lse = q.new_zeros(out.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
         for branch, prefix in branches:
             q_branch, k_branch, v_branch = (t[:, :, branch] for t in (q, k, v))
             out_branch, lse_branch = flash_attention(

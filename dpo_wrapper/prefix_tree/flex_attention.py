@@ -3,6 +3,11 @@
 For CUDA. On the CPU torch runs FlexAttention without gradients only, which suffices to test the block mask.
 """
 
+from collections.abc import Callable, Hashable
+from functools import cache
+from types import FunctionType
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -11,7 +16,22 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 BLOCK_SIZE = 128  # queries and keys in one block
 
-compiled_flex_attention = torch.compile(flex_attention, dynamic=True)
+
+@cache
+def compile_flex_attention(*_key: Hashable) -> Callable[..., Tensor]:
+    """FlexAttention compiled for calls that have this key in common.
+
+    torch compiles a function a few times only, counted for the process, and then runs it uncompiled, which
+    makes a mask of size [w, w]. Two models with windows are enough. So each key has a function of its own.
+    """
+    number = compile_flex_attention.cache_info().currsize
+    code = attend_uncompiled.__code__.replace(co_name=f"attend_{number}")  # torch counts by code objects
+    return torch.compile(FunctionType(code, globals()), dynamic=True)
+
+
+def attend_uncompiled(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float | None) -> Any:
+    """FlexAttention as torch has it."""
+    return flex_attention(q, k, v, block_mask=block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def create_tree_block_mask(
@@ -33,14 +53,17 @@ def create_tree_block_mask(
         full = torch.zeros_like(full)
 
     def mask_mod(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        mask = (k <= q) & (q < subtree_end[k])
-        return mask if window is None else mask & (position[q] - position[k] < window)
+        return (k <= q) & (q < subtree_end[k])
+
+    def windowed_mask_mod(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        assert window is not None
+        return (k <= q) & (q < subtree_end[k]) & (position[q] - position[k] < window)
 
     return BlockMask.from_kv_blocks(
         *list_key_blocks(attends & ~full),
         *list_key_blocks(full),
         BLOCK_SIZE=BLOCK_SIZE,
-        mask_mod=mask_mod,
+        mask_mod=mask_mod if window is None else windowed_mask_mod,
         seq_lengths=(w, w),
     )
 
@@ -59,5 +82,8 @@ def attend_with_flex(
     scale: float | None,
 ) -> Float[Tensor, "1 h w e"]:
     """Compute softmax attention under a block mask; h may be a multiple of g."""
-    function = compiled_flex_attention if q.is_cuda else flex_attention
-    return function(q, k, v, block_mask=block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    if not q.is_cuda:
+        return attend_uncompiled(q, k, v, block_mask, scale)
+    tensors = tuple((t.dtype, t.device, t.shape[1], t.shape[3], t.requires_grad) for t in (q, k, v))
+    key = block_mask.mask_mod.__code__, scale, torch.is_grad_enabled(), tensors
+    return compile_flex_attention(*key)(q, k, v, block_mask, scale)

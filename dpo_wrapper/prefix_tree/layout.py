@@ -70,13 +70,22 @@ class TreeLayout(TensorDataclass):
         branches = cpu_attention.find_branches(tree.position)
         return cls(ids, position, groups, path_index, tree.subtree_end, branches, options)
 
+    @property
+    def kernels(self) -> set[TreeKernel]:
+        """What has computed attention over this tree so far."""
+        return vars(self).setdefault("_kernels", set())
+
     def block_mask(self, window: int | None) -> "BlockMask":
         """The tree's block mask for FlexAttention, computed once for each width of a sliding window."""
         from dpo_wrapper.prefix_tree.flex_attention import create_tree_block_mask
 
         block_masks = vars(self).setdefault("_block_masks", {})
         if window not in block_masks:
-            block_masks[window] = create_tree_block_mask(self.subtree_end, self.position[0], window)
+            u, size = len(self.subtree_end), self.position.numel()
+            # a token of padding attends to itself
+            padding = torch.arange(u + 1, size + 1, device=self.subtree_end.device)
+            subtree_end = torch.cat([self.subtree_end, padding])
+            block_masks[window] = create_tree_block_mask(subtree_end, self.position.flatten(), window)
         return block_masks[window]
 
 

@@ -74,7 +74,7 @@ def build_reference(
         copied = frozen_copy(policy, dtype, fixed_device)
         reference = FrozenModel(reference_scorer(copied, policy_scorer), policy, fixed_device)
     elif has_fresh_adapter(policy):
-        reference = AdapterDisabled(reference_scorer(policy, policy_scorer))
+        reference = AdapterDisabled(policy_scorer)
     else:
         raise ValueError(
             "reference = 'adapter' switches a fresh PEFT LoRA adapter off, but this policy has none, or one "
@@ -95,7 +95,7 @@ def follow_policy(reference: Reference, policy_scorer: Scorer) -> Reference:
         check_trains_nothing_of(policy, reference.model)
         followed = FrozenModel(reference_scorer(reference.model, policy_scorer), policy, reference.device)
     elif hasattr(policy, "disable_adapter"):
-        followed = AdapterDisabled(reference_scorer(policy, policy_scorer))
+        followed = AdapterDisabled(policy_scorer)
     else:
         raise ValueError(
             "policy_model should have an adapter, since the reference is the policy with its adapter off, "

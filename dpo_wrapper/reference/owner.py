@@ -50,7 +50,8 @@ class ReferenceOwner(nn.Module):
         if not isinstance(value, nn.Module):
             raise TypeError(f"{name} should be a module, but it is {value!r}: make a new DPO.")
         if name == "policy_model":
-            policy = Scorer(value, self.policy.impl, self.policy.share_prefix)
+            old = self.policy
+            policy = Scorer(value, old.impl, old.share_prefix, is_eval=old.is_eval)
             reference = follow_policy(self.reference, policy)
             super().__setattr__("policy_model", value)
             self.policy = policy

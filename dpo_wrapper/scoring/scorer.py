@@ -1,6 +1,7 @@
 """Log-probs of sequences under a model: hidden states of the scored positions, then the fused gather."""
 
 import threading
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -10,27 +11,33 @@ from torch import Tensor, nn
 from dpo_wrapper.batches.sequences import ScoredSequences, SequenceLogProbs
 from dpo_wrapper.log_probs import FusedLoss, Impl, choose_impl
 from dpo_wrapper.models import language_model
-from dpo_wrapper.prefix_tree.layout import TreeOptions
-from dpo_wrapper.scoring.probe import SharePrefix, probe_model
-from dpo_wrapper.scoring.token_log_probs import Probe, compute_log_probs
+from dpo_wrapper.prefix_tree import PrefixSharingError, TreeOptions
+from dpo_wrapper.scoring.probe import Probe, ProbeKey, SharePrefix
+from dpo_wrapper.scoring.probe_model import probe_model
+from dpo_wrapper.scoring.token_log_probs import compute_log_probs
 from dpo_wrapper.validation import check_ids, check_mask, check_vocabulary, describe_type
-
-KERNELS = {
-    "flex": "FlexAttention where attention is plain, else along each path",
-    "branches": "torch's kernel on each long branch where attention is plain, else along each path",
-    "model": "the model's own attention along each path",
-}
-"""The kernels of attention over a tree, for `explain`."""
 
 _probing = threading.RLock()
 """A model is probed by one thread at a time; others wait for the result."""
 
 
 class Scorer:
-    """Computes log-probs of sequences under one model. The first call on each device probes the model.
+    """Computes log-probs of sequences under one model, which the first call probes.
 
-    For a reference, `policy` is the policy's scorer: the two should have one vocabulary, and the reference's
-    output should not depend on parameters that train in the policy.
+    It is probed again where what was found may not hold: on another device, in other dtypes, under another
+    autocast, with gradients where there were none, or with other parameters that train.
+
+    Args:
+        model: the model.
+        impl: as in `token_log_probs`.
+        share_prefix: as in `DPO`.
+        policy: for a reference the policy's scorer. The two should have one vocabulary, and the reference's
+            output should not depend on parameters that train in the policy.
+        is_eval: whether the model will be called in eval mode, whatever its mode is when it is probed.
+
+    Attributes:
+        probe: what was found of the model in the state of the latest call; None before the first.
+        probes: the same for each state so far.
     """
 
     def __init__(
@@ -39,6 +46,7 @@ class Scorer:
         impl: Impl = "auto",
         share_prefix: SharePrefix = False,
         policy: "Scorer | None" = None,
+        is_eval: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
@@ -49,7 +57,9 @@ class Scorer:
         self.impl = impl
         self.policy = policy
         self.share_prefix = share_prefix
+        self.is_eval = is_eval
         self.probe: Probe | None = None
+        self.probes: dict[ProbeKey, Probe] = {}
 
     def __call__(
         self, sequences: ScoredSequences, extras: Sequence[str] = (), fused_loss: FusedLoss | None = None
@@ -58,17 +68,28 @@ class Scorer:
         probe = self.check(sequences)
         if torch.is_grad_enabled():
             torch.clear_autocast_cache()  # before 2.11, torch uses casts made without gradients again
+        try:
+            return compute_log_probs(self.language_model, sequences, probe, extras, fused_loss)
+        except PrefixSharingError as error:  # of a model that has changed since it was probed
+            reason = str(error)
+        probe = self.stop_sharing(reason)
         return compute_log_probs(self.language_model, sequences, probe, extras, fused_loss)
+
+    def stop_sharing(self, reason: str) -> Probe:
+        """Pad sequences from now on, and warn; ValueError where `share_prefix` is True."""
+        sentence = f"prefixes are no longer shared in the {self.language_model.name} model, for {reason}"
+        if self.share_prefix is True:
+            raise ValueError(f"{sentence}: use share_prefix = 'auto'.")
+        warnings.warn(f"{sentence}; its sequences are padded.", stacklevel=3)
+        assert self.probe is not None
+        self.probes = {key: probe.padded(reason) for key, probe in self.probes.items()}
+        self.probe = self.probe.padded(reason)
+        return self.probe
 
     def check(self, sequences: ScoredSequences) -> Probe:
         """Probe the model where needed, and raise what can be said before it runs on these sequences."""
-        device = sequences.ids.device
         with _probing:
-            if self.probe is None or device != self.probe.device:
-                choose_impl(self.impl, device)  # raises where it is not available
-                policy = None if self.policy is None else self.policy.language_model.model
-                self.probe = probe_model(self.language_model, device, self.impl, self.share_prefix, policy)
-            probe = self.probe
+            self.probe = probe = self.find_probe(sequences.ids.device)
         if self.policy and self.policy.probe and self.policy.probe.vocab_size != probe.vocab_size:
             raise ValueError(
                 f"the reference has a vocabulary of {probe.vocab_size} tokens but the policy one of "
@@ -83,6 +104,18 @@ class Scorer:
                 f"at {limit}: shorten the sequences."
             )
         return probe
+
+    def find_probe(self, device: torch.device) -> Probe:
+        """What is known of the model in its present state, after probing it where nothing is."""
+        key = ProbeKey.of_model(self.language_model, device)
+        if key not in self.probes:
+            choose_impl(self.impl, device)  # raises where it is not available
+            policy = None if self.policy is None else self.policy.language_model.model
+            options = (self.impl, self.share_prefix, policy, self.is_eval)
+            probe = probe_model(self.language_model, key, *options)
+            # what holds with gradients holds without, and policy and reference 'adapter' should do the same
+            self.probes |= {key: probe, key.without_gradients(): probe}
+        return self.probes[key]
 
     @property
     def trains_head(self) -> bool:
@@ -102,12 +135,10 @@ class Scorer:
         name, probe = self.language_model.name, self.probe
         if probe is None:
             return f"{name} model, not probed before the first call"
-        head = "all logits are computed"
-        if probe.head_applies:
-            head = "the head is applied to scored positions alone"
-        if probe.tree is None:
-            return f"{name} model; sequences are padded, for {probe.why_padded}; {head}"
-        return f"{name} model; shared prefixes are computed once, by {KERNELS[probe.tree.kernel]}; {head}"
+        explanation = f"{name} model; {probe.explain()}"
+        if probe.tree is not None and self.language_model.compiles_attention():
+            explanation += "; a tree breaks its compiled attention up, share_prefix = False does not"
+        return explanation
 
 
 def sequence_log_probs(
@@ -130,4 +161,4 @@ def sequence_log_probs(
     seq = check_ids("seq", seq)
     scored = check_mask("scored_mask", scored_mask, seq, "seq")
     real = torch.ones_like(scored) if seq_mask is None else check_mask("seq_mask", seq_mask, seq, "seq")
-    return Scorer(model)(ScoredSequences.from_padded(seq, scored, real)).sums
+    return Scorer(model, is_eval=False)(ScoredSequences.from_padded(seq, scored, real)).sums

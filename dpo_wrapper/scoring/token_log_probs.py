@@ -1,40 +1,18 @@
 """One forward pass of a model: from sequences to the log-prob of each scored token."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from dpo_wrapper.batches.sequences import ScoredSequences, SequenceLogProbs
-from dpo_wrapper.log_probs import FusedLoss, Impl, gather_log_probs, log_probs_from_hidden
+from dpo_wrapper.log_probs import FusedLoss, gather_log_probs, log_probs_from_hidden
 from dpo_wrapper.models import LanguageModel
 from dpo_wrapper.models.eval_mode import reproducible_forward
-from dpo_wrapper.prefix_tree.layout import TreeOptions
+from dpo_wrapper.models.rerun import run_pass
 from dpo_wrapper.scoring.fused_loss import fused_loss_of_entries
+from dpo_wrapper.scoring.probe import Probe
 from dpo_wrapper.validation import describe_type
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What the first look at a model found, and so which paths its forward passes take.
-
-    Attributes:
-        device: where the model was probed.
-        vocab_size: number of token ids.
-        head_applies: whether the output head is applied to scored positions alone, outside the model.
-        impl: as in `token_log_probs`.
-        tree: how sequences are computed as a prefix tree; None for padded rows.
-        why_padded: why prefixes are not shared; None where they are.
-    """
-
-    device: torch.device
-    vocab_size: int
-    head_applies: bool
-    impl: Impl
-    tree: TreeOptions | None = None
-    why_padded: str | None = None
 
 
 def compute_log_probs(
@@ -61,23 +39,31 @@ def compute_log_probs(
     with reproducible_forward(model.model):
         if tree is not None:
             output = model.forward_tree(tree.layout, return_hidden=head is not None)
-        elif head is not None:
-            output = model.forward_hidden(sequences.ids)
         else:
-            output = check_logits(model.forward_logits(sequences.ids), sequences.ids)
+            output = run_pass(model.model, lambda: run_padded(model, sequences.ids, head is not None))
         output = output.flatten(0, 1)
+        # a model that is spread over several devices gives hidden states on its last
+        device = output.device if head is None else head.weight.device
+        rows, targets = rows.to(output.device), targets.to(device)
         if head is None:
             result = gather_log_probs(output, rows, targets, extras)
         else:
-            output = output.index_select(0, rows)
+            output = output.index_select(0, rows).to(device)
     if head is not None:
         arguments = {"impl": probe.impl, "extras": extras, "fused_loss": fused_loss, **vars(head)}
         result = log_probs_from_hidden(output, targets=targets, **arguments)
     tokens, values = result if extras else (result, {})
+    tokens = tokens.to(sequences.ids.device)
+    values = {name: value.to(tokens.device) for name, value in values.items()}
     if tree is not None:
         tokens = tokens.index_select(0, tree.entry)
         values = {name: value.index_select(0, tree.entry) for name, value in values.items()}
     return sequences.log_probs(tokens, values)
+
+
+def run_padded(model: LanguageModel, ids: Int[Tensor, "b n"], return_hidden: bool) -> Float[Tensor, "b n _"]:
+    """Hidden states or, checked, logits of padded rows."""
+    return model.forward_hidden(ids) if return_hidden else check_logits(model.forward_logits(ids), ids)
 
 
 def check_logits(logits: object, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n v"]:

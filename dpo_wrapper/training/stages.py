@@ -68,7 +68,7 @@ class SFTModule(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.scorer = Scorer(model, share_prefix="auto")
+        self.scorer = Scorer(model, share_prefix="auto", is_eval=False)
 
     def forward(self, batch: SFTBatch) -> Tensor:
         """The loss of a batch, divided by the scored tokens of its step."""

@@ -211,6 +211,8 @@ class Trainer:
             self.run.replace_checkpoint(self.stage.name, step, is_evaluated)
 
     def sum_over_processes(self, values: Tensor) -> Tensor:
+        if self.accelerator.num_processes == 1:  # sums are in float64, which an Apple GPU does not have
+            return values
         return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
 
 

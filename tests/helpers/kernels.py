@@ -33,7 +33,7 @@ def tree_kernels(dpo: DPO) -> set[TreeKernel]:
 
 def use_kernel(dpo: DPO, kernel: TreeKernel) -> None:
     """Have policy and reference use a kernel, whatever their probe has found."""
-    for scorer, probe in zip(scorers(dpo), probes(dpo), strict=True):
-        assert probe.tree is not None
-        tree = replace(probe.tree, kernel=kernel)
-        scorer.probe = replace(probe, tree=tree)
+    for scorer in scorers(dpo):
+        for key, probe in scorer.probes.items():
+            assert probe.tree is not None
+            scorer.probes[key] = replace(probe, tree=replace(probe.tree, kernel=kernel))

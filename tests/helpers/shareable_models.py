@@ -1,5 +1,6 @@
 """Tiny models that can share prefixes and some that cannot, and `DPO` with and without sharing."""
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -43,6 +44,21 @@ GEMMA2 = dict(head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=3.0, 
 EXPERTS = dict(num_experts=3, num_experts_per_tok=2, moe_intermediate_size=8)
 AFMOE = EXPERTS | dict(head_dim=8, num_dense_layers=1, sliding_window=3)
 
+LATENT = dict(kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
+SPARSE = (
+    LATENT
+    | EXPERTS
+    | dict(  # a query attends to the few keys that an index finds
+        num_key_value_heads=2,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        index_n_heads=2,
+        index_head_dim=8,
+        index_topk=4,
+    )
+)
+
 SHAREABLE: dict[str, Make] = {name: make for name, make in ZOO.items() if not name.startswith("plain")} | {
     "xt-alibi-flash": xt(decoder=dict(alibi_pos_bias=True, attn_flash=True), **NO_TABLE),
     "xt-qk-norm": xt(decoder=dict(attn_qk_norm=True)),
@@ -64,12 +80,14 @@ SHAREABLE: dict[str, Make] = {name: make for name, make in ZOO.items() if not na
     "mixtral": hf("Mixtral", num_local_experts=3, num_experts_per_tok=2),
     "afmoe": hf("Afmoe", "sdpa", **AFMOE),  # passes `attention_mask` by its name
     "afmoe-eager": hf("Afmoe", "eager", **AFMOE),
+    "dory": hf("Dory"),
     # these tell their attention of the window by the mask alone, and it is longer than the probe's sequences
     "qwen2-moe": hf("Qwen2Moe", use_sliding_window=True, sliding_window=16, max_window_layers=1, **EXPERTS),
     "phimoe": hf("Phimoe", "eager", sliding_window=16, num_local_experts=2, num_experts_per_tok=1),
 }
 
 DIFFERS = "log-probs would differ"
+ELSEWHERE = "elsewhere than in transformers' attention interface"
 CHUNKS = dict(layer_types=["chunked_attention", "full_attention"], attention_chunk_size=16, moe_layers=[])
 NOT_SHAREABLE: dict[str, tuple[Make, str]] = {  # with a part of the reason that is given
     "shift-tokens": (xt(decoder=dict(shift_tokens=1)), DIFFERS),
@@ -78,11 +96,15 @@ NOT_SHAREABLE: dict[str, tuple[Make, str]] = {  # with a part of the reason that
     "residual-attention": (xt(decoder=dict(residual_attn=True)), DIFFERS),
     "dynamic-alibi": (xt(decoder=dict(attn_data_dependent_alibi=True)), "depends on the data"),
     "plain-gru": (ZOO["plain-gru"], "plain module"),
-    "mamba": (hf("Mamba"), DIFFERS),
+    "mamba": (hf("Mamba"), ELSEWHERE),
+    "bloom": (hf("Bloom", n_head=2), ELSEWHERE),
     "lfm2": (hf("Lfm2", layer_types=["conv", "full_attention"]), DIFFERS),
     "llama4": (hf("Llama4", config_suffix="TextConfig", head_dim=8, **CHUNKS), "than by a sliding window"),
     # with SDPA attention, transformers before 5.18 hands it no causal mask
     "doge": (hf("Doge", "eager"), "mask of its own"),
+    "deepseek-v3.2": (hf("DeepseekV32", **SPARSE), "use the attention mask"),
+    "ax-k2": (hf("AXK2", **SPARSE), "use the attention mask"),
+    "glm-dsa": (hf("GlmMoeDsa", **SPARSE), "use the attention mask"),
 }
 
 
@@ -138,7 +160,12 @@ def held_attributes(dpo: DPO) -> list[dict[str, Any]]:
     """What the modules and configurations of policy and reference hold, by identity."""
     modules = [*dpo.policy_model.modules(), *dpo.ref_model.modules()]
     held = [{**vars(m), **vars(getattr(m, "config", m))} for m in modules]
-    return [
-        {name: list(value) if isinstance(value, dict) else id(value) for name, value in attributes.items()}
-        for attributes in held
-    ]
+
+    def describe(value: Any) -> Any:
+        if isinstance(value, dict):
+            return list(value)
+        if isinstance(value, list):  # torch's recurrent layers make a new one whenever a weight is set
+            return [id(item()) if isinstance(item, weakref.ref) else id(item) for item in value]
+        return id(value)
+
+    return [{name: describe(value) for name, value in attributes.items()} for attributes in held]

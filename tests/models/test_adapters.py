@@ -9,7 +9,7 @@ from torch import nn
 
 from dpo_wrapper import DPO
 from dpo_wrapper.batches.sequences import ScoredSequences
-from dpo_wrapper.models.eval_mode import disable_dropout, reproducible_forward
+from dpo_wrapper.models.eval_mode import reproducible_forward
 from dpo_wrapper.scoring.scorer import Scorer
 from helpers.models import VOCAB, ZOO, hf_llama, seeded
 from helpers.naive_dpo import ARGUMENTS, assert_reference_stays, reference_log_probs, train
@@ -96,7 +96,7 @@ def test_adapters_start_at_their_reference(name):
 def test_adapters_get_the_gradients_of_the_models_own_logits(name):
     pytest.importorskip("peft")
     policy = ADAPTERS[name][0]().double()
-    disable_dropout(policy)
+    policy.eval()
     seq = torch.randint(VOCAB, (4, 9), generator=torch.Generator().manual_seed(3))
     seq[1, :5], seq[3, :5] = seq[0, :5], seq[2, :5]
     answers = torch.arange(9).expand(4, -1) >= 5

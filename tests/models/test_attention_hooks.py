@@ -2,20 +2,26 @@
 
 import functools
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from x_transformers import Decoder, TransformerWrapper
 
 from dpo_wrapper import DPO
+from dpo_wrapper.prefix_tree import cpu_attention
 from helpers.dpo_calls import arguments, nudged
-from helpers.kernels import shares_prefix
-from helpers.models import DEPTH, ZOO
+from helpers.kernels import shares_prefix, tree_kernels
+from helpers.models import CONTEXT, DEPTH, DIM, VOCAB, ZOO, randomise_, seeded
+from helpers.oracle import ExactFloat64
 from helpers.shareable_models import (
     CASES,
     SHAREABLE,
     assert_close,
+    batch_with_shared_prefixes,
     held_attributes,
     loss_and_gradients,
     make_dpo,
@@ -48,6 +54,7 @@ def test_gradient_checkpointing(name, reentrant):
     expected, logits = loss_and_gradients(dpo, CASES[1]), model(input_ids=ids).logits
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=reentrant))
     model.enable_input_require_grads()
+    dpo(**arguments(CASES[1]))  # looks at the model again
     calls: list[int] = []
     for k, layer in enumerate(m for m in model.modules() if type(m).__name__.endswith("Attention")):
         layer.register_forward_pre_hook(lambda *_, k=k: calls.append(k))
@@ -64,7 +71,6 @@ def test_gradient_checkpointing(name, reentrant):
 
 
 @pytest.mark.pitfall(24)
-@pytest.mark.filterwarnings("ignore:prefixes are not shared")
 @pytest.mark.parametrize("name", ["hf-llama", "xt-rotary"])
 def test_layers_wrapped_for_checkpointing(name):
     expected = loss_and_gradients(make_dpo(ZOO[name]), CASES[1])
@@ -73,7 +79,7 @@ def test_layers_wrapped_for_checkpointing(name):
     apply_activation_checkpointing(policy, check_fn=lambda m: type(m).__name__ in layers)
     dpo = DPO(policy, reference=ZOO[name](0), beta=0.3)
     assert_close(loss_and_gradients(dpo, CASES[1]), expected, 3e-5)
-    assert ("run again" in dpo.explain()) == (name == "xt-rotary")
+    assert shares_prefix(dpo)
 
 
 def compile_parts(model, parts):
@@ -102,6 +108,48 @@ def test_compiled_parts(name, parts):
     assert any(m._compiled_call_impl is not None for m in dpo.policy_model.modules())
     assert_close(loss_and_gradients(dpo, CASES[1]), expected, 3e-5)
     assert shares_prefix(dpo)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hf-llama", "xt-rotary-flash"])
+def test_a_model_compiled_and_used_before_is_compiled_no_more_for_new_trees(name):
+    torch._dynamo.reset()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def count_graph(graph: torch.fx.GraphModule, _inputs: object) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    dpo, plain = (make_dpo(ZOO[name]) for _ in range(2))
+    model = dpo.policy_model
+    (model.model if name.startswith("hf") else model.attn_layers).compile(backend=count_graph)
+    model(CASES[0].preferred_seq)
+    dpo = DPO(model, reference=dpo.ref_model, beta=0.3)
+    counts = []
+    for k in range(5):
+        case = batch_with_shared_prefixes(b=3 + k, n=12 + k)
+        assert_close(loss_and_gradients(dpo, case), loss_and_gradients(plain, case), 3e-5)
+        counts.append(len(graphs))
+    assert counts[-1] == counts[0] > 0 and shares_prefix(dpo)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_kernels_group_heads_as_x_transformers_does(kv_heads, monkeypatch):
+    """Head i of 4 attends with head i % 2 of the keys, where other libraries take i // 2."""
+    monkeypatch.setattr(cpu_attention, "MIN_BRANCH_NUMEL", 0)
+
+    def make(seed: int) -> nn.Module:
+        with seeded(seed):
+            options = dict(attn_kv_heads=kv_heads, attn_flash=True, attn_dim_head=8, rotary_pos_emb=True)
+            layers = Decoder(dim=DIM, depth=DEPTH, heads=4, verbose=False, **options)
+            model = TransformerWrapper(num_tokens=VOCAB, max_seq_len=CONTEXT, attn_layers=layers)
+            return randomise_(model, embed_std=1.0)
+
+    shared, padded = (make_dpo(make, share, exact=True) for share in (True, False))
+    with ExactFloat64():
+        results, expected = loss_and_gradients(shared, CASES[1]), loss_and_gradients(padded, CASES[1])
+    assert tree_kernels(shared) == {"branches"}
+    assert_close(results, expected, 1e-10)
 
 
 @pytest.mark.slow

@@ -5,9 +5,12 @@ import torch
 
 from dpo_wrapper import DPO, UnpairedBatch
 from dpo_wrapper.losses import KTO
+from dpo_wrapper.prefix_tree import cpu_attention
 from helpers.dpo_calls import LN2, nudged
+from helpers.kernels import tree_kernels
 from helpers.models import ZOO
 from helpers.naive_dpo import ARGUMENTS, reference_log_probs, train
+from helpers.shareable_models import SHAREABLE
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
@@ -41,6 +44,19 @@ def test_the_first_step_under_autocast_trains_what_later_ones_do(name):
         steps.append({name: p.grad for name, p in dpo.policy_model.named_parameters()})
     for name, gradient in steps[0].items():
         assert gradient is not None and torch.equal(gradient, steps[1][name]), name
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["from the first call", "after one in float32"])
+def test_norms_in_float32_beside_values_in_bfloat16(is_first, monkeypatch):
+    """Qwen3's queries and keys are float32 under autocast, its values bfloat16: kernels want one dtype."""
+    monkeypatch.setattr(cpu_attention, "MIN_BRANCH_NUMEL", 0)
+    dpo = DPO(SHAREABLE["qwen3"](0))
+    if not is_first:
+        dpo(**ARGUMENTS)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = dpo(**ARGUMENTS)
+    loss.backward()
+    assert tree_kernels(dpo) == {"branches"} and abs(loss.item() - LN2) < 1e-6
 
 
 def test_a_kl_estimate_under_autocast_costs_no_gradients():

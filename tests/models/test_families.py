@@ -30,7 +30,7 @@ def test_compiling_that_cannot_act_is_told():
 
 
 def test_a_policy_in_data_parallel_scores_right_and_is_told():
-    with pytest.warns(UserWarning, match="inside DataParallel all logits .* wrap DPO, not the model"):
+    with pytest.warns(UserWarning, match="inside DataParallel .* wrap DPO in DistributedDataParallel"):
         dpo = DPO(nn.DataParallel(hf_llama(0)))
     nudged(dpo.policy_model)
     assert torch.allclose(dpo(**ARGUMENTS), naive_loss(dpo.policy_model, hf_llama(0).eval()), atol=1e-5)

@@ -54,6 +54,7 @@ def test_positions_that_are_not_reset_are_caught(name, monkeypatch):
 @pytest.mark.parametrize("name", ["xt-no-positions", "xt-alibi", "xt-rotary-flash", "hf-llama", "gemma2"])
 def test_branches_that_see_one_another_are_caught(name, monkeypatch):
     def attend_as_one_sequence(layout, q, k, v, attention_fn):
+        layout.kernels.add("model")
         return attention_fn(q, k, v)
 
     for hooks in (hugging_face_attention, x_transformers):
