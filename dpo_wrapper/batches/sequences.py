@@ -104,8 +104,12 @@ class ScoredSequences(TensorDataclass):
         """The same sequences as a prefix tree, built once for each of the options."""
         trees = vars(self).setdefault("_trees", {})
         if options not in trees:
-            with torch.device("cpu"):  # where trees are built, whatever torch's default device is
-                trees[options] = ScoredTreeTokens.from_sequences(self, options)
+            host = self.on_cpu
+            if host is self:
+                with torch.device("cpu"):  # where trees are built, whatever torch's default device is
+                    trees[options] = ScoredTreeTokens.from_sequences(self, options)
+            else:
+                trees[options] = host.as_tree(options).to(self.ids.device)
         return trees[options]
 
     def prebuild_tree(self, options: TreeOptions | None) -> "ScoredSequences":
@@ -126,8 +130,9 @@ class ScoredSequences(TensorDataclass):
     def content_hashes(self) -> tuple[bytes, ...]:
         """A hash of each sequence's ids and scored tokens, the same in any batch and with any padding."""
         if "_content_hashes" not in vars(self):
-            lengths = self.length.tolist()
-            sources, targets = (t.cpu().split(lengths) for t in (self.source, self.target))
+            host = self.on_cpu
+            lengths = host.length.tolist()
+            sources, targets = (t.split(lengths) for t in (host.source, host.target))
             hashes = []
             for ids, source, target in zip(self.unpadded_ids(), sources, targets, strict=True):
                 shape = torch.tensor([len(ids), len(source)], device="cpu")
@@ -147,8 +152,9 @@ class ScoredSequences(TensorDataclass):
 
     def unpadded_ids(self) -> list[Int[Tensor, "_"]]:
         """Each row of `ids` without its padding, on the CPU."""
-        ids, real = self.ids.cpu(), self.real.cpu()
-        return list(ids[torch.arange(ids.shape[1], device="cpu") < real[:, None]].split(real.tolist()))
+        host = self.on_cpu
+        is_real = torch.arange(host.ids.shape[1], device="cpu") < host.real[:, None]
+        return list(host.ids[is_real].split(host.real.tolist()))
 
     def unique_tokens(self) -> int:
         """Number of tokens if every prefix that sequences share is counted once."""

@@ -80,7 +80,7 @@ class SFTModule(nn.Module):
         fused_loss = None
         if self.training and self.scorer.trains_head:
             # tokens do not meet in the loss: each is a group of its own, also where sequences share a prefix
-            groups = torch.arange(len(batch.sequences.row), device=batch.sequences.row.device)
+            groups = torch.arange(len(batch.sequences.row), device="cpu")  # which waits for no device
             fused_loss = FusedLoss(loss_of_tokens, groups)
         return loss_of_tokens(self.scorer(batch.sequences, fused_loss=fused_loss).sums)
 

@@ -18,10 +18,10 @@ def test_supervised_tokens_are_groups_of_their_own_below_a_system_prompt(monkeyp
 
     def recorded(*args, fused_loss, **kwargs):
         given.append(fused_loss)
-        return token_log_probs(*args, fused_loss=fused_loss, **kwargs)
+        return log_probs_from_hidden(*args, fused_loss=fused_loss, **kwargs)
 
-    token_log_probs = scoring.token_log_probs
-    monkeypatch.setattr(scoring, "token_log_probs", recorded)
+    log_probs_from_hidden = scoring.log_probs_from_hidden
+    monkeypatch.setattr(scoring, "log_probs_from_hidden", recorded)
     module = SFTModule(ZOO["xt-rotary"](0)).train()
     module.scorer.share_prefix = share_prefix
     examples = [TokenizedExample((*system, k), ((k, 3), (4,))) for k in range(9, 13)]
@@ -30,7 +30,7 @@ def test_supervised_tokens_are_groups_of_their_own_below_a_system_prompt(monkeyp
     groups = given[-1].groups
     num_entries = 7 + 4 * 3 if share_prefix else 4 * 10
     assert len(groups) == len(groups.unique()) == num_entries
-    assert len(given[-1].split(4)) > 4
+    assert len(given[-1].split(4, torch.device("cpu"))) > 4
 
     loss.backward()
     grads = [p.grad.clone() for p in module.parameters()]
