@@ -1,5 +1,6 @@
 """The command line: `dpo-wrapper train --help`. A command's options are the fields of its configuration."""
 
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
@@ -11,8 +12,8 @@ if TYPE_CHECKING:
 def main(args: Sequence[str] | None = None) -> None:
     """Run one command.
 
-    The exit status is 0 on success, 2 (and one sentence on standard error) for bad input, and 130 if the
-    command is interrupted.
+    The exit status is 0 on success. It is 2 for bad input and 1 for a run that cannot go on, each with one
+    sentence on standard error, and 128 plus the number of the signal that stopped a run: 130 for Ctrl-C.
     """
     try:
         import tyro
@@ -36,6 +37,7 @@ def main(args: Sequence[str] | None = None) -> None:
 def train(config: "TrainConfig") -> None:
     try:
         from dpo_wrapper.training.setup import set_up_training
+        from dpo_wrapper.training.stopping import TrainingError
         from dpo_wrapper.training.train import run_training
 
         setup = set_up_training(config)
@@ -43,12 +45,14 @@ def train(config: "TrainConfig") -> None:
         exit_with_error(error)
     try:
         run_training(setup)
-    except KeyboardInterrupt:
+    except TrainingError as error:
+        exit_with_error(error, status=1)
+    except KeyboardInterrupt as interrupt:
         sentence = "the run was interrupted; the same command with --resume continues it in"
         print(f"\ndpo-wrapper: {sentence} {config.out}.", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + getattr(interrupt, "number", signal.SIGINT))
 
 
-def exit_with_error(error: object) -> NoReturn:
+def exit_with_error(error: object, status: int = 2) -> NoReturn:
     print(f"dpo-wrapper: {error}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)

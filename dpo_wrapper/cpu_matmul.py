@@ -71,15 +71,35 @@ def matmul(
     return _onednn_matmul(a, b) if needs_onednn(a, b, len(a)) else torch.mm(a, b, out=buffer)
 
 
+@lru_cache
+def can_add_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch adds a product of narrow matrices to a float32 one (CUDA, torch 2.8): it is tried.
+
+    Otherwise each product is written and read once more, and rounded.
+    """
+    if device.type != "cuda":
+        return False
+    a, b = torch.eye(16, dtype=dtype, device=device), torch.full((16, 16), 0.5, dtype=dtype, device=device)
+    out = torch.full((16, 16), 1024.25, dtype=torch.float32, device=device)
+    try:
+        torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, beta=1.0, out=out)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return bool((out == 1024.75).all())
+
+
 def add_matmul(
     out: Float[Tensor, "m n"], a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], beta: float = 1.0
 ) -> None:
     """`out = beta * out + a @ b` in place, without gradients; with `beta = 0`, `out` may be uninitialized.
 
-    The product has the dtype of `a` and `b`. `out` may be wider, or, with `beta = 0`, narrower.
+    `out` may be wider than `a` and `b`, or, with `beta = 0`, narrower. Where torch cannot add to a wider
+    `out` itself, the product is first rounded to the dtype of `a` and `b`.
     """
     if out.dtype == a.dtype and not needs_onednn(a, b, len(a)):
         torch.addmm(out, a, b, beta=beta, out=out)
+    elif out.dtype == torch.float32 and a.dtype.itemsize == 2 and can_add_to_float32(a.device, a.dtype):
+        torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, beta=beta, out=out)
     elif beta == 0.0:
         out.copy_(matmul(a, b))
     else:

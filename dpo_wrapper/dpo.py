@@ -1,7 +1,6 @@
 """Direct preference optimisation as a module around a language model."""
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -148,7 +147,7 @@ class DPO(ReferenceOwner):
         self.loss.check_dataset_type(batch.dataset_type)
         if isinstance(batch, PreferenceBatch):
             self.loss.check_columns(batch.margins is not None, batch.weights is not None)
-            batch = replace(batch, ld_alpha=self.ld_alpha)
+            batch = batch.replace(ld_alpha=self.ld_alpha)
         self.policy.check(batch.sequences)
         if isinstance(batch, UnpairedBatch) and batch.step_kl is None:
             batch = batch.with_kl(self.kl_sums(batch))
@@ -163,7 +162,8 @@ class DPO(ReferenceOwner):
             log_probs = batch.log_probs(batch.sequences.log_probs(tokens), reference)
             return self.loss(log_probs).sum() / batch.denominator
 
-        groups = group_tokens(batch.sequences, batch.linked_sequences) if self.loss.is_per_pair else None
+        on_cpu = batch.on_cpu
+        groups = group_tokens(on_cpu.sequences, on_cpu.linked_sequences) if self.loss.is_per_pair else None
         return FusedLoss(loss_of_tokens, groups)
 
     @torch.no_grad()
@@ -174,7 +174,7 @@ class DPO(ReferenceOwner):
         reference = self.reference(batch.kl_sequences)
         ratios = ratios if reference is None else ratios - reference.sums
         is_counted = batch.kl_sequences.length > 0
-        return torch.stack([ratios[is_counted].sum(), is_counted.sum().to(ratios.dtype)])
+        return torch.stack([ratios.where(is_counted, 0.0).sum(), is_counted.sum().to(ratios.dtype)])
 
     def policy_mode(self) -> AbstractContextManager[None]:
         """The context in which the policy is computed: without dropout, unless that should stay on."""

@@ -7,7 +7,7 @@ rows); what they are for ranked lists and for rows with a label stands there too
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dpo_wrapper.batches.batch import Batch
@@ -36,7 +36,7 @@ def batch_metrics(batch: Batch, log_probs: LogProbs, losses: Float[Tensor, "_"],
         valid, metrics = "rows/valid", unpaired_metrics(log_probs, beta)
     num_unique, num_padded = batch.sequences.unique_tokens(), batch.sequences.ids.numel()
     sizes = {valid: len(losses), "tokens/unique": num_unique, "tokens/padded": num_padded}
-    size_tensors = {name: losses.new_tensor(float(size)) for name, size in sizes.items()}
+    size_tensors = {name: losses.new_full((), size) for name, size in sizes.items()}
     return {"loss": mean(losses)} | metrics | size_tensors
 
 
@@ -80,7 +80,7 @@ def unpaired_metrics(rows: UnpairedLogProbs, beta: float) -> Metrics:
     return {
         "kl": rows.kl.detach(),
         "rewards/accuracies": mean(is_ahead(above_kl.where(rows.label, -above_kl))),
-        **side_metrics(lambda values: [mean(values[side]) for side in sides], rows, beta),
+        **side_metrics(lambda values: [mean_of_side(values, side) for side in sides], rows, beta),
         **{name: side.sum().to(rows.policy.dtype) for name, side in zip(SIDE_COUNTS, sides, strict=True)},
     }
 
@@ -114,6 +114,11 @@ def mean(values: Float[Tensor, "_"]) -> Float[Tensor, ""]:
     return values.detach().sum() / max(1, len(values))
 
 
+def mean_of_side(values: Float[Tensor, "r"], is_side: Bool[Tensor, "r"]) -> Float[Tensor, ""]:
+    """The mean over the rows of a side, 0 where it has none."""
+    return values.detach().where(is_side, 0.0).sum() / is_side.sum().clamp(min=1)
+
+
 class MetricSums:
     """Adds up the metrics of batches, so that means are over all pairs and never means of means."""
 
@@ -121,9 +126,14 @@ class MetricSums:
         self.sums: Metrics = {}
 
     def add(self, metrics: Metrics) -> None:
-        for name, value in metrics.items():
-            count = 1.0 if name in COUNTS else metrics[count_name(name, metrics)]
-            term = (value * count).detach().cpu().double()
+        if not metrics:
+            return
+        terms = [
+            value.detach() * (1.0 if name in COUNTS else metrics[count_name(name, metrics)])
+            for name, value in metrics.items()
+        ]
+        # one copy from the device for all of them
+        for name, term in zip(metrics, torch.stack(terms).cpu().double(), strict=True):
             self.sums[name] = self.sums[name] + term if name in self.sums else term
 
     def result(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:

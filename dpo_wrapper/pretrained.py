@@ -11,6 +11,8 @@ from torch import nn
 from dpo_wrapper.data.tokenizers import Tokenizer, load_tokenizer
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+RUN_FILE = "run.json"
+"""In the folder of a training run: its settings, and whether its model is saved."""
 
 PRESETS = {
     "tiny": {"dim": 128, "depth": 4, "heads": 2},
@@ -97,17 +99,25 @@ def read_settings(name: str) -> dict[str, Any]:
     """The config.json of a model folder, which holds no unfinished run; empty if `name` is no folder."""
     if not Path(name).is_dir():
         return {}
-    config_file = Path(name) / CONFIG_FILE
+    folder = Path(name)
+    if read_run(folder).get("status") == "training":
+        remedy = f"resume it, or use {name}/sft" if (folder / "sft").is_dir() else "resume it"
+        raise ValueError(f"--model should be a finished run, but {name} has not finished: {remedy}.")
+    config_file = folder / CONFIG_FILE
     if not config_file.is_file():
         raise ValueError(
             f"--model should be the folder of a run or Hugging Face model, but {name} holds no {CONFIG_FILE}."
         )
-    settings = json.loads(config_file.read_text(encoding="utf-8"))
-    if set(settings) == {"dpo_wrapper"}:
-        raise ValueError(
-            f"--model should be a finished run, but {name} has not finished: resume it, or use {name}/sft."
-        )
-    return settings
+    return json.loads(config_file.read_text(encoding="utf-8"))
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The run.json of a training run's folder; empty if there is none that can be read."""
+    try:
+        run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return run if isinstance(run, dict) else {}
 
 
 def load_decoder(folder: str, settings: dict[str, Any], tokenizer_name: str | None) -> PretrainedModel:
@@ -136,28 +146,36 @@ def load_hugging_face(name: str, tokenizer_name: str) -> PretrainedModel:
     return PretrainedModel(model, load_tokenizer(tokenizer_name), tokenizer_name, None)
 
 
-def save_pretrained(
-    pretrained: PretrainedModel, model: nn.Module, folder: Path, training: dict[str, Any]
-) -> None:
+def save_pretrained(pretrained: PretrainedModel, model: nn.Module, folder: Path) -> None:
     """Write `model.safetensors`, `config.json` and the tokenizer; `load_pretrained(folder)` loads them again.
 
     The weights of an x-transformers decoder keep its names, and its arguments stand in config.json under
     "x_transformers". A Hugging Face model is saved by its own `save_pretrained`. Of `pretrained` only the
-    tokenizer and the kind of the model are used. config.json holds `training` under "dpo_wrapper".
+    tokenizer and the kind of the model are used.
     """
     from safetensors.torch import save_model
 
     folder.mkdir(parents=True, exist_ok=True)
-    config_file = folder / CONFIG_FILE
+    undo_rescaling(model)
     if pretrained.decoder_args is not None:
         save_model(model, str(folder / WEIGHTS_FILE))
-        settings: dict[str, Any] = {
+        settings = {
             "x_transformers": pretrained.decoder_args,
             "tokenizer": "bytes" if pretrained.tokenizer_name == "bytes" else ".",
         }
+        (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     else:
         model.save_pretrained(folder)  # type: ignore[operator]
-        settings = json.loads(config_file.read_text(encoding="utf-8"))
     pretrained.tokenizer.save(folder)
-    settings["dpo_wrapper"] = training
-    config_file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def undo_rescaling(model: nn.Module) -> None:
+    """Give weights that a model of transformers rescales in eval mode (RWKV-4) the scale they train at.
+
+    Such a model rescales them again by itself, in its next forward pass in eval mode.
+    """
+    for module in model.modules():
+        if getattr(module, "layers_are_rescaled", False):
+            is_training, module.training = module.training, True
+            module._rescale_layers()  # type: ignore[operator]
+            module.training = is_training

@@ -124,9 +124,17 @@ def check_ref_log_probs(ref_log_probs: object, pairs: int, device: torch.device)
 
 
 def check_pair_values(
-    name: str, values: object, pairs: int, device: torch.device, minimum: float = -math.inf
+    name: str,
+    values: object,
+    pairs: int,
+    device: torch.device,
+    minimum: float = -math.inf,
+    on_cpu: Tensor | None = None,
 ) -> Tensor:
-    """One value for each pair, such as its weight or margin: Float[p], finite, at least `minimum`."""
+    """One value for each pair, such as its weight or margin: Float[p], finite, at least `minimum`.
+
+    Given the same values `on_cpu`, the device is not waited for.
+    """
     if not (isinstance(values, Tensor) and values.is_floating_point()):
         received = values.dtype if isinstance(values, Tensor) else describe_type(values)
         raise TypeError(f"{name} should be a float tensor, one per pair, but it is {received}: use .float().")
@@ -136,7 +144,8 @@ def check_pair_values(
         )
     if values.device != device:
         raise ValueError(f"{name} is on {values.device} but the batch is on {device}: move one of them.")
-    if not (values.isfinite() & (values >= minimum)).all():
+    known = values if on_cpu is None else on_cpu
+    if not (known.isfinite() & (known >= minimum)).all():
         requirement = "finite" if minimum == -math.inf else "finite and not negative"
         raise ValueError(f"{name} should be {requirement}, but one is not: correct or leave out that pair.")
     return values
@@ -144,7 +153,7 @@ def check_pair_values(
 
 def check_vocabulary(ids: Tensor, vocab_size: int) -> None:
     """Raise ValueError if a real token is no id of the model."""
-    low, high = (int(bound) for bound in torch.aminmax(ids)) if ids.numel() else (0, 0)
+    low, high = torch.stack(torch.aminmax(ids)).tolist() if ids.numel() else (0, 0)
     if low < 0 or high >= vocab_size:
         outside = low if low < 0 else high
         raise ValueError(

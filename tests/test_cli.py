@@ -167,6 +167,16 @@ BAD = {
         ["--data", "d.jsonl", "--out", "o"],
         "--out should be a folder, but o is a file",
     ),
+    "out is below a file": (
+        {"o": ""},
+        ["--data", "missing.jsonl", "--out", "o/x/y"],
+        r"--out should be a folder, but .*/o is a file: name a new folder",
+    ),
+    "out cannot be written": (
+        {},
+        ["--data", "missing.jsonl", "--out", "/proc/o"],
+        r"--out should be a folder that can be written, but /proc/o cannot \(.*\): name another",
+    ),
     "out is not empty": (
         {"d.jsonl": GOOD, "o/x": ""},
         ["--data", "d.jsonl", "--out", "o"],
@@ -196,14 +206,17 @@ def test_bad_input_gets_one_sentence_and_loses_nothing(case, tmp_path, monkeypat
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_ctrl_c_says_how_to_continue(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])  # to workers as well
+def test_a_signal_writes_a_checkpoint_and_says_how_to_continue(tmp_path, number):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "dpo_wrapper", "train", "--data", BUNDLED, "--out", out, "--cpu"]
+    command += ["--num-workers", "1"]
     process = subprocess.Popen(
         list(map(str, command)),
         cwd=ROOT,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
+        start_new_session=True,
         # where the tests run in the background, the shell has told them to ignore the signal
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
@@ -211,9 +224,10 @@ def test_ctrl_c_says_how_to_continue(tmp_path):
     deadline = time.monotonic() + 120
     while not (log.exists() and log.read_text().count("\n") > 2) and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
+    assert (out / "checkpoint" / "progress.json").exists()
     assert b"the same command with --resume continues it" in err and b"Traceback" not in err
 
 

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -41,6 +41,19 @@ class Batch(TensorDataclass, ABC):
         """Which pairs (lists, rows) have enough scored tokens to enter the loss."""
 
     @property
+    def valid_index(self) -> Int[Tensor, "_"]:
+        """Indices of the valid pairs (lists, rows), made once and without waiting for a device."""
+        if "_valid_index" not in vars(self):
+            index = self.on_cpu.valid.nonzero()[:, 0]
+            vars(self)["_valid_index"] = index.to(self.sequences.ids.device, non_blocking=True)
+        return vars(self)["_valid_index"]
+
+    def select_valid(self, values: Tensor) -> Tensor:
+        """The values of the valid pairs (lists, rows)."""
+        index = self.valid_index
+        return values if len(index) == len(values) else values.index_select(0, index)
+
+    @property
     def linked_sequences(self) -> Int[Tensor, "k 2"]:
         """Indices of sequences that meet in one value of the loss, two a row; none unless a batch says so."""
         return self.sequences.row.new_zeros(0, 2)
@@ -52,16 +65,16 @@ class Batch(TensorDataclass, ABC):
     @property
     def denominator(self) -> int:
         """What the sum of the losses is divided by."""
-        return max(1, int(self.valid.sum()) if self.step_denominator is None else self.step_denominator)
+        return max(1, len(self.valid_index) if self.step_denominator is None else self.step_denominator)
 
     def step_totals(self) -> tuple[int, ...]:
         """What this batch adds to the totals of its step."""
-        return (int(self.valid.sum()),)
+        return (len(self.valid_index),)
 
     def with_step_totals(self: B, *totals: int) -> B:
         """The same batch in a step with these sums of `step_totals` over its batches."""
         (count,) = totals
-        return replace(self, step_denominator=count)
+        return self.replace(step_denominator=count)
 
     def with_kl(self: B, sums: Float[Tensor, "2"]) -> B:
         """The same batch with the step's estimate of the KL divergence, from the sum of `DPO.kl_sums`."""

@@ -15,7 +15,7 @@ def discounted_sums(
     A side's sum is its first `min(n_w, n_l)` log-probs plus `alpha` times the others: LD-DPO, Liu 2024 (arXiv
     2409.06411). `alpha = 1` gives the plain sums.
     """
-    width = max(1, int(sequences.length.max())) if len(sequences.length) else 1
+    width = max(1, int(sequences.on_cpu.length.max())) if len(sequences.length) else 1
     first = sequences.length.cumsum(dim=0) - sequences.length
     place = torch.arange(len(tokens), device=tokens.device) - first[sequences.row]  # within the completion
     table = tokens.new_zeros(len(sequences.length), width).index_put((sequences.row, place), tokens)

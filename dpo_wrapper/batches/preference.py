@@ -1,7 +1,7 @@
 """Batches of preference pairs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -79,7 +79,7 @@ class PreferenceBatch(Batch):
     def check(self) -> None:
         if len(self.pair_index):
             count = len(self.sequences.length)
-            low, high = (int(bound) for bound in torch.aminmax(self.pair_index))
+            low, high = torch.stack(torch.aminmax(self.on_cpu.pair_index)).tolist()
             if low < 0 or high >= count:
                 raise ValueError(
                     f"pair_index should hold indices in [0, {count}), the batch's sequences, but they reach "
@@ -87,9 +87,9 @@ class PreferenceBatch(Batch):
                 )
         pairs, device = len(self.pair_index), self.pair_index.device
         if self.weights is not None:
-            check_pair_values("weights", self.weights, pairs, device, minimum=0.0)
+            check_pair_values("weights", self.weights, pairs, device, 0.0, self.on_cpu.weights)
         if self.margins is not None:
-            check_pair_values("margins", self.margins, pairs, device)
+            check_pair_values("margins", self.margins, pairs, device, on_cpu=self.on_cpu.margins)
 
     @property
     def valid(self) -> Bool[Tensor, "p"]:
@@ -102,22 +102,24 @@ class PreferenceBatch(Batch):
 
     def step_totals(self) -> tuple[int, int]:
         """Numbers of valid pairs and of their scored chosen tokens."""
-        chosen = self.pair_index[self.valid, 0]
-        return len(chosen), int(self.sequences.length[chosen].sum())
+        host = self.on_cpu
+        chosen = host.select_valid(host.pair_index)[:, 0]
+        return len(chosen), int(host.sequences.length[chosen].sum())
 
     def with_step_totals(self, *totals: int) -> "PreferenceBatch":
         count, chosen_tokens = totals
-        return replace(self, step_denominator=count, step_chosen_tokens=chosen_tokens)
+        return self.replace(step_denominator=count, step_chosen_tokens=chosen_tokens)
 
     def log_probs(self, policy: SequenceLogProbs, reference: SequenceLogProbs | None) -> PairLogProbs:
         """The log-probs of the valid pairs.
 
         With `ld_alpha` below 1 both need `tokens`. With the extra `log_sum_p2`, pairs are weighted by WPO.
         """
-        valid, lengths, dtype = self.valid, self.sequences.length, policy.sums.dtype
-        chosen, rejected = self.pair_index[valid].unbind(dim=-1)
+        lengths, dtype = self.sequences.length, policy.sums.dtype
+        pair_index = self.select_valid(self.pair_index)
+        chosen, rejected = pair_index.unbind(dim=-1)
         if self.step_chosen_tokens is not None:
-            mean_length = policy.sums.new_tensor(self.step_chosen_tokens / self.denominator)
+            mean_length = policy.sums.new_full((), self.step_chosen_tokens / self.denominator)
         else:
             mean_length = lengths[chosen].to(dtype).sum() / max(1, len(chosen))
 
@@ -126,11 +128,11 @@ class PreferenceBatch(Batch):
                 return log_probs.sums[chosen].to(dtype), log_probs.sums[rejected].to(dtype)
             assert log_probs.tokens is not None
             tokens = log_probs.tokens.to(dtype)
-            return discounted_sums(self.sequences, self.pair_index[valid], tokens, self.ld_alpha)
+            return discounted_sums(self.sequences, pair_index, tokens, self.ld_alpha)
 
-        weights = None if self.weights is None else self.weights[valid].to(dtype)
+        weights = None if self.weights is None else self.select_valid(self.weights).to(dtype)
         if "log_sum_p2" in policy.extras:
-            wpo = wpo_weights(self.sequences, self.pair_index, policy)[valid]
+            wpo = wpo_weights(self.sequences, pair_index, policy)
             weights = wpo if weights is None else weights * wpo
         ref_chosen, ref_rejected = (None, None) if reference is None else sides(reference)
         policy_chosen, policy_rejected = sides(policy)
@@ -142,7 +144,7 @@ class PreferenceBatch(Batch):
             lengths[chosen],
             lengths[rejected],
             mean_length,
-            margins=None if self.margins is None else self.margins[valid].to(dtype),
+            margins=None if self.margins is None else self.select_valid(self.margins).to(dtype),
             weights=weights,
             unweighted_chosen=None if self.ld_alpha == 1 else policy.sums[chosen],
         )

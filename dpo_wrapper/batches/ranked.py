@@ -72,14 +72,14 @@ class RankedBatch(Batch):
 
     def log_probs(self, policy: SequenceLogProbs, reference: SequenceLogProbs | None) -> RankedLogProbs:
         """The log-probs of the valid lists."""
-        valid, dtype = self.valid, policy.sums.dtype
-        ranks = self.ranks.clamp(min=0)[valid]
+        dtype = policy.sums.dtype
+        ranks = self.select_valid(self.ranks.clamp(min=0))
         return RankedLogProbs(
             policy=policy.sums[ranks],
             reference=None if reference is None else reference.sums[ranks].to(dtype),
-            is_real=self.is_real[valid],
+            is_real=self.select_valid(self.is_real),
             length=self.sequences.length[ranks],
-            weights=None if self.weights is None else self.weights[valid].to(dtype),
+            weights=None if self.weights is None else self.select_valid(self.weights).to(dtype),
         )
 
     def to_preference_batch(self, ranking: Literal["all", "best"] = "all") -> PreferenceBatch:

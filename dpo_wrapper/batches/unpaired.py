@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -81,19 +81,19 @@ class UnpairedBatch(Batch):
 
     def with_kl(self, sums: Float[Tensor, "2"]) -> "UnpairedBatch":
         """The same rows with the KL estimate `sums[0] / sums[1]`, from the sum of `DPO.kl_sums`."""
-        return replace(self, step_kl=sums[0] / sums[1].clamp(min=1))
+        return self.replace(step_kl=sums[0] / sums[1].clamp(min=1))
 
     def log_probs(self, policy: SequenceLogProbs, reference: SequenceLogProbs | None) -> UnpairedLogProbs:
         """The log-probs of the valid rows; the batch should have its KL estimate (`with_kl`)."""
         assert self.step_kl is not None
-        valid, dtype = self.valid, policy.sums.dtype
+        select, dtype = self.select_valid, policy.sums.dtype
         return UnpairedLogProbs(
-            policy=policy.sums[valid],
-            reference=None if reference is None else reference.sums[valid].to(dtype),
-            label=self.label[valid],
+            policy=select(policy.sums),
+            reference=None if reference is None else select(reference.sums).to(dtype),
+            label=select(self.label),
             kl=self.step_kl.to(dtype),
-            length=self.sequences.length[valid],
-            weights=None if self.weights is None else self.weights[valid].to(dtype),
+            length=select(self.sequences.length),
+            weights=None if self.weights is None else select(self.weights).to(dtype),
         )
 
 

@@ -9,12 +9,12 @@ from dpo_wrapper.data.errors import ExampleError
 from dpo_wrapper.data.examples import Example, Fields, TokenizedExample, TokenizedExamples
 from dpo_wrapper.data.normalize import to_example
 from dpo_wrapper.data.readers import read_examples
-from dpo_wrapper.data.split import split_examples
+from dpo_wrapper.data.split import count_shared_prompts, split_examples
 from dpo_wrapper.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [
     "ByteTokenizer", "Example", "ExampleError", "Fields", "HuggingFaceTokenizer", "Message",
     "PreferenceCollator", "PreferenceDataset", "TokenizedExample", "TokenizedExamples", "Tokenizer",
-    "check_ranking", "collate_ranked", "convert_examples", "load_tokenizer", "read_examples",
-    "scored_sequences", "split_examples", "to_example", "tokenize_examples",
+    "check_ranking", "collate_ranked", "convert_examples", "count_shared_prompts", "load_tokenizer",
+    "read_examples", "scored_sequences", "split_examples", "to_example", "tokenize_examples",
 ]  # fmt: skip

@@ -25,11 +25,15 @@ Examples = Sequence[TokenizedExample]
 SIDES = ("preferred_seq", "unpreferred_seq")
 
 
-def group_by_tokens(examples: Examples, max_tokens: int) -> list[list[int]]:
-    """Indices in groups of at most `max_tokens` unique tokens or of one example.
+def group_by_tokens(examples: Examples, max_tokens: int, *, is_padded: bool = False) -> list[list[int]]:
+    """Indices in groups of at most `max_tokens` tokens or of one example.
 
-    Examples come in the order of their prompts: those with long common prefixes, which count once, together.
+    A prefix that sequences share counts once, and examples come in the order of their prompts: those with
+    long common prefixes together. For a model that pads (`is_padded`), each sequence counts as many tokens as
+    the longest of its group, and the longest examples come first.
     """
+    if is_padded:
+        return _group_by_padded_tokens(examples, max_tokens)
     groups: list[list[int]] = []
     free = 0
     previous: tuple[int, ...] = ()
@@ -43,6 +47,20 @@ def group_by_tokens(examples: Examples, max_tokens: int) -> list[list[int]]:
         groups[-1].append(k)
         free -= new_tokens
         previous = prompt
+    return groups
+
+
+def _group_by_padded_tokens(examples: Examples, max_tokens: int) -> list[list[int]]:
+    widths = [max(len(x) + len(y) for x, y in example.sequences) for example in examples]
+    groups: list[list[int]] = []
+    width = rows = 0
+    for k in sorted(range(len(examples)), key=lambda k: (-widths[k], k)):
+        new_rows = len(examples[k].sequences)
+        if not groups or (rows + new_rows) * width > max_tokens:
+            groups.append([])
+            width, rows = widths[k], 0
+        groups[-1].append(k)
+        rows += new_rows
     return groups
 
 
@@ -61,9 +79,12 @@ def add_kl_completions(examples: Examples, max_length: int, seed: int = 0) -> li
     return completed
 
 
-def scored_sequences(examples: Examples, max_tokens: int) -> list[ScoredSequences]:
+def scored_sequences(
+    examples: Examples, max_tokens: int, *, is_padded: bool = False
+) -> list[ScoredSequences]:
     """All sequences of the examples, KL completions included, in groups by `group_by_tokens`."""
-    groups = ([examples[k] for k in group] for group in group_by_tokens(examples, max_tokens))
+    indices = group_by_tokens(examples, max_tokens, is_padded=is_padded)
+    groups = ([examples[k] for k in group] for group in indices)
     sequences = ([pair for example in group for pair in example.sequences] for group in groups)
     return [ScoredSequences.from_lists(*zip(*pairs, strict=True)) for pairs in sequences]
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from dpo_wrapper.data.errors import ExampleError, OnError, check_on_error, collect_errors
-from dpo_wrapper.data.examples import Example, TokenizedExample, TokenizedExamples
+from dpo_wrapper.data.examples import Example, TokenIds, TokenizedExample, TokenizedExamples
 from dpo_wrapper.data.tokenizers import Tokenizer
 
 
@@ -62,7 +62,15 @@ def tokenize_example(
     last_tokens = prompt[-prompt_length:]
     if prompt and prompt[0] == tokenizer.bos_id:
         last_tokens[0] = tokenizer.bos_id
-    cut = tuple(tuple(ids[: max_length - prompt_length]) for ids in completions)
+    cut = tuple(_share_ints(ids[: max_length - prompt_length]) for ids in completions)
     columns = (example.label, example.weight, example.margin, example.source)
     truncated = sum(len(ids) > max_length - prompt_length for ids in completions)
-    return TokenizedExample(tuple(last_tokens), cut, *columns), prompt_length < len(prompt), truncated
+    return TokenizedExample(_share_ints(last_tokens), cut, *columns), prompt_length < len(prompt), truncated
+
+
+_INTS: dict[int, int] = {}
+
+
+def _share_ints(ids: Iterable[int]) -> TokenIds:
+    """The ids, of which equal ones are one object: 8 bytes a token instead of 36 with an int of its own."""
+    return tuple(_INTS.setdefault(index, index) for index in ids)

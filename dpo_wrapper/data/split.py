@@ -50,6 +50,12 @@ def split_examples(
     return parts
 
 
+def count_shared_prompts(train: Sequence[Example], eval: Sequence[Example]) -> int:
+    """Number of the examples to evaluate on whose prompt is one that is trained on."""
+    keys = {_prompt_key(example.prompt) for example in train}
+    return sum(_prompt_key(example.prompt) in keys for example in eval)
+
+
 def _prompt_key(prompt: str | Turns) -> str:
     """One text per prompt; plain text is the same prompt as a dialogue of that one question."""
     turns = (Message("user", prompt),) if isinstance(prompt, str) else prompt

@@ -72,8 +72,8 @@ def plot_curves(records: Sequence[Record], path: Path) -> None:
 
 
 def extract_curve(records: Sequence[Record], metric: str) -> tuple[list[int], list[float]]:
-    """Steps and values of the records that have a metric."""
-    records = [record for record in records if metric in record]
+    """Steps and values of the records that have a metric; a value that was not finite is None."""
+    records = [record for record in records if record.get(metric) is not None]
     return [record["step"] for record in records], [record[metric] for record in records]
 
 
@@ -86,8 +86,8 @@ def format_before_and_after(records: Sequence[Record]) -> str:
     rows = [["", *(heading for heading, _ in columns)]]
     for label, metric, template in TABLE_ROWS:
         if any(metric in record for _, record in columns):
-            values = (template.format(record[metric]) if metric in record else "-" for _, record in columns)
-            rows.append([label, *values])
+            values = [record.get(metric) for _, record in columns]
+            rows.append([label, *("-" if value is None else template.format(value) for value in values)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for label, *cells in rows:

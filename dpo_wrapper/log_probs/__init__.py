@@ -38,6 +38,7 @@ __all__ = [
     "accumulation_dtype",
     "choose_impl",
     "gather_log_probs",
+    "log_probs_from_hidden",
     "log_probs_from_logits",
     "token_log_probs",
 ]
@@ -158,6 +159,36 @@ def token_log_probs(
         TypeError, ValueError: dtypes, shapes, devices or options that do not fit, before anything is
         computed. ImportError: `impl = 'triton'` without triton.
     """
+    return log_probs_from_hidden(
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        impl=impl,
+        extras=extras,
+        fused_loss=fused_loss,
+        vocab_group=vocab_group,
+        are_targets_known=False,
+    )
+
+
+def log_probs_from_hidden(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    impl: Impl,
+    extras: Sequence[str],
+    fused_loss: FusedLoss | None,
+    vocab_group: ProcessGroup | None = None,
+    are_targets_known: bool = True,
+) -> Any:
+    """`token_log_probs` of targets that are known to be in the vocabulary; waits for no device."""
     weight, bias = full_weight(weight), None if bias is None else full_weight(bias)
     check_inputs(hidden, weight, targets, bias, logit_scale, softcap)
     check_extras(extras)
@@ -166,7 +197,8 @@ def token_log_probs(
     if impl == "eager" and vocab_group is not None:
         raise ValueError("impl should be tiled with a vocab_group, but it is 'eager': use 'auto'.")
     offset, vocab_size = vocab_offset(weight, vocab_group)
-    check_in_vocabulary(targets, vocab_size)
+    if not are_targets_known:
+        check_in_vocabulary(targets, vocab_size)
     options: dict[str, Any] = {}
     if impl != "eager":
         options = {"fused_loss": fused_loss, "vocab_group": vocab_group, "vocab_offset": offset}

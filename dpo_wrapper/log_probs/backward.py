@@ -1,10 +1,11 @@
 """The gradients of log-probs, from tiles that forward has cached or that are computed again."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from dpo_wrapper.cpu_matmul import add_matmul
@@ -23,12 +24,14 @@ def compute_gradients(
     statistics: OnlineSoftmax,
     cache: SoftmaxCache,
     head_grads: tuple[Tensor | None, Tensor | None] = (None, None),
+    needs_sums: bool = False,
 ) -> Gradients:
     """The gradients of hidden, weight and bias, each if `needs_grad` says so, from that of the log-probs.
 
     The gradient of each slice of the weight is summed over all tokens, in float32 or wider, and then rounded
     to the weight's dtype. Where that is as wide, or there is one product and nothing to sum, it is written in
-    place. With `head_grads`, which have the dtype of sums, those of the head are added to them in place.
+    place. With `needs_sums` those of the head are returned in the dtype of sums; given as `head_grads`, they
+    are added to in place.
     """
     options, (needs_hidden, needs_weight, needs_bias) = tiles.options, needs_grad
     hidden, weight, bias = tiles.hidden, tiles.weight, tiles.bias
@@ -38,69 +41,51 @@ def compute_gradients(
     is_new = weight_grad is None and bias_grad is None
     if is_new:
         new_like = torch.empty_like if tiles.token_slices else torch.zeros_like
+        new_like = partial(new_like, dtype=sum_dtype if needs_sums else None)
         weight_grad = new_like(weight) if needs_weight else None
         bias_grad = new_like(bias) if needs_bias and bias is not None else None
-    hidden_grad = tiles.zeros(*hidden.shape) if needs_hidden else None
-    weighted_hidden = (hidden.to(sum_dtype) * -grad[:, None]).to(dtype) if needs_weight else None
+    hidden_grad = hidden.new_empty(hidden.shape, dtype=sum_dtype) if needs_hidden else None
+    weighted_hidden = (hidden * -grad[:, None]).to(dtype) if needs_weight else None
     for vocab_slice in tiles.vocab_slices:
         weight_out = weight_sum = None if weight_grad is None else weight_grad[vocab_slice]
         if weight_out is not None and weight_out.dtype != sum_dtype and len(tiles.token_slices) > 1:
             weight_sum = torch.empty_like(weight_out, dtype=sum_dtype)
-        bias_sum = tiles.zeros(vocab_slice.stop - vocab_slice.start)
+        bias_sum = None if bias_grad is None else tiles.zeros(vocab_slice.stop - vocab_slice.start)
         for token_slice in tiles.token_slices:
-            cached = cache.pop()
+            cached, tile_lse = cache.pop()
             if cached is None:
-                tile = tiles.softmax(
-                    token_slice, vocab_slice, lse=lse[token_slice], target_grad=target_grad[token_slice]
-                ).tile
+                raw = tiles.multiply(token_slice, vocab_slice)
             else:
-                column = tiles.target_column(token_slice, vocab_slice)
-                tile = negative_logit_grad(*cached, lse[token_slice], target_grad[token_slice], column)
+                raw = tiles.as_tile(cached, token_slice, vocab_slice)
+            tile = options.backend.write_grad(raw, tile_lse, lse[token_slice], target_grad[token_slice])
             matmul_tile = tile.to(dtype)
             if hidden_grad is not None:
-                add_matmul(hidden_grad[token_slice], matmul_tile, weight[vocab_slice].to(dtype))
+                beta = 0.0 if vocab_slice.start == 0 else 1.0
+                add_matmul(hidden_grad[token_slice], matmul_tile, tiles.matmul_weight(vocab_slice), beta)
             if weight_sum is not None and weighted_hidden is not None:
                 beta = 0.0 if is_new and token_slice.start == 0 else 1.0
                 add_matmul(weight_sum, matmul_tile.T, weighted_hidden[token_slice], beta)
-            if bias_grad is not None:
+            if bias_sum is not None:
                 bias_sum.sub_(grad[token_slice] @ tile.to(sum_dtype))
-            del cached, tile, matmul_tile  # free this tile before the next is computed
+            del cached, raw, tile, matmul_tile  # free this tile before the next is computed
         if weight_out is not None and weight_sum is not None and weight_out is not weight_sum:
             weight_out.copy_(weight_sum)
-        if bias_grad is not None:
+        if bias_grad is not None and bias_sum is not None:
             bias_grad[vocab_slice] = bias_sum if is_new else bias_sum.add_(bias_grad[vocab_slice])
     if hidden_grad is not None:
         hidden_grad = sum_over(hidden_grad.mul_(-grad[:, None]), options.vocab_group).to(hidden.dtype)
     return hidden_grad, weight_grad, bias_grad
 
 
-def negative_logit_grad(
-    tile: Float[Tensor, "r w"],
-    tile_lse: Float[Tensor, "r"],
-    lse: Float[Tensor, "r"],
-    target_grad: Float[Tensor, "r"],
-    target_column: Int[Tensor, "r"],
-) -> Float[Tensor, "r w"]:
-    """Minus d log-prob / d raw product, from the softmax over the tile alone, which it overwrites.
-
-    The softmax is rescaled from the tile's log-sum-exp to that of the whole vocabulary, and each target's
-    column is filled in.
-    """
-    tile.mul_((tile_lse - lse).exp().to(tile.dtype)[:, None])
-    tokens = (target_column >= 0).nonzero()[:, 0]
-    tile[tokens, target_column[tokens]] = -target_grad[tokens].to(tile.dtype)
-    return tile
-
-
 def gradients_from_saved(
     ctx: Any, saved: Sequence[Tensor], grad: Tensor, cache: SoftmaxCache | None
 ) -> Gradients:
     """The gradients in a backward pass, from the inputs and statistics that forward has saved."""
-    hidden, weight, bias, targets, *statistics = saved
+    hidden, weight, bias, targets, statistics = saved
     with torch.autocast(hidden.device.type, enabled=False):
         tiles = Tiles(hidden, weight, bias, targets, ctx.options)
         cache = cache or SoftmaxCache(tiles, max_bytes=0)
-        return compute_gradients(tiles, ctx.needs_input_grad[:3], grad, OnlineSoftmax(*statistics), cache)
+        return compute_gradients(tiles, ctx.needs_input_grad[:3], grad, OnlineSoftmax(statistics), cache)
 
 
 def forbid_double_backward(alternative: str) -> None:

@@ -80,6 +80,7 @@ def check_fused_loss(fused_loss: FusedLoss | None, targets: Tensor) -> None:
 
 def check_in_vocabulary(targets: Tensor, v: int) -> None:
     """Raise ValueError unless all targets are in [0, v)."""
-    if targets.numel() and not (targets.min() >= 0 and targets.max() < v):
+    low, high = torch.stack(torch.aminmax(targets)).tolist() if targets.numel() else (0, -1)
+    if low < 0 or high >= v:
         outside = targets[(targets < 0) | (targets >= v)][0].item()
         raise ValueError(f"targets should be in [0, {v}), but one is {outside}.")

@@ -12,7 +12,7 @@ from dpo_wrapper.log_probs.checks import check_in_vocabulary
 from dpo_wrapper.log_probs.dtypes import accumulation_dtype
 from dpo_wrapper.log_probs.tiles import even_slices
 
-CHUNK_BYTES = 16 * 2**20
+CHUNK_BYTES = {"cpu": 16 * 2**20, "other": 256 * 2**20}
 """The memory of the rows of logits that are computed at once, in float32."""
 
 
@@ -86,15 +86,17 @@ class LogProbsFromLogits(torch.autograd.Function):
         ctx: Any, logits: Tensor, row_index: Tensor, targets: Tensor, needs_log_sum_p2: bool
     ) -> tuple[Tensor, ...]:
         dtype = accumulation_dtype(logits.dtype)
-        unique_rows, row_of_target = row_index.unique(return_inverse=True)
+        unique_rows, row_of_target, counts = row_index.unique(return_inverse=True, return_counts=True)
         lse = logits.new_empty(len(unique_rows), dtype=dtype)
         log_sum_p2 = torch.empty_like(lse)
         for chunk in row_chunks(logits, len(unique_rows)):
-            rows = logits[unique_rows[chunk]].to(dtype)
+            rows = logits.index_select(0, unique_rows[chunk]).to(dtype)
             lse[chunk] = rows.logsumexp(dim=-1)
             if needs_log_sum_p2:
                 log_sum_p2[chunk] = rows.log_softmax(dim=-1).mul_(2).logsumexp(dim=-1)
-        ctx.save_for_backward(logits, targets, unique_rows, row_of_target, lse)
+        if ctx.needs_input_grad[0]:  # the targets of a chunk are one slice of their order, known to the host
+            ctx.ends, order = counts.cumsum(0).tolist(), row_of_target.argsort(stable=True)
+            ctx.save_for_backward(logits, targets, unique_rows, row_of_target, order, lse)
         extras = (log_sum_p2[row_of_target],) if needs_log_sum_p2 else ()
         ctx.mark_non_differentiable(*extras)
         return (logits[row_index, targets].to(dtype) - lse[row_of_target]).clamp(max=0.0), *extras
@@ -102,21 +104,22 @@ class LogProbsFromLogits(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         forbid_double_backward("logits.log_softmax(-1)")
-        logits, targets, unique_rows, row_of_target, lse = ctx.saved_tensors
+        logits, targets, unique_rows, row_of_target, order, lse = ctx.saved_tensors
         covers_all = len(unique_rows) == len(logits)
         logits_grad = torch.empty_like(logits) if covers_all else torch.zeros_like(logits)
         row_grad = torch.zeros_like(lse).index_add_(0, row_of_target, grad)
         for chunk in row_chunks(logits, len(unique_rows)):
-            chunk_grad = logits[unique_rows[chunk]].to(lse.dtype)
+            chunk_grad = logits.index_select(0, unique_rows[chunk]).to(lse.dtype)
             chunk_grad = chunk_grad.sub_(lse[chunk, None]).exp_().mul_(-row_grad[chunk, None])
-            tokens = ((row_of_target >= chunk.start) & (row_of_target < chunk.stop)).nonzero()[:, 0]
+            tokens = order[0 if chunk.start == 0 else ctx.ends[chunk.start - 1] : ctx.ends[chunk.stop - 1]]
             index = (row_of_target[tokens] - chunk.start, targets[tokens])
             chunk_grad.index_put_(index, grad[tokens], accumulate=True)
-            logits_grad[unique_rows[chunk]] = chunk_grad.to(logits.dtype)
+            logits_grad.index_copy_(0, unique_rows[chunk], chunk_grad.to(logits.dtype))
         return logits_grad, None, None, None
 
 
 def row_chunks(logits: Float[Tensor, "n v"], count: int) -> Iterator[slice]:
     """Cut `count` rows into chunks of `CHUNK_BYTES`."""
     row_bytes = logits.shape[-1] * accumulation_dtype(logits.dtype).itemsize
-    return even_slices(count, CHUNK_BYTES // max(1, row_bytes))
+    chunk_bytes = CHUNK_BYTES.get(logits.device.type, CHUNK_BYTES["other"])
+    return even_slices(count, chunk_bytes // max(1, row_bytes))

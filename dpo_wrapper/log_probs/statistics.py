@@ -10,7 +10,7 @@ over the whole vocabulary would cancel.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,57 +19,75 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 
-class TileSoftmax(NamedTuple):
-    """One tile of logits, r tokens by w vocabulary entries, after its softmax.
+@dataclass(frozen=True)
+class OnlineSoftmax:
+    """The statistics of all tiles so far: six values for each token, in one tensor."""
 
-    A *slope* is the derivative of a logit by its raw product `hidden @ weight.T`: `logit_scale`, times the
-    derivative of the softcap where there is one.
-    """
-
-    tile: Float[Tensor, "r w"]
-    """The softmax over the tile's entries times their slopes, 0 at targets: d non_target_lse / d raw product.
-    Where `tile_softmax` was given the `lse` of the whole vocabulary: minus d log-prob / d raw product."""
-    non_target_lse: Float[Tensor, "r"]
-    """Log-sum-exp over the tile's entries without the target; -inf where there is none."""
-    target_logit: Float[Tensor, "r"]
-    """The target's logit where the tile holds the target, else 0."""
-    target_slope: Float[Tensor, "r"]
-    """The target's slope where the tile holds the target, else 0."""
-    moments: tuple[Tensor, Tensor, Tensor] | None
-    """Of the softmax over the tile's entries without the target, if asked for: the entropy, Σ p², and the
-    highest logit."""
-
-
-class OnlineSoftmax(NamedTuple):
-    """The statistics of all tiles so far, for each token."""
-
-    non_target_lse: Float[Tensor, "t"]
-    target_logit: Float[Tensor, "t"]
-    target_slope: Float[Tensor, "t"]
-    entropy: Float[Tensor, "t"]
-    """Of the softmax over the entries without the target, as are the two that follow."""
-    sum_p2: Float[Tensor, "t"]
-    max_logit: Float[Tensor, "t"]
+    values: Float[Tensor, "6 t"]
 
     @classmethod
-    def initial(cls, zeros: Float[Tensor, "t"]) -> "OnlineSoftmax":
-        """The statistics before the first tile, in the dtype and on the device of `zeros`."""
-        return cls(*(torch.full_like(zeros, fill) for fill in (-torch.inf, 0.0, 0.0, 0.0, 0.0, -torch.inf)))
+    def initial(cls, tokens: int, device: torch.device, dtype: torch.dtype) -> "OnlineSoftmax":
+        """The statistics before the first tile."""
+        values = torch.zeros(6, tokens, device=device, dtype=dtype)
+        values[0::5] = -torch.inf  # log-sum-exp and highest logit
+        return cls(values)
 
-    def update(self, token_slice: slice, new: TileSoftmax) -> None:
-        """Include a tile of these tokens, in place."""
-        lse, target_logit, target_slope, entropy, sum_p2, max_logit = (x[token_slice] for x in self)
-        updated_lse = torch.logaddexp(lse, new.non_target_lse)
-        if new.moments is not None:
-            new_entropy, new_sum_p2, new_max = new.moments
-            finite_lse = updated_lse.clamp(min=torch.finfo(lse.dtype).min)  # it may be -inf still
-            old_share, new_share = (lse - finite_lse).exp(), (new.non_target_lse - finite_lse).exp()
-            entropy.copy_(mixture_entropy(((old_share, entropy), (new_share, new_entropy))))
-            sum_p2.mul_(old_share.square()).add_(new_share.square() * new_sum_p2)
-            torch.maximum(max_logit, new_max, out=max_logit)
-        lse.copy_(updated_lse)
-        target_logit.add_(new.target_logit)
-        target_slope.add_(new.target_slope)
+    @property
+    def non_target_lse(self) -> Float[Tensor, "t"]:
+        """Log-sum-exp over the entries without the target; -inf where there is none."""
+        return self.values[0]
+
+    @property
+    def target_logit(self) -> Float[Tensor, "t"]:
+        """The target's logit, 0 until its tile has been included."""
+        return self.values[1]
+
+    @property
+    def target_slope(self) -> Float[Tensor, "t"]:
+        """The derivative of the target's logit by its raw product, 0 until its tile has been included."""
+        return self.values[2]
+
+    @property
+    def entropy(self) -> Float[Tensor, "t"]:
+        """Of the softmax over the entries without the target, as are the two that follow."""
+        return self.values[3]
+
+    @property
+    def sum_p2(self) -> Float[Tensor, "t"]:
+        return self.values[4]
+
+    @property
+    def max_logit(self) -> Float[Tensor, "t"]:
+        return self.values[5]
+
+    def select(self, token_slice: slice) -> "OnlineSoftmax":
+        """The statistics of these tokens, in the same memory."""
+        return OnlineSoftmax(self.values[:, token_slice])
+
+    def update(
+        self,
+        tile_lse: Tensor,
+        target_logit: Tensor,
+        target_slope: Tensor,
+        moments: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> None:
+        """Include a tile of these tokens, in place.
+
+        `target_logit` and `target_slope` are 0 where the tile does not hold the target, `moments` the
+        tile's entropy, sum of p² and highest logit.
+        """
+        lse = torch.logaddexp(self.non_target_lse, tile_lse)
+        if moments is not None:
+            tile_entropy, tile_sum_p2, tile_max = moments
+            finite_lse = lse.clamp(min=torch.finfo(lse.dtype).min)  # it may be -inf still
+            old_share, new_share = (self.non_target_lse - finite_lse).exp(), (tile_lse - finite_lse).exp()
+            components = ((old_share, self.entropy), (new_share, tile_entropy))
+            self.entropy.copy_(mixture_entropy(components))
+            self.sum_p2.mul_(old_share.square()).add_(new_share.square() * tile_sum_p2)
+            torch.maximum(self.max_logit, tile_max, out=self.max_logit)
+        self.non_target_lse.copy_(lse)
+        self.target_logit.add_(target_logit)
+        self.target_slope.add_(target_slope)
 
     def all_reduce(self, group: ProcessGroup) -> "OnlineSoftmax":
         """The statistics of the whole vocabulary, of which each process of the group holds one slice."""
@@ -85,7 +103,8 @@ class OnlineSoftmax(NamedTuple):
         is_present = weight > 0  # the target may be the only entry
         entropy = (entropy / weight + weight.log()).where(is_present, 0.0)  # as in `mixture_entropy`
         sum_p2 = (sum_p2 / weight.square()).where(is_present, 0.0)
-        return OnlineSoftmax(weight.log() + max_lse, target_logit, target_slope, entropy, sum_p2, max_logit)
+        values = (weight.log() + max_lse, target_logit, target_slope, entropy, sum_p2, max_logit)
+        return OnlineSoftmax(torch.stack(values))
 
     @property
     def lse(self) -> Float[Tensor, "t"]:

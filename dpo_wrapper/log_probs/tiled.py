@@ -9,7 +9,6 @@ Forward computes all tiles. What it does beside depends on the gradients that ar
 - of the head, where the loss is given: it computes the gradients themselves (`fused_backward`).
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,12 +16,13 @@ from beartype import beartype
 from jaxtyping import Float, Int, jaxtyped
 from torch import Tensor
 
+from dpo_wrapper.log_probs.backend import TileBackend
 from dpo_wrapper.log_probs.backward import forbid_double_backward, gradients_from_saved
 from dpo_wrapper.log_probs.dtypes import compute_dtype
 from dpo_wrapper.log_probs.forward import OnlineHiddenGrad, forward_tiles
 from dpo_wrapper.log_probs.fused_backward import FusedLoss, FusedLossLogProbs, split_for_fused_loss
 from dpo_wrapper.log_probs.softmax_cache import SoftmaxCache
-from dpo_wrapper.log_probs.statistics import TileSoftmax, sum_over
+from dpo_wrapper.log_probs.statistics import sum_over
 from dpo_wrapper.log_probs.tiles import GatherOptions, Tiles
 
 
@@ -36,13 +36,13 @@ class TiledLogProbs(torch.autograd.Function):
         tiles = Tiles(hidden, weight, bias, targets, options)
         needs_hidden, *needs_head = ctx.needs_input_grad[:3]
         is_trained = options.needs_grad and any(needs_head)
-        cache = SoftmaxCache(tiles, SoftmaxCache.budget(weight) if is_trained else 0)
+        cache = SoftmaxCache(tiles, SoftmaxCache.budget(tiles) if is_trained else 0)
         ctx.has_hidden_grad = options.needs_grad and needs_hidden and not is_trained
         online_grad = OnlineHiddenGrad(tiles) if ctx.has_hidden_grad else None
         statistics = forward_tiles(tiles, cache, online_grad)
         ctx.options, ctx.cache, ctx.hidden_dtype = options, cache, hidden.dtype
         if online_grad is None:
-            ctx.save_for_backward(hidden, weight, bias, targets, *statistics)
+            ctx.save_for_backward(hidden, weight, bias, targets, statistics.values)
         else:
             ctx.save_for_backward(online_grad.log_prob_grad(statistics))
         extras = statistics.compute_extras() if options.needs_extras else ()
@@ -68,13 +68,13 @@ def token_log_probs(
     logit_scale: float,
     softcap: float | None,
     *,
-    tile_softmax: Callable[..., TileSoftmax],
+    backend: TileBackend,
     fused_loss: FusedLoss | None = None,
     **further_options: Any,
 ) -> tuple[Tensor, ...]:
     """Log-probs, followed by the `EXTRAS` where `needs_extras`, with the tiles of one backend."""
     dtype, needs_grad = compute_dtype(hidden, weight), torch.is_grad_enabled()
-    options = GatherOptions(logit_scale, softcap, dtype, tile_softmax, needs_grad, **further_options)
+    options = GatherOptions(logit_scale, softcap, dtype, backend, needs_grad, **further_options)
     arguments = (hidden, weight, bias, targets, options)
     chunks = split_for_fused_loss(fused_loss, Tiles(*arguments))
     if chunks is not None:

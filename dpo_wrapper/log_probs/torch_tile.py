@@ -1,15 +1,16 @@
-"""The softmax of a tile by torch's operations, on any device."""
+"""Tiles by torch's operations, on any device."""
 
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from dpo_wrapper.log_probs import tiled
-from dpo_wrapper.log_probs.backward import negative_logit_grad
+from dpo_wrapper.log_probs.backend import MAX_LOG_WEIGHT, RawTile, ReducedTile, TileBackend, exp_difference
 from dpo_wrapper.log_probs.dtypes import accumulation_dtype
-from dpo_wrapper.log_probs.statistics import TileSoftmax
+from dpo_wrapper.log_probs.statistics import OnlineSoftmax
 
 
 @lru_cache
@@ -21,66 +22,120 @@ def is_softmax_in_place(device: str, dtype: torch.dtype) -> bool:
     return torch.equal(torch.softmax(x, dim=1), torch.softmax(x, dim=1, out=x))
 
 
+class TorchBackend(TileBackend):
+    def entry_bytes(self, matmul_dtype: torch.dtype) -> int:
+        return sum(dtype.itemsize for dtype in {matmul_dtype, accumulation_dtype(matmul_dtype)})
+
+    def reduce(
+        self,
+        raw: RawTile,
+        statistics: OnlineSoftmax,
+        *,
+        needs_moments: bool = False,
+        needs_tile: bool = False,
+        reference_lse: Float[Tensor, "r"] | None = None,
+        out: Float[Tensor, "r w"] | None = None,
+    ) -> ReducedTile:
+        needs_slopes = needs_tile or reference_lse is not None
+        softmax = tile_softmax(raw, needs_slopes, out, is_in_place=not needs_moments)
+        p, lse = softmax.p, softmax.lse
+        moments = None
+        if needs_moments:
+            x, max_logit = softmax.logits, softmax.max_logit
+            below_max = (max_logit[:, None] - x).masked_fill_(x == -torch.inf, 0.0)
+            entropy = ((p * below_max).sum(dim=1) + lse - max_logit).masked_fill(lse == -torch.inf, 0.0)
+            moments = (entropy, p.square().sum(dim=1), max_logit)
+        statistics.update(lse, softmax.target_logit, softmax.target_slope, moments)
+        if needs_slopes:
+            softmax.multiply_by_slopes(raw.logit_scale)
+        if reference_lse is None:
+            return ReducedTile(p, lse)
+
+        rescale = None
+        is_above = lse > reference_lse + MAX_LOG_WEIGHT
+        if lse.device.type != "cpu" or is_above.any():
+            raised = lse.where(is_above, reference_lse)
+            rescale = exp_difference(reference_lse, raised)
+            reference_lse.copy_(raised)
+        return ReducedTile(p.mul_(exp_difference(lse, reference_lse)[:, None]), rescale=rescale)
+
+    def write_grad(
+        self,
+        raw: RawTile,
+        tile_lse: Float[Tensor, "r"] | None,
+        lse: Float[Tensor, "r"],
+        target_grad: Float[Tensor, "r"],
+    ) -> Float[Tensor, "r w"]:
+        p = raw.product
+        if tile_lse is None:
+            softmax = tile_softmax(raw, needs_slopes=True)
+            softmax.multiply_by_slopes(raw.logit_scale)
+            p, tile_lse = softmax.p, softmax.lse
+        p.mul_((tile_lse - lse).exp().to(p.dtype)[:, None])
+        is_held, column = raw.locate_targets()
+        at_target = -target_grad[:, None].to(p.dtype)
+        return p.scatter_(1, column[:, None], at_target.where(is_held[:, None], p.gather(1, column[:, None])))
+
+
+class TileSoftmax(NamedTuple):
+    """The softmax over a tile's entries without the target, in the dtype of sums."""
+
+    p: Float[Tensor, "r w"]
+    """0 at targets, and where there is no other entry."""
+    lse: Float[Tensor, "r"]
+    """Log-sum-exp of the same entries; -inf where there is none."""
+    target_logit: Float[Tensor, "r"]
+    target_slope: Float[Tensor, "r"]
+    """0 where the tile does not hold the target, as the logit."""
+    max_logit: Float[Tensor, "r"]
+    logits: Float[Tensor, "r w"]
+    """With -inf at targets; overwritten by `p` if in place."""
+    slopes: Float[Tensor, "r w"] | None
+
+    def multiply_by_slopes(self, logit_scale: float) -> None:
+        """Multiply `p` by its slopes in place; without a softcap they are all the `logit_scale`."""
+        if self.slopes is not None:
+            self.p.mul_(self.slopes)
+        elif logit_scale != 1.0:
+            self.p.mul_(logit_scale)
+
+
 def tile_softmax(
-    tile: Float[Tensor, "r w"],
-    target_column: Int[Tensor, "r"],
-    bias: Float[Tensor, "w"] | None,
-    logit_scale: float,
-    softcap: float | None,
-    *,
-    needs_softmax: bool = False,
-    needs_moments: bool = False,
-    lse: Float[Tensor, "r"] | None = None,
-    target_grad: Float[Tensor, "r"] | None = None,
-    out: Float[Tensor, "r w"] | None = None,
+    raw: RawTile, needs_slopes: bool, out: Tensor | None = None, is_in_place: bool = True
 ) -> TileSoftmax:
-    """The softmax of a tile of raw products `hidden @ weight.T`, which it may overwrite.
-
-    `target_column` is -1 where the tile does not hold the target. `TileSoftmax.tile` is written to `out`, in
-    the dtype of sums, and is valid only if `needs_softmax` or with the `lse` of the whole vocabulary. Then it
-    is minus d log-prob / d raw product, whose value at the target is minus `target_grad`.
-    """
-    needs_tile = needs_softmax or lse is not None
-    x = tile.to(accumulation_dtype(tile.dtype))
-    if bias is not None:
-        x += bias
-    if logit_scale != 1.0:
-        x *= logit_scale
+    """The softmax of a tile, written to `out` if it has the dtype of sums, else if possible in place."""
+    x = raw.product.to(accumulation_dtype(raw.product.dtype))
+    if raw.bias is not None:
+        x += raw.bias
+    if raw.logit_scale != 1.0:
+        x *= raw.logit_scale
     slopes: Tensor | None = None
-    if softcap is not None:
-        x = x.div_(softcap).tanh_()
-        if needs_tile:
-            slopes = x.square().neg_().add_(1.0).mul_(logit_scale)
-        x *= softcap
+    if raw.softcap is not None:
+        x = x.div_(raw.softcap).tanh_()
+        if needs_slopes:
+            slopes = x.square().neg_().add_(1.0).mul_(raw.logit_scale)
+        x *= raw.softcap
 
-    tokens = (target_column >= 0).nonzero()[:, 0]
-    columns = target_column[tokens]
-    target_logit, target_slope = x.new_zeros(len(x)), x.new_zeros(len(x))
-    target_logit[tokens] = x[tokens, columns]
-    cap_slope = 1.0 if softcap is None else 1.0 - (target_logit[tokens] / softcap).square()
-    target_slope[tokens] = logit_scale * cap_slope
-    x[tokens, columns] = -torch.inf
+    is_held, column = raw.locate_targets()
+    at_column = x.gather(1, column[:, None])
+    target_logit = at_column[:, 0].where(is_held, 0.0)
+    target_slope = raw.logit_scale * is_held.to(x.dtype)
+    if raw.softcap is not None:
+        target_slope *= 1.0 - (target_logit / raw.softcap).square()
+    x.scatter_(1, column[:, None], at_column.masked_fill_(is_held[:, None], -torch.inf))
 
     max_logit = x.amax(dim=1)
     is_empty = max_logit == -torch.inf
-    if out is None and not needs_moments and is_softmax_in_place(x.device.type, x.dtype):
+    if out is not None and out.dtype != x.dtype:
+        out = None  # the softmax is computed wider, and the cache narrows it
+    if out is None and is_in_place and is_softmax_in_place(x.device.type, x.dtype):
         out = x  # no second tile, for which the C library would search its free memory
     p = torch.softmax(x, dim=1, out=out)
-    tile_lse = max_logit - p.amax(dim=1).log()  # the highest logit's share of the sum is 1
-    if x.shape[1] == 1 or is_empty.any():
-        p, tile_lse = p.masked_fill_(is_empty[:, None], 0.0), tile_lse.masked_fill(is_empty, -torch.inf)
-    moments = None
-    if needs_moments:
-        below_max = (max_logit[:, None] - x).masked_fill_(x == -torch.inf, 0.0)
-        entropy = ((p * below_max).sum(dim=1) + tile_lse - max_logit).masked_fill(is_empty, 0.0)
-        moments = (entropy, p.square().sum(dim=1), max_logit)
-    if slopes is not None:
-        p *= slopes
-    elif logit_scale != 1.0 and needs_tile:
-        p *= logit_scale
-    if lse is not None and target_grad is not None:
-        p = negative_logit_grad(p, tile_lse, lse, target_grad, target_column)
-    return TileSoftmax(p, tile_lse, target_logit, target_slope, moments)
+    lse = max_logit - p.amax(dim=1).log()  # the highest logit's share of the sum is 1
+    # an accelerator would have to wait for the answer
+    if x.device.type != "cpu" or x.shape[1] == 1 or is_empty.any():
+        p, lse = p.masked_fill_(is_empty[:, None], 0.0), lse.masked_fill(is_empty, -torch.inf)
+    return TileSoftmax(p, lse, target_logit, target_slope, max_logit, x, slopes)
 
 
-token_log_probs = partial(tiled.token_log_probs, tile_softmax=tile_softmax)
+token_log_probs = partial(tiled.token_log_probs, backend=TorchBackend())

@@ -27,4 +27,5 @@ def vocab_offset(weight: Tensor, group: ProcessGroup | None) -> tuple[int, int]:
     sizes = torch.zeros(world_size, dtype=torch.long, device=weight.device)
     sizes[rank] = len(weight)
     torch.distributed.all_reduce(sizes, group=group)
-    return int(sizes[:rank].sum()), int(sizes.sum())
+    known_sizes = sizes.tolist()
+    return sum(known_sizes[:rank]), sum(known_sizes)

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int
@@ -94,16 +94,20 @@ def group_paths(
 ) -> tuple[tuple[Int[Tensor, "g n"], ...], Int[Tensor, "rw"]]:
     """Group paths, the longest first: `groups` and `path_index` of a layout of `size` tokens with padding."""
     paths = sorted(paths, key=len)
+    lengths = np.array([len(path) for path in paths], dtype=np.int64)
+    starts, tokens = lengths.cumsum() - lengths, torch.cat(list(paths)).numpy()
     groups: list[Tensor] = []
-    path_index, offset = torch.zeros(size, dtype=torch.long), 0
-    while paths:
-        longest = len(paths[-1])
-        totals = accumulate(len(path) for path in reversed(paths))
-        count = sum(total >= (1 - MAX_PADDING) * longest * k for k, total in enumerate(totals, start=1))
-        for path in paths[-count:]:
-            path_index[path] = torch.arange(offset, offset + len(path))
-            offset += longest
-        columns = torch.arange(longest)
-        groups.append(torch.stack([path[columns.clamp(max=len(path) - 1)] for path in paths[-count:]]))
-        del paths[-count:]
-    return tuple(groups), path_index
+    path_index, offset, end = np.zeros(size, dtype=np.int64), 0, len(paths)
+    while end:
+        longest = lengths[end - 1]
+        means = lengths[:end][::-1].cumsum() / np.arange(1, end + 1)
+        count = int((means >= (1 - MAX_PADDING) * longest).sum())
+        start, length = (values[end - count : end, None] for values in (starts, lengths))
+        columns = np.arange(longest)
+        group = tokens[start + np.minimum(columns, length - 1)]
+        is_real = columns < length
+        path_index[group[is_real]] = offset + is_real.ravel().nonzero()[0]
+        groups.append(torch.from_numpy(group))
+        offset += group.size
+        end -= count
+    return tuple(groups), torch.from_numpy(path_index)

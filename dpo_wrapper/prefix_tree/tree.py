@@ -47,7 +47,7 @@ class PrefixTree(TensorDataclass):
 
         Apart from sorting the sequences, the time is linear in the number of tokens.
         """
-        rows = [np.asarray(row, dtype=np.int64) for row in sequences]
+        rows = [np.asarray(x.numpy() if isinstance(x, Tensor) else x, dtype=np.int64) for x in sequences]
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
         start = np.concatenate([np.zeros(1, np.int64), lengths.cumsum()])
         # as big-endian bytes, rows sort as their ids do, and one comparison is one call of memcmp
@@ -76,6 +76,10 @@ class PrefixTree(TensorDataclass):
     def leaf_paths(self) -> list[Int[Tensor, "_"]]:
         """The paths that end at a leaf, each once: every other path is the beginning of one of them."""
         is_leaf = self.subtree_end == torch.arange(1, len(self.ids) + 1, device=self.ids.device)
-        paths = self.path.split(self.start.diff().tolist())
-        path_of_leaf = {int(path[-1]): path for path in paths if len(path) and is_leaf[path[-1]]}
-        return list(path_of_leaf.values())
+        lengths = self.start.diff()
+        filled = lengths.nonzero()[:, 0]
+        last = self.path[self.start[filled + 1] - 1]
+        filled, last = filled[is_leaf[last]], last[is_leaf[last]]
+        paths = self.path.split(lengths.tolist())
+        path_of_leaf = dict(zip(last.tolist(), filled.tolist(), strict=True))
+        return [paths[k] for k in path_of_leaf.values()]

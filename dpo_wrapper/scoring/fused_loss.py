@@ -31,12 +31,18 @@ def group_tokens(sequences: ScoredSequences, links: Int[Tensor, "k 2"]) -> Int[T
     return connected_components(links, len(sequences.length))[sequences.row]
 
 
-def fused_loss_of_entries(fused_loss: FusedLoss, entry: Int[Tensor, "t"], entries: int) -> FusedLoss:
-    """The same loss as a function of a tree's entries; `entry` is the index of each scored token's entry."""
+def fused_loss_of_entries(
+    fused_loss: FusedLoss, entry: Int[Tensor, "t"], entry_on_cpu: Int[Tensor, "t"], entries: int
+) -> FusedLoss:
+    """The same loss as a function of a tree's entries; `entry` is the index of each scored token's entry.
+
+    Groups are on the CPU, where nothing waits for a device.
+    """
     groups = fused_loss.groups
     if groups is not None:
-        owner = groups.new_zeros(entries).scatter(0, entry, groups)  # one of the groups that share an entry
-        is_shared = groups != owner[entry]
-        links = torch.stack([groups[is_shared], owner[entry[is_shared]]], dim=1)
+        groups, on_cpu = groups.cpu(), entry_on_cpu
+        owner = groups.new_zeros(entries).scatter(0, on_cpu, groups)  # one of the groups that share an entry
+        is_shared = groups != owner[on_cpu]
+        links = torch.stack([groups[is_shared], owner[on_cpu[is_shared]]], dim=1)
         groups = connected_components(links, int(groups.max()) + 1 if len(groups) else 0)[owner]
     return FusedLoss(lambda log_probs: fused_loss.fn(log_probs.index_select(0, entry)), groups)

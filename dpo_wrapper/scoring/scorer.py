@@ -95,8 +95,8 @@ class Scorer:
                 f"the reference has a vocabulary of {probe.vocab_size} tokens but the policy one of "
                 f"{self.policy.probe.vocab_size}: give a reference with the policy's tokenizer."
             )
-        check_vocabulary(sequences.ids, probe.vocab_size)
-        check_vocabulary(sequences.target, probe.vocab_size)
+        check_vocabulary(sequences.on_cpu.ids, probe.vocab_size)
+        check_vocabulary(sequences.on_cpu.target, probe.vocab_size)
         longest, limit = sequences.ids.shape[1], self.language_model.max_positions
         if limit is not None and longest > limit:
             raise ValueError(

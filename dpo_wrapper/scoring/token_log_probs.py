@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dpo_wrapper.batches.sequences import ScoredSequences, SequenceLogProbs
-from dpo_wrapper.log_probs import FusedLoss, gather_log_probs, token_log_probs
+from dpo_wrapper.log_probs import FusedLoss, gather_log_probs, log_probs_from_hidden
 from dpo_wrapper.models import LanguageModel
 from dpo_wrapper.models.eval_mode import reproducible_forward
 from dpo_wrapper.models.rerun import run_pass
@@ -34,7 +34,8 @@ def compute_log_probs(
         tree = sequences.as_tree(probe.tree)
         rows, targets = tree.source, tree.target
         if fused_loss is not None:
-            fused_loss = fused_loss_of_entries(fused_loss, tree.entry, len(targets))
+            on_cpu = sequences.on_cpu.as_tree(probe.tree).entry
+            fused_loss = fused_loss_of_entries(fused_loss, tree.entry, on_cpu, len(targets))
     with reproducible_forward(model.model):
         if tree is not None:
             output = model.forward_tree(tree.layout, return_hidden=head is not None)
@@ -50,7 +51,7 @@ def compute_log_probs(
             output = output.index_select(0, rows).to(device)
     if head is not None:
         arguments = {"impl": probe.impl, "extras": extras, "fused_loss": fused_loss, **vars(head)}
-        result = token_log_probs(output, targets=targets, **arguments)
+        result = log_probs_from_hidden(output, targets=targets, **arguments)
     tokens, values = result if extras else (result, {})
     tokens = tokens.to(sequences.ids.device)
     values = {name: value.to(tokens.device) for name, value in values.items()}

@@ -83,8 +83,9 @@ class TrainConfig:
     batch_size: int = 16
     """Pairs (lists, rows) per optimizer step, over all processes."""
     micro_batch_tokens: int = 16384
-    """Maximum number of tokens per forward pass (a prefix that several sequences share counts once): what
-    fits in memory. A step runs as many passes as it needs, with the same result."""
+    """Maximum number of tokens per forward pass: what fits in memory. A prefix that several sequences share
+    counts once; for a model that pads, padding counts too. A step runs as many passes as it needs, with the
+    same result."""
     num_workers: int = 0
     """Number of processes that load batches; 0 loads them in the main process."""
     warmup_ratio: float = 0.1
@@ -104,7 +105,7 @@ class TrainConfig:
     eval_steps: int | None = None
     """Number of steps between evaluations; by default an eighth of all steps."""
     save_steps: int = 200
-    """Number of steps between checkpoints; 0 for none."""
+    """Number of steps between checkpoints; 0 for none but the one that SIGINT or SIGTERM asks for."""
     resume: bool = False
     """Continue an interrupted run in --out, with the settings that it began with."""
 

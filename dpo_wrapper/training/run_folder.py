@@ -1,65 +1,95 @@
-"""The run folder: settings, logged metrics, and the checkpoint that an interrupted run resumes from.
+"""The run folder: settings, logged metrics, the checkpoint that an interrupted run resumes from, the model.
 
-docs/training.md lists its files.
+docs/training.md lists its files. What must be whole is written beside its place and renamed, so that a run
+that is killed at any moment leaves a folder that it can resume from.
 """
 
 import json
+import math
+import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from dpo_wrapper.pretrained import RUN_FILE, read_run
 from dpo_wrapper.training.config import TrainConfig, flag
 
 CHANGEABLE_SETTINGS = ("resume", "out", "save_steps", "cpu")
 """Settings that may change when a run is resumed."""
 
+STAGES = ("sft", "dpo")
+"""The stages of a run, in their order."""
+
+RunStatus = Literal["training", "trained", "finished"]
+"""A run is trained once its model is saved, and finished once it is reported as well."""
+
 
 @dataclass(frozen=True)
 class Progress:
-    """Position of a run: `step` steps of `stage` are done, and the log had `log_bytes` bytes by then."""
+    """Position of a run: `step` steps of `stage` are done, and the log had `log_bytes` bytes by then.
+
+    `is_evaluated` says whether the evaluation after this step, if one is due, is logged as well.
+    """
 
     stage: str = "sft"
     step: int = 0
     log_bytes: int = 0
+    is_evaluated: bool = False
 
 
 class RunFolder:
-    """Paths and files of one run. `progress` is its beginning, or its latest checkpoint."""
+    """Paths and files of one run.
+
+    Attributes:
+        progress: the beginning of the run, or its latest checkpoint.
+        status: whether the model is saved, and reported.
+        notes: what a person should know of a run that is resumed.
+    """
 
     def __init__(self, config: TrainConfig) -> None:
         self.path = Path(config.out)
-        self.config_file = self.path / "config.json"
+        self.run_file = self.path / RUN_FILE
         self.metrics_file = self.path / "metrics.jsonl"
         self.sft_folder = self.path / "sft"
         self.checkpoint_folder = self.path / "checkpoint"
         self.new_checkpoint_folder = self.path / "checkpoint.new"
+        self.old_checkpoint_folder = self.path / "checkpoint.old"
         self.settings = json.loads(json.dumps(asdict(config), default=str))
         self.progress = Progress()
+        self.status: RunStatus = "training"
+        self.notes: list[str] = []
 
     def check(self, resume: bool) -> None:
         """Check that a run can start, or resume, in this folder; a resumed run reads its progress.
 
         Raises:
-            ValueError: the folder is in use, or it holds no unfinished run with these settings.
+            ValueError: the folder cannot be written or is in use, or it holds no unfinished run with these
+                settings.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"--out should be a folder, but {self.path} is a file: name a new folder.")
+        check_writable(self.path)
         if resume:
-            self._check_resumable()
-            progress_file = self.checkpoint_folder / "progress.json"
-            if progress_file.is_file():
-                self.progress = Progress(**json.loads(progress_file.read_text(encoding="utf-8")))
-        elif self.path.exists() and any(self.path.iterdir()):
+            self._read_run()
+            checkpoints = self._whole_checkpoints()
+            self.progress = checkpoints[0][0] if checkpoints else Progress()
+        elif self.path.exists() and any(path.suffix != ".new" for path in self.path.iterdir()):
             raise ValueError(
                 f"--out should be a new or empty folder, but {self.path} is not empty: name a new folder, or "
                 "add --resume to continue the run in it."
             )
 
-    def _check_resumable(self) -> None:
-        if not self.config_file.is_file():
+    def _read_run(self) -> None:
+        if not self.run_file.is_file():
             raise ValueError(f"--resume needs an unfinished run, but {self.path} holds no run: leave it out.")
-        before = json.loads(self.config_file.read_text(encoding="utf-8")).get("dpo_wrapper", {})
+        run = read_run(self.path)
+        if not run.keys() >= {"settings", "status"}:
+            raise ValueError(
+                f"{self.run_file} should hold the settings of a run, but it does not: name a new folder."
+            )
+        before, self.status = run["settings"], run["status"]
         changed = ", ".join(
             f"{flag(name)} {before.get(name)}"
             for name, value in self.settings.items()
@@ -67,41 +97,143 @@ class RunFolder:
         )
         if changed:
             raise ValueError(f"--resume needs the settings that the run began with, but it had {changed}.")
-        if (self.path / "model.safetensors").exists():
+        if self.status == "finished":
             raise ValueError(
                 f"--resume needs an unfinished run, but that in {self.path} is finished: name a new folder."
             )
 
+    def _whole_checkpoints(self) -> list[tuple[Progress, Path]]:
+        """The checkpoints that are complete, the newest first. progress.json is the last file of each."""
+        whole = []
+        for folder in (self.checkpoint_folder, self.new_checkpoint_folder, self.old_checkpoint_folder):
+            with suppress(OSError, ValueError, TypeError):
+                content = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+                whole.append((Progress(**content), folder))
+        return sorted(
+            whole, key=lambda pair: (-STAGES.index(pair[0].stage), -pair[0].step, -pair[0].is_evaluated)
+        )
+
     def open(self) -> None:
-        """Create the folder and write the settings, or truncate the log to where the checkpoint stands."""
+        """Create the folder and its settings, or put checkpoint and log back to where the run stands."""
         self.path.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"dpo_wrapper": self.settings}, indent=2) + "\n"
-        self.config_file.write_text(text, encoding="utf-8")
+        if not self.run_file.exists():
+            self.set_status("training")
+        for _, folder in self._whole_checkpoints()[:1]:
+            if folder != self.checkpoint_folder:
+                remove_folder(self.checkpoint_folder)
+                os.rename(folder, self.checkpoint_folder)
+        for folder in (self.new_checkpoint_folder, self.old_checkpoint_folder):
+            remove_folder(folder)
+        if self.status == "training":
+            self._cut_log()
+
+    def _cut_log(self) -> None:
+        """Take from the log what came after the checkpoint: it will be logged again."""
         self.metrics_file.touch()
-        with self.metrics_file.open("r+b") as log:
-            log.truncate(self.progress.log_bytes)
+        size, kept = self.metrics_file.stat().st_size, self.progress.log_bytes
+        if self.progress != Progress():
+            self.notes.append(f"Continued after step {self.progress.step} of {self.progress.stage}.")
+        elif size:
+            number = next(k for k in range(1, 10**6) if not self._earlier_log(k).exists())
+            os.rename(self.metrics_file, self._earlier_log(number))
+            self.metrics_file.touch()
+            self.notes.append(
+                "There is no checkpoint, so the run begins again; what it had logged is now in "
+                f"{self._earlier_log(number).name}."
+            )
+            return
+        if size < kept:
+            self.notes.append(f"{self.metrics_file} lacks the last {kept - size} bytes of the run before.")
+        os.truncate(self.metrics_file, min(size, kept))
+
+    def _earlier_log(self, number: int) -> Path:
+        return self.path / f"metrics.{number}.jsonl"
+
+    def set_status(self, status: RunStatus) -> None:
+        """Write the settings, and whether the model is saved and reported."""
+        self.status = status
+        write_json(self.run_file, {"status": status, "settings": self.settings}, indent=2)
 
     def log_metrics(self, stage: str, part: str, step: int, values: dict[str, float]) -> None:
-        """Append one line to the log; `part` is "step" for a training step, or the split evaluated on."""
+        """Append one line to the log; `part` is "step" for a training step, or the split evaluated on.
+
+        A value that is not finite is written as null: JSON knows no NaN.
+        """
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with self.metrics_file.open("a", encoding="utf-8") as log:
-            log.write(json.dumps({"stage": stage, "part": part, "step": step, **values}) + "\n")
+            log.write(json.dumps({"stage": stage, "part": part, "step": step, **finite}) + "\n")
 
     def read_records(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.metrics_file.read_text(encoding="utf-8").splitlines()]
 
     def create_new_checkpoint(self) -> None:
         """Create an empty folder for the files of the next checkpoint."""
-        shutil.rmtree(self.new_checkpoint_folder, ignore_errors=True)
+        remove_folder(self.new_checkpoint_folder)
         self.new_checkpoint_folder.mkdir()
 
-    def replace_checkpoint(self, stage: str, step: int) -> None:
+    def replace_checkpoint(self, stage: str, step: int, is_evaluated: bool = False) -> None:
         """Put the new, complete checkpoint in the place of the previous one, which is kept until then."""
-        self.progress = Progress(stage, step, self.metrics_file.stat().st_size)
-        progress_file = self.new_checkpoint_folder / "progress.json"
-        progress_file.write_text(json.dumps(asdict(self.progress)), encoding="utf-8")
-        old = self.path / "checkpoint.old"
-        shutil.rmtree(old, ignore_errors=True)
+        self.progress = Progress(stage, step, self.metrics_file.stat().st_size, is_evaluated)
+        write_json(self.new_checkpoint_folder / "progress.json", asdict(self.progress))
+        remove_folder(self.old_checkpoint_folder)
         if self.checkpoint_folder.exists():
-            self.checkpoint_folder.rename(old)
-        self.new_checkpoint_folder.rename(self.checkpoint_folder)
-        shutil.rmtree(old, ignore_errors=True)
+            os.rename(self.checkpoint_folder, self.old_checkpoint_folder)
+        os.rename(self.new_checkpoint_folder, self.checkpoint_folder)
+        remove_folder(self.old_checkpoint_folder)
+
+    @contextmanager
+    def new_sft_folder(self) -> Iterator[Path]:
+        """A folder for the files of the model after supervised training, which becomes `sft_folder`."""
+        with self._new_folder("sft.new") as folder:
+            yield folder
+        remove_folder(self.sft_folder)
+        os.rename(folder, self.sft_folder)
+
+    @contextmanager
+    def new_model_folder(self) -> Iterator[Path]:
+        """A folder for the files of the trained model, which become files of the run. It is trained then."""
+        with self._new_folder("model.new") as folder:
+            yield folder
+        for file in sorted(folder.iterdir()):
+            if (self.path / file.name).is_dir():
+                remove_folder(self.path / file.name)
+            os.replace(file, self.path / file.name)
+        folder.rmdir()
+        self.set_status("trained")
+
+    @contextmanager
+    def _new_folder(self, name: str) -> Iterator[Path]:
+        remove_folder(self.path / name)
+        (self.path / name).mkdir()
+        yield self.path / name
+
+    def finish(self) -> None:
+        """Mark the run as finished, and delete what it would have resumed from."""
+        self.set_status("finished")
+        remove_folder(self.checkpoint_folder)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise ValueError if `folder` is no folder, or cannot be written or created. Nothing is left behind."""
+    try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+        if not existing.is_dir():
+            raise ValueError(f"--out should be a folder, but {existing} is a file: name a new folder.")
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise ValueError(
+            f"--out should be a folder that can be written, but {folder} cannot ({error.strerror}): name "
+            "another."
+        ) from error
+
+
+def write_json(file: Path, content: Any, indent: int | None = None) -> None:
+    """Write a file completely or not at all."""
+    unfinished = file.with_name(f"{file.name}.new")
+    unfinished.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
+    os.replace(unfinished, file)
+
+
+def remove_folder(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)

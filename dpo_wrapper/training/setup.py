@@ -13,6 +13,7 @@ from dpo_wrapper.data import (
     Message,
     check_ranking,
     convert_examples,
+    count_shared_prompts,
     read_examples,
     split_examples,
     tokenize_examples,
@@ -63,6 +64,11 @@ def set_up_training(config: TrainConfig) -> TrainSetup:
         for term, _ in loss.terms
         if not term.is_per_pair
     ]
+    if shared := count_shared_prompts(train_texts, eval_texts):
+        notes.append(
+            f"{shared} of the {len(eval_texts)} eval examples have prompts that are trained on: their "
+            "metrics do not say how the policy does on new prompts."
+        )
     examples: dict[str, list[Any]] = {}
     for name, texts in (("train", train_texts), ("eval", eval_texts)):
         if config.as_chat:

@@ -5,7 +5,6 @@ update however a step is split.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from dpo_wrapper.batches import Reduce, SFTBatch, normalize_over_step
-from dpo_wrapper.data import TokenizedExample
 from dpo_wrapper.data.collate import COLLATE_FNS, collate_sft
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.evaluation.evaluate import evaluate
@@ -21,8 +19,7 @@ from dpo_wrapper.log_probs import FusedLoss
 from dpo_wrapper.reference import LogProbCache
 from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.training.config import TrainConfig
-
-CollateFn = Callable[[Sequence[TokenizedExample]], Any]
+from dpo_wrapper.training.micro_batches import CollateFn
 
 
 class Stage(ABC):
@@ -32,12 +29,14 @@ class Stage(ABC):
 
     Attributes:
         name: identifies the stage in the log and in checkpoints.
+        scorer: computes the log-probs of the model that is trained.
         epochs, learning_rate: number of epochs, and peak learning rate.
         reference_cache: log-probs that the first epoch computes and later ones look up, or None.
     """
 
     name: str
     module: nn.Module
+    scorer: Scorer
     epochs: int
     learning_rate: float
     reference_cache: LogProbCache | None = None
@@ -80,7 +79,9 @@ class SFTModule(nn.Module):
         self.scorer.check(batch.sequences)
         fused_loss = None
         if self.training and self.scorer.trains_head:
-            fused_loss = FusedLoss(loss_of_tokens, batch.sequences.row)  # sequences do not meet in the loss
+            # tokens do not meet in the loss: each is a group of its own, also where sequences share a prefix
+            groups = torch.arange(len(batch.sequences.row), device="cpu")  # which waits for no device
+            fused_loss = FusedLoss(loss_of_tokens, groups)
         return loss_of_tokens(self.scorer(batch.sequences, fused_loss=fused_loss).sums)
 
 
@@ -119,12 +120,13 @@ class DPOStage(Stage):
         self.epochs, self.learning_rate = config.epochs, config.peak_learning_rate
         self.sync_steps, self.mixup_alpha = config.ref_model_sync_steps, config.ref_model_mixup_alpha
         self.dpo = self.module = dpo
+        self.scorer = dpo.policy
         self.reference_cache = dpo.reference.cache
 
     @property
     def collate_fn(self) -> CollateFn:
         dataset_type: Any = self.dpo.loss.dataset_type
-        return partial(COLLATE_FNS[dataset_type], tree_options=self.dpo.policy.tree_options)
+        return partial(COLLATE_FNS[dataset_type], tree_options=self.scorer.tree_options)
 
     def normalize_over_step(self, batches: list[Any], reduce: Reduce | None) -> list[Any]:
         return self.dpo.normalize_over_step(batches, reduce)

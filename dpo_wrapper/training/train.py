@@ -1,9 +1,12 @@
 """Train a model on a file of preferences: `train(TrainConfig(data = ...))`."""
 
-import shutil
+import errno
+from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
+from torch import nn
 
 from dpo_wrapper.data import scored_sequences
 from dpo_wrapper.dpo import DPO
@@ -12,10 +15,13 @@ from dpo_wrapper.losses import parse_losses
 from dpo_wrapper.pretrained import save_pretrained
 from dpo_wrapper.reference import CachedReference, precompute_ref_log_probs
 from dpo_wrapper.reference.build import ReferenceKind
+from dpo_wrapper.reference.reference import FrozenModel
+from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.setup import TrainSetup, select_sft_examples, set_up_training
 from dpo_wrapper.training.stages import DPOStage, SFTStage
+from dpo_wrapper.training.stopping import TrainingError
 from dpo_wrapper.training.trainer import Trainer, create_accelerator, create_progress_bar
 
 
@@ -24,34 +30,61 @@ def train(config: TrainConfig) -> RunFolder:
 
     Raises:
         ValueError, TypeError, OSError, ImportError: as in `set_up_training`.
+        TrainingError, StoppedBySignal: as in `run_training`.
     """
     return run_training(set_up_training(config))
 
 
 def run_training(setup: TrainSetup) -> RunFolder:
-    """Run supervised training (if there are epochs of it) and preference training; report the result."""
+    """Run supervised training (if there are epochs of it) and preference training; report the result.
+
+    Raises:
+        TrainingError: the loss is not finite, or the run folder cannot be written.
+        StoppedBySignal: SIGINT or SIGTERM came during training; there is a checkpoint.
+    """
+    try:
+        run_stages(setup)
+    except (OSError, SafetensorError) as error:
+        out = setup.run.path
+        is_full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        remedy = "make room" if is_full else "mend that"
+        raise TrainingError(
+            f"the run should be able to write to {out}, but it cannot ({error}): {remedy}, and the same "
+            "command with --resume continues it."
+        ) from error
+    return setup.run
+
+
+def run_stages(setup: TrainSetup) -> None:
     config, run, splits, model = setup.config, setup.run, setup.splits, setup.pretrained.model
     accelerator = create_accelerator(config)
     if accelerator.is_main_process:
         run.open()
+    accelerator.wait_for_everyone()
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
     examples = f"{len(splits.train)} train and {len(splits.eval)} eval {splits.unit}"
-    accelerator.print(f"{type(model).__name__} with {size}, {examples}", *setup.notes, sep="\n")
+    notes = (*setup.notes, *run.notes)
+    accelerator.print(f"{type(model).__name__} with {size}, {examples}", *notes, sep="\n")
 
-    if config.num_sft_epochs and run.progress.stage == "sft":
-        Trainer(config, run, SFTStage(model, config), select_sft_examples(splits)).train()
+    models: dict[str, nn.Module | None] = {}
+    if run.status == "training":
+        if config.num_sft_epochs and run.progress.stage == "sft":
+            Trainer(config, run, SFTStage(model, config), select_sft_examples(splits)).train()
+            if accelerator.is_main_process:
+                with run.new_sft_folder() as folder:
+                    save_pretrained(setup.pretrained, model, folder)
+                run.create_new_checkpoint()
+                run.replace_checkpoint("dpo", 0)
+        dpo = build_dpo(setup, accelerator)
+        Trainer(config, run, DPOStage(dpo, config), splits).train()
+        models = {"reference": dpo.ref_model, "policy": dpo.policy_model}
         if accelerator.is_main_process:
-            save_pretrained(setup.pretrained, model, run.sft_folder, run.settings)
-            run.create_new_checkpoint()
-            run.replace_checkpoint("dpo", 0)
-    dpo = build_dpo(setup, accelerator)
-    Trainer(config, run, DPOStage(dpo, config), splits).train()
+            with run.new_model_folder() as folder:
+                save_pretrained(setup.pretrained, dpo.policy_model, folder)
     if accelerator.is_main_process:
-        save_pretrained(setup.pretrained, dpo.policy_model, run.path, run.settings)
-        shutil.rmtree(run.checkpoint_folder, ignore_errors=True)
-        report_results(setup, dpo)
+        report_results(setup, models)
+        run.finish()
     accelerator.wait_for_everyone()
-    return run
 
 
 def build_dpo(setup: TrainSetup, accelerator: Accelerator) -> DPO:
@@ -79,26 +112,29 @@ def precompute_reference(setup: TrainSetup, accelerator: Accelerator) -> CachedR
     model.to(accelerator.device)
     per_token = config.ld_alpha < 1
     cached = CachedReference(per_token=per_token)
+    scorer = Scorer(model, share_prefix="auto")
+    first = scored_sequences(splits.train[:1], config.micro_batch_tokens)[0]
+    with accelerator.autocast():
+        is_padded = scorer.check(first.to(accelerator.device)).tree is None
     for name, examples in (("train", splits.train), ("eval", splits.eval)):
-        sequences = scored_sequences(examples, config.micro_batch_tokens)
+        sequences = scored_sequences(examples, config.micro_batch_tokens, is_padded=is_padded)
         total = sum(len(batch.length) for batch in sequences)
         bar = create_progress_bar(accelerator, f"reference, {name}", "sequence", total=total)
         folder = setup.run.path / "reference" / name
         with bar, accelerator.autocast():
             cached |= precompute_ref_log_probs(
-                sequences, model, folder, per_token=per_token, progress=bar.update
+                sequences, FrozenModel(scorer), folder, per_token=per_token, progress=bar.update
             )
     return cached
 
 
-def report_results(setup: TrainSetup, dpo: DPO) -> None:
-    """Plot the curves; print metrics before and after training, and completions of one prompt."""
+def report_results(setup: TrainSetup, models: Mapping[str, nn.Module | None]) -> None:
+    """Plot the curves; print metrics before and after training, and the models' completions of one prompt."""
     run, splits = setup.run, setup.splits
     records = run.read_records()
     plot_curves(records, run.path / "curves.png")
     print("\n" + format_before_and_after(records))
     example = next((example for example in (*splits.eval, *splits.train) if example.sft_completion), None)
-    if example is not None:
-        models = {"reference": dpo.ref_model, "policy": dpo.policy_model}
+    if models and example is not None:
         print("\n" + format_completions(setup.pretrained.tokenizer, models, example))
     print(f"\nThe policy, its metrics and curves.png are in {run.path}")

@@ -17,11 +17,13 @@ from tqdm import tqdm
 
 from dpo_wrapper.batches import Reduce
 from dpo_wrapper.data import TokenizedExample
-from dpo_wrapper.data.collate import group_by_tokens
 from dpo_wrapper.metrics import MetricSums
+from dpo_wrapper.training.checkpoint import STATE_FILE, load_checkpoint, write_checkpoint
 from dpo_wrapper.training.config import TrainConfig
+from dpo_wrapper.training.micro_batches import MicroBatches, make_micro_batches
 from dpo_wrapper.training.run_folder import RunFolder
-from dpo_wrapper.training.stages import CollateFn, Stage
+from dpo_wrapper.training.stages import Stage
+from dpo_wrapper.training.stopping import StoppedBySignal, StopRequest, TrainingError, ignore_signals
 
 MAX_TRAIN_EXAMPLES_EVALUATED = 512
 """Number of train examples that are evaluated at both ends of a stage, to see how their log-probs changed."""
@@ -50,42 +52,60 @@ class Trainer:
         optimizer: Any = torch.optim.AdamW(
             parameters, lr=stage.learning_rate, weight_decay=config.weight_decay
         )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_factor(step, num_steps, config.warmup_ratio)
-        )
         self.module, self.optimizer = self.accelerator.prepare(stage.module, optimizer)
-        self.accelerator.register_for_checkpointing(self.schedule)
-        if stage.reference_cache is not None:
-            self.accelerator.register_for_checkpointing(stage.reference_cache)
+        self.checkpointed = (self.accelerator, stage.module, self.optimizer, stage.reference_cache)
 
     def train(self) -> None:
-        """Run the steps that are not done yet; eval metrics are logged before, during and after."""
-        progress, num_steps, save_steps = self.run.progress, len(self.steps), self.config.save_steps
-        steps_done = progress.step if progress.stage == self.stage.name else 0
-        if steps_done:
-            self.accelerator.load_state(str(self.run.checkpoint_folder))
-        else:
-            self.evaluate(0)
+        """Run the steps that are not done yet; eval metrics are logged before, during and after.
+
+        Raises:
+            TrainingError: the loss or the norm of the gradients is not finite.
+            StoppedBySignal: SIGINT or SIGTERM came; there is a checkpoint.
+        """
+        progress, num_steps, folder = self.run.progress, len(self.steps), self.run.checkpoint_folder
+        is_resumed = progress.stage == self.stage.name and (folder / STATE_FILE).is_file()
+        steps_done = progress.step if is_resumed else 0
+        if is_resumed:
+            load_checkpoint(folder, *self.checkpointed)
+        self.probe_model()
         label = self.stage.name.upper()
-        with create_progress_bar(self.accelerator, label, "step", total=num_steps, initial=steps_done) as bar:
+        with (
+            StopRequest() as stop_request,
+            create_progress_bar(self.accelerator, label, "step", total=num_steps, initial=steps_done) as bar,
+        ):
+            if not (is_resumed and progress.is_evaluated):
+                self.evaluate_if_due(steps_done)
+                self.save_or_stop(steps_done, stop_request, is_evaluated=True)
             for step, batches in enumerate(self.create_step_loader(steps_done), start=steps_done + 1):
                 start_time = time.perf_counter()
+                learning_rate = self.set_learning_rate(step)
                 metrics = self.train_step(step, batches)
                 num_examples, seconds = len(self.steps[step - 1]), time.perf_counter() - start_time
                 metrics[f"{self.splits.unit}/second"] = num_examples / seconds
-                metrics["lr"] = float(self.schedule.get_last_lr()[0])
-                self.schedule.step()
+                metrics["lr"] = learning_rate
                 if self.stage.reference_cache is not None and step * self.stage.epochs == num_steps:
                     self.stage.reference_cache.gather_from_processes()  # once, after the first epoch
                 if self.accelerator.is_main_process:
                     self.run.log_metrics(self.stage.name, "step", step, metrics)
                     bar.set_postfix_str(format_progress(metrics, self.splits.unit), refresh=False)
                     bar.update()
-                if step % self.eval_steps == 0 or step == num_steps:
-                    self.evaluate(step)
-                if save_steps and step % save_steps == 0 and step < num_steps:
-                    self.save_checkpoint(step)
+                self.save_or_stop(step, stop_request)
+                self.evaluate_if_due(step)
+                self.save_or_stop(step, stop_request, is_evaluated=True)
         self.accelerator.free_memory()
+
+    def set_learning_rate(self, step: int) -> float:
+        """Set the learning rate of a step, which counts from 1, and return it."""
+        factor = learning_rate_factor(step - 1, len(self.steps), self.config.warmup_ratio)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.stage.learning_rate * factor
+        return self.stage.learning_rate * factor
+
+    def probe_model(self) -> None:
+        """Find out how the model takes sequences, which decides how batches of them are made."""
+        batch = self.stage.collate_fn(self.splits.train[:1]).to(self.accelerator.device)
+        with self.accelerator.autocast():
+            self.stage.scorer.check(batch.sequences)
 
     def train_step(self, step: int, batches: list[Any]) -> dict[str, float]:
         """Run one optimizer step on this process's micro-batches; the metrics are of all processes."""
@@ -105,15 +125,30 @@ class Trainer:
             loss += batch_loss.detach()
             sums.add(metrics)
         grad_norm = accelerator.clip_grad_norm_(self.module.parameters(), self.config.max_grad_norm)
+        total_loss = float(reduce(loss))
+        self.check_finite(step, "loss", total_loss)
+        scaler = accelerator.scaler
+        if scaler is None or scaler.get_scale() < 1:  # steps that overflow at a larger scale are left out
+            self.check_finite(step, "norm of the gradients", float(grad_norm))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         stage.end_step(step, reduce)
-        return {"loss": float(reduce(loss)), **sums.result(reduce), "grad_norm": float(grad_norm)}
+        return {"loss": total_loss, **sums.result(reduce), "grad_norm": float(grad_norm)}
 
-    def evaluate(self, step: int) -> None:
-        """Log eval metrics and, at both ends of the stage, train metrics."""
+    def check_finite(self, step: int, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the {name} should be finite, but at step {step} of {self.stage.name} it is {value}: begin "
+                "a new run with a lower learning rate or --max-grad-norm, or look at the rows of this step."
+            )
+
+    def evaluate_if_due(self, step: int) -> None:
+        """Log eval metrics at both ends and every `eval_steps`, and train metrics at both ends."""
+        is_end = step in (0, len(self.steps))
+        if not is_end and step % self.eval_steps:
+            return
         splits = {"eval": self.splits.eval}
-        if step in (0, len(self.steps)):
+        if is_end:
             splits["train"] = self.splits.train[:MAX_TRAIN_EXAMPLES_EVALUATED]
         for name, examples in splits.items():
             if not examples:
@@ -124,10 +159,12 @@ class Trainer:
                 indices = indices[self.accelerator.process_index :: self.accelerator.num_processes]
                 reduce = self.sum_over_processes
             batches = self.micro_batch_maker(examples)(indices)
-            batches = [batch.to(self.accelerator.device) for batch in batches]
-            metrics = self.stage.evaluate(self.module, batches, reduce)
+            metrics = self.stage.evaluate(
+                self.module, [batch.to(self.accelerator.device) for batch in batches], reduce
+            )
             if self.accelerator.is_main_process:
                 self.run.log_metrics(self.stage.name, name, step, metrics)
+            self.check_finite(step, f"{name} loss", metrics["loss"])
 
     def create_step_loader(self, steps_done: int) -> DataLoader[Any]:
         """This process's micro-batches of each step that is not done yet."""
@@ -139,24 +176,39 @@ class Trainer:
             batch_size=None,
             collate_fn=self.micro_batch_maker(self.splits.train),
             num_workers=self.config.num_workers,
+            worker_init_fn=ignore_signals,
             pin_memory=self.accelerator.device.type == "cuda",
             generator=torch.Generator(),  # so that it draws no seed from the global generator
         )
 
-    def micro_batch_maker(self, examples: Sequence[TokenizedExample]) -> Callable[[list[int]], list[Any]]:
+    def micro_batch_maker(self, examples: Sequence[TokenizedExample]) -> Callable[[list[int]], MicroBatches]:
         """The function that makes micro-batches of the examples at some indices. It holds no model."""
-        max_tokens = self.config.micro_batch_tokens
-        return partial(make_micro_batches, examples, self.stage.collate_fn, max_tokens)
+        is_padded = self.stage.scorer.tree_options is None
+        options = (self.stage.collate_fn, self.config.micro_batch_tokens, is_padded)
+        return partial(make_micro_batches, examples, *options)
 
-    def save_checkpoint(self, step: int) -> None:
+    def save_or_stop(self, step: int, stop_request: StopRequest, is_evaluated: bool = False) -> None:
+        """Write a checkpoint if one is due; after a signal write one and raise StoppedBySignal."""
+        number = stop_request.number or 0
+        if self.accelerator.num_processes > 1:  # a signal may reach processes in different steps
+            numbers = torch.tensor([number], device=self.accelerator.device)
+            number = int(self.accelerator.gather(numbers).max())
+        save_steps = self.config.save_steps
+        is_due = save_steps and step % save_steps == 0 and step < len(self.steps) and not is_evaluated
+        if number or is_due:
+            self.save_checkpoint(step, is_evaluated)
+        if number:
+            raise StoppedBySignal(number)
+
+    def save_checkpoint(self, step: int, is_evaluated: bool) -> None:
+        """Write a checkpoint; the previous one stays until it is complete."""
         if self.accelerator.is_main_process:
             self.run.create_new_checkpoint()
         self.accelerator.wait_for_everyone()
-        # safetensors would save a parameter that policy and reference share as two
-        self.accelerator.save_state(str(self.run.new_checkpoint_folder), safe_serialization=False)
+        write_checkpoint(self.run.new_checkpoint_folder, *self.checkpointed)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            self.run.replace_checkpoint(self.stage.name, step)
+            self.run.replace_checkpoint(self.stage.name, step, is_evaluated)
 
     def sum_over_processes(self, values: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:  # sums are in float64, which an Apple GPU does not have
@@ -166,14 +218,6 @@ class Trainer:
 
 def create_accelerator(config: TrainConfig) -> Accelerator:
     return Accelerator(mixed_precision=config.precision, cpu=config.cpu)
-
-
-def make_micro_batches(
-    examples: Sequence[TokenizedExample], collate_fn: CollateFn, max_tokens: int, indices: list[int]
-) -> list[Any]:
-    """The examples at some indices, in batches of at most `max_tokens` tokens or of one example."""
-    chosen = [examples[index] for index in indices]
-    return [collate_fn([chosen[k] for k in group]) for group in group_by_tokens(chosen, max_tokens)]
 
 
 def step_indices(num_examples: int, batch_size: int, epochs: int, seed: int) -> Iterator[list[int]]:

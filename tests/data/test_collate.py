@@ -185,6 +185,20 @@ def test_groups_hold_so_many_unique_tokens_and_keep_prompts_together() -> None:
     assert group_by_tokens(pairs, 1) == [[0], [2], [3], [1]]
 
 
+def test_padded_groups_hold_so_many_tokens_with_their_padding() -> None:
+    def pair(prompt: int, chosen: int, rejected: int) -> TokenizedExample:
+        return TokenizedExample((1,) * prompt, ((7,) * chosen, (8,) * rejected))
+
+    pairs = [pair(1, 1, 1), pair(5, 5, 2), pair(2, 1, 2), pair(1, 2, 8)]  # 2, 10, 4 and 9 tokens wide
+    assert group_by_tokens(pairs, 1000, is_padded=True) == [[1, 3, 2, 0]]
+    assert group_by_tokens(pairs, 60, is_padded=True) == [[1, 3, 2], [0]]
+    assert group_by_tokens(pairs, 40, is_padded=True) == [[1, 3], [2, 0]]
+    assert group_by_tokens(pairs, 15, is_padded=True) == [[1], [3], [2], [0]]
+    for max_tokens in range(1, 100):
+        for sequences in scored_sequences(pairs, max_tokens, is_padded=True):
+            assert sequences.ids.numel() <= max_tokens or len(sequences.ids) == 2
+
+
 def token_ids(sequences: ScoredSequences) -> list[tuple[list[int], list[int]]]:
     """Each sequence's inputs and its scored tokens."""
     targets = sequences.target.split(sequences.length.tolist())

@@ -175,3 +175,17 @@ def test_max_length(max_length: int) -> None:
 def test_on_error() -> None:
     with pytest.raises(ValueError, match="on_error should be 'raise' or 'skip', but it is 'warn'"):
         tokenize_examples([], BYTES, 8, on_error="warn")  # type: ignore[arg-type]
+
+
+class ManyIds(ByteTokenizer):
+    """Ids so large that Python makes each one anew."""
+
+    def completion_ids(self, prompt: str | tuple[Message, ...], completion: str) -> list[int]:
+        return [1000 + index for index in super().completion_ids(prompt, completion)]
+
+
+def test_equal_token_ids_are_one_object() -> None:
+    examples = [Example("p", ("abcabc", "cba")), Example("q", ("bbb", "a"))]
+    tokenized = tokenize_examples(examples, ManyIds(), 64).examples
+    ids = [index for example in tokenized for completion in example.completions for index in completion]
+    assert len(ids) > 12 and len({id(index) for index in ids}) == len(set(ids)) == 4

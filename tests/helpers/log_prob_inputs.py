@@ -155,9 +155,9 @@ def softmax_caching(is_enabled: bool) -> Any:
 
 def cache_budget(max_bytes: int) -> Any:
     """Within, softmaxes of so many bytes are cached for backward."""
-    return patch.object(SoftmaxCache, "budget", lambda weight: max_bytes)
+    return patch.object(SoftmaxCache, "budget", lambda tiles: max_bytes)
 
 
 def chunk_size(max_tokens: int) -> Any:
     """Within, a chunk of a fused loss has at most so many tokens, or one group."""
-    return patch.object(fused_backward, "max_chunk_tokens", lambda weight: max_tokens)
+    return patch.object(fused_backward, "max_chunk_tokens", lambda *_: max_tokens)

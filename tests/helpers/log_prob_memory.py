@@ -58,7 +58,7 @@ def forward_and_backward(mode: str, t: int, d: int, v: int) -> dict[str, str | i
     groups = {"fused": torch.arange(t) * 8 // t, "uneven": torch.arange(t) * 9 // (8 * t)}
     fused_loss = FusedLoss(torch.sum, groups[mode]) if mode in groups else None
     if mode in ("cached", "recomputed"):
-        SoftmaxCache.budget = lambda weight: 2**40 if mode == "cached" else 0
+        SoftmaxCache.budget = lambda tiles: 2**40 if mode == "cached" else 0
 
     method, before = reset_peak()
     start = time.perf_counter()

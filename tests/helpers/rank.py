@@ -4,6 +4,7 @@ The script has to have joined the processes itself: the count is a sum over the 
 A file, for what several processes print may run into one line.
 """
 
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -23,3 +24,5 @@ if __name__ == "__main__":
     assert state.num_processes == count, (state.num_processes, count)
     (folder / f"rank {state.process_index} of {int(count)}").touch()
     distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # threads of gloo may abort a process that ends by itself (torch 2.13)

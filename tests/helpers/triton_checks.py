@@ -1,12 +1,18 @@
 """Tests of the Triton kernel, interpreted or on CUDA, which `test_triton_tile.py` runs in another process."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 import triton
 
-from dpo_wrapper.log_probs import EXTRAS, FusedLoss, tiles, torch_tile, triton_tile
+from dpo_wrapper.log_probs import EXTRAS, FusedLoss, tiles, triton_tile
+from dpo_wrapper.log_probs.backend import RawTile
+from dpo_wrapper.log_probs.statistics import OnlineSoftmax
+from dpo_wrapper.log_probs.torch_tile import TorchBackend
 from helpers.log_prob_inputs import (
     OPTIONS,
     Inputs,
@@ -28,66 +34,105 @@ on_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="measures the memory of a 
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row of a tile has several blocks, the last of which is not full."""
-    monkeypatch.setattr(triton_tile, "BLOCK_SIZE", 16)
+def narrow_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vocabulary has several tiles, as wide as a kernel takes them."""
+    monkeypatch.setattr(triton_tile.TritonBackend, "max_width", 16)
 
 
-OUTPUTS = {
-    "statistics": {},
-    "softmax": {"needs_softmax": True},
-    "moments": {"needs_moments": True, "needs_softmax": True},
-    "gradient": None,
-}
+WIDTHS = (1, 40)
 
 
-@pytest.mark.parametrize("width", (1, 40))
+def random_tile(dtype: torch.dtype, options: dict, bias: bool, width: int) -> tuple[torch.Tensor, RawTile]:
+    """A tile of 7 tokens with strides, some of whose targets it holds, and the memory that it lies in."""
+    generator = torch.Generator().manual_seed(0)
+    storage = torch.randn(7, width + 3, generator=generator).mul(2).to(DEVICE, dtype)
+    column = torch.tensor([0, width - 1, -1, width // 2, width, 0, -9], device=DEVICE)
+    tile_bias = torch.randn(2 * width, generator=generator).to(DEVICE, dtype)[::2] if bias else None
+    logit_scale, softcap = options.get("logit_scale", 1.0), options.get("softcap")
+    if bias and width > 1:
+        tile_bias = tile_bias.contiguous()
+        tile_bias[width // 3] = math.inf if logit_scale < 0 else -math.inf  # it is ruled out
+    return storage, RawTile(storage[:, :width], column + 5, 5, tile_bias, logit_scale, softcap)
+
+
+def in_float64(raw: RawTile) -> RawTile:
+    bias = None if raw.bias is None else raw.bias.double()
+    return raw._replace(product=raw.product.double().clone(), bias=bias)
+
+
+def random_statistics() -> OnlineSoftmax:
+    """Those of tiles that came before; the first token has had none."""
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(6, 7, generator=generator, dtype=torch.float64).abs()
+    values[4] /= 9
+    values[1:3] *= torch.tensor([0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0])  # one tile holds the target
+    values[:, 0] = torch.tensor([-math.inf, 0.0, 0.0, 0.0, 0.0, -math.inf])
+    return OnlineSoftmax(values.to(DEVICE))
+
+
+def assert_tile_close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    eps = torch.finfo(got.dtype).eps
+    torch.testing.assert_close(got.double(), expected, rtol=2 * eps, atol=max(5e-6, eps / 99))
+
+
+@pytest.mark.parametrize("needs_moments", (True, False), ids=("moments", "lse"))
+@pytest.mark.parametrize("is_weighted", (True, False), ids=("weighted", "read"))
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("bias", (True, False), ids=("bias", "no-bias"))
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_kernel_agrees_with_torchs_operations(dtype: torch.dtype, options: dict, bias: bool, width: int):
-    generator = torch.Generator().manual_seed(0)
-    storage = torch.randn(7, width + 3, generator=generator).mul(2).to(DEVICE, dtype)
-    tile = storage[:, :width]  # with strides
-    target_column = torch.tensor([0, width - 1, -1, width // 2, -1, 0, -1], device=DEVICE)
-    tile_bias = torch.randn(2 * width, generator=generator).to(DEVICE, dtype)[::2] if bias else None
-    if bias and width > 1:
-        tile_bias = tile_bias.contiguous()
-        tile_bias[width // 3] = -math.inf
-    logit_scale, softcap = options.get("logit_scale", 1.0), options.get("softcap")
-    if tile_bias is not None and logit_scale < 0:
-        tile_bias[tile_bias == -math.inf] = math.inf  # a negative scale rules it out
-
-    def run(tile_softmax, tile, **kwargs):
-        bias = None if tile_bias is None else tile_bias.to(tile.dtype)
-        return tile_softmax(tile, target_column, bias, logit_scale, softcap, **kwargs)
-
-    true = run(torch_tile.tile_softmax, tile.double(), needs_moments=True, needs_softmax=True)
-    lse = torch.logaddexp(true.non_target_lse, torch.randn(7, generator=generator).to(DEVICE))
-    target_grad = torch.rand(7, generator=generator, dtype=torch.float64).to(DEVICE)
-    for name, kwargs in OUTPUTS.items():
-        before = storage.clone()
-        if kwargs is None:
-            known = {"lse": lse, "target_grad": target_grad}
-            expected = run(torch_tile.tile_softmax, tile.double(), **known)
-            kwargs = {key: value.float() for key, value in known.items()}
-        else:
-            expected = true
-        got = run(triton_tile.tile_softmax, before[:, :width], **kwargs)
-        assert got.tile.dtype == dtype and (got.moments is not None) == (name == "moments")
-        if name == "statistics":
-            assert torch.equal(before, storage)  # nothing was to be written
-        else:
-            eps = torch.finfo(dtype).eps
-            torch.testing.assert_close(
-                got.tile.double(), expected.tile, rtol=2 * eps, atol=max(1e-6, eps / 99)
-            )
-        assert torch.equal(before[:, width:], storage[:, width:])  # nothing beside the tile
-        for one, other in zip(got[1:4], expected[1:4], strict=True):
+def test_statistics(
+    dtype: torch.dtype,
+    options: dict,
+    bias: bool,
+    width: int,
+    is_weighted: bool,
+    needs_moments: bool,
+):
+    storage, raw = random_tile(dtype, options, bias, width)
+    before = storage.clone()
+    expected, got = random_statistics(), OnlineSoftmax(random_statistics().values.float())
+    reference = torch.tensor([-math.inf, 9.0, 0.0, -9.0, -9.0, 1.0, -math.inf], device=DEVICE)
+    references = [reference.double(), reference] if is_weighted else [None, None]
+    true = TorchBackend().reduce(
+        in_float64(raw), expected, needs_moments=needs_moments, reference_lse=references[0]
+    )
+    new = triton_tile.TritonBackend().reduce(
+        raw, got, needs_moments=needs_moments, reference_lse=references[1]
+    )
+    torch.testing.assert_close(got.values.double(), expected.values, rtol=1e-5, atol=1e-5)
+    assert torch.equal(storage[:, width:], before[:, width:])  # nothing beside the tile
+    if is_weighted:
+        assert_tile_close(new.tile, true.tile)
+        for one, other in ((new.rescale, true.rescale), (references[1], references[0])):
             torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
-        if name == "moments":
-            for one, other in zip(got.moments, expected.moments, strict=True):
-                torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(storage, before)  # nothing was to be written
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("bias", (True, False), ids=("bias", "no-bias"))
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_logits(dtype: torch.dtype, options: dict, bias: bool, width: int):
+    storage, raw = random_tile(dtype, options, bias, width)
+    before, generator = storage.clone(), torch.Generator().manual_seed(2)
+    statistics = OnlineSoftmax.initial(7, torch.device(DEVICE), torch.float64)
+    TorchBackend().reduce(in_float64(raw), statistics)
+    lse = torch.logaddexp(statistics.lse, torch.randn(7, generator=generator).to(DEVICE))
+    target_grad = torch.rand(7, generator=generator, dtype=torch.float64).to(DEVICE)
+    expected = TorchBackend().write_grad(in_float64(raw), None, lse, target_grad)
+    got = triton_tile.TritonBackend().write_grad(raw, None, lse.float(), target_grad.float())
+    assert_tile_close(got, expected)
+    assert torch.equal(storage[:, width:], before[:, width:])
+
+
+def test_rows_are_scaled():
+    values = torch.randn(5, 2050, device=DEVICE)
+    factor = torch.tensor([1.0, 0.0, 0.5, 1.0, 3.0], device=DEVICE)
+    expected = values * factor[:, None]
+    triton_tile.TritonBackend().scale_rows(values, factor)
+    assert torch.equal(values, expected)
 
 
 MODES = {
@@ -186,6 +231,52 @@ def test_layouts_and_shapes():
             torch.testing.assert_close(one.cpu().double(), true, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("needs_grad", ((True, True, True), (True, False, False)), ids=("trained", "frozen"))
+def test_torchs_default_dtype_changes_nothing(needs_grad: tuple):
+    inputs = random_inputs(7, 33, 5, torch.float32, needs_grad=needs_grad).to(DEVICE)
+    expected = values_and_grads(inputs.scores(impl="triton"), inputs)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = values_and_grads(inputs.scores(impl="triton"), inputs)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("needs_grad", ((True, True, True), (True, False, False)), ids=("trained", "frozen"))
+def test_kernels_are_launched_on_the_device_of_their_tensors(
+    needs_grad: tuple, monkeypatch: pytest.MonkeyPatch
+):
+    guarded, launched = [], []
+
+    @contextmanager
+    def watch_device(tensor: torch.Tensor) -> Iterator[None]:
+        guarded.append(tensor)
+        yield
+        guarded.pop()
+
+    class Watched:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            def launch(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+                assert guarded and guarded[-1] is tensor
+                launched.append(self.kernel)
+                self.kernel[grid](tensor, *args, **kwargs)
+
+            return launch
+
+    names = ("_reduce_kernel", "_write_grad_kernel" if needs_grad[1] else "_scale_rows_kernel")
+    for name in names:
+        monkeypatch.setattr(triton_tile, name, Watched(getattr(triton_tile, name)))
+    monkeypatch.setattr(torch.cuda, "device_of", watch_device)
+    monkeypatch.setattr(triton_tile, "is_available_on", lambda device: True)
+    inputs = random_inputs(7, 33, 5, torch.float32, needs_grad=needs_grad).to(DEVICE)
+    values_and_grads(inputs.scores(impl="triton"), inputs)
+    assert len(set(launched)) == 2
+
+
 def test_float64_is_left_to_torchs_operations():
     cpu = random_inputs(7, 33, 5)
     inputs = cpu.to(DEVICE)
@@ -204,7 +295,7 @@ def test_the_same_bits_each_time(is_cached: bool, needs_grad: tuple):
 @on_cuda
 @pytest.mark.parametrize("needs_grad", ((True, True, False), (True, False, False)), ids=("trained", "frozen"))
 def test_memory(needs_grad: tuple, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(triton_tile, "BLOCK_SIZE", 4096)
+    monkeypatch.setattr(triton_tile.TritonBackend, "max_width", triton_tile.MAX_WIDTH)
     t, v, d = 8192, 2**17, 256  # all logits would be 2 GiB
     hidden = torch.randn(t, d, device=DEVICE, dtype=torch.bfloat16).requires_grad_(needs_grad[0])
     weight = torch.randn(v, d, device=DEVICE, dtype=torch.bfloat16).requires_grad_(needs_grad[1])
@@ -223,18 +314,11 @@ def test_memory(needs_grad: tuple, monkeypatch: pytest.MonkeyPatch):
 def test_more_than_2_31_logits(monkeypatch: pytest.MonkeyPatch):
     if torch.cuda.mem_get_info()[0] < 16 * 2**30:
         pytest.skip("needs 16 GiB of free memory")
-    monkeypatch.setattr(triton_tile, "BLOCK_SIZE", 4096)
+    monkeypatch.setattr(triton_tile.TritonBackend, "max_width", triton_tile.MAX_WIDTH)
     t, v, d = 2**14 + 40, 2**17, 8
     assert t * v > 2**31
     inputs = random_inputs(t, v, d, torch.bfloat16, bias=False, needs_grad=(True, False, False)).to(DEVICE)
-    tile = inputs.hidden.detach() @ inputs.weight.T
-    targets = inputs.targets
-    last = slice(t - 3, t)
-    true = torch_tile.tile_softmax(tile[last].double(), targets[last], None, 1.0, None, needs_softmax=True)
-    got = triton_tile.tile_softmax(tile, targets, None, 1.0, None, needs_softmax=True)  # in one tile
-    torch.testing.assert_close(got.non_target_lse[last].double(), true.non_target_lse, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(got.tile[last].double(), true.tile, rtol=1e-2, atol=1e-6)
-    del tile, got
+    targets, last = inputs.targets, slice(t - 3, t)
     scores = inputs.scores(impl="triton")  # in many
     few = Inputs(inputs.hidden[last].detach().requires_grad_(), inputs.weight, None, targets[last])
     torch.testing.assert_close(scores[last].detach(), few.scores(impl="eager").detach(), rtol=1e-2, atol=1e-2)

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from dpo_wrapper.log_probs.softmax_cache import SoftmaxCache
+from dpo_wrapper.log_probs.softmax_cache import cache_room
 from dpo_wrapper.log_probs.tiles import Tiles
 from helpers.log_prob_inputs import (
     NEEDS_GRAD,
@@ -49,14 +49,14 @@ def test_gradcheck(needs_grad: tuple[bool, bool, bool], bias: bool, options: dic
         tensors = [next(leaves) if x is not None and x.requires_grad else x for x in inputs[:3]]
         return Inputs(*tensors, inputs.targets).scores(impl="chunked", **options)
 
-    def softmax(self, token_slice, vocab_slice, **kwargs):
+    def multiply(self, token_slice, vocab_slice, **kwargs):
         computed.append((token_slice, vocab_slice))
         return original(self, token_slice, vocab_slice, **kwargs)
 
-    original = Tiles.softmax
+    original = Tiles.multiply
     with tile_size(2, 2), softmax_caching(is_cached):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Tiles, "softmax", softmax)
+            patch.setattr(Tiles, "multiply", multiply)
             scores(*inputs.trained)
         # 2, 2 and 1 tokens; 2, 2 and 1 entries
         slices = [slice(0, 2), slice(2, 4), slice(4, 5)]
@@ -151,10 +151,10 @@ def test_softmaxes_are_cached_within_the_budget(cached_tiles: int):
             torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-6)
 
 
-def test_the_budget_for_softmaxes_grows_with_the_head():
+def test_the_room_for_tiles_grows_with_the_head_on_the_cpu():
     small, large = torch.empty(10, 4), torch.empty(2**16, 2**10, dtype=torch.bfloat16)
-    assert SoftmaxCache.budget(small) == SoftmaxCache.budget(small.to("meta")) == 64 * 2**20
-    assert SoftmaxCache.budget(large) == 4 * 2**27 and SoftmaxCache.budget(large.to("meta")) == 64 * 2**20
+    assert cache_room(small) == cache_room(small.to("meta")) == 64 * 2**20
+    assert cache_room(large) == 4 * 2**27 and cache_room(large.to("meta")) == 64 * 2**20
 
 
 def test_inputs_are_not_changed(impl: str):

@@ -1,6 +1,7 @@
 """Log-probs from the logits that a model returns, against log-softmax in float64."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_wrapper.log_probs import eager, from_logits, gather_log_probs, log_probs_from_logits
+from helpers.device_waits import DEVICE, counted_waits
 from helpers.log_prob_inputs import relative_error
 
 
@@ -23,7 +25,7 @@ def some_targets(*shape: int, v: int) -> Tensor:
 
 @pytest.fixture(params=(1, 3, 10**6))
 def rows_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(from_logits, "CHUNK_BYTES", request.param * 7 * 8)  # of 7 entries in float64
+    monkeypatch.setitem(from_logits.CHUNK_BYTES, "cpu", request.param * 7 * 8)  # of 7 entries in float64
 
 
 def test_by_hand():
@@ -140,7 +142,7 @@ def test_memory_is_the_gradient_and_chunks(dtype: torch.dtype, masked: bool, mon
     logits, targets = random_logits(t, v, dtype=dtype), some_targets(t, v=v)
     mask = torch.arange(t) % 3 > 0 if masked else None
     chunk = 16 * v * 4
-    monkeypatch.setattr(from_logits, "CHUNK_BYTES", chunk)
+    monkeypatch.setitem(from_logits.CHUNK_BYTES, "cpu", chunk)
     with LargeTensors(chunk) as tensors:
         log_probs_from_logits(logits, targets, mask).sum().backward()
     assert tensors.large == {logits.untyped_storage().data_ptr(), logits.grad.untyped_storage().data_ptr()}
@@ -214,3 +216,55 @@ def test_refusals(kind: type[Exception], change: dict, message: str):
     with pytest.raises(kind) as caught:
         log_probs_from_logits(**{"logits": L, "targets": T, "mask": M} | change)
     assert str(caught.value) == message
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations, those that return views left aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view:
+            self.names[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_few_operations_for_a_chunk(monkeypatch: pytest.MonkeyPatch):
+    counts = []
+    for chunks in (4, 8):
+        logits = random_logits(64, 7, dtype=torch.float32)
+        monkeypatch.setitem(from_logits.CHUNK_BYTES, "cpu", 64 // chunks * 7 * 4)
+        with Operations() as forward:
+            scores = log_probs_from_logits(logits, some_targets(64, v=7))
+        with Operations() as backward:
+            scores.sum().backward()
+        counts.append((forward.names.total(), backward.names.total()))
+        assert not backward.names.keys() & {"nonzero", "_local_scalar_dense", "_unique2"}
+    assert all(many - few <= 4 * 14 for few, many in zip(*counts, strict=True))
+
+
+@pytest.mark.parametrize("dtype, rows", ((torch.float32, 523), (torch.bfloat16, 523), (torch.float64, 261)))
+def test_chunks_of_an_accelerator_are_256_mebibytes(dtype: torch.dtype, rows: int):
+    logits = torch.empty(1024, 128256, dtype=dtype, device="meta")
+    chunks = list(from_logits.row_chunks(logits, 1024))
+    assert len(chunks) == -(-1024 // rows) and max(chunk.stop - chunk.start for chunk in chunks) <= rows
+
+
+def test_waits_on_an_accelerator():
+    logits = random_logits(64, 7, dtype=torch.float32)
+    with counted_waits() as waits:
+        on_device = logits.detach().to(DEVICE).requires_grad_()
+        scores = from_logits.gather_log_probs(
+            on_device, torch.arange(64, device=DEVICE), some_targets(64, v=7).to(DEVICE)
+        )
+        assert waits.total() <= 4
+        waits.clear()
+        scores.sum().backward()
+        assert not waits
+        got = [scores.detach().cpu(), on_device.grad.cpu()]
+    expected = from_logits.gather_log_probs(logits, torch.arange(64), some_targets(64, v=7))
+    expected.sum().backward()
+    for one, other in zip(got, (expected.detach(), logits.grad), strict=True):
+        assert torch.equal(one, other)

@@ -110,21 +110,52 @@ def test_the_number_of_products(prediction: str):
     assert [counter.get_total_flops() for counter in counters] == [n * 2 * T * D * V for n in products]
 
 
+def narrow_room(t: int, v: int, d: int, tokens: int) -> int:
+    """Room for the sums of a bfloat16 head and a chunk, but not for all tiles."""
+    room = 4 * v * d + 2 * v * tokens
+    assert room < 2 * t * v
+    return room
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_narrow_gradients_of_several_chunks_are_left_to_backward(dtype: torch.dtype):
-    for tokens, chunks in ((4, 2), (99, 1)):
-        inputs, counter = random_inputs(T, V, D, dtype, bias=False), FlopCounterMode(display=False)
+def test_gradients_of_several_chunks_are_summed_in_float32(dtype: torch.dtype, monkeypatch):
+    t, v, d = 64, V, D
+    monkeypatch.setattr(fused_backward, "cache_room", lambda weight: narrow_room(t, v, d, 16))
+    for tokens in (1, 16):
+        inputs, counter = random_inputs(t, v, d, dtype, bias=False), FlopCounterMode(display=False)
         expected, eager = truth(inputs), values_and_grads(inputs.scores(impl="eager"), inputs)
         with tile_size(3, 8), chunk_size(tokens):
             with counter:
-                scores = inputs.scores(impl="chunked", fused_loss=FusedLoss(weighted_sum, GROUPS))
+                fused_loss = FusedLoss(weighted_sum, torch.arange(t) // 4)
+                scores = inputs.scores(impl="chunked", fused_loss=fused_loss)
             for one, plain, true in zip(values_and_grads(scores, inputs), eager, expected, strict=True):
+                assert one.dtype == plain.dtype
                 assert relative_error(one, true) <= max(
                     3 * relative_error(plain, true), 3 * torch.finfo(dtype).eps
                 )
-        is_narrow = torch.finfo(dtype).bits < 32
-        is_fused = dtype != torch.float16 and not (is_narrow and chunks > 1)
-        assert counter.get_total_flops() == (3 if is_fused else 1) * 2 * T * D * V
+        # in float16 they are left to backward
+        assert counter.get_total_flops() == (1 if dtype == torch.float16 else 3) * 2 * t * d * v
+
+
+def test_many_chunks_lose_nothing_to_bfloat16(monkeypatch):
+    t, v, d = 512, 16, 8
+    monkeypatch.setattr(fused_backward, "cache_room", lambda weight: narrow_room(t, v, d, 4))
+    inputs, errors = random_inputs(t, v, d, torch.bfloat16, bias=False), []
+    for tokens in (999, 4):
+        with chunk_size(tokens):
+            fused_loss = FusedLoss(weighted_sum, torch.arange(t) // 4)
+            got = values_and_grads(inputs.scores(impl="chunked", fused_loss=fused_loss), inputs)
+        errors.append([relative_error(*pair) for pair in zip(got[1:], truth(inputs)[1:], strict=True)])
+    assert all(many <= 1.5 * one for one, many in zip(*errors, strict=True))
+
+
+@pytest.mark.parametrize("room", (4 * V * D + 2 * V * 4 - 1, 2 * 64 * V), ids=("none", "for all tiles"))
+def test_narrow_gradients_are_left_to_backward_where_sums_do_not_help(room: int, monkeypatch):
+    monkeypatch.setattr(fused_backward, "cache_room", lambda weight: room)
+    inputs, counter = random_inputs(64, V, D, torch.bfloat16, bias=False), FlopCounterMode(display=False)
+    with chunk_size(4), counter:
+        inputs.scores(impl="chunked", fused_loss=FusedLoss(weighted_sum, torch.arange(64) // 4))
+    assert counter.get_total_flops() == 2 * 64 * D * V
 
 
 @pytest.mark.parametrize(
@@ -243,7 +274,7 @@ def test_inside_activation_checkpointing():
 def test_chunks_are_whole_groups(sizes: list[int], max_tokens: int, seed: int):
     numbers = torch.tensor([7 * k - 20 for k, size in enumerate(sizes) for _ in range(size)])
     shuffled = numbers[torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed % 2**31))]
-    chunks = FusedLoss(fail_if_called, shuffled).split(max_tokens)
+    chunks = FusedLoss(fail_if_called, shuffled).split(max_tokens, torch.device("cpu"))
     chunks = [torch.arange(len(numbers))[chunk] for chunk in chunks]
     assert sorted(torch.cat(chunks).tolist()) == list(range(len(numbers)))
     groups = [set(shuffled[chunk].tolist()) for chunk in chunks]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dpo_wrapper.log_probs.fused_backward import max_chunk_tokens
-from dpo_wrapper.log_probs.softmax_cache import SoftmaxCache
+from dpo_wrapper.log_probs.softmax_cache import cache_room
 from dpo_wrapper.log_probs.tiles import TILE_BYTES
 
 TESTS = Path(__file__).parents[1]
@@ -41,7 +41,7 @@ def test_beside_inputs_and_gradients_there_are_a_few_tiles(mode: str, t: int, d:
     if mode == "cached":
         assert logits < extra < logits + allowed
     elif mode == "default":
-        budget = min(logits, SoftmaxCache.budget(torch.empty(v, d)))
+        budget = min(logits, cache_room(torch.empty(v, d)))
         assert budget // 2 < extra < budget + allowed
     else:
         assert grad_bytes < extra < allowed < logits
@@ -50,7 +50,8 @@ def test_beside_inputs_and_gradients_there_are_a_few_tiles(mode: str, t: int, d:
 @pytest.mark.parametrize("t, d, v", ((2048, 64, 16384), (1536, 512, 32768), (8192, 32, 8192)))
 def test_a_fused_loss_needs_the_softmaxes_of_one_chunk(t: int, d: int, v: int):
     logits, grad_bytes = t * v * 4, (t * d + v * d) * 4
-    chunk = max(max_chunk_tokens(torch.empty(v, d)), t // 8) * v * 4  # a group may exceed a chunk
+    max_tokens = max_chunk_tokens(torch.empty(v, d), torch.float32)
+    chunk = max(max_tokens, t // 8) * v * 4  # a group may exceed a chunk
     other = 2 * TILE_BYTES["cpu"] + 3 * t * d * 4 + 8 * MEBIBYTE
     extra = measure_extra("fused", t, d, v)
     assert grad_bytes + chunk // 2 < extra < grad_bytes + chunk + other < grad_bytes + logits

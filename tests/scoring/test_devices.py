@@ -56,11 +56,13 @@ def test_no_float64_on_the_device(name, loss):
 @pytest.mark.parametrize("share_prefix", ["auto", False])
 @pytest.mark.parametrize("name", ["xt-rotary", "hf-llama", "plain-gru"])
 def test_another_default_device(name, share_prefix):
-    dpo, expected = DPO(ZOO[name](0), share_prefix=share_prefix), DPO(ZOO[name](0))(**ARGUMENTS)
+    dpo = DPO(ZOO[name](0), share_prefix=share_prefix, cache_ref_log_probs=True)
+    expected = DPO(ZOO[name](0))(**ARGUMENTS)
     torch.set_default_device("meta")
     try:
-        loss = dpo(**ARGUMENTS)
+        loss, metrics = dpo(**ARGUMENTS, return_metrics=True)
         loss.backward()
+        assert metrics["tokens/padded"] > metrics["tokens/unique"]
     finally:
         torch.set_default_device(None)
     torch.testing.assert_close(loss, expected)

@@ -43,7 +43,7 @@ class Watch:
 
         monkeypatch.setattr(fused_backward.FusedLoss, "split", parts)
         monkeypatch.setattr(fused_backward, "gradients_from_saved", gradients_from_saved)
-        monkeypatch.setattr(fused_backward, "max_chunk_tokens", lambda weight: tokens)
+        monkeypatch.setattr(fused_backward, "max_chunk_tokens", lambda *_: tokens)
 
 
 @pytest.fixture

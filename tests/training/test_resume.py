@@ -62,7 +62,7 @@ def test_resume_is_refused_with_other_settings(rows, tmp_path):
 
 
 def test_a_finished_run_is_not_resumed_and_an_unfinished_one_is_no_model(finished_run, rows, tmp_path):
-    settings = json.loads((finished_run / "config.json").read_text())["dpo_wrapper"]
+    settings = json.loads((finished_run / "run.json").read_text())["settings"]
     with pytest.raises(ValueError, match="is finished"):
         RunFolder(make_config(Path(settings["data"]), finished_run)).check(resume=True)
     with pytest.raises(ValueError, match=r"needs an unfinished run, but .* holds no run"):

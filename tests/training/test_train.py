@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,17 +11,19 @@ from safetensors.torch import load_file
 
 from dpo_wrapper.pretrained import load_pretrained
 from dpo_wrapper.training.config import TrainConfig
+from dpo_wrapper.training.setup import set_up_training
 from dpo_wrapper.training.train import train
 from helpers.datasets import write_rows
-from helpers.runs import ROOT, make_config, read_metrics
+from helpers.runs import ROOT, interrupt_training, make_config, read_metrics
 
 
 def test_the_run_folder_holds_what_it_says(finished_run):
     names = {path.name for path in finished_run.iterdir()}
     assert {"config.json", "metrics.jsonl", "model.safetensors", "curves.png", "sft"} <= names
-    assert "checkpoint" not in names
-    settings = json.loads((finished_run / "config.json").read_text())
-    assert settings["dpo_wrapper"]["loss"] == TrainConfig(data=Path("x")).loss
+    assert not any(name.startswith("checkpoint") or name.endswith(".new") for name in names)
+    run = json.loads((finished_run / "run.json").read_text())
+    assert run["status"] == "finished" and run["settings"]["loss"] == TrainConfig(data=Path("x")).loss
+    assert "dpo_wrapper" not in (finished_run / "config.json").read_text()
     assert (finished_run / "curves.png").stat().st_size > 20_000
 
     log = read_metrics(finished_run)
@@ -95,3 +98,38 @@ def test_without_eval_rows_the_train_metrics_are_printed(rows, tmp_path, capsys)
     printed = capsys.readouterr().out
     assert "8 train and 0 eval pairs" in printed and "train before" in printed
     assert "reference" in printed and "policy" in printed
+
+
+@pytest.mark.slow
+def test_weights_that_a_model_rescales_in_eval_mode_are_saved_as_they_train(rows, tmp_path):
+    """RWKV-4 divides some of its weights in eval mode, by 2 and 4 with these options."""
+    from transformers import AutoModelForCausalLM, RwkvConfig, RwkvForCausalLM
+
+    sizes = {"hidden_size": 16, "attention_hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 6}
+    base, out = tmp_path / "base", tmp_path / "out"
+    torch.manual_seed(0)
+    RwkvForCausalLM(RwkvConfig(vocab_size=300, context_length=32, rescale_every=2, **sizes)).save_pretrained(
+        base
+    )
+    options = {"model": str(base), "tokenizer": "bytes", "max_length": 12, "batch_size": 8, "save_steps": 1}
+    config = make_config(rows, out, learning_rate=1e-30, sft_epochs=0, epochs=1, **options)
+    with interrupt_training("dpo", after_steps=2):
+        train(config)
+    train(replace(config, resume=True))
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (base, out))
+    for (name, one), other in zip(before.named_parameters(), after.parameters(), strict=True):
+        torch.testing.assert_close(one, other, msg=name)
+    losses = [record["loss"] for record in read_metrics(out)]
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=0.2)
+
+
+def test_prompts_that_are_trained_on_and_evaluated_on_are_counted(rows, tmp_path):
+    lines = rows.read_text().splitlines()
+    eval_data = tmp_path / "eval.jsonl"
+    eval_data.write_text("\n".join([*lines[:4], json.dumps({"prompt": "?", "chosen": "a", "rejected": "b"})]))
+    setup = set_up_training(make_config(rows, tmp_path / "out", eval_data=eval_data))
+    assert any(
+        note.startswith("4 of the 5 eval examples have prompts that are trained on") for note in setup.notes
+    )
+    setup = set_up_training(make_config(rows, tmp_path / "out"))
+    assert not any("trained on" in note for note in setup.notes)

@@ -1,0 +1,74 @@
+"""Nested states, such as that of an optimizer, in safetensors files: reading one runs no code."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dpo_wrapper.training.stopping import TrainingError
+
+
+def write_state(file: Path, state: Any) -> None:
+    """Write dicts, lists and tuples of tensors, numbers, strings, bools and None.
+
+    A tensor that stands in several places, as tied weights do, is written once.
+    """
+    tensors: dict[str, Tensor] = {}
+    names: dict[tuple[Any, ...], str] = {}
+
+    def describe(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            place = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride())
+            key = (*place, value.dtype) if value.numel() else (id(value),)
+            if key not in names:
+                names[key] = str(len(names))
+                tensors[names[key]] = _own_copy(value)
+            return {"tensor": names[key]}
+        if isinstance(value, dict):
+            return {"dict": [[describe(name), describe(part)] for name, part in value.items()]}
+        if isinstance(value, (list, tuple)):
+            return {type(value).__name__: [describe(part) for part in value]}
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        raise TypeError(f"a state should hold tensors, numbers and strings, but it holds {type(value)}.")
+
+    save_file(tensors, str(file), metadata={"state": json.dumps(describe(state))})
+
+
+def read_state(file: Path) -> Any:
+    """Read what `write_state` wrote, its tensors on the CPU.
+
+    Raises:
+        TrainingError: the file is not there, or it holds no such state.
+    """
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            description = json.loads(opened.metadata()["state"])
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(
+            f"{file} should be part of a checkpoint, but it cannot be read ({error}): delete "
+            f"{file.parent}, and --resume starts the run again."
+        ) from error
+
+    def rebuild(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        ((kind, content),) = value.items()
+        if kind == "tensor":
+            return tensors[content]
+        if kind == "dict":
+            return {rebuild(name): rebuild(part) for name, part in content}
+        parts = [rebuild(part) for part in content]
+        return tuple(parts) if kind == "tuple" else parts
+
+    return rebuild(description)
+
+
+def _own_copy(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU, in memory that holds nothing else."""
+    copy = tensor.detach().cpu().contiguous()
+    return copy.clone() if copy.untyped_storage().nbytes() != copy.nbytes else copy

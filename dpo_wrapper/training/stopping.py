@@ -1,0 +1,61 @@
+"""Why a run stops before its end: a signal, or something that only a person can mend."""
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+
+class TrainingError(RuntimeError):
+    """Says in one sentence why a run cannot go on. Its last checkpoint stays."""
+
+
+class StoppedBySignal(KeyboardInterrupt):
+    """A run has stopped after a step, of which it wrote a checkpoint; `number` is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
+class StopRequest:
+    """Notes SIGINT and SIGTERM inside its context, so that a run can finish its step and write a checkpoint.
+
+    A second signal acts as it would outside of the context. A signal that is ignored outside stays ignored.
+
+    Attributes:
+        number: of the signal that came; None before.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self.handlers[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers = {}
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.number = number
+        self.__exit__()
+        name = signal.Signals(number).name
+        text = f"\n{name}: the run stops after this step, with a checkpoint; repeat it to stop now\n"
+        os.write(2, text.encode())  # a handler may run in the middle of a print
+
+
+def ignore_signals(_: int) -> None:
+    """What a worker process does at its start: a signal to all processes is answered by the main process.
+
+    Workers end with it, or when it is done with them.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,258 @@
+"""Run folders, of which something is broken: a kill in the middle of a write, a planted file, no room."""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from dpo_wrapper.pretrained import load_pretrained
+from dpo_wrapper.training import checkpoint, state_files
+from dpo_wrapper.training import train as train_module
+from dpo_wrapper.training.run_folder import Progress, RunFolder
+from dpo_wrapper.training.state_files import read_state, write_state
+from dpo_wrapper.training.stopping import TrainingError
+from dpo_wrapper.training.train import train
+from helpers.runs import interrupt_training, make_config, read_metrics
+
+
+class KilledError(BaseException):
+    """No handler of the package catches it."""
+
+
+class Killer:
+    """Ends the process, as it were, at the nth change of a file, which it leaves half done."""
+
+    def __init__(self, monkeypatch):
+        self.left = 0  # changes until then; 0 for never
+        for module, name, half in (
+            (os, "rename", None),
+            (os, "replace", None),
+            (shutil, "rmtree", self.remove_half),
+            (state_files, "save_file", self.save_half),
+            (safetensors.torch, "save_model", self.save_half),
+            (Path, "write_text", self.write_half),
+        ):
+            monkeypatch.setattr(module, name, self.counted(getattr(module, name), half))
+
+    def counted(self, function, half):
+        def wrapped(*args, **kwargs):
+            self.left -= 1
+            if self.left == 0:
+                if half is not None:
+                    half(*args)
+                raise KilledError
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    def write_half(self, file, text, *_):
+        with open(file, "w") as opened:
+            opened.write(text[: len(text) // 2])
+
+    def save_half(self, tensors, file):
+        with open(file, "wb") as opened:
+            opened.write(bytes(20))
+
+    def remove_half(self, folder):
+        for file in [file for file in folder.iterdir() if file.is_file()][:1]:
+            file.unlink()
+
+    def is_killed(self, at, function, *args):
+        """Whether the call was killed at its change number `at`."""
+        self.left = at
+        try:
+            function(*args)
+        except KilledError:
+            return True
+        finally:
+            self.left = 0
+        return False
+
+
+@pytest.fixture
+def killer(monkeypatch):
+    return Killer(monkeypatch)
+
+
+def reopen(rows, out):
+    """The run of a new process in a folder."""
+    is_begun = (out / "run.json").exists()
+    run = RunFolder(make_config(rows, out, resume=is_begun))
+    run.check(resume=is_begun)
+    return run
+
+
+def write_checkpoints(run, last_step, completed):
+    """What a run does with its folder; the number of steps done is all of its state."""
+    run.open()
+    done = run.progress.step
+    if done:
+        assert read_state(run.checkpoint_folder / checkpoint.STATE_FILE) == {"step": done}
+    for step in range(done + 1, last_step + 1):
+        run.log_metrics("sft", "step", step, {"loss": 1.0})
+        run.create_new_checkpoint()
+        write_state(run.new_checkpoint_folder / checkpoint.STATE_FILE, {"step": step})
+        run.replace_checkpoint("sft", step)
+        completed.append(step)
+
+
+def test_whenever_a_run_is_killed_its_newest_checkpoint_is_whole(rows, tmp_path, killer):
+    for at in range(1, 100):
+        out, completed = tmp_path / str(at), [0]
+        is_killed = killer.is_killed(at, write_checkpoints, reopen(rows, out), 3, completed)
+        for again in (at % 8 + 1, at % 5 + 1):  # and once more, and again, while it resumes
+            run = reopen(rows, out)
+            assert run.progress.step >= completed[-1]
+            killer.is_killed(again, write_checkpoints, run, 5, completed)
+        run = reopen(rows, out)
+        write_checkpoints(run, 5, completed)
+        assert [record["step"] for record in run.read_records()] == [1, 2, 3, 4, 5]
+        if not is_killed:
+            break
+    assert 15 < at < 99
+
+
+@pytest.mark.slow
+def test_whenever_training_is_killed_it_resumes_to_the_same_result(rows, tmp_path, killer, monkeypatch):
+    monkeypatch.setattr(train_module, "plot_curves", lambda _, path: path.write_text("a plot"))
+    monkeypatch.setattr(train_module, "format_completions", lambda *_: "")
+    options = {"sft_epochs": 1, "epochs": 1, "batch_size": 32, "save_steps": 0, "max_length": 16}
+    train(make_config(rows, tmp_path / "whole", **options))
+    metrics = read_metrics(tmp_path / "whole")
+    weights = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    for at in range(1, 100):
+        out = tmp_path / str(at)
+        is_killed = killer.is_killed(at, train, make_config(rows, out, **options))
+        if not is_killed:
+            break
+        if (out / "run.json").exists():
+            status = json.loads((out / "run.json").read_text())["status"]
+            if status == "training":
+                with pytest.raises(ValueError, match="has not finished"):
+                    load_pretrained(str(out), None, 16)
+            if status == "finished":
+                continue
+            train(make_config(rows, out, resume=True, **options))
+        else:
+            train(make_config(rows, out, **options))
+        assert read_metrics(out) == metrics
+        assert (out / "model.safetensors").read_bytes() == weights
+        assert sorted(path.name for path in out.iterdir() if path.name != "metrics.1.jsonl") == names
+        load_pretrained(str(out), None, 16)
+        shutil.rmtree(out)
+    assert 15 < at < 99
+
+
+class Planted:
+    path: Path
+
+    def __reduce__(self):
+        return os.mkdir, (str(Planted.path),)
+
+
+@pytest.mark.slow
+def test_resuming_runs_no_code_of_the_folder(rows, tmp_path):
+    out, Planted.path = tmp_path / "out", tmp_path / "ran"
+    with interrupt_training("dpo", after_steps=3):
+        train(make_config(rows, out, save_steps=2))
+    names = {path.name for path in (out / "checkpoint").iterdir()}
+    assert names == {"progress.json", "random-0.safetensors", "state.safetensors"}
+    for name in ("optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl", "pytorch_model.bin"):
+        torch.save(Planted(), out / "checkpoint" / name)
+    train(make_config(rows, out, save_steps=2, resume=True))
+    assert not Planted.path.exists()
+    (tmp_path / "state.safetensors").write_bytes(pickle.dumps(Planted()))
+    with pytest.raises(TrainingError, match=r"part of a checkpoint, but it cannot be read .*: delete"):
+        read_state(tmp_path / "state.safetensors")
+    assert not Planted.path.exists()
+
+
+def test_a_state_comes_back_as_it_was(tmp_path):
+    weight = torch.randn(3, 4)
+    state = {
+        "step": 3,
+        "nested": {0: {"exp_avg": torch.randn(2, 2).bfloat16(), "step": torch.tensor(5.0)}, 7: {}},
+        "groups": [{"betas": (0.9, 0.999), "lr": 1e-3 / 3, "name": None, "amsgrad": False, "ids": [0, 1]}],
+        "tied": {"head": weight, "embedding": weight},
+        "views": (weight[1], weight.T, torch.empty(0), torch.zeros(0, 2, dtype=torch.uint8)),
+        "is_nan": float("inf"),
+    }
+    write_state(tmp_path / "state", state)
+    read = read_state(tmp_path / "state")
+
+    def check(one, other):
+        assert type(one) is type(other)
+        if isinstance(one, dict):
+            assert list(one) == list(other)
+            one, other = list(one.values()), list(other.values())
+        if isinstance(one, (list, tuple)):
+            for part, other_part in zip(one, other, strict=True):
+                check(part, other_part)
+        elif isinstance(one, torch.Tensor):
+            assert one.dtype == other.dtype and torch.equal(one, other)
+        else:
+            assert one == other
+
+    check(state, read)
+    assert (tmp_path / "state").stat().st_size < 3000  # tied weights are written once
+    with pytest.raises(TypeError, match="should hold tensors"):
+        write_state(tmp_path / "state", {"set": {1}})
+
+
+def test_the_newest_of_the_checkpoints_is_taken(rows, tmp_path):
+    """Killed between the two renames, a folder holds checkpoint.old and checkpoint.new."""
+    run = RunFolder(make_config(rows, tmp_path / "out"))
+    write_checkpoints(run, 2, [])
+    run.checkpoint_folder.rename(run.old_checkpoint_folder)
+    shutil.copytree(run.old_checkpoint_folder, run.new_checkpoint_folder)
+    (run.new_checkpoint_folder / "progress.json").write_text(
+        json.dumps({"stage": "dpo", "step": 0, "log_bytes": 30})
+    )
+    resumed = reopen(rows, tmp_path / "out")
+    assert resumed.progress == Progress("dpo", 0, 30)
+    resumed.open()
+    assert run.checkpoint_folder.exists() and resumed.metrics_file.stat().st_size == 30
+    assert not run.old_checkpoint_folder.exists() and not run.new_checkpoint_folder.exists()
+
+
+def test_a_log_without_a_checkpoint_is_kept(rows, tmp_path, capsys):
+    with interrupt_training("sft", after_steps=3):
+        train(make_config(rows, tmp_path / "out", save_steps=0))
+    logged = (tmp_path / "out" / "metrics.jsonl").read_text()
+    with interrupt_training("sft", after_steps=1):
+        train(make_config(rows, tmp_path / "out", save_steps=0, resume=True))
+    assert (tmp_path / "out" / "metrics.1.jsonl").read_text() == logged
+    assert "There is no checkpoint, so the run begins again; what it had logged" in capsys.readouterr().out
+
+
+def test_settings_that_cannot_be_read_get_a_sentence(rows, tmp_path):
+    (tmp_path / "out").mkdir()
+    for text in ("", "[]", "{}"):
+        (tmp_path / "out" / "run.json").write_text(text)
+        with pytest.raises(ValueError, match=r"run.json should hold the settings of a run, but it does not"):
+            RunFolder(make_config(rows, tmp_path / "out")).check(resume=True)
+
+
+def test_a_run_without_its_report_makes_it(rows, tmp_path, monkeypatch, capsys):
+    def broken(*_):
+        raise KilledError
+
+    out, options = tmp_path / "out", {"sft_epochs": 0, "epochs": 1}
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr("dpo_wrapper.training.train.plot_curves", broken)
+        train(make_config(rows, out, **options))
+    assert not (out / "curves.png").exists()
+    metrics = read_metrics(out)
+    load_pretrained(str(out), None, 128)
+    capsys.readouterr()
+    train(make_config(rows, out, resume=True, **options))
+    assert (out / "curves.png").exists() and "reward accuracy" in capsys.readouterr().out
+    assert read_metrics(out) == metrics
+    with pytest.raises(ValueError, match="is finished"):
+        train(make_config(rows, out, resume=True, **options))

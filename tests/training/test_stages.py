@@ -1,0 +1,40 @@
+"""What stages hand to the gather."""
+
+import pytest
+import torch
+
+from dpo_wrapper.batches import normalize_over_step
+from dpo_wrapper.data import TokenizedExample
+from dpo_wrapper.data.collate import collate_sft
+from dpo_wrapper.scoring import token_log_probs as scoring
+from dpo_wrapper.training.stages import SFTModule
+from helpers.models import ZOO
+
+
+@pytest.mark.parametrize("share_prefix", ["auto", False])
+def test_supervised_tokens_are_groups_of_their_own_below_a_system_prompt(monkeypatch, share_prefix):
+    """In one group for all of them, softmaxes of all but a chunk would be computed twice."""
+    system, given = tuple(range(1, 9)), []
+
+    def recorded(*args, fused_loss, **kwargs):
+        given.append(fused_loss)
+        return log_probs_from_hidden(*args, fused_loss=fused_loss, **kwargs)
+
+    log_probs_from_hidden = scoring.log_probs_from_hidden
+    monkeypatch.setattr(scoring, "log_probs_from_hidden", recorded)
+    module = SFTModule(ZOO["xt-rotary"](0)).train()
+    module.scorer.share_prefix = share_prefix
+    examples = [TokenizedExample((*system, k), ((k, 3), (4,))) for k in range(9, 13)]
+    (batch,) = normalize_over_step([collate_sft(examples)])
+    loss = module(batch)
+    groups = given[-1].groups
+    num_entries = 7 + 4 * 3 if share_prefix else 4 * 10
+    assert len(groups) == len(groups.unique()) == num_entries
+    assert len(given[-1].split(4, torch.device("cpu"))) > 4
+
+    loss.backward()
+    grads = [p.grad.clone() for p in module.parameters()]
+    module.zero_grad()
+    (-module.scorer(batch.sequences).sums.sum() / batch.denominator).backward()
+    for grad, parameter in zip(grads, module.parameters(), strict=True):
+        torch.testing.assert_close(grad, parameter.grad, rtol=1e-4, atol=1e-6)

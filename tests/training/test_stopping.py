@@ -1,0 +1,163 @@
+"""A run that stops before its end: by a signal, a loss that is not finite, or a full disk."""
+
+import errno
+import json
+import os
+import random
+import signal
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from dpo_wrapper import cli
+from dpo_wrapper.pretrained import PRESETS
+from dpo_wrapper.training import checkpoint, stages
+from dpo_wrapper.training.stopping import StoppedBySignal, StopRequest, TrainingError
+from dpo_wrapper.training.train import train
+from dpo_wrapper.training.trainer import Trainer
+from helpers.runs import SMALL_DECODER, make_config, read_metrics
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
+
+
+def after_calls(function, number, then):
+    """The function, but the call of this number, from 1, does something else first."""
+    calls = 0
+
+    def wrapped(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            then()
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "owner, name, call, number",
+    [
+        (stages.SFTStage, "micro_batch_loss", 2, signal.SIGINT),
+        (stages.SFTStage, "evaluate", 1, signal.SIGTERM),
+        (stages.DPOStage, "micro_batch_loss", 1, signal.SIGTERM),
+        (stages.DPOStage, "evaluate", 4, signal.SIGINT),
+        (Trainer, "train_step", 6 + 12, signal.SIGTERM),  # the very last step
+    ],
+)
+def test_a_signal_writes_a_checkpoint_first(
+    finished_run, rows, tmp_path, monkeypatch, owner, name, call, number
+):
+    out = tmp_path / "out"
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch, pytest.raises(StoppedBySignal) as stopped:
+        # where the tests run in the background, the shell has told them to ignore SIGINT
+        patch.setattr(signal, "getsignal", lambda _: signal.default_int_handler)
+        kill = after_calls(getattr(owner, name), call, lambda: os.kill(os.getpid(), number))
+        patch.setattr(owner, name, kill)
+        train(make_config(rows, out, save_steps=0))
+    assert stopped.value.number == number and signal.getsignal(number) == before
+    assert (out / "checkpoint" / checkpoint.STATE_FILE).exists()
+    train(make_config(rows, out, save_steps=0, resume=True))
+    assert read_metrics(out) == read_metrics(finished_run)
+    assert (out / "model.safetensors").read_bytes() == (finished_run / "model.safetensors").read_bytes()
+
+
+def test_a_second_signal_acts_at_once(capfd):
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), StopRequest() as request:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert request.number == signal.SIGINT
+            os.kill(os.getpid(), signal.SIGINT)
+        assert "SIGINT: the run stops after this step, with a checkpoint" in capfd.readouterr().err
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with StopRequest() as request:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert request.number is None
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def run_command(capsys, *args):
+    """Exit status and the sentence of a command."""
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(list(map(str, args)))
+    sentences = [s for s in capsys.readouterr().err.splitlines() if s.startswith("dpo-wrapper: ")]
+    return exit_.value.code, sentences
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_a_loss_that_is_not_finite_stops_the_run(rows, tmp_path, capsys, stage):
+    out = tmp_path / "out"
+    args = ["train", "--data", rows, "--out", out, "--cpu", "--batch-size", "4", "--max-length", "32"]
+    args += ["--lr", "1e30", "--sft-lr", "1e30"] if stage == "sft" else ["--lr", "1e30", "--sft-epochs", "0"]
+    args = ["--sft-learning-rate" if arg == "--sft-lr" else arg for arg in args]
+    status, sentences = run_command(capsys, *args, "--save-steps", "1", "--eval-steps", "100")
+    assert status == 1 and len(sentences) == 1
+    assert (
+        f"should be finite, but at step 2 of {stage} it is nan: begin a new run with a lower" in sentences[0]
+    )
+    assert not (out / "model.safetensors").exists()
+    assert json.loads((out / "checkpoint" / "progress.json").read_text())["step"] == 1
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+
+
+def test_an_evaluation_that_is_not_finite_is_logged_as_null(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages.DPOStage, "evaluate", lambda *_: {"loss": float("nan"), "kl": float("inf")})
+    with pytest.raises(
+        TrainingError, match=r"the eval loss should be finite, but at step 0 of dpo it is nan"
+    ):
+        train(make_config(rows, tmp_path / "out", sft_epochs=0))
+    (line,) = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    record = json.loads(line, parse_constant=pytest.fail)
+    assert record["loss"] is None and record["kl"] is None
+
+
+@pytest.mark.slow
+def test_a_full_disk_gets_one_sentence_and_the_run_resumes(rows, tmp_path, monkeypatch, capsys):
+    def fail():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setitem(PRESETS, "tiny", SMALL_DECODER)
+    out = tmp_path / "out"
+    args = ["train", "--data", rows, "--out", out, "--cpu", "--batch-size", "8", "--max-length", "32"]
+    args += ["--sft-epochs", "0", "--epochs", "1", "--save-steps", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_state", after_calls(checkpoint.write_state, 4, fail))
+        status, sentences = run_command(capsys, *args)
+    assert status == 1 and len(sentences) == 1
+    assert "No space left on device): make room, and the same command with --resume" in sentences[0]
+    assert json.loads((out / "checkpoint" / "progress.json").read_text())["step"] == 1
+    cli.main([*map(str, args), "--resume"])
+    assert [r["step"] for r in read_metrics(out) if r["part"] == "step"] == [1, 2, 3]
+
+
+def test_random_states_that_cannot_be_loaded_are_told(rows, tmp_path, capsys, monkeypatch):
+    options = {"sft_epochs": 0, "epochs": 1, "batch_size": 16, "save_steps": 1}
+    fail = after_calls(Trainer.train_step, 2, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "train_step", fail)
+        train(make_config(rows, tmp_path / "out", **options))
+    (tmp_path / "out" / "checkpoint" / "random-0.safetensors").unlink()
+    train(make_config(rows, tmp_path / "out", resume=True, **options))
+    sentence = "The random state of process 0 is not that of the interrupted run: the checkpoint has none."
+    assert sentence in capsys.readouterr().out
+
+
+def test_random_states_come_back():
+    def draw():
+        return random.random(), random.gauss(0, 1), np.random.randn(), float(torch.rand(()))
+
+    random.gauss(0, 1), np.random.randn()  # of two draws, the second is kept
+    state = checkpoint.get_random_state(torch.device("cpu"))
+    first = draw()
+    checkpoint.set_random_state(state, torch.device("cpu"))
+    assert draw() == first != draw()
+    assert (
+        checkpoint.set_random_state(state, torch.device("meta")) == "the checkpoint was not written on meta"
+    )
