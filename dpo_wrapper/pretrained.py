@@ -169,6 +169,11 @@ def save_pretrained(pretrained: PretrainedModel, model: nn.Module, folder: Path)
     pretrained.tokenizer.save(folder)
 
 
+def rescales_in_eval_mode(model: nn.Module) -> bool:
+    """Whether a model of transformers (RWKV-4, which has no dropout) rescales its weights in eval mode."""
+    return any(hasattr(module, "layers_are_rescaled") for module in model.modules())
+
+
 def undo_rescaling(model: nn.Module) -> None:
     """Give weights that a model of transformers rescales in eval mode (RWKV-4) the scale they train at.
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from dpo_wrapper.cpu_matmul import is_onednn_faster, onednn_linear
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a context may end while garbage is collected, anywhere in this thread
 _fastpath_holders, _is_fastpath_enabled = 0, True  # how many contexts hold torch's flag, and what it was
 _held: "dict[int, _Held]" = {}  # by the id of the module
 

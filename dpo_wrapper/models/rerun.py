@@ -7,6 +7,7 @@ the first and the last of a forward pass therefore tell to which pass a layer be
 """
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
@@ -25,12 +26,13 @@ class _Thread(threading.local):
     Attributes:
         tree: of the forward pass that runs, what `attention_tree` returns.
         is_over_tree: whether there is one. `torch.compile` asks for it, and would compile anew for each tree.
-        rerun: the pass of the layer that ran again last, for backward passes inside backward passes.
+        rerun: the pass of the layer that ran again last, for backward passes inside backward passes; a
+            function, which returns None when that pass is gone.
     """
 
     tree: Any = None
     is_over_tree = False
-    rerun: "ForwardPass | None" = None
+    rerun: "Callable[[], ForwardPass | None]" = staticmethod(lambda: None)
 
 
 _thread = _Thread()
@@ -79,11 +81,14 @@ def attention_tree() -> Any:
     if backward == -1 or not _in_backward:
         return None
     if backward in _in_backward:
-        number = torch._C._current_autograd_node()._sequence_nr()
-        _thread.rerun = next((each for each in _in_backward[backward] if number in each.numbers), None)
-    elif not any(_thread.rerun in passes for passes in _in_backward.values()):
-        _thread.rerun = None  # a backward pass of others
-    return None if _thread.rerun is None else _thread.rerun.tree
+        node = torch._C._current_autograd_node()  # None in a hook
+        passes = [] if node is None else _in_backward[backward]
+        found = next((each for each in passes if node._sequence_nr() in each.numbers), None)
+        _thread.rerun = (lambda: None) if found is None else weakref.ref(found)
+    elif not any(_thread.rerun() in passes for passes in list(_in_backward.values())):
+        return None  # a backward pass of others
+    rerun = _thread.rerun()
+    return None if rerun is None else rerun.tree
 
 
 class ForwardPass:

@@ -12,7 +12,7 @@ from dpo_wrapper.data import scored_sequences
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.evaluation.report import format_before_and_after, format_completions, plot_curves
 from dpo_wrapper.losses import parse_losses
-from dpo_wrapper.pretrained import save_pretrained
+from dpo_wrapper.pretrained import rescales_in_eval_mode, save_pretrained
 from dpo_wrapper.reference import CachedReference, precompute_ref_log_probs
 from dpo_wrapper.reference.build import ReferenceKind
 from dpo_wrapper.reference.reference import FrozenModel
@@ -103,6 +103,7 @@ def build_dpo(setup: TrainSetup, accelerator: Accelerator) -> DPO:
         cache_ref_log_probs=not config.ref_model_sync_steps,
         ld_alpha=config.ld_alpha,
         wpo=config.wpo,
+        disable_dropout=not rescales_in_eval_mode(model),
     )
 
 

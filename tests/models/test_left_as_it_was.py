@@ -1,10 +1,12 @@
 """The caller's model is left as it was: modes, attributes, configuration, and what other threads see."""
 
 import copy
+import gc
 import pickle
 import subprocess
 import sys
 import threading
+import weakref
 from functools import partial
 from typing import Any
 
@@ -276,3 +278,18 @@ def test_models_that_cannot_train_in_eval_mode_are_refused(make, reason):
         assert_unchanged()
     without = [name for name, p in policy.named_parameters() if p.grad is None]
     assert without in ([], ["lm_head.bias"])  # which Reformer never uses
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("is_used", [True, False], ids=["after backward", "without backward"])
+def test_nothing_holds_a_model_that_is_gone(is_used, reentrant):
+    policy = ZOO["hf-llama"](0).train()
+    policy.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    dpo = DPO(policy)
+    loss = dpo(**arguments(CASES[1]))
+    if is_used:
+        loss.backward()
+    gone = weakref.ref(policy)
+    del dpo, policy, loss
+    gc.collect()
+    assert gone() is None

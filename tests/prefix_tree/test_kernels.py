@@ -59,10 +59,9 @@ def test_autocast_casts_as_torchs_own_attention_does(kernel):
     assert exact.dtype == torch.float64
 
 
+@torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True)
 def test_each_key_has_its_own_compiled_function(monkeypatch):
     """torch compiles one function at most `recompile_limit` times in a process."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     flex_attention.compile_flex_attention.cache_clear()
     layout, mask = make_layout("flex")
