@@ -36,6 +36,8 @@ class OnlineHiddenGrad:
         """The derivative d log-prob / d hidden, from the statistics of the whole vocabulary, in place."""
         grad = self.grad.mul_(exp_difference(self.reference_lse, statistics.lse).neg_()[:, None])
         target, v = self.tiles.targets - self.tiles.options.vocab_offset, len(self.tiles.weight)
+        if v == 0:  # all entries are on other processes
+            return grad
         is_held = (target >= 0) & (target < v)  # the others' targets are on another process
         target_weight = self.tiles.weight.index_select(0, target.clamp(0, v - 1)).to(grad.dtype)
         return grad.addcmul_(target_weight, statistics.target_grad.where(is_held, 0.0)[:, None])

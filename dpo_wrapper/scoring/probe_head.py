@@ -105,7 +105,7 @@ def why_head_differs(
         return "the head of a plain module cannot be reached"
     if head is not None and is_head_sharded(model, head):
         return "its head is sharded, and whole inside the model alone"
-    if head is not None and head.weight.is_meta:
+    if head is not None and head.weight.is_meta and not logits.is_meta:
         return "its head is offloaded, and in memory inside the model alone"
     if (reason := model.why_own_forward()) is not None:
         return reason

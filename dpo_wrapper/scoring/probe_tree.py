@@ -1,9 +1,9 @@
 """The trial of shared prefixes: do log-probs and gradients over a prefix tree equal those of padded rows?
 
 A tree mixes up what should be apart in two ways. A branch may see its sibling, which stands before it in the
-tree's row: the trial changes the tokens of one branch, and the log-probs of the others should stay the same
-to the bit, however small the weights are. And positions may be wrong, or layers run again in backward when
-the tree is gone: log-probs and gradients are compared with those of padded rows.
+tree's row: the trial changes the tokens of one branch, and the log-probs of the others should stay the same,
+in narrow dtypes to the bit, however small the weights are. And positions may be wrong, or layers run again in
+backward when the tree is gone: log-probs and gradients are compared with those of padded rows.
 """
 
 from collections.abc import Iterator
@@ -32,6 +32,9 @@ LARGE_NUMEL = 2**24
 
 MAX_GRADIENT_NUMEL = 2**16
 """Parameters of at most this size have their gradients compared, and the first and the last that trains."""
+
+ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6}
+"""How much log-probs of other branches may change, relative to the largest; in narrow dtypes not at all."""
 
 
 class TreeTrial:
@@ -139,8 +142,8 @@ class TreeTrial:
             difference = (self.log_probs(changed, probe) - tokens)[sequences.row != row]
             return float(difference.abs().nan_to_num(torch.inf).max())
 
-        change = largest_change(0)
-        return change > 0.0 and not change <= 10 * largest_change(3)
+        change, scale = largest_change(0), float(tokens.abs().max())
+        return change > ROUNDING.get(self.dtype, 0.0) * scale and not change <= 10 * largest_change(3)
 
     def ignores_positions(self, sequences: ScoredSequences, probe: Probe, tokens: Tensor) -> bool:
         """Whether a model counts positions in the tree's row by itself, as BLOOM does for its biases.

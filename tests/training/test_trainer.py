@@ -101,8 +101,8 @@ def test_micro_batch_tokens_bound_padded_rows(rows, tmp_path, monkeypatch, preco
     """In training, evaluation, the cache and the precomputed reference."""
 
     class PaddedScorer(Scorer):
-        def __init__(self, model, impl="auto", share_prefix=False, policy=None):
-            super().__init__(model, impl, False, policy)
+        def __init__(self, model, impl="auto", share_prefix=False, *args, **kwargs):
+            super().__init__(model, impl, False, *args, **kwargs)
 
         def __call__(self, sequences, *args, **kwargs):
             passes.append((len(sequences.ids), sequences.ids.numel()))
