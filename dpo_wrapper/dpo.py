@@ -35,8 +35,8 @@ class DPO(ReferenceOwner):
         reference: `'copy'`, a frozen copy made now; `'adapter'`, the policy with its fresh LoRA adapter off;
             a module; what `precompute_ref_log_probs` returns; `'none'`; or `'auto'`: none if no loss needs
             one, else the adapter where that is possible, else a copy.
-        reference_dtype, reference_device: dtype of a copy, and the device where it stays, wherever the policy
-            moves. Such a copy shares no storage with the policy; in another dtype it differs by rounding.
+        reference_dtype, reference_device: dtype of a copy, and the device where it stays. Such a copy shares
+            no storage with the policy; in another dtype it differs by rounding.
         cache_ref_log_probs: keep the reference's log-probs in memory and compute each sequence once.
         share_prefix: compute prefixes that sequences share once, and no padding. `'auto'` does so if a trial
             gives the log-probs of padded rows, and else warns; True raises then; False pads.
@@ -44,8 +44,9 @@ class DPO(ReferenceOwner):
         ld_alpha: tokens beyond the length of the shorter completion are weighted by it, in the sums of policy
             and reference (LD-DPO, Liu 2024, arXiv 2409.06411).
         wpo: weight each pair by how likely the policy is to write its sides (Zhou 2024, arXiv 2406.11827).
-        disable_dropout: compute the policy without dropout, so that only training sets it apart from the
-            reference. Each module's `training` flag is afterwards as it was.
+        disable_dropout: compute the policy without dropout; `training` flags are afterwards as they were.
+        router_aux_loss_coef: where gradients are computed, add so many times transformers' `aux_loss`, which
+            balances experts; None: the model's own if its config has `output_router_logits`, else 0.
 
     Attributes:
         policy_model, ref_model: the modules, which may be assigned; `ref_model` is None if the reference has
@@ -69,6 +70,7 @@ class DPO(ReferenceOwner):
         ld_alpha: float = 1.0,
         wpo: bool = False,
         disable_dropout: bool = True,
+        router_aux_loss_coef: float | None = None,
     ) -> None:
         super().__init__()
         validation.check_share_prefix(share_prefix)
@@ -78,7 +80,7 @@ class DPO(ReferenceOwner):
         self.ld_alpha = self.loss.check_ld_alpha(ld_alpha)
         self.wpo = self.loss.check_wpo(wpo)
         self.disable_dropout = validation.check_flag("disable_dropout", disable_dropout)
-        self.policy = Scorer(model, log_prob_impl, share_prefix, is_eval=disable_dropout)
+        self.policy = Scorer(model, log_prob_impl, share_prefix, None, disable_dropout, router_aux_loss_coef)
         self.policy_model = model
         validation.check_flag("cache_ref_log_probs", cache_ref_log_probs)
         self.per_token = self.ld_alpha < 1
@@ -118,7 +120,7 @@ class DPO(ReferenceOwner):
             return_metrics: return `(loss, metrics)`, detached tensors as `dpo_wrapper.metrics` names them.
 
         Returns:
-            Float[], a zero with zero gradients if no pair is valid.
+            Float[], a zero with zero gradients if no pair is valid. The metric `loss` is without `aux_loss`.
 
         Raises:
             TypeError, ValueError: input that does not fit, a policy that cannot train, or a reference that
@@ -127,19 +129,19 @@ class DPO(ReferenceOwner):
         self.check_trains()
         masks = (prompt_mask, seq_mask, preferred_seq_mask, unpreferred_seq_mask)
         batch = self.as_batch(preferred_seq, unpreferred_seq, *masks, pair_weights, margins)
-        if ref_log_probs is None:
-            reference = self.reference(batch.sequences)
-        else:
-            reference = batch.given_log_probs(ref_log_probs)
-        extras = ("log_sum_p2",) if self.wpo else ()
+        is_given = ref_log_probs is not None
+        reference = batch.given_log_probs(ref_log_probs) if is_given else self.reference(batch.sequences)
+        extras, fused_loss = ("log_sum_p2",) if self.wpo else (), self.fused_loss(batch, reference)
         with self.policy_mode():
-            policy = self.policy(batch.sequences, extras, self.fused_loss(batch, reference))
+            policy = self.policy(batch.sequences, extras, fused_loss)
         log_probs = batch.log_probs(policy, reference)
         losses = self.loss(log_probs)
-        loss = losses.sum() / batch.denominator
+        loss = self.policy.add_aux_loss(losses.sum() / batch.denominator, policy, batch)
         if torch.is_grad_enabled():
             self.loss.observe(log_probs, is_whole_step=batch.step_denominator is None)
-        return (loss, batch_metrics(batch, log_probs, losses, self.beta)) if return_metrics else loss
+        if not return_metrics:
+            return loss
+        return loss, batch_metrics(batch, log_probs, losses, self.beta, policy.aux_loss)
 
     def as_batch(self, *arguments: Any) -> Any:
         """The batch of a call, checked against loss and (probed) policy, for `KTO` with its KL estimate."""

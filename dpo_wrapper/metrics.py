@@ -23,10 +23,17 @@ LogProbs = PairLogProbs | RankedLogProbs | UnpairedLogProbs
 
 
 @torch.no_grad()
-def batch_metrics(batch: Batch, log_probs: LogProbs, losses: Float[Tensor, "_"], beta: float) -> Metrics:
+def batch_metrics(
+    batch: Batch,
+    log_probs: LogProbs,
+    losses: Float[Tensor, "_"],
+    beta: float,
+    aux_loss: Float[Tensor, ""] | None = None,
+) -> Metrics:
     """The metrics of one batch, as detached scalars; means are 0 where nothing is valid.
 
     `log_probs` comes from `batch.log_probs`, `losses` has one per pair (list, row), `beta` scales rewards.
+    `aux_loss` is the loss that balances experts, where it is computed.
     """
     if isinstance(log_probs, PairLogProbs):
         valid, metrics = "pairs/valid", pair_metrics(log_probs, beta)
@@ -37,7 +44,8 @@ def batch_metrics(batch: Batch, log_probs: LogProbs, losses: Float[Tensor, "_"],
     num_unique, num_padded = batch.sequences.unique_tokens(), batch.sequences.ids.numel()
     sizes = {valid: len(losses), "tokens/unique": num_unique, "tokens/padded": num_padded}
     size_tensors = {name: losses.new_full((), size) for name, size in sizes.items()}
-    return {"loss": mean(losses)} | metrics | size_tensors
+    aux_metrics = {} if aux_loss is None else {"aux_loss": aux_loss.detach().to(losses)}
+    return {"loss": mean(losses)} | aux_metrics | metrics | size_tensors
 
 
 def pair_metrics(pairs: PairLogProbs, beta: float) -> Metrics:

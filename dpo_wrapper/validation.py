@@ -175,6 +175,11 @@ def check_pad_id(pad_id: object) -> int | None:
     return pad_id
 
 
+def check_router_aux_loss_coef(coef: object) -> None:
+    if coef is not None and not is_in_range(coef, 0.0, math.inf):
+        raise ValueError(f"router_aux_loss_coef should be a number from 0, or None, but it is {coef!r}.")
+
+
 def check_share_prefix(share_prefix: object) -> str | bool:
     if not isinstance(share_prefix, (str, bool)) or share_prefix not in ("auto", True, False):
         raise ValueError(f"share_prefix should be 'auto', True or False, but it is {share_prefix!r}.")

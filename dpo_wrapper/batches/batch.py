@@ -67,6 +67,11 @@ class Batch(TensorDataclass, ABC):
         """What the sum of the losses is divided by."""
         return max(1, len(self.valid_index) if self.step_denominator is None else self.step_denominator)
 
+    @property
+    def share_of_step(self) -> float:
+        """The share of the step's valid pairs (lists, rows) that this batch has; 0 where none is valid."""
+        return len(self.valid_index) / self.denominator
+
     def step_totals(self) -> tuple[int, ...]:
         """What this batch adds to the totals of its step."""
         return (len(self.valid_index),)

@@ -27,11 +27,13 @@ class SequenceLogProbs:
 
     `sums` are those over the scored tokens of each sequence; `tokens` is None where only the sums are known.
     `extras` are further values of each scored token without a gradient, as `token_log_probs` gives them.
+    `aux_loss` is the loss that balances the model's experts, where it is wanted.
     """
 
     sums: Float[Tensor, "s"]
     tokens: Float[Tensor, "t"] | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    aux_loss: Float[Tensor, ""] | None = None
 
 
 @jaxtyped(typechecker=beartype)
@@ -150,11 +152,15 @@ class ScoredSequences(TensorDataclass):
         """`SequenceLogProbs` from the log-prob of each scored token."""
         return SequenceLogProbs(self.sum_per_sequence(tokens), tokens, extras or {})
 
+    @property
+    def is_input(self) -> Bool[Tensor, "s n"]:
+        """Which of `ids` are real."""
+        return torch.arange(self.ids.shape[1], device=self.ids.device) < self.real[:, None]
+
     def unpadded_ids(self) -> list[Int[Tensor, "_"]]:
         """Each row of `ids` without its padding, on the CPU."""
         host = self.on_cpu
-        is_real = torch.arange(host.ids.shape[1], device="cpu") < host.real[:, None]
-        return list(host.ids[is_real].split(host.real.tolist()))
+        return list(host.ids[host.is_input].split(host.real.tolist()))
 
     def unique_tokens(self) -> int:
         """Number of tokens if every prefix that sequences share is counted once."""
@@ -168,13 +174,15 @@ class ScoredTreeTokens(TensorDataclass):
     """The scored tokens of sequences on their prefix tree; equal tokens after the same past are one entry.
 
     `source` and `target` are of each entry the token of the tree that predicts it, and its id; `entry` is for
-    each scored token of the sequences its index among the entries.
+    each scored token of the sequences its index among the entries. `count` is the number of sequences that
+    each token of the layout stands in, 0 for padding.
     """
 
     layout: TreeLayout
     source: Int[Tensor, "e"]
     target: Int[Tensor, "e"]
     entry: Int[Tensor, "t"]
+    count: Int[Tensor, "r w"]
 
     @classmethod
     def from_sequences(cls, sequences: ScoredSequences, options: TreeOptions) -> "ScoredTreeTokens":
@@ -182,7 +190,9 @@ class ScoredTreeTokens(TensorDataclass):
         tree = PrefixTree.from_sequences(sequences.unpadded_ids())
         row, place, target = (t.cpu() for t in (sequences.row, sequences.source, sequences.target))
         source, target, entry = unique_pairs(tree.path[tree.start[row] + place], target)
-        return cls(TreeLayout.from_tree(tree, options), source, target, entry).to(device)
+        layout = TreeLayout.from_tree(tree, options)
+        count = tree.path.bincount(minlength=layout.ids.numel()).view_as(layout.ids)
+        return cls(layout, source, target, entry, count).to(device)
 
 
 def unique_pairs(

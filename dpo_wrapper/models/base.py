@@ -7,6 +7,7 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dpo_wrapper.models.balance_loss import BalanceLoss
 from dpo_wrapper.prefix_tree import TreeLayout
 
 install_lock = threading.Lock()
@@ -42,6 +43,7 @@ class LanguageModel:
     can_share_prefix = False  # whether `forward_tree` is implemented
     plain_attention_hint = ""  # what makes attention such that a kernel may compute it, in brackets
     has_own_positions = False  # whether its attention may count positions by itself, whatever a tree says
+    balance_loss: BalanceLoss | None = None  # the loss that balances its experts, where it is needed
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -71,9 +73,18 @@ class LanguageModel:
         """Why the model has to be called as a whole for its logits, as a part of a sentence; else None."""
         return None
 
-    def left_out_loss(self) -> str | None:
-        """A sentence on a loss that the model itself adds in training, but is left out here; else None."""
-        return None
+    @property
+    def own_aux_loss_coef(self) -> float:
+        """By what the model's configuration wants `balance_loss` multiplied; 0 where it asks for none."""
+        return 0.0
+
+    def why_no_aux_loss(self) -> str | None:
+        """Why `with_balance_loss` is not implemented, as a part of a sentence; None where it is."""
+        return f"the {self.name} model is none of transformers"
+
+    def with_balance_loss(self) -> "LanguageModel":
+        """The same model for one forward pass, after which `balance_loss` can be computed."""
+        raise NotImplementedError
 
     def why_no_tree(self) -> str | None:
         """Why the model should not run over a tree, as a part of a sentence; None if a trial may decide."""

@@ -2,11 +2,13 @@
 
 import sys
 import warnings
+from copy import copy
 from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dpo_wrapper.models.balance_loss import BalanceLoss
 from dpo_wrapper.models.base import LanguageModel, OutputHead, as_output_head, has_hooks, install_lock
 from dpo_wrapper.models.hugging_face_attention import install_hooks
 from dpo_wrapper.models.rerun import run_pass
@@ -57,8 +59,16 @@ class HuggingFaceModel(LanguageModel):
         has_table = any(max_positions <= length <= max_positions + 2 for length in lengths)
         return max_positions if has_table else None
 
+    def call(self, model: Any, **inputs: Tensor) -> Any:
+        """The output of the model or of its inner one, whose router logits are kept where they are needed."""
+        if self.balance_loss is None:
+            return model(**inputs, **self.options)
+        output = model(**inputs, **self.options, output_router_logits=True)
+        self.balance_loss.router_logits = getattr(output, "router_logits", None) or ()
+        return output
+
     def forward_logits(self, ids: Int[Tensor, "b n"]) -> Any:
-        output = self.model(input_ids=ids, **self.options)
+        output = self.call(self.model, input_ids=ids)
         logits = getattr(output, "logits", output)
         if getattr(self.peft_config, "is_prompt_learning", False) and isinstance(logits, Tensor):
             return logits[:, -ids.shape[1] :]  # a learned prompt stands before
@@ -83,27 +93,35 @@ class HuggingFaceModel(LanguageModel):
             return "hooks are called with the model as a whole"
         return self.why_peft_forward()
 
-    def left_out_loss(self) -> str | None:
-        coefficient = getattr(self.text_config, "router_aux_loss_coef", 0.0)
-        if not getattr(self.text_config, "output_router_logits", False) or not coefficient:
-            return None
-        return (
-            "the loss should have no term that balances experts, but the model's configuration asks for one "
-            f"(output_router_logits, router_aux_loss_coef = {coefficient}), which is left out: add it, or "
-            "set output_router_logits = False."
-        )
+    @property
+    def own_aux_loss_coef(self) -> float:
+        if not getattr(self.text_config, "output_router_logits", False):
+            return 0.0
+        names = ("router_aux_loss_coef", "aux_loss_coef")  # the latter in JetMoe
+        values = (getattr(holder, name, None) for holder in (self.inner, self.text_config) for name in names)
+        return next(filter(None, values), 0.0)
+
+    def why_no_aux_loss(self) -> str | None:
+        if getattr(self.peft_config, "is_prompt_learning", False):
+            return "PEFT adds a learned prompt in its own forward"
+        return BalanceLoss.why_no_loss(self.inner)
+
+    def with_balance_loss(self) -> "HuggingFaceModel":
+        model = copy(self)
+        model.balance_loss = BalanceLoss(self.inner, self.text_config)
+        return model
 
     def why_no_tree(self) -> str | None:
         return self.why_peft_forward()
 
     def forward_hidden(self, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
-        return self.inner.base_model(input_ids=ids, **self.options).last_hidden_state
+        return self.call(self.inner.base_model, input_ids=ids).last_hidden_state
 
     def forward_tree(self, layout: TreeLayout, return_hidden: bool) -> Float[Tensor, "r w _"]:
         model = self.inner.base_model if return_hidden else self.model
 
         def forward() -> Tensor:
-            output = model(input_ids=layout.ids, position_ids=layout.position, **self.options)
+            output = self.call(model, input_ids=layout.ids, position_ids=layout.position)
             return output.last_hidden_state if return_hidden else output.logits
 
         try:

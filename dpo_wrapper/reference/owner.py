@@ -51,7 +51,8 @@ class ReferenceOwner(nn.Module):
             raise TypeError(f"{name} should be a module, but it is {value!r}: make a new DPO.")
         if name == "policy_model":
             old = self.policy
-            policy = Scorer(value, old.impl, old.share_prefix, is_eval=old.is_eval)
+            options = (old.impl, old.share_prefix, None, old.is_eval, old.router_aux_loss_coef)
+            policy = Scorer(value, *options)
             reference = follow_policy(self.reference, policy)
             super().__setattr__("policy_model", value)
             self.policy = policy

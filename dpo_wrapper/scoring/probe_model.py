@@ -51,8 +51,6 @@ def probe_model(
         if policy is None:
             eval_mode_check.restore_weights(ids)
     torch.clear_autocast_cache()
-    if needs_grad and (sentence := model.left_out_loss()) is not None:
-        warnings.warn(sentence, stacklevel=5)
     return probe
 
 

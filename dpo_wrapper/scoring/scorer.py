@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dpo_wrapper.batches.batch import Batch
 from dpo_wrapper.batches.sequences import ScoredSequences, SequenceLogProbs
 from dpo_wrapper.log_probs import FusedLoss, Impl, choose_impl
 from dpo_wrapper.models import language_model
@@ -15,7 +16,13 @@ from dpo_wrapper.prefix_tree import PrefixSharingError, TreeOptions
 from dpo_wrapper.scoring.probe import Probe, ProbeKey, SharePrefix
 from dpo_wrapper.scoring.probe_model import probe_model
 from dpo_wrapper.scoring.token_log_probs import compute_log_probs
-from dpo_wrapper.validation import check_ids, check_mask, check_vocabulary, describe_type
+from dpo_wrapper.validation import (
+    check_ids,
+    check_mask,
+    check_router_aux_loss_coef,
+    check_vocabulary,
+    describe_type,
+)
 
 _probing = threading.RLock()
 """A model is probed by one thread at a time; others wait for the result."""
@@ -34,6 +41,7 @@ class Scorer:
         policy: for a reference the policy's scorer. The two should have one vocabulary, and the reference's
             output should not depend on parameters that train in the policy.
         is_eval: whether the model will be called in eval mode, whatever its mode is when it is probed.
+        router_aux_loss_coef: as in `DPO`; a reference has no such loss.
 
     Attributes:
         probe: what was found of the model in the state of the latest call; None before the first.
@@ -47,6 +55,7 @@ class Scorer:
         share_prefix: SharePrefix = False,
         policy: "Scorer | None" = None,
         is_eval: bool = True,
+        router_aux_loss_coef: float | None = 0.0,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
@@ -58,6 +67,7 @@ class Scorer:
         self.policy = policy
         self.share_prefix = share_prefix
         self.is_eval = is_eval
+        self.router_aux_loss_coef = self.check_aux_loss(router_aux_loss_coef)
         self.probe: Probe | None = None
         self.probes: dict[ProbeKey, Probe] = {}
 
@@ -66,14 +76,15 @@ class Scorer:
     ) -> SequenceLogProbs:
         """Log-probs of the sequences, after `check`; arguments as in `compute_log_probs`."""
         probe = self.check(sequences)
+        options = (extras, fused_loss, torch.is_grad_enabled() and self.aux_loss_coef > 0)
         if torch.is_grad_enabled():
             torch.clear_autocast_cache()  # before 2.11, torch uses casts made without gradients again
         try:
-            return compute_log_probs(self.language_model, sequences, probe, extras, fused_loss)
+            return compute_log_probs(self.language_model, sequences, probe, *options)
         except PrefixSharingError as error:  # of a model that has changed since it was probed
             reason = str(error)
         probe = self.stop_sharing(reason)
-        return compute_log_probs(self.language_model, sequences, probe, extras, fused_loss)
+        return compute_log_probs(self.language_model, sequences, probe, *options)
 
     def stop_sharing(self, reason: str) -> Probe:
         """Pad sequences from now on, and warn; ValueError where `share_prefix` is True."""
@@ -113,9 +124,46 @@ class Scorer:
             policy = None if self.policy is None else self.policy.language_model.model
             options = (self.impl, self.share_prefix, policy, self.is_eval)
             probe = probe_model(self.language_model, key, *options)
+            if key.trains is not None:
+                self.warn_of_left_out_loss()
             # what holds with gradients holds without, and policy and reference 'adapter' should do the same
             self.probes |= {key: probe, key.without_gradients(): probe}
         return self.probes[key]
+
+    def check_aux_loss(self, coef: float | None) -> float | None:
+        """The coefficient; ValueError if it is none, or if the model has no loss that balances experts."""
+        check_router_aux_loss_coef(coef)
+        if coef and (reason := self.language_model.why_no_aux_loss()) is not None:
+            raise ValueError(
+                f"router_aux_loss_coef should be 0 or None where no loss balances experts ({reason}), but it "
+                f"is {coef}: leave it out."
+            )
+        return coef
+
+    def warn_of_left_out_loss(self) -> None:
+        """Warn if the model's configuration asks for a loss that balances experts, but cannot have it."""
+        own = self.language_model.own_aux_loss_coef
+        if self.router_aux_loss_coef is None and own and not self.aux_loss_coef:
+            warnings.warn(
+                "the loss should have a term that balances experts, for which the model's configuration asks "
+                f"(output_router_logits, router_aux_loss_coef = {own}), but it is left out "
+                f"({self.language_model.why_no_aux_loss()}): add it, or set router_aux_loss_coef = 0.",
+                stacklevel=4,
+            )
+
+    @property
+    def aux_loss_coef(self) -> float:
+        """What the loss that balances experts is multiplied by; 0 where it is not computed."""
+        if self.router_aux_loss_coef is not None:
+            return self.router_aux_loss_coef
+        own = self.language_model.own_aux_loss_coef
+        return own if own and self.language_model.why_no_aux_loss() is None else 0.0
+
+    def add_aux_loss(self, loss: Tensor, log_probs: SequenceLogProbs, batch: Batch) -> Tensor:
+        """Add the loss that balances experts, where it is computed, by the batch's share of its step."""
+        if log_probs.aux_loss is None:
+            return loss
+        return loss + self.aux_loss_coef * batch.share_of_step * log_probs.aux_loss
 
     @property
     def trains_head(self) -> bool:

@@ -1,11 +1,12 @@
 """One forward pass of a model: from sequences to the log-prob of each scored token."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dpo_wrapper.batches.sequences import ScoredSequences, SequenceLogProbs
+from dpo_wrapper.batches.sequences import ScoredSequences, ScoredTreeTokens, SequenceLogProbs
 from dpo_wrapper.log_probs import FusedLoss, gather_log_probs, log_probs_from_hidden
 from dpo_wrapper.models import LanguageModel
 from dpo_wrapper.models.eval_mode import reproducible_forward
@@ -21,11 +22,15 @@ def compute_log_probs(
     probe: Probe,
     extras: Sequence[str] = (),
     fused_loss: FusedLoss | None = None,
+    needs_aux_loss: bool = False,
 ) -> SequenceLogProbs:
     """Log-probs of the sequences, with `extras` as `dpo_wrapper.token_log_probs` names them.
 
-    `fused_loss` is the loss that the log-probs of all scored tokens will go into.
+    `fused_loss` is the loss that the log-probs of all scored tokens will go into. With `needs_aux_loss`, the
+    loss that balances the model's experts is computed over the inputs of all sequences.
     """
+    if needs_aux_loss:
+        model = model.with_balance_loss()
     head = model.output_head() if probe.head_applies else None
     if probe.tree is None or not len(sequences.target):
         tree = None
@@ -41,6 +46,7 @@ def compute_log_probs(
             output = model.forward_tree(tree.layout, return_hidden=head is not None)
         else:
             output = run_pass(model.model, lambda: run_padded(model, sequences.ids, head is not None))
+        aux_loss = compute_aux_loss(model, sequences, tree, output) if needs_aux_loss else None
         output = output.flatten(0, 1)
         # a model that is spread over several devices gives hidden states on its last
         device = output.device if head is None else head.weight.device
@@ -58,7 +64,18 @@ def compute_log_probs(
     if tree is not None:
         tokens = tokens.index_select(0, tree.entry)
         values = {name: value.index_select(0, tree.entry) for name, value in values.items()}
-    return sequences.log_probs(tokens, values)
+    return replace(sequences.log_probs(tokens, values), aux_loss=aux_loss)
+
+
+def compute_aux_loss(
+    model: LanguageModel, sequences: ScoredSequences, tree: ScoredTreeTokens | None, output: Tensor
+) -> Float[Tensor, ""]:
+    """The loss that balances experts, of a forward pass that has given `output`; 0 where no token counts."""
+    if not len(sequences.target):
+        return output.new_zeros(())
+    assert model.balance_loss is not None
+    count = sequences.is_input if tree is None else tree.count
+    return model.balance_loss.compute(count.float(), output).to(sequences.ids.device)
 
 
 def run_padded(model: LanguageModel, ids: Int[Tensor, "b n"], return_hidden: bool) -> Float[Tensor, "b n _"]:

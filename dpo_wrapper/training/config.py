@@ -70,6 +70,9 @@ class TrainConfig:
     """LD-DPO: weight of the tokens beyond the length of the shorter completion of a pair."""
     wpo: bool = False
     """WPO: weight each pair by the probability of its completions under the policy."""
+    router_aux_loss_coef: float | None = None
+    """Weight of the loss that balances a mixture's experts (transformers' aux_loss). By default the model's
+    own if its configuration has output_router_logits, else 0."""
 
     sft_epochs: int | None = None
     """Epochs of supervised training on prompt and chosen completion before preference training; by default 10
@@ -117,6 +120,7 @@ class TrainConfig:
         for name in ("learning_rate", "sft_learning_rate", "max_grad_norm"):
             self._check(name, lambda value: value > 0 and math.isfinite(value), "a positive number")
         self._check("ld_alpha", lambda value: 0 <= value <= 1, "from 0 to 1")
+        self._check("router_aux_loss_coef", lambda value: 0 <= value < math.inf, "a number from 0")
         self._check("ref_model_mixup_alpha", lambda value: 0 < value <= 1, "above 0 and at most 1")
         self._check("max_length", lambda value: value >= 8, "at least 8")
         for name in ("weight_decay", "eval_fraction", "warmup_ratio"):

@@ -63,15 +63,23 @@ class Stage(ABC):
 
 
 class SFTModule(nn.Module):
-    """Supervised loss: minus the mean log-prob of the scored tokens, in nats per token."""
+    """Supervised loss: minus the mean log-prob of the scored tokens, in nats per token.
 
-    def __init__(self, model: nn.Module) -> None:
+    `router_aux_loss_coef` is that of `DPO`.
+    """
+
+    def __init__(self, model: nn.Module, router_aux_loss_coef: float | None = None) -> None:
         super().__init__()
         self.model = model
-        self.scorer = Scorer(model, share_prefix="auto", is_eval=False)
+        self.scorer = Scorer(
+            model, share_prefix="auto", is_eval=False, router_aux_loss_coef=router_aux_loss_coef
+        )
 
     def forward(self, batch: SFTBatch) -> Tensor:
-        """The loss of a batch, divided by the scored tokens of its step."""
+        """The loss of a batch, divided by the scored tokens of its step.
+
+        In training it is with the loss that balances experts, for the batch's share of the step's tokens.
+        """
 
         def loss_of_tokens(log_probs: Tensor) -> Tensor:
             return -log_probs.sum() / batch.denominator
@@ -82,7 +90,8 @@ class SFTModule(nn.Module):
             # tokens do not meet in the loss: each is a group of its own, also where sequences share a prefix
             groups = torch.arange(len(batch.sequences.row), device="cpu")  # which waits for no device
             fused_loss = FusedLoss(loss_of_tokens, groups)
-        return loss_of_tokens(self.scorer(batch.sequences, fused_loss=fused_loss).sums)
+        log_probs = self.scorer(batch.sequences, fused_loss=fused_loss)
+        return self.scorer.add_aux_loss(loss_of_tokens(log_probs.sums), log_probs, batch)
 
 
 class SFTStage(Stage):
@@ -92,7 +101,7 @@ class SFTStage(Stage):
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
         self.epochs, self.learning_rate = config.num_sft_epochs, config.peak_sft_learning_rate
-        self.module = SFTModule(model)
+        self.module = SFTModule(model, config.router_aux_loss_coef)
         self.scorer = self.module.scorer
 
     @property

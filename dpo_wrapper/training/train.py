@@ -104,6 +104,7 @@ def build_dpo(setup: TrainSetup, accelerator: Accelerator) -> DPO:
         ld_alpha=config.ld_alpha,
         wpo=config.wpo,
         disable_dropout=not rescales_in_eval_mode(model),
+        router_aux_loss_coef=config.router_aux_loss_coef,
     )
 
 

@@ -13,7 +13,6 @@ from dpo_wrapper import DPO
 from helpers.adapters import lora
 from helpers.models import VOCAB, ZOO, PlainGRU, hf_llama
 from helpers.naive_dpo import ARGUMENTS
-from helpers.shareable_models import hf
 
 MESSAGE = "parameters that train should get gradients, but"
 
@@ -86,16 +85,17 @@ def test_weights_of_several_dtypes_without_autocast_are_named(make):
         assert dpo(**ARGUMENTS).isfinite()
 
 
-@pytest.mark.parametrize("asks_for_it", [True, False])
-def test_a_balance_loss_that_is_left_out_is_named(asks_for_it):
-    options = dict(num_local_experts=3, num_experts_per_tok=2, output_router_logits=asks_for_it)
-    dpo = DPO(hf("Mixtral", router_aux_loss_coef=0.5, **options)(0))
+@pytest.mark.parametrize(("asks_for_it", "coef"), [(True, None), (True, 0.0), (False, None)])
+def test_a_balance_loss_that_cannot_be_added_is_named(asks_for_it, coef):
+    policy = hf_llama(0, router_aux_loss_coef=0.5, output_router_logits=asks_for_it)
+    dpo = DPO(policy, router_aux_loss_coef=coef)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
             dpo(**ARGUMENTS)
     told = [str(w.message) for w in caught if "balances experts" in str(w.message)]
-    assert len(told) == asks_for_it and all("router_aux_loss_coef = 0.5" in message for message in told)
+    assert len(told) == (asks_for_it and coef is None)
+    assert all("router_aux_loss_coef = 0.5), but it is left out" in message for message in told)
 
 
 # the head's bias, in whatever mode the model was looked at first

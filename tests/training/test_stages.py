@@ -9,6 +9,7 @@ from dpo_wrapper.data.collate import collate_sft
 from dpo_wrapper.scoring import token_log_probs as scoring
 from dpo_wrapper.training.stages import SFTModule
 from helpers.models import ZOO
+from helpers.shareable_models import hf
 
 
 @pytest.mark.parametrize("share_prefix", ["auto", False])
@@ -38,3 +39,16 @@ def test_supervised_tokens_are_groups_of_their_own_below_a_system_prompt(monkeyp
     (-module.scorer(batch.sequences).sums.sum() / batch.denominator).backward()
     for grad, parameter in zip(grads, module.parameters(), strict=True):
         torch.testing.assert_close(grad, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_supervised_training_balances_experts_where_the_model_asks_for_it():
+    make = hf("Mixtral", output_router_logits=True, router_aux_loss_coef=0.5, num_local_experts=3)
+    examples = [TokenizedExample((1, 2, k), ((k, 3, 4),)) for k in range(9, 13)]
+    parts = normalize_over_step([collate_sft(examples[:1]), collate_sft(examples[1:])])
+    module, plain = SFTModule(make(0)).train(), SFTModule(make(0), router_aux_loss_coef=0.0).train()
+    for part, share in zip(parts, (0.25, 0.75), strict=True):
+        ids = torch.cat(part.sequences.unpadded_ids()).view(-1, 5)
+        aux_loss = module.model(input_ids=ids, attention_mask=torch.ones_like(ids)).aux_loss
+        torch.testing.assert_close(module(part), plain(part) + 0.5 * share * aux_loss)
+        with torch.no_grad():
+            assert module(part) == plain(part)

@@ -15,6 +15,7 @@ from dpo_wrapper.training.setup import set_up_training
 from dpo_wrapper.training.train import train
 from helpers.datasets import write_rows
 from helpers.runs import ROOT, interrupt_training, make_config, read_metrics
+from helpers.shareable_models import hf
 
 
 def test_the_run_folder_holds_what_it_says(finished_run):
@@ -87,6 +88,27 @@ def test_a_hugging_face_model_by_folder_with_its_tokenizer(rows, tmp_path, tied)
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
     assert AutoTokenizer.from_pretrained(out).get_vocab() == AutoTokenizer.from_pretrained(base).get_vocab()
     assert load_pretrained(str(out), None, 128).tokenizer.vocab_size == before.config.vocab_size
+
+
+@pytest.mark.slow
+def test_the_experts_of_a_mixture_are_balanced(rows, tmp_path):
+    base = tmp_path / "base"
+    hf("Mixtral", num_local_experts=3, vocab_size=300, max_position_embeddings=128)(0).save_pretrained(base)
+    options = {"model": str(base), "tokenizer": "bytes", "learning_rate": 1e-2, "micro_batch_tokens": 300}
+    records = {}
+    for coef in (None, 1.0):
+        out = tmp_path / str(coef)
+        train(make_config(rows, out, router_aux_loss_coef=coef, **options))
+        records[coef] = read_metrics(out)
+    first, balanced_first = (
+        next(record for record in log if record["part"] == "step") for log in records.values()
+    )
+    assert first["stage"] == "sft"
+    assert balanced_first["loss"] > first["loss"] + 1.9  # of 3 experts 2 are chosen, so that it is about 2
+    assert not any("aux_loss" in record for record in records[None])
+    for record in records[1.0]:
+        assert ("aux_loss" in record) == ((record["stage"], record["part"]) == ("dpo", "step"))
+        assert record.get("aux_loss", 2.0) == pytest.approx(2.0, abs=0.2)
 
 
 @pytest.mark.slow
