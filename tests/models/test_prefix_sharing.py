@@ -33,7 +33,7 @@ from helpers.shareable_models import (
 )
 def test_shared_prefixes_change_no_log_prob_loss_or_gradient(name, exact):
     if name == "dory" and not exact:
-        pytest.skip("with random weights its gradients are some hundred, and round by a thousandth in float32")
+        pytest.skip("its random weights give gradients of some hundred, of which float32 has three digits")
     shared, padded = (make_dpo(SHAREABLE[name], share, exact=exact) for share in (True, False))
     for case in CASES:
         with ExactFloat64() if exact else contextlib.nullcontext():
