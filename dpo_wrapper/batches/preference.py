@@ -71,9 +71,13 @@ class PreferenceBatch(Batch):
         rejected: Sequence[Ids],
         weights: Float[Tensor, "b"] | None = None,
         margins: Float[Tensor, "b"] | None = None,
+        scored: Sequence[Sequence[bool] | None] | None = None,
     ) -> "PreferenceBatch":
-        """Two completions for each prompt, all as token ids."""
-        sequences = ScoredSequences.from_lists([*prompts, *prompts], [*chosen, *rejected])
+        """Two completions for each prompt, all as token ids.
+
+        `scored` is as in `ScoredSequences.from_lists`, for all chosen sequences and then all rejected ones.
+        """
+        sequences = ScoredSequences.from_lists([*prompts, *prompts], [*chosen, *rejected], scored)
         return cls(sequences, index_stacked_sides(sequences), weights, margins)
 
     def check(self) -> None:

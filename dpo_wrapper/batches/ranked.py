@@ -40,8 +40,12 @@ class RankedBatch(Batch):
         prompts: Sequence[Ids],
         completions: Sequence[Sequence[Ids]],
         weights: Float[Tensor, "l"] | None = None,
+        scored: Sequence[Sequence[bool] | None] | None = None,
     ) -> "RankedBatch":
-        """A list of completions for each prompt, the best first, all as token ids."""
+        """A list of completions for each prompt, the best first, all as token ids.
+
+        `scored` is as in `ScoredSequences.from_lists`, for the completions of all lists one after another.
+        """
         if len(prompts) != len(completions):
             sizes = f"{len(completions)} lists for {len(prompts)} prompts"
             raise ValueError(
@@ -50,6 +54,7 @@ class RankedBatch(Batch):
         sequences = ScoredSequences.from_lists(
             [prompt for prompt, ranked in zip(prompts, completions, strict=True) for _ in ranked],
             [ids for ranked in completions for ids in ranked],
+            scored,
         )
         rows = torch.arange(len(sequences.length)).split([len(ranked) for ranked in completions])
         return cls(sequences, pad_sequence(rows, batch_first=True, padding_value=-1), weights)

@@ -92,15 +92,28 @@ class ScoredSequences(TensorDataclass):
         )
 
     @classmethod
-    def from_lists(cls, prompts: Sequence[Ids], completions: Sequence[Ids]) -> "ScoredSequences":
-        """Each prompt followed by its completion, whose tokens are scored, all as token ids."""
+    def from_lists(
+        cls,
+        prompts: Sequence[Ids],
+        completions: Sequence[Ids],
+        scored: Sequence[Sequence[bool] | None] | None = None,
+    ) -> "ScoredSequences":
+        """Each prompt followed by its completion, as token ids.
+
+        `scored` says of each sequence which tokens of prompt and completion are scored; by default, and where
+        it is None, these are the completion's.
+        """
         rows = [torch.tensor([*x, *y], dtype=torch.long) for x, y in zip(prompts, completions, strict=True)]
         if not rows:
             raise ValueError("a batch should have at least one completion, but it has none: leave it out.")
         seqs = pad_sequence(rows, batch_first=True)
         place = torch.arange(seqs.shape[1])
+        is_scored = place >= torch.tensor([[len(prompt)] for prompt in prompts])
+        for row, mask in enumerate(scored or ()):
+            if mask is not None:
+                is_scored[row, : len(mask)] = torch.tensor(mask, dtype=torch.bool)
         real = place < torch.tensor([[len(row)] for row in rows])
-        return cls.from_padded(seqs, place >= torch.tensor([[len(prompt)] for prompt in prompts]), real)
+        return cls.from_padded(seqs, is_scored, real)
 
     def as_tree(self, options: TreeOptions) -> "ScoredTreeTokens":
         """The same sequences as a prefix tree, built once for each of the options."""

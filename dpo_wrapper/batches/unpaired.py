@@ -45,11 +45,12 @@ class UnpairedBatch(Batch):
         labels: Sequence[bool],
         kl_completions: Sequence[Ids] | None = None,
         weights: Float[Tensor, "s"] | None = None,
+        scored: Sequence[Sequence[bool] | None] | None = None,
     ) -> "UnpairedBatch":
         """One completion and one label for each prompt, all as token ids.
 
         `kl_completions` are, for each prompt, a completion of another one; an empty one does not count.
-        Without them they are taken from the batch itself.
+        Without them they are taken from the batch itself. `scored` is as in `ScoredSequences.from_lists`.
         """
         if not len(prompts) == len(completions) == len(labels):
             sizes = f"{len(prompts)}, {len(completions)} and {len(labels)}"
@@ -72,7 +73,7 @@ class UnpairedBatch(Batch):
                 f"there should be a KL completion for each prompt, but there are {sizes}: add one."
             )
         kl_sequences = ScoredSequences.from_lists(prompts, kl_completions)
-        sequences = ScoredSequences.from_lists(prompts, completions)
+        sequences = ScoredSequences.from_lists(prompts, completions, scored)
         return cls(sequences, kl_sequences, torch.tensor(list(labels)), weights)
 
     @property
