@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
+    from dpo_wrapper.data.preview import PrepareConfig
     from dpo_wrapper.training.config import TrainConfig
 
 
@@ -19,11 +20,12 @@ def main(args: Sequence[str] | None = None) -> None:
         import tyro
     except ImportError:
         exit_with_error("the command line needs tyro, which is missing: pip install 'dpo-wrapper[train]'.")
+    from dpo_wrapper.data.preview import PrepareConfig
     from dpo_wrapper.training.config import TrainConfig
 
     try:
         config = tyro.extras.subcommand_cli_from_dict(
-            {"train": TrainConfig},
+            {"prepare": PrepareConfig, "train": TrainConfig},
             prog="dpo-wrapper",
             description="Train any autoregressive PyTorch transformer on human preferences.",
             args=args,
@@ -31,7 +33,19 @@ def main(args: Sequence[str] | None = None) -> None:
         )
     except ValueError as error:  # an old tyro passes on what TrainConfig refuses
         exit_with_error(error)
-    train(config)
+    if isinstance(config, PrepareConfig):
+        prepare(config)
+    else:
+        train(config)
+
+
+def prepare(config: "PrepareConfig") -> None:
+    from dpo_wrapper.data.preview import preview_data
+
+    try:
+        preview_data(config)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        exit_with_error(error)
 
 
 def train(config: "TrainConfig") -> None:

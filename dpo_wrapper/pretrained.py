@@ -1,6 +1,7 @@
 """Load and save a model with its tokenizer, in a form that the model's own library can load."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from dpo_wrapper.data.tokenizers import Tokenizer, load_tokenizer
+from dpo_wrapper.models import language_model
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 RUN_FILE = "run.json"
@@ -35,8 +37,22 @@ class PretrainedModel:
     tokenizer_name: str
     decoder_args: dict[str, Any] | None
 
+    @property
+    def num_embeddings(self) -> int:
+        """The number of token ids that the model has an embedding for."""
+        if self.decoder_args is not None:
+            return int(self.decoder_args["num_tokens"])
+        return int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
 
-def load_pretrained(name: str, tokenizer_name: str | None, max_length: int) -> PretrainedModel:
+    @property
+    def max_positions(self) -> int | None:
+        """The length of the model's table of positions; None if it has none."""
+        return language_model(self.model).max_positions
+
+
+def load_pretrained(
+    name: str, tokenizer_name: str | None, max_length: int, tokenizer_options: Mapping[str, Any] | None = None
+) -> PretrainedModel:
     """Load or build a model in float32, with its tokenizer.
 
     Args:
@@ -44,32 +60,25 @@ def load_pretrained(name: str, tokenizer_name: str | None, max_length: int) -> P
             Hugging Face causal LM by folder or name.
         tokenizer_name: as in `load_tokenizer`; None for the model's own (bytes for a new decoder).
         max_length: maximum sequence length of a new decoder, in tokens.
+        tokenizer_options: as in `load_tokenizer`.
 
     Raises:
-        ValueError: the folder holds no model, the model cannot be loaded, or the tokenizer has more ids than
-            the model.
+        ValueError: the folder holds no model, or the model cannot be loaded.
     """
+    options = tokenizer_options or {}
     if name in PRESETS:
-        return build_preset(name, tokenizer_name or "bytes", max_length)
+        return build_preset(name, tokenizer_name or "bytes", max_length, options)
     settings = read_settings(name)
     if "x_transformers" in settings:
-        pretrained = load_decoder(name, settings, tokenizer_name)
-        num_embeddings = settings["x_transformers"]["num_tokens"]
-    else:
-        pretrained = load_hugging_face(name, tokenizer_name or name)
-        num_embeddings = pretrained.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    num_ids = pretrained.tokenizer.vocab_size
-    if num_ids > num_embeddings:
-        raise ValueError(
-            f"the tokenizer should have at most as many ids as the model, {num_embeddings}, but "
-            f"{pretrained.tokenizer_name} has {num_ids}: use the model's own tokenizer."
-        )
-    return pretrained
+        return load_decoder(name, settings, tokenizer_name, options)
+    return load_hugging_face(name, tokenizer_name or name, options)
 
 
-def build_preset(name: str, tokenizer_name: str, max_length: int) -> PretrainedModel:
+def build_preset(
+    name: str, tokenizer_name: str, max_length: int, tokenizer_options: Mapping[str, Any]
+) -> PretrainedModel:
     """A new decoder with rotary positions, flash attention, RMSNorm and SwiGLU."""
-    tokenizer, size = load_tokenizer(tokenizer_name), PRESETS[name]
+    tokenizer, size = load_tokenizer(tokenizer_name, **tokenizer_options), PRESETS[name]
     decoder_args = {
         "num_tokens": tokenizer.vocab_size,
         "max_seq_len": max_length,
@@ -120,7 +129,9 @@ def read_run(folder: Path) -> dict[str, Any]:
     return run if isinstance(run, dict) else {}
 
 
-def load_decoder(folder: str, settings: dict[str, Any], tokenizer_name: str | None) -> PretrainedModel:
+def load_decoder(
+    folder: str, settings: dict[str, Any], tokenizer_name: str | None, tokenizer_options: Mapping[str, Any]
+) -> PretrainedModel:
     """The x-transformers decoder in a folder that `save_pretrained` wrote."""
     from safetensors.torch import load_model
 
@@ -129,10 +140,13 @@ def load_decoder(folder: str, settings: dict[str, Any], tokenizer_name: str | No
         tokenizer_name = folder
     model = build_decoder(settings["x_transformers"])
     load_model(model, Path(folder) / WEIGHTS_FILE)
-    return PretrainedModel(model, load_tokenizer(tokenizer_name), tokenizer_name, settings["x_transformers"])
+    tokenizer = load_tokenizer(tokenizer_name, **tokenizer_options)
+    return PretrainedModel(model, tokenizer, tokenizer_name, settings["x_transformers"])
 
 
-def load_hugging_face(name: str, tokenizer_name: str) -> PretrainedModel:
+def load_hugging_face(
+    name: str, tokenizer_name: str, tokenizer_options: Mapping[str, Any]
+) -> PretrainedModel:
     from transformers import AutoModelForCausalLM
 
     try:
@@ -143,7 +157,7 @@ def load_hugging_face(name: str, tokenizer_name: str) -> PretrainedModel:
             f"--model should be {', '.join(PRESETS)}, a run folder or a Hugging Face causal LM by folder or "
             f"name, but {name} could not be loaded: {reason}"
         ) from error
-    return PretrainedModel(model, load_tokenizer(tokenizer_name), tokenizer_name, None)
+    return PretrainedModel(model, load_tokenizer(tokenizer_name, **tokenizer_options), tokenizer_name, None)
 
 
 def save_pretrained(pretrained: PretrainedModel, model: nn.Module, folder: Path) -> None:

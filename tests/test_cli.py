@@ -73,13 +73,13 @@ BAD = {
     ),
     "field that is not there": (
         {"d.jsonl": GOOD},
-        ["--data", "d.jsonl", "--prompt-field", "question"],
+        ["--data", "d.jsonl", "--columns", "prompt=question"],
         r"line 1, field 'question'",
     ),
     "nothing preferred": (
         {"d.jsonl": json_line(prompt="p", chosen="a", rejected="a")},
         ["--data", "d.jsonl", "--eval-fraction", "0"],
-        r"should hold pairs to train on, but d\.jsonl leaves none",
+        r"to train on, but d\.jsonl leaves none .Left out of 1 examples: 1 with the same tokens",
     ),
     "gzip cut off": ({"d.jsonl.gz": b"\x1f\x8b\x08\x00"}, ["--data", "d.jsonl.gz"], r"d\.jsonl\.gz"),
     "not parquet": ({"d.parquet": "hello"}, ["--data", "d.parquet"], r"d\.parquet"),

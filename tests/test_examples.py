@@ -36,7 +36,8 @@ def test_bundled_data():
     assert len(records) == 256
     families = Counter(record["family"] for record in records)
     assert len(families) == 8 and set(families.values()) == {32}
-    rows, _ = read_examples(path)
+    read = read_examples(path)
+    rows = read.examples
     training, held_out = split_examples(rows, 0.1, 0)
     assert (len(training), len(held_out)) == (216, 40)
     assert not {row.prompt.lower() for row in training} & {row.prompt.lower() for row in held_out}

@@ -1,16 +1,17 @@
 """Preference data: file -> example -> tokens -> dataset -> batch."""
 
-from dpo_wrapper.data.chat import Message
 from dpo_wrapper.data.collate import PreferenceCollator, collate_ranked, scored_sequences
 from dpo_wrapper.data.convert import check_ranking, convert_examples
 from dpo_wrapper.data.dataset import PreferenceDataset
 from dpo_wrapper.data.encode import tokenize_examples
 from dpo_wrapper.data.errors import ExampleError
 from dpo_wrapper.data.examples import Example, Fields, TokenizedExample, TokenizedExamples
+from dpo_wrapper.data.hugging_face_tokenizer import HuggingFaceTokenizer
+from dpo_wrapper.data.messages import Message
 from dpo_wrapper.data.normalize import to_example
 from dpo_wrapper.data.readers import read_examples
 from dpo_wrapper.data.split import count_shared_prompts, split_examples
-from dpo_wrapper.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from dpo_wrapper.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [
     "ByteTokenizer", "Example", "ExampleError", "Fields", "HuggingFaceTokenizer", "Message",

@@ -51,7 +51,7 @@ def group_by_tokens(examples: Examples, max_tokens: int, *, is_padded: bool = Fa
 
 
 def _group_by_padded_tokens(examples: Examples, max_tokens: int) -> list[list[int]]:
-    widths = [max(len(x) + len(y) for x, y in example.sequences) for example in examples]
+    widths = [max(len(x) + len(y) for x, y, _ in example.sequences) for example in examples]
     groups: list[list[int]] = []
     width = rows = 0
     for k in sorted(range(len(examples)), key=lambda k: (-widths[k], k)):
@@ -85,8 +85,8 @@ def scored_sequences(
     """All sequences of the examples, KL completions included, in groups by `group_by_tokens`."""
     indices = group_by_tokens(examples, max_tokens, is_padded=is_padded)
     groups = ([examples[k] for k in group] for group in indices)
-    sequences = ([pair for example in group for pair in example.sequences] for group in groups)
-    return [ScoredSequences.from_lists(*zip(*pairs, strict=True)) for pairs in sequences]
+    sequences = ([parts for example in group for parts in example.sequences] for group in groups)
+    return [ScoredSequences.from_lists(*zip(*parts, strict=True)) for parts in sequences]
 
 
 # The batches below come with whatever is worked out on the CPU: prefix trees by `tree_options`, and hashes.
@@ -100,6 +100,7 @@ def collate_preference(examples: Examples, tree_options: TreeOptions | None = No
         [example.rejected for example in examples],
         weights=_stack_values([example.weight for example in examples], default=1.0),
         margins=_stack_values([example.margin for example in examples], default=0.0),
+        scored=[example.scored_or_none[side] for side in (0, 1) for example in examples],
     )
     batch.sequences.prebuild_tree(tree_options).content_hashes()
     return batch
@@ -111,6 +112,7 @@ def collate_ranked(examples: Examples, tree_options: TreeOptions | None = None) 
         [example.prompt for example in examples],
         [example.completions for example in examples],
         _stack_values([example.weight for example in examples], default=1.0),
+        [scored for example in examples for scored in example.scored_or_none],
     )
     batch.sequences.prebuild_tree(tree_options).content_hashes()
     return batch
@@ -124,6 +126,7 @@ def collate_unpaired(examples: Examples, tree_options: TreeOptions | None = None
         [bool(example.label) for example in examples],
         [example.kl_completion for example in examples],
         _stack_values([example.weight for example in examples], default=1.0),
+        [example.scored_or_none[0] for example in examples],
     )
     for sequences in (batch.sequences, batch.kl_sequences):
         sequences.prebuild_tree(tree_options).content_hashes()
@@ -177,7 +180,7 @@ class PreferenceCollator:
             problem = f"padding_side should be 'right' or 'left', but it is {self.padding_side!r}"
             raise ValueError(f"{problem}: choose one.")
 
-    def __call__(self, items: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if not items:
             raise ValueError("there should be at least one item, but there is none: leave the batch out.")
         for number, item in enumerate(items):
@@ -190,7 +193,7 @@ class PreferenceCollator:
                 batch[name] = torch.stack([item[name] for item in items])
         return batch
 
-    def _pad(self, items: Sequence[Mapping[str, Tensor]], side: str) -> tuple[Tensor, Tensor, Tensor]:
+    def _pad(self, items: Sequence[Mapping[str, Any]], side: str) -> tuple[Tensor, Tensor, Tensor]:
         lengths = [self._real_length(item[side]) for item in items]
         shape = (len(items), max(*lengths, 1))
         seqs = torch.full(shape, max(self.pad_id, 0), dtype=torch.long)
@@ -199,7 +202,8 @@ class PreferenceCollator:
             start = 0 if self.padding_side == "right" else shape[1] - length
             real = slice(start, start + length)
             seqs[row, real], seq_mask[row, real] = item[side][:length], True
-            prompt_mask[row, real] = item["prompt_mask"][:length]
+            mask = item["prompt_mask"]
+            prompt_mask[row, real] = (mask if isinstance(mask, Tensor) else mask[SIDES.index(side)])[:length]
         return seqs, prompt_mask, seq_mask
 
     def _real_length(self, seq: Tensor) -> int:
@@ -213,9 +217,11 @@ class PreferenceCollator:
 def _check_item(item: Any, number: int) -> None:
     names = (*SIDES, "prompt_mask")
     parts: list[Any] = [item.get(name) for name in names] if isinstance(item, Mapping) else [item]
+    if isinstance(parts[-1], (tuple, list)) and len(parts[-1]) == 2:
+        parts[-1:] = parts[-1]
     is_item = (
         all(isinstance(part, Tensor) and part.dim() == 1 and not part.is_floating_point() for part in parts)
-        and [part.dtype == torch.bool for part in parts] == [False, False, True]
+        and [part.dtype == torch.bool for part in parts] == [k > 1 for k in range(max(3, len(parts)))]
         and len({len(part) for part in parts}) == 1
     )
     if not is_item:

@@ -17,8 +17,9 @@ def convert_examples(
 ) -> tuple[list[Example], list[ExampleError]]:
     """Convert examples to what a loss needs, and return the errors of those that were skipped.
 
-    'preference': a ranked list becomes pairs, in the order (0, 1), (0, 2), ..., (1, 2), ...
-    'ranked': a pair is a list of two.
+    'preference': a ranked list becomes pairs, in the order (0, 1), (0, 2), ..., (1, 2), ...;
+    completions with equal ranks make none.
+    'ranked': a pair is a list of two; of completions with equal ranks the first is kept.
     'unpaired_preference': a pair becomes one desirable and one undesirable completion.
 
     Args:
@@ -67,7 +68,13 @@ def _convert(example: Example, dataset_type: DatasetType, ranking: Ranking) -> l
     if example.label is not None:
         problem = "a row should have two completions or more, but it has one with a label"
         raise ExampleError(f"{problem}: write pairs or ranked lists, or take a loss such as KTO.")
+    ranks = example.ranks or tuple(range(count))
     if dataset_type == "ranked":
-        return [example]
-    pairs = list(combinations(example.completions, 2))[: None if ranking == "all" else count - 1]
-    return [replace(example, completions=pair) for pair in pairs]
+        first = [k for k in range(count) if ranks[k] not in ranks[:k]]
+        return [replace(example, completions=tuple(example.completions[k] for k in first), ranks=None)]
+    pairs = list(combinations(range(count), 2))[: None if ranking == "all" else count - 1]
+    return [
+        replace(example, completions=(example.completions[one], example.completions[other]), ranks=None)
+        for one, other in pairs
+        if ranks[one] != ranks[other]
+    ]

@@ -3,23 +3,25 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from dpo_wrapper.data.convert import convert_examples
 from dpo_wrapper.data.encode import tokenize_examples
+from dpo_wrapper.data.encoded import Score
 from dpo_wrapper.data.errors import OnError, collect_errors
 from dpo_wrapper.data.examples import DEFAULT_FIELDS, Fields, TokenizedExample, TokenizedExamples
 from dpo_wrapper.data.readers import PathLike, read_examples
 from dpo_wrapper.data.tokenizers import Tokenizer, load_tokenizer
 
 
-class PreferenceDataset(Dataset[dict[str, Tensor]]):
+class PreferenceDataset(Dataset[dict[str, Any]]):
     """Pairs as dicts of tensors, named like the arguments of `DPO.forward`.
 
-        preferred_seq: Int[n], unpreferred_seq: Int[n], prompt_mask: Bool[n], True on the prompt's tokens,
+        preferred_seq: Int[n], unpreferred_seq: Int[n], prompt_mask: Bool[n], True on the prompt's tokens (one
+        mask for each side, True on tokens that are not scored, if any pair says which tokens are scored),
     and, if any pair has them, pair_weights: Float[] (1 where a pair has none), margins: Float[] (0 there).
 
     The width `n` is that of the longer side or `pad_to`. The right is filled with `pad_id`, which may be -100
@@ -53,6 +55,7 @@ class PreferenceDataset(Dataset[dict[str, Tensor]]):
         self.examples = examples
         self.has_weights = any(example.weight is not None for example in examples)
         self.has_margins = any(example.margin is not None for example in examples)
+        self.has_scored = any(example.scored is not None for example in examples)
         self.pad_id = pad_id
         self.pad_to = pad_to
         self.tokenized_examples: TokenizedExamples | None = None
@@ -68,6 +71,8 @@ class PreferenceDataset(Dataset[dict[str, Tensor]]):
         pad_id: int | None = None,
         *,
         pad_to: int | None = None,
+        score: Score = "last",
+        as_chat: bool | None = None,
     ) -> "PreferenceDataset":
         """Read, tokenize and wrap the pairs of a file; a ranked list becomes all of its pairs.
 
@@ -77,6 +82,7 @@ class PreferenceDataset(Dataset[dict[str, Tensor]]):
             max_length: tokens of prompt and completion.
             pad_id: the tokenizer's if None.
             pad_to: width of every item.
+            score, as_chat: as in `tokenize_examples`.
 
         Raises:
             ValueError: whatever `read_examples`, `convert_examples` and `tokenize_examples` refuse; a
@@ -88,9 +94,12 @@ class PreferenceDataset(Dataset[dict[str, Tensor]]):
         if pad_id in (tokenizer.eos_id, tokenizer.bos_id):
             problem = f"pad_id should be neither EOS nor BOS, but it is {pad_id}, which hides real tokens"
             raise ValueError(f"{problem}: use -100, which is no token.")
-        examples, errors = read_examples(paths, fields, on_error=on_error)
+        read = read_examples(paths, fields, on_error=on_error)
+        examples, errors = read.examples, list(read.errors)
         examples, conversion_errors = convert_examples(examples, "preference", on_error=on_error)
-        tokenized = tokenize_examples(examples, tokenizer, max_length, on_error=on_error)
+        tokenized = tokenize_examples(
+            examples, tokenizer, max_length, score=score, as_chat=as_chat, on_error=on_error
+        )
         errors += conversion_errors + tokenized.errors
         pairs = []
         for pair in tokenized.examples:
@@ -109,15 +118,19 @@ class PreferenceDataset(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         example = self.examples[index]
         width = _width(example) if self.pad_to is None else self.pad_to
         sides = torch.full((2, width), self.pad_id, dtype=torch.long)
         for side, completion in zip(sides, example.completions, strict=True):
             ids = example.prompt + completion
             side[: len(ids)] = torch.tensor(ids)
-        prompt_mask = torch.arange(width) < len(example.prompt)
-        item = {"preferred_seq": sides[0], "unpreferred_seq": sides[1], "prompt_mask": prompt_mask}
+        item: dict[str, Any] = {"preferred_seq": sides[0], "unpreferred_seq": sides[1]}
+        item["prompt_mask"] = torch.arange(width) < len(example.prompt)
+        if self.has_scored:
+            item["prompt_mask"] = (torch.ones(width, dtype=torch.bool), torch.ones(width, dtype=torch.bool))
+            for prompt_mask, scored in zip(item["prompt_mask"], example.scored_masks(), strict=True):
+                prompt_mask[: len(scored)] = ~torch.tensor(scored)
         if self.has_weights:
             item["pair_weights"] = torch.tensor(1.0 if example.weight is None else example.weight)
         if self.has_margins:

@@ -1,6 +1,7 @@
 """Errors that name the place of an example in its file, and values in the words of an error message."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -53,7 +54,7 @@ def describe_value(value: Any) -> str:
         case None | bool():
             return json.dumps(value)
         case int() | float():
-            return f"the number {value}" if abs(value) < 1e12 else "a number"
+            return "a number" if 1e12 <= abs(value) < math.inf else f"the number {value}"
         case "":
             return "an empty string"
         case str():

@@ -1,10 +1,11 @@
 """The types that data passes through: an example as text, and an example as token ids."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from dpo_wrapper.data.chat import Message
+from dpo_wrapper.data.dialogues import Completion
 from dpo_wrapper.data.errors import ExampleError, describe_value
+from dpo_wrapper.data.messages import Turns
 
 DatasetType = Literal["preference", "ranked", "unpaired_preference"]
 """What a loss learns from: pairs, ranked lists, or completions with a label (TRL's words)."""
@@ -19,8 +20,9 @@ TokenIds = tuple[int, ...]
 class Fields:
     """The names of a data set's columns.
 
-    Without a name for the prompt, it is looked for in 'prompt', 'text', 'conversations' and 'messages', and
-    otherwise taken from the dialogues. A column that is named has to exist.
+    Without a name for the prompt, it is looked for in the usual columns, and otherwise taken from the
+    dialogues. A column that is named has to exist. A name with dots reaches into nested objects. An empty
+    name ignores a column; that of the prompt says that texts have none.
 
     Raises:
         ValueError: a name is empty, no string, or given twice.
@@ -29,15 +31,30 @@ class Fields:
     prompt: str | None = None
     chosen: str = "chosen"
     rejected: str = "rejected"
+    completions: str = "completions"
+    completion: str = "completion"
+    label: str = "label"
     split: str = "split"
     weight: str = "weight"
     margin: str = "margin"
+    system: str = "system"
+    tools: str = "tools"
 
     def __post_init__(self) -> None:
-        names = [name for name in vars(self).values() if name is not None]
-        if not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
-            problem = "field names should be different and not empty, but they are "
+        names = [name for name in vars(self).values() if name is not None and name != ""]
+        required = [self.chosen, self.rejected]
+        if (
+            not all(isinstance(name, str) for name in names)
+            or not all(required)
+            or len(set(names)) < len(names)
+        ):
+            problem = "field names should be different and those of the texts not empty, but they are "
             raise ValueError(problem + ", ".join(map(describe_value, names)) + ": name each column once.")
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        """The usual names of columns that have another name here."""
+        return {name: given for name, given in vars(self).items() if given is not None and given != name}
 
 
 DEFAULT_FIELDS = Fields()
@@ -48,23 +65,30 @@ class Example:
     """A prompt with its completions, as text.
 
     Attributes:
-        prompt: plain text, or the messages of a dialogue, of which the last is not the assistant's.
+        prompt: plain text, or the messages of a dialogue. If the last is the assistant's, completions go on
+            from it.
         completions: the best first; a pair is a list of two. In a dialogue a completion is the answer to the
-            last message. A completion may be empty.
+            last message, or turns from one answer to another. A completion may be empty.
         label: whether the only completion is desirable; None for pairs and ranked lists.
         weight: factor of the example's loss.
         margin: nats by which chosen should win over rejected.
         split: 'train', 'test', or None if the data does not say.
         source: the place in the file, such as 'prefs.jsonl, line 12'.
+        tools: that a dialogue may call, as JSON schemas.
+        ranks: a number for each completion, equal for ties; None where the order is the rank.
+        form: the name of the form that the row had.
     """
 
-    prompt: str | tuple[Message, ...]
-    completions: tuple[str, ...]
+    prompt: str | Turns
+    completions: tuple[Completion, ...]
     label: bool | None = None
     weight: float | None = None
     margin: float | None = None
     split: str | None = None
     source: str = ""
+    tools: tuple[Any, ...] = ()
+    ranks: tuple[float, ...] | None = None
+    form: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -76,6 +100,8 @@ class TokenizedExample:
         completions: one Int[n] each, in the example's order.
         label, weight, margin, source: as in `Example`.
         kl_completion: a completion of another prompt, by which `KTO` estimates its KL; empty for none.
+        scored: for each completion whether a token of prompt and completion together is scored, Bool[k + n];
+            None if these are all tokens of the completions.
     """
 
     prompt: TokenIds
@@ -85,6 +111,7 @@ class TokenizedExample:
     margin: float | None = None
     source: str = ""
     kl_completion: TokenIds = ()
+    scored: tuple[tuple[bool, ...], ...] | None = None
 
     @property
     def chosen(self) -> TokenIds:
@@ -95,15 +122,27 @@ class TokenizedExample:
         return self.completions[1]
 
     @property
+    def scored_or_none(self) -> list[tuple[bool, ...] | None]:
+        """`scored` of each completion, as batches take it."""
+        return list(self.scored or [None] * len(self.completions))
+
+    def scored_masks(self) -> list[list[bool]]:
+        """For each completion, which tokens of prompt and completion are scored; the first token never is."""
+        spans = [(len(self.prompt), len(completion)) for completion in self.completions]
+        masks = self.scored or [(False,) * start + (True,) * count for start, count in spans]
+        return [[False, *mask[1:]] for mask in masks]
+
+    @property
     def sft_completion(self) -> TokenIds | None:
         """The completion that supervised training learns, the best one; None if it is undesirable."""
         return None if self.label is False else self.completions[0]
 
     @property
-    def sequences(self) -> list[tuple[TokenIds, TokenIds]]:
-        """The prompt with each completion, and with the KL completion if there is one."""
-        completions = (*self.completions, *([self.kl_completion] if self.kl_completion else []))
-        return [(self.prompt, completion) for completion in completions]
+    def sequences(self) -> list[tuple[TokenIds, TokenIds, tuple[bool, ...] | None]]:
+        """The prompt with each completion, and with the KL completion if there is one, and their `scored`."""
+        extra = [(self.kl_completion, None)] if self.kl_completion else []
+        completions = [*zip(self.completions, self.scored_or_none, strict=True), *extra]
+        return [(self.prompt, completion, scored) for completion, scored in completions]
 
 
 @dataclass(frozen=True)
@@ -114,6 +153,12 @@ class TokenizedExamples:
         num_identical: examples left out because all completions are the same tokens.
         num_unscored: examples left out because a completion has no scored token; a list needs two that have.
         errors: of the examples that were skipped.
+        num_continued: examples in which a token of the whole text would span the border, so that completions
+            were tokenized as what follows the prompt's own ids.
+        num_cut: examples whose prompt ends before what the chat template writes at inference to open an
+            answer.
+        num_as_chat: examples whose plain prompt became the user's turn of a dialogue.
+        num_template_text: examples whose plain prompt had been written by a chat template already.
     """
 
     examples: list[TokenizedExample]
@@ -122,6 +167,10 @@ class TokenizedExamples:
     num_shortened_prompts: int = 0
     num_truncated_completions: int = 0
     errors: list[ExampleError] = field(default_factory=list)
+    num_continued: int = 0
+    num_cut: int = 0
+    num_as_chat: int = 0
+    num_template_text: int = 0
 
     def summary(self) -> str:
         """One sentence on what was left out or shortened; empty if nothing was."""
@@ -137,5 +186,12 @@ class TokenizedExamples:
         cuts = ", ".join(f"{n:,} {noun}{'s' * (n > 1)} {end}" for n, noun, end in shortened if n)
         clauses = [f"left out of {total:,} examples: {reasons}"] if reasons else []
         clauses += [f"cut to fit: {cuts}"] if cuts else []
+        kinds = [
+            (self.num_continued, "in {} a token would span the border, so completions were tokenized apart"),
+            (self.num_cut, "in {} the chat template writes less before an answer than to open one"),
+            (self.num_as_chat, "in {} a plain prompt is the user's turn of a dialogue"),
+            (self.num_template_text, "in {} a plain prompt has been written by a chat template already"),
+        ]
+        clauses += [sentence.format(f"{n:,} examples") for n, sentence in kinds if n]
         text = "; ".join(clauses)
         return f"{text[0].upper()}{text[1:]}." if text else ""

@@ -1,99 +1,207 @@
 """A record of any form -> `Example`."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from dpo_wrapper.data.chat import Prompt, check_unicode, parse_dialogues, parse_messages, parse_texts
+from dpo_wrapper.data.dialogues import Prompt, parse_dialogues, parse_texts
 from dpo_wrapper.data.errors import ExampleError, describe_value, missing_field_error
 from dpo_wrapper.data.examples import DEFAULT_FIELDS, Example, Fields
+from dpo_wrapper.data.forms import COLUMNS, find_comparison
+from dpo_wrapper.data.messages import (
+    Message,
+    Turns,
+    check_unicode,
+    iterate_texts,
+    parse_messages,
+    parse_messages_text,
+)
+from dpo_wrapper.data.row import Row
 
-PROMPT_FIELDS = ("prompt", "text", "conversations", "messages")
+PROMPT_FIELDS = (
+    "prompt", "text", "instruction", "question", "query", "context", "conversations", "messages", "problem",
+    "input",
+)  # fmt: skip
+MEDIA_FIELDS = ("images", "image", "videos", "video", "audios", "audio")
+EXTRA_FIELDS = ("input", "system", "system_prompt", "history", "tools")
 
-_SPLITS = dict.fromkeys(("train", "training"), "train")
-_SPLITS |= dict.fromkeys(("test", "validation", "valid", "eval", "held-out", "heldout"), "test")
+
+def needed_columns(fields: Fields) -> set[str]:
+    """The columns that `to_example` may look up."""
+    named = {name.split(".")[0] for name in vars(fields).values() if name is not None}
+    return (
+        COLUMNS
+        | named
+        | {name for name in vars(fields).values() if name}
+        | {*PROMPT_FIELDS, *MEDIA_FIELDS, *EXTRA_FIELDS}
+    )
+
+
+_SPLIT_WORDS = {"train": "train", "training": "train"}
+_SPLIT_WORDS |= dict.fromkeys(
+    ("test", "validation", "valid", "val", "dev", "eval", "held_out", "heldout"), "test"
+)
 
 
 def to_example(record: Any, fields: Fields = DEFAULT_FIELDS, source: str = "") -> Example:
     r"""The example that a record of any supported form stands for.
 
     A record has a prompt and one of:
-        `chosen` and `rejected`: a pair;
-        `completions`: a ranked list, the best first;
+        `chosen` and `rejected`: a pair (for other names of columns see `forms`);
+        `completions`: a ranked list, the best first, or with scores or ranks;
         `completion` and `label` (true or false): one completion, desirable or not.
 
     Prompt and completions are plain strings, whole dialogues as one text with `\n\nHuman:` and
     `\n\nAssistant:` turns, lists of {role, content} messages, or ShareGPT's {from, value}. In a dialogue the
-    completion is always the last assistant turn, and what comes before it must be the same for all
-    completions.
+    completion is the last assistant turn, or all turns from the first one in which the completions differ.
 
-    Error messages begin with `source`, the record's place.
+    Error messages begin with `source`, the record's place. Raises TiedRowError if no completion is better.
     """
     try:
-        if not isinstance(record, Mapping):
-            problem = "a row should be an object with prompt and completions"
-            raise ExampleError(f"{problem}, but it is {describe_value(record)}: write one object per row.")
-        values, label = _find_completions(record, fields)
-        prompt_field = _find_prompt(record, fields)
+        row = record if isinstance(record, Row) else Row(record, fields.renamed, source)
+        comparison = find_comparison(row)
+        values = comparison.completions
+        _check_forms(values)
+        _check_media(row)
+        prompt_field = _find_prompt(row, fields, comparison.prompt_fields)
+        if not isinstance(prompt_field.value, str):  # beside a text, such a completion is meant as text
+            values = {field: parse_messages_text(value) for field, value in values.items()}
+            _check_forms(values)
         if all(isinstance(value, str) for value in values.values()):
-            prompt, completions = parse_texts(values, prompt_field)
+            prompt, completions = parse_texts(values, prompt_field, needs_prompt=fields.prompt != "")
         else:
             dialogues = {field: parse_messages(value, field) for field, value in values.items()}
             prompt, completions = parse_dialogues(dialogues, prompt_field)
-        weight, margin = (_parse_number(record, field) for field in (fields.weight, fields.margin))
+        prompt = _add_columns(row, prompt, prompt_field)
+        weight, margin = (_parse_number(row, name) for name in ("weight", "margin"))
         if weight is not None and weight < 0:
             problem = f"the weight should not be negative, but it is {describe_value(weight)}"
             remedy = "put the better completion first or leave the row out"
             raise ExampleError(f"{problem}: {remedy}.", fields.weight)
-        split = _parse_split(record, fields.split)
-        return Example(prompt, completions, label, weight, margin, split, source)
+        split = parse_split(row.get("split"), fields.split)
+        tools = _parse_tools(row)
+        return Example(
+            prompt,
+            completions,
+            comparison.label,
+            weight,
+            margin,
+            split,
+            source,
+            tools,
+            comparison.ranks,
+            comparison.form,
+        )
     except ExampleError as error:
         error.source = source
         raise
 
 
-def _find_completions(record: Mapping[Any, Any], fields: Fields) -> tuple[dict[str, Any], bool | None]:
-    """The values of the completions by the names of their fields, the best first, and the label."""
-    # A Parquet file of several forms has nulls in the columns of the other forms.
-    present = {key for key, value in record.items() if value is not None}
-    label = None
-    if {fields.chosen, fields.rejected} & present or not {"completions", "completion"} & present:
-        for field in (fields.chosen, fields.rejected):
-            if field not in record:
-                remedy = "add it, name its field, or give 'completions', or 'completion' and 'label'"
-                raise missing_field_error(record, field, remedy)
-        values = {field: record[field] for field in (fields.chosen, fields.rejected)}
-    elif "completions" in present:
-        ranked = record["completions"]
-        if not isinstance(ranked, Sequence) or isinstance(ranked, str) or len(ranked) < 2:
-            problem = f"the completions should be a ranked list, but they are {describe_value(ranked)}"
-            raise ExampleError(f"{problem}: give at least two, the best first.", "completions")
-        values = {f"completions[{k}]": value for k, value in enumerate(ranked)}
-    else:
-        label, values = record.get("label"), {"completion": record["completion"]}
-        if not isinstance(label, bool):
-            problem = f"the label should be true or false, but it is {describe_value(label)}"
-            raise ExampleError(f"{problem}: say whether the completion is desirable.", "label")
+def _check_forms(values: dict[str, Any]) -> None:
     forms = {field: _check_form(value, field) for field, value in values.items()}
+    for field, value in values.items():
+        if isinstance(value, (list, tuple)) and value and all(isinstance(item, str) for item in value):
+            problem = "the completion should be text or a list of messages, but it is a list of texts"
+            raise ExampleError(f"{problem}: write one text, or rank several under 'completions'.", field)
     first = next(iter(forms))
     for field, form in forms.items():
         if form != forms[first]:
             problem = f"the completion should be {forms[first]} as in field '{first}', but it is {form}"
             raise ExampleError(f"{problem}: write all completions in one form.", field)
-    return values, label
 
 
-def _find_prompt(record: Mapping[Any, Any], fields: Fields) -> Prompt:
-    if fields.prompt is not None and fields.prompt not in record:
-        raise missing_field_error(record, fields.prompt, "say which field holds the prompt")
-    names = [fields.prompt] if fields.prompt else PROMPT_FIELDS
-    prompts = [Prompt(record, name, record[name]) for name in names if name in record]
-    for prompt in prompts:
-        if prompt.value is not None:
-            _check_form(prompt.value, prompt.field)
+def _find_prompt(row: Row, fields: Fields, form_fields: tuple[str, ...]) -> Prompt:
+    if fields.prompt == "":
+        return Prompt(row.record)
+    if fields.prompt is not None and "prompt" not in row and fields.prompt not in row.record:
+        raise missing_field_error(row.record, fields.prompt, "say which field holds the prompt")
+    names = ("prompt",) if fields.prompt else form_fields or PROMPT_FIELDS
+    blank = None
+    for name in (name for name in names if name in row):
+        prompt = Prompt(row.record, row.column(name), parse_messages_text(row[name]))
+        _check_form(prompt.value, prompt.field)
         if not prompt.is_blank:
             return prompt
-    return prompts[0] if prompts else Prompt(record)
+        blank = blank or prompt
+    known = next((row.column(name) for name in names if row.column(name) in row.record), "")
+    return blank or Prompt(row.record, known, None)
+
+
+def _add_columns(row: Row, prompt: str | Turns, found: Prompt) -> str | Turns:
+    """The prompt with what other columns add: Alpaca's `input`, a `system` text, a `history` of turns."""
+    names = {"instruction": ("input", "query"), "query": ("input",), "question": ("input",)}
+    name = row.first_of(*names.get(found.field, ()))
+    given = row[name] if name is not None else ""
+    if not isinstance(given, str):
+        problem = f"the input should be text, but it is {describe_value(given)}"
+        raise ExampleError(f"{problem}: write it as text.", name)
+    if given.strip():
+        check_unicode(given, str(name))
+        if isinstance(prompt, str):
+            prompt = f"{prompt}\n{given}"
+        else:
+            prompt = (
+                *prompt[:-1],
+                Message(prompt[-1].role, f"{prompt[-1].text}\n{given}", prompt[-1].extras),
+            )
+    before: list[Message] = []
+    if (name := row.first_of("system", "system_prompt")) is not None:
+        if not isinstance(row[name], str):
+            problem = f"the system text should be text, but it is {describe_value(row[name])}"
+            raise ExampleError(f"{problem}: write it as text.", name)
+        before += [Message("system", check_unicode(row[name], name))] if row[name].strip() else []
+    if "history" in row:
+        before += _parse_history(row.get_json("history"))
+    if not before:
+        return prompt
+    turns = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+    if before[0].role == "system" and turns[0].role == "system":
+        if turns[0].text.strip() != before[0].text.strip():
+            problem = "the system text should stand once, but the prompt has another"
+            raise ExampleError(f"{problem}: leave one of the two out.", name)
+        before = before[1:]
+    return (*before, *turns)
+
+
+def _parse_history(history: Any) -> list[Message]:
+    turns: list[Message] = []
+    if isinstance(history, (list, tuple)) and history and all(isinstance(turn, Mapping) for turn in history):
+        return list(parse_messages(history, "history"))
+    for pair in history if isinstance(history, (list, tuple)) else [history]:
+        if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(t, str) for t in pair)):
+            form = "a list of pairs of question and answer"
+            problem = f"the history should be {form}, but it holds {describe_value(pair)}"
+            raise ExampleError(f"{problem}: write it so, or put the turns into the prompt.", "history")
+        turns += [
+            Message("user", check_unicode(pair[0], "history")),
+            Message("assistant", check_unicode(pair[1], "history")),
+        ]
+    return turns
+
+
+def _check_media(row: Row) -> None:
+    for name in MEDIA_FIELDS:
+        if row.get(name):
+            problem = f"a row should be text alone, but it has {describe_value(row[name])} in '{name}'"
+            raise ExampleError(f"{problem}, which a language model cannot read: leave the row out.", name)
+
+
+def _parse_tools(row: Row) -> tuple[Any, ...]:
+    """The tools that a dialogue may call, a list or such a list as JSON text."""
+    tools = row.get_json("tools")
+    if not tools:
+        return ()
+    if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools):
+        problem = f"the tools should be a list of objects, but they are {describe_value(tools)}"
+        raise ExampleError(f"{problem}: write them as JSON schemas.", "tools")
+    for text in iterate_texts(list(tools)):
+        check_unicode(text, "tools")
+    return tuple(_wrap_tool(tool) for tool in tools)
+
+
+def _wrap_tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A tool as templates expect it; ShareGPT's are functions without the object around them."""
+    is_bare = "name" in tool and "function" not in tool and "type" not in tool
+    return {"type": "function", "function": tool} if is_bare else tool
 
 
 def _check_form(value: Any, field: str) -> str:
@@ -107,20 +215,25 @@ def _check_form(value: Any, field: str) -> str:
     return "messages"
 
 
-def _parse_split(record: Mapping[Any, Any], field: str) -> str | None:
-    value = record.get(field)
-    split = _SPLITS.get(value.strip().lower()) if isinstance(value, str) else None
-    if value is not None and split is None:
+def parse_split(value: Any, field: str) -> str | None:
+    """'train' or 'test' of a split's name, which may go on as in `train_prefs`."""
+    if value is None:
+        return None
+    spelled = value.strip().lower().replace("-", "_") if isinstance(value, str) else ""
+    split = _SPLIT_WORDS.get(spelled, _SPLIT_WORDS.get(spelled.split("_")[0]))
+    if split is None:
         problem = f"the split should be 'train' or 'test', but it is {describe_value(value)}"
-        raise ExampleError(f"{problem}: rename it or leave the field out.", field)
+        remedy = "rename it, leave the field out, or name another column with --columns split=NAME"
+        raise ExampleError(f"{problem}: {remedy}.", field)
     return split
 
 
-def _parse_number(record: Mapping[Any, Any], field: str) -> float | None:
-    value = record.get(field)
+def _parse_number(row: Row, name: str) -> float | None:
+    value = row.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e300:
         problem = f"the value should be a finite number, but it is {describe_value(value)}"
-        raise ExampleError(f"{problem}: correct it or rename the column.", field)
+        remedy = f"correct it or rename the column, or ignore it with --columns {name}="
+        raise ExampleError(f"{problem}: {remedy}.", row.column(name))
     return float(value)

@@ -5,8 +5,8 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 
-from dpo_wrapper.data.chat import Message, Turns
 from dpo_wrapper.data.examples import Example
+from dpo_wrapper.data.messages import Message
 
 
 def split_examples(
@@ -41,7 +41,7 @@ def split_examples(
             problem = "some rows should be for evaluation, but all are marked as train"
             raise ValueError(f"{problem}: mark some as 'test', drop the split field or take a fraction of 0.")
     else:
-        keys = [_prompt_key(example.prompt) for example in examples]
+        keys = list(map(_prompt_key, examples))
         test_keys = _choose_keys(keys, fraction, seed) if fraction else set()
         is_test = [key in test_keys for key in keys]
     parts: tuple[list[Example], list[Example]] = ([], [])
@@ -52,14 +52,20 @@ def split_examples(
 
 def count_shared_prompts(train: Sequence[Example], eval: Sequence[Example]) -> int:
     """Number of the examples to evaluate on whose prompt is one that is trained on."""
-    keys = {_prompt_key(example.prompt) for example in train}
-    return sum(_prompt_key(example.prompt) in keys for example in eval)
+    keys = set(map(_prompt_key, train))
+    return sum(_prompt_key(example) in keys for example in eval)
 
 
-def _prompt_key(prompt: str | Turns) -> str:
-    """One text per prompt; plain text is the same prompt as a dialogue of that one question."""
+def _prompt_key(example: Example) -> str:
+    """One text per prompt; plain text is the same prompt as a dialogue of that one question.
+
+    Texts without a prompt stand for themselves, and ids of messages do not count.
+    """
+    prompt = example.prompt or repr(example.completions)
     turns = (Message("user", prompt),) if isinstance(prompt, str) else prompt
-    return json.dumps([(turn.role, turn.content) for turn in turns])
+    names = ("role", "content", "tool_calls")
+    parts = [{key: value for key, value in turn.as_dict().items() if key in names} for turn in turns]
+    return json.dumps(parts, sort_keys=True, default=str)
 
 
 def _choose_keys(keys: list[str], fraction: float, seed: int) -> set[str]:

@@ -2,14 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from dpo_wrapper.data.chat import Message, Turns
+from dpo_wrapper.data.encoded import EncodedExample, Score
+from dpo_wrapper.data.hugging_face_tokenizer import HuggingFaceTokenizer
+from dpo_wrapper.data.messages import Message, Turns, answer_turns
 
 _BYTES_FILE = "byte_tokenizer.json"
-_TEXT_ROLES = {"system": "System", "user": "Human", "assistant": "Assistant", "tool": "Tool"}
 
 
 class Tokenizer(Protocol):
@@ -32,17 +33,34 @@ class Tokenizer(Protocol):
     def pad_id(self) -> int:
         """A filler that never reaches the model; never BOS or EOS, but -100 where no other one exists."""
 
+    @property
+    def end_of_turn_id(self) -> int:
+        """The token that ends an answer to a dialogue."""
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether a chat template writes dialogues."""
+
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without any token added."""
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, special tokens skipped."""
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of ids."""
 
-    def prompt_ids(self, prompt: str | Turns) -> list[int]:
-        """The ids of a prompt: one BOS first if there is one; a dialogue ends by opening the answer."""
+    def is_template_text(self, prompt: str) -> bool:
+        """Whether a plain prompt is a dialogue that a chat template has written already."""
 
-    def completion_ids(self, prompt: str | Turns, completion: str) -> list[int]:
-        """The ids that follow `prompt_ids(prompt)` in this completion; they end in exactly one EOS."""
+    def encode_prompt(self, prompt: str | Turns, tools: Sequence[Any] = ()) -> list[int]:
+        """The ids of a prompt as a model sees them when it is used; a dialogue ends by opening the answer."""
+
+    def encode_example(
+        self,
+        prompt: str | Turns,
+        completions: Sequence[str | Turns],
+        tools: Sequence[Any] = (),
+        score: Score = "last",
+    ) -> EncodedExample:
+        """The ids of a prompt and of the completions that continue it, each with one end of turn."""
 
     def fingerprint(self) -> str:
         """A sha256 over all that determines the ids, the same in every process."""
@@ -52,7 +70,7 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as tokens, and one token each for BOS, EOS, PAD and the four roles of a dialogue.
+    """UTF-8 bytes as tokens, and one token each for BOS, EOS, PAD and the roles of a dialogue.
 
     Any Unicode text comes back unchanged. No text can spell a special token.
 
@@ -63,23 +81,64 @@ class ByteTokenizer:
     vocab_size: int = 263
     bos_id: int = 256
     eos_id: int = 257
+    end_of_turn_id: int = 257
     pad_id: int = 258
-    role_ids: ClassVar[dict[str, int]] = {"system": 259, "user": 260, "assistant": 261, "tool": 262}
+    role_ids: ClassVar = {"system": 259, "developer": 259, "user": 260, "assistant": 261, "tool": 262}
+    has_chat_template: bool = False
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
 
-    def decode(self, ids: Iterable[int]) -> str:
-        return bytes(token for token in ids if 0 <= token < 256).decode("utf-8", errors="replace")
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        names = {self.bos_id: "<bos>", self.eos_id: "<eos>", self.pad_id: "<pad>"}
+        names |= {id_: f"<{role}>" for role, id_ in self.role_ids.items() if role != "developer"}
+        names = {} if skip_special_tokens else names
+        # a model may have more ids than there are, and padding none
+        parts = (bytes([id_]) if 0 <= id_ < 256 else names.get(id_, "").encode() for id_ in ids)
+        return b"".join(parts).decode("utf-8", errors="replace")
 
-    def prompt_ids(self, prompt: str | Turns) -> list[int]:
+    def is_template_text(self, prompt: str) -> bool:
+        return False
+
+    def encode_prompt(self, prompt: str | Turns, tools: Sequence[Any] = ()) -> list[int]:
         if isinstance(prompt, str):
             return [self.bos_id, *self.encode(prompt)]
-        turns = [token for turn in prompt for token in (self.role_ids[turn.role], *self.encode(turn.content))]
-        return [self.bos_id, *turns, self.role_ids["assistant"]]
+        ids = self._encode_turns(prompt, tools)
+        return [self.bos_id, *(ids if prompt[-1].role == "assistant" else [*ids, self.role_ids["assistant"]])]
 
-    def completion_ids(self, prompt: str | Turns, completion: str) -> list[int]:
-        return [*self.encode(completion), self.eos_id]
+    def encode_example(
+        self,
+        prompt: str | Turns,
+        completions: Sequence[str | Turns],
+        tools: Sequence[Any] = (),
+        score: Score = "last",
+    ) -> EncodedExample:
+        ids = self.encode_prompt(prompt, tools)
+        parts = [self._encode_completion(completion) for completion in completions]
+        if score == "last" and all(len(answer_turns(completion)) == 1 for completion in completions):
+            return EncodedExample(ids, parts)
+        scored = [self._find_scored([*ids, *part], len(ids) if score == "last" else 0) for part in parts]
+        return EncodedExample(ids, parts, scored)
+
+    def _encode_completion(self, completion: str | Turns) -> list[int]:
+        first, *others = answer_turns(completion)
+        return [*self._encode_turns((first,))[1:], *self._encode_turns(others), self.eos_id]
+
+    def _find_scored(self, sequence: list[int], start: int) -> list[bool]:
+        """True on the assistant's words from `start` on, and on the token that ends each of its turns."""
+        role, scored = self.role_ids["assistant"] if start else None, [False] * start
+        for id_ in sequence[start:]:
+            scored.append(role == self.role_ids["assistant"])
+            role = id_ if id_ in self.role_ids.values() else role
+        return scored
+
+    def _encode_turns(self, turns: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
+        if tools or any(turn.needs_template for turn in turns):
+            raise ValueError(
+                "tools, tool calls and reasoning should have a chat template, but bytes have none: name "
+                "a Hugging Face tokenizer, or leave the row out."
+            )
+        return [id_ for turn in turns for id_ in (self.role_ids[turn.role], *self.encode(turn.text))]
 
     def fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode()).hexdigest()
@@ -93,135 +152,13 @@ class ByteTokenizer:
         return {"tokenizer": "dpo_wrapper bytes", "version": 1, "specials": specials}
 
 
-class HuggingFaceTokenizer:
-    r"""A Hugging Face tokenizer as a `Tokenizer`.
+def load_tokenizer(name: str | Path, **options: Any) -> Tokenizer:
+    """The tokenizer of a folder, or of a model on the hub; 'bytes' is a `ByteTokenizer`.
 
-    Plain text: prompt and completion are tokenized separately, so that no token straddles the border between
-    them. Dialogues: the chat template renders the prompt with its generation prompt, and the whole dialogue;
-    the completion is what the whole dialogue has after the prompt. Without a template, dialogues are written
-    as `\n\nHuman:` and `\n\nAssistant:` turns.
-
-    Args:
-        tokenizer: a tokenizer of transformers.
-
-    Raises:
-        ValueError: the tokenizer has no EOS token.
+    Options are those of `HuggingFaceTokenizer`; ValueError where bytes have no use for them.
     """
-
-    def __init__(self, tokenizer: Any) -> None:
-        if getattr(tokenizer, "eos_token_id", None) is None:
-            problem = f"the tokenizer should have an EOS token, but this {type(tokenizer).__name__} has none"
-            raise ValueError(f"{problem}: set its eos_token to the token that ends an answer.")
-        self.tokenizer = tokenizer
-        self.eos_id: int = tokenizer.eos_token_id
-        self.bos_id: int | None = tokenizer.bos_token_id
-        # A pad token that also stands for something else cannot tell padding from text.
-        other_ids = (None, self.bos_id, self.eos_id, tokenizer.unk_token_id)
-        self.pad_id: int = -100 if tokenizer.pad_token_id in other_ids else tokenizer.pad_token_id
-        self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
-
-    @classmethod
-    def load(cls, name_or_folder: str | Path) -> "HuggingFaceTokenizer":
-        """Load the tokenizer of a folder or of a model on the hub; ValueError if there is none."""
-        try:
-            from transformers import AutoTokenizer
-        except ImportError as error:
-            problem = "Hugging Face tokenizers need transformers"
-            raise ImportError(f"{problem}: pip install 'dpo-wrapper[train]'.") from error
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(name_or_folder))
-        except Exception as error:  # OSError, ValueError, KeyError and more, by what is missing or broken
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            expected = "a folder that holds one or the name of a model on the hub"
-            problem = f"the tokenizer should be {expected}, but '{name_or_folder}' is neither ({reason})"
-            remedy = "save a tokenizer there with save_pretrained, check the name, or use 'bytes'"
-            raise ValueError(f"{problem}: {remedy}.") from error
-        return cls(tokenizer)
-
-    def encode(self, text: str) -> list[int]:
-        options = {"add_special_tokens": False, "split_special_tokens": False, "verbose": False}
-        return list(self.tokenizer(text, **options)["input_ids"])
-
-    def decode(self, ids: Iterable[int]) -> str:
-        text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return str(text)
-
-    def prompt_ids(self, prompt: str | Turns) -> list[int]:
-        ids = self.encode(prompt if isinstance(prompt, str) else self._prompt_text(prompt))
-        # A text or a template may write the BOS itself.
-        return ids if self.bos_id is None or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
-
-    def completion_ids(self, prompt: str | Turns, completion: str) -> list[int]:
-        answer = completion.removesuffix(self.tokenizer.eos_token)
-        ids = self.encode(answer)
-        eos = ("EOS", self.eos_id, self.tokenizer.eos_token)
-        for name, id_, token in (eos, ("BOS", self.bos_id, self.tokenizer.bos_token)):
-            if id_ in ids:
-                problem = f"the completion should not hold the {name} token, but {token!r} is in it"
-                raise ValueError(f"{problem}: remove it from the text.")
-        if isinstance(prompt, str):
-            return [*ids, self.eos_id]
-        if not self.tokenizer.chat_template:
-            return [*self.encode(f" {answer}" if answer else ""), self.eos_id]
-        return self._templated_completion(prompt, answer)
-
-    def _templated_completion(self, prompt: Turns, answer: str) -> list[int]:
-        opening = self._prompt_text(prompt)
-        dialogue = self._render((*prompt, Message("assistant", answer)), add_generation_prompt=False)
-        if not dialogue.startswith(opening):
-            expected = "render a dialogue that begins with its prompt and generation prompt"
-            problem = f"the chat template should {expected}, but it does not"
-            raise ValueError(f"{problem}: use another template or plain text rows.")
-        rest = dialogue[len(opening) :]
-        ids = self.encode(rest)
-        end = ids.index(self.eos_id) if self.eos_id in ids else len(ids)
-        # White space aside, the answer has to be there in full: some templates drop the reasoning in it.
-        rendered = rest.split(self.tokenizer.eos_token)[0]
-        if "".join(answer.split()) not in "".join(rendered.split()):
-            problem = "the chat template should keep the answer whole, but a part of it is missing"
-            raise ValueError(f"{problem}: use another template or plain text rows.")
-        # After the EOS a template may begin the next turn (a line break): nothing to learn from.
-        return [*ids[:end], self.eos_id]
-
-    def _prompt_text(self, prompt: Turns) -> str:
-        if self.tokenizer.chat_template:
-            return self._render(prompt, add_generation_prompt=True)
-        texts = [f"\n\n{_TEXT_ROLES[turn.role]}: {turn.content}" for turn in prompt]
-        if prompt[0].role == "system":
-            texts[0] = prompt[0].content
-        return "".join([*texts, "\n\nAssistant:"])
-
-    def _render(self, turns: Turns, *, add_generation_prompt: bool) -> str:
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-        try:
-            options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-            return str(self.tokenizer.apply_chat_template(messages, **options))
-        except ImportError as error:
-            raise ImportError("chat templates need jinja2: pip install 'dpo-wrapper[train]'.") from error
-        except Exception as error:  # a template is a program: it may raise anything
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            roles = ", ".join(turn.role for turn in turns)
-            problem = f"the chat template should take the roles {roles}, but it raises '{reason}'"
-            raise ValueError(f"{problem}: change the roles or leave the row out.") from error
-
-    def fingerprint(self) -> str:
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is not None:
-            model = json.loads(backend.to_str())
-            # Left behind by earlier calls, and overridden by every call here.
-            model = {key: value for key, value in model.items() if key not in ("truncation", "padding")}
-        else:
-            model = {"class": type(self.tokenizer).__name__, "vocab": self.tokenizer.get_vocab()}
-        specials = [self.bos_id, self.eos_id, self.pad_id]
-        identity = {"model": model, "specials": specials, "template": self.tokenizer.chat_template}
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-    def save(self, folder: str | Path) -> None:
-        self.tokenizer.save_pretrained(str(folder))
-
-
-def load_tokenizer(name: str | Path) -> Tokenizer:
-    """The tokenizer of a folder, or of a model on the hub; 'bytes' is a `ByteTokenizer`."""
     if str(name) == "bytes" or (Path(name) / _BYTES_FILE).is_file():
+        if given := [name for name, value in options.items() if value is not None and name != "today"]:
+            raise ValueError(f"{given[0]} needs a Hugging Face tokenizer, but bytes are used: leave it out.")
         return ByteTokenizer()
-    return HuggingFaceTokenizer.load(name)
+    return HuggingFaceTokenizer.load(name, **options)

@@ -98,14 +98,18 @@ def format_before_and_after(records: Sequence[Record]) -> str:
 
 
 def format_completions(
-    tokenizer: Tokenizer, models: Mapping[str, nn.Module | None], example: TokenizedExample
+    tokenizer: Tokenizer,
+    models: Mapping[str, nn.Module | None],
+    example: TokenizedExample,
+    max_positions: int | None = None,
 ) -> str:
     """A prompt, the greedy completion of each model that is not None, and the chosen completion."""
+    end_ids = (tokenizer.end_of_turn_id, tokenizer.eos_id)
     prompt_ids = list(example.prompt)
     lines = [("prompt", shorten(tokenizer.decode(prompt_ids), keep_end=True))]
     for name, model in models.items():
         if model is not None:
-            ids = generate(model, prompt_ids, MAX_COMPLETION_TOKENS, tokenizer.eos_id)
+            ids = generate(model, prompt_ids, MAX_COMPLETION_TOKENS, end_ids, max_positions)
             lines.append((name, shorten(tokenizer.decode(ids))))
     lines.append(("chosen", shorten(tokenizer.decode(list(example.sft_completion or ())))))
     return "\n".join(f"{name:9}  {text}" for name, text in lines)

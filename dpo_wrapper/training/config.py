@@ -8,48 +8,28 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from dpo_wrapper.data.config import DataConfig
 from dpo_wrapper.losses.registry import losses_help
 from dpo_wrapper.pretrained import PRESETS
 
 
-@dataclass(frozen=True)
-class TrainConfig:
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(DataConfig):
     """Train a language model on human preferences: read them from a file, write the model to a folder."""
 
-    data: Path
-    """File of preferences: .jsonl, .json (either may be gzipped) or .parquet. A row holds a pair, a ranked
-    list of completions or, for KTO, one completion with a label."""
     out: Path = Path("runs/dpo")
     """Run folder, where the results are written. It must be new or empty, unless --resume is given."""
-    eval_data: Path | None = None
-    """File of preferences to evaluate on. By default they are taken from --data: the rows whose column
+    eval_data: tuple[Path, ...] | None = None
+    """Preferences to evaluate on, as for --data. By default they are taken from --data: the rows whose column
     `split` says test or, if there is no such column, those of a fraction of the prompts."""
     eval_fraction: float = 0.1
     """Fraction of the rows to evaluate on, if no row has a split and --eval-data is not given; 0 for none."""
-    prompt_field: str | None = None
-    """Field with the prompt; by default prompt, text, conversations or messages, whichever a row has."""
-    chosen_field: str = "chosen"
-    """Field with the preferred completion."""
-    rejected_field: str = "rejected"
-    """Field with the other completion."""
     ranking: Literal["all", "best"] | None = None
     """Which pairs a loss of pairs makes of a ranked list: all (the default), or the best completion with each
     of the others."""
-    as_chat: bool = False
-    """Treat a plain-text prompt as the user turn of a dialogue."""
-    skip_bad_rows: bool = False
-    """Leave out rows that cannot be read, and print their number, instead of stopping at the first."""
-
     model: str = "tiny"
     """tiny, small or medium (a new x-transformers decoder), a run folder, or a Hugging Face model by folder
     or name."""
-    tokenizer: str | None = None
-    """bytes, or a Hugging Face tokenizer by folder or name. By default the model's own; a new model uses
-    bytes."""
-    max_length: int = 512
-    """Maximum sequence length in tokens. Longer sequences lose the front of the prompt first, then the end of
-    the completion."""
-
     loss: Annotated[str, tyro.conf.arg(help=losses_help())] = "sigmoid(beta=0.1) + 1.0*sft"
     reference: Literal["auto", "copy", "none"] = "auto"
     """Reference model: a frozen copy of the policy as it is before preference training, or none. auto makes a
@@ -113,6 +93,9 @@ class TrainConfig:
     """Continue an interrupted run in --out, with the settings that it began with."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.eval_data, (str, Path)):
+            object.__setattr__(self, "eval_data", (Path(self.eval_data),))
         for name in ("sft_epochs", "epochs", "save_steps", "num_workers", "ref_model_sync_steps"):
             self._check(name, lambda value: value >= 0, "0 or more")
         for name in ("batch_size", "micro_batch_tokens", "eval_steps"):
@@ -125,7 +108,7 @@ class TrainConfig:
         self._check("max_length", lambda value: value >= 8, "at least 8")
         for name in ("weight_decay", "eval_fraction", "warmup_ratio"):
             self._check(name, lambda value: 0 <= value < 1, "in [0, 1)")
-        if self.eval_data is not None and self.eval_data == self.data:
+        if set(self.eval_data or ()) & set(self.data):
             raise ValueError(
                 "--eval-data should not be the same file as --data: leave it out to evaluate on a part of it."
             )
@@ -166,10 +149,6 @@ class TrainConfig:
     @property
     def peak_learning_rate(self) -> float:
         return self.learning_rate or (1e-4 if self.is_new_model else 1e-6)
-
-    @property
-    def on_error(self) -> Literal["raise", "skip"]:
-        return "skip" if self.skip_bad_rows else "raise"
 
 
 def flag(field_name: str) -> str:

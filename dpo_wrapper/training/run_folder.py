@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +48,7 @@ class RunFolder:
     Attributes:
         progress: the beginning of the run, or its latest checkpoint.
         status: whether the model is saved, and reported.
+        today: the day on which the run began, which chat templates may print.
         notes: what a person should know of a run that is resumed.
     """
 
@@ -61,6 +63,7 @@ class RunFolder:
         self.settings = json.loads(json.dumps(asdict(config), default=str))
         self.progress = Progress()
         self.status: RunStatus = "training"
+        self.today = date.today()
         self.notes: list[str] = []
 
     def check(self, resume: bool) -> None:
@@ -90,6 +93,7 @@ class RunFolder:
                 f"{self.run_file} should hold the settings of a run, but it does not: name a new folder."
             )
         before, self.status = run["settings"], run["status"]
+        self.today = date.fromisoformat(run.get("today", self.today.isoformat()))
         changed = ", ".join(
             f"{flag(name)} {before.get(name)}"
             for name, value in self.settings.items()
@@ -152,7 +156,8 @@ class RunFolder:
     def set_status(self, status: RunStatus) -> None:
         """Write the settings, and whether the model is saved and reported."""
         self.status = status
-        write_json(self.run_file, {"status": status, "settings": self.settings}, indent=2)
+        content = {"status": status, "today": self.today.isoformat(), "settings": self.settings}
+        write_json(self.run_file, content, indent=2)
 
     def log_metrics(self, stage: str, part: str, step: int, values: dict[str, float]) -> None:
         """Append one line to the log; `part` is "step" for a training step, or the split evaluated on.

@@ -1,5 +1,6 @@
 """Read and check everything that a run needs, before training starts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,6 @@ from accelerate.utils import set_seed
 
 from dpo_wrapper.data import (
     Example,
-    ExampleError,
-    Fields,
-    Message,
     check_ranking,
     convert_examples,
     count_shared_prompts,
@@ -19,6 +17,7 @@ from dpo_wrapper.data import (
     tokenize_examples,
 )
 from dpo_wrapper.data.collate import add_kl_completions
+from dpo_wrapper.data.examples import DatasetType
 from dpo_wrapper.losses import CombinedLoss, parse_losses
 from dpo_wrapper.pretrained import PretrainedModel, load_pretrained
 from dpo_wrapper.reference.build import parse_device
@@ -51,14 +50,16 @@ def set_up_training(config: TrainConfig) -> TrainSetup:
     check_options(config, loss)
     run = RunFolder(config)
     run.check(config.resume)
-    train_texts, eval_texts, errors = read_splits(config, loss.dataset_type)
+    train_texts, eval_texts, notes = read_splits(config, loss.dataset_type)
 
     set_seed(config.seed)
     resumes_after_sft = run.sft_folder.is_dir() and run.progress.stage == "dpo"
     model_name = str(run.sft_folder) if resumes_after_sft else config.model
-    pretrained = load_pretrained(model_name, config.tokenizer, config.max_length)
+    pretrained = load_pretrained(
+        model_name, config.tokenizer, config.max_length, config.tokenizer_options(run.today)
+    )
 
-    notes = [
+    notes += [
         f"{type(term).__name__} compares the pairs of one forward pass with one another: raise "
         "--micro-batch-tokens if a step takes several passes"
         for term, _ in loss.terms
@@ -70,20 +71,26 @@ def set_up_training(config: TrainConfig) -> TrainSetup:
             "metrics do not say how the policy does on new prompts."
         )
     examples: dict[str, list[Any]] = {}
+    summaries: dict[str, str] = {}
     for name, texts in (("train", train_texts), ("eval", eval_texts)):
-        if config.as_chat:
-            texts = [as_user_turn(example) for example in texts]
         tokenized = tokenize_examples(
-            texts, pretrained.tokenizer, config.max_length, on_error=config.on_error
+            texts,
+            pretrained.tokenizer,
+            config.max_length,
+            score=config.score,
+            as_chat=config.as_chat_option,
+            on_error=config.on_error,
         )
         examples[name] = add_kl_completions(tokenized.examples, config.max_length, config.seed)
-        errors = [*errors, *tokenized.errors]
+        if tokenized.errors:
+            problem = f"{name}: {len(tokenized.errors):,} rows could not be tokenized and are left out"
+            notes.append(f"{problem}; the first: {tokenized.errors[0]}")
+        summaries[name] = tokenized.summary()
         if tokenized.summary():
             notes.append(f"{name}: {tokenized.summary()}")
-    if errors:
-        notes.append(f"{len(errors)} rows could not be read and are left out; the first: {errors[0]}")
     splits = Splits(**examples, unit=UNITS[loss.dataset_type])
-    check_splits(config, loss, splits)
+    check_splits(config, loss, splits, summaries["train"])
+    check_model(pretrained, splits)
     return TrainSetup(config, run, pretrained, splits, notes)
 
 
@@ -100,46 +107,44 @@ def check_options(config: TrainConfig, loss: CombinedLoss) -> None:
         parse_device(config.reference_device)
 
 
-def read_splits(
-    config: TrainConfig, dataset_type: Any
-) -> tuple[list[Example], list[Example], list[ExampleError]]:
-    """Train and eval examples as the losses need them, and the errors of the rows that were left out."""
-    examples, errors = read_data(config.data, config, dataset_type)
+def read_splits(config: TrainConfig, dataset_type: Any) -> tuple[list[Example], list[Example], list[str]]:
+    """Train and eval examples as the losses need them, and sentences on what was left out or not used."""
+    examples, notes = read_data(config.data, config, dataset_type)
     if config.eval_data is None:
-        return *split_examples(examples, config.eval_fraction, config.seed), errors
-    eval_examples, eval_errors = read_data(config.eval_data, config, dataset_type)
-    return examples, eval_examples, [*errors, *eval_errors]
+        return *split_examples(examples, config.eval_fraction, config.seed), notes
+    eval_examples, eval_notes = read_data(config.eval_data, config, dataset_type)
+    held_out = [example for example in examples if example.split == "test"]
+    if held_out:
+        examples = [example for example in examples if example.split != "test"]
+        notes.append(f"{len(held_out):,} rows of --data that are marked as test are left out.")
+    return examples, eval_examples, [*notes, *(f"eval: {note}" for note in eval_notes)]
 
 
-def read_data(path: Path, config: TrainConfig, dataset_type: Any) -> tuple[list[Example], list[ExampleError]]:
-    """The examples of a file, converted to what the losses need, and the errors of the rows left out."""
-    fields = Fields(prompt=config.prompt_field, chosen=config.chosen_field, rejected=config.rejected_field)
-    examples, errors = read_examples(path, fields, on_error=config.on_error)
-    if path == config.data:
-        check_ranking(config.ranking, dataset_type, examples)
-    converted, conversion_errors = convert_examples(
-        examples, dataset_type, config.ranking or "all", on_error=config.on_error
+def read_data(
+    paths: Sequence[Path], config: TrainConfig, dataset_type: DatasetType
+) -> tuple[list[Example], list[str]]:
+    """The examples of files, converted to what the losses need, and sentences on the others."""
+    read = read_examples(paths, config.fields, split=config.split, on_error=config.on_error)
+    if paths == config.data:
+        check_ranking(config.ranking, dataset_type, read.examples)
+    converted, errors = convert_examples(
+        read.examples, dataset_type, config.ranking or "all", on_error=config.on_error
     )
-    return converted, errors + conversion_errors
+    return converted, replace(read, errors=[*read.errors, *errors]).notes()
 
 
-def as_user_turn(example: Example) -> Example:
-    """The example with a plain-text prompt as a user turn."""
-    if not isinstance(example.prompt, str):
-        return example
-    return replace(example, prompt=(Message("user", example.prompt),))
-
-
-def check_splits(config: TrainConfig, loss: CombinedLoss, splits: Splits) -> None:
+def check_splits(config: TrainConfig, loss: CombinedLoss, splits: Splits, summary: str = "") -> None:
     """Raise ValueError if the examples are not what the losses and the supervised training need."""
     examples = (*splits.train, *splits.eval)
     has_margins = any(example.margin is not None for example in examples)
     has_weights = any(example.weight is not None for example in examples)
     loss.check_columns(has_margins, has_weights)
     if not splits.train:
+        names = ", ".join(map(str, config.data))
+        reason = f" ({summary.removesuffix('.')})" if summary else ""
         raise ValueError(
-            f"--data should hold {splits.unit} to train on, but {config.data} leaves none: add rows, or "
-            "lower --eval-fraction."
+            f"--data should hold {splits.unit} to train on, but {names} leaves none{reason}: add "
+            "rows, or lower --eval-fraction."
         )
     if config.num_sft_epochs and not select_sft_examples(splits).train:
         raise ValueError(
@@ -151,6 +156,24 @@ def check_splits(config: TrainConfig, loss: CombinedLoss, splits: Splits) -> Non
             raise ValueError(
                 f"{type(loss.first_loss).__name__} estimates a KL from completions of other prompts, but all "
                 "rows of a split have the same prompt: add rows, or evaluate on none (--eval-fraction 0)."
+            )
+
+
+def check_model(pretrained: PretrainedModel, splits: Splits) -> None:
+    """Raise ValueError if an example has a token or a position that the model does not know."""
+    num_ids, max_positions = pretrained.num_embeddings, pretrained.max_positions
+    for example in (*splits.train, *splits.eval):
+        largest = max((max(ids) for ids in (example.prompt, *example.completions) if ids), default=0)
+        if largest >= num_ids:
+            raise ValueError(
+                f"{example.source}: token ids should be below {num_ids}, the size of the model's vocabulary, "
+                f"but one is {largest}: use the model's own tokenizer, not {pretrained.tokenizer_name}."
+            )
+        longest = len(example.prompt) + max(map(len, example.completions)) - 1  # the last token is no input
+        if max_positions is not None and longest > max_positions:
+            raise ValueError(
+                f"--max-length should be at most {max_positions + 1}, for the positions of the model end "
+                f"at {max_positions}, but {example.source} has {longest + 1} tokens: lower it."
             )
 
 

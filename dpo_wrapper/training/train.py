@@ -138,5 +138,6 @@ def report_results(setup: TrainSetup, models: Mapping[str, nn.Module | None]) ->
     print("\n" + format_before_and_after(records))
     example = next((example for example in (*splits.eval, *splits.train) if example.sft_completion), None)
     if models and example is not None:
-        print("\n" + format_completions(setup.pretrained.tokenizer, models, example))
+        pretrained = setup.pretrained
+        print("\n" + format_completions(pretrained.tokenizer, models, example, pretrained.max_positions))
     print(f"\nThe policy, its metrics and curves.png are in {run.path}")

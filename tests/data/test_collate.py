@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from dpo_wrapper.batches import TreeOptions
+from dpo_wrapper.batches import PreferenceBatch, TreeOptions
 from dpo_wrapper.batches.sequences import ScoredSequences
 from dpo_wrapper.data import (
     HuggingFaceTokenizer,
@@ -251,3 +251,29 @@ def test_batches_come_with_trees_where_they_are_wanted() -> None:
         )
         assert list(vars(batch.sequences)["_trees"]) == [TreeOptions()]
         assert "_trees" not in vars(collate(pairs).sequences)
+
+
+def test_scored_turns_reach_every_kind_of_batch() -> None:
+    """A completion of two answers with a question between them, whose tokens are not scored."""
+    masks = ((False, True, True, False, True), (False, True, True))
+    pair = TokenizedExample((1, 2), ((3, 9, 4), (5,)), scored=masks)
+    plain = TokenizedExample((1,), ((6, 7), (8,)))
+
+    def targets(sequences: ScoredSequences) -> list[list[int]]:
+        return [ids.tolist() for ids in sequences.target.split(sequences.length.tolist())]
+
+    batch = COLLATE_FNS["preference"]([pair, plain])
+    assert targets(batch.sequences) == [[2, 3, 4], [6, 7], [2, 5], [8]]
+    ranked = COLLATE_FNS["ranked"]([pair, plain])
+    assert targets(ranked.sequences) == [[2, 3, 4], [2, 5], [6, 7], [8]]
+    labelled = TokenizedExample((1, 2), ((3, 9, 4),), True, scored=masks[:1], kl_completion=(8, 8))
+    unpaired = COLLATE_FNS["unpaired_preference"]([labelled])
+    assert targets(unpaired.sequences) == [[2, 3, 4]] and targets(unpaired.kl_sequences) == [[8, 8]]
+    whole = scored_sequences([pair, labelled], 1000)
+    assert targets(whole[0]) == [[2, 3, 4], [2, 5], [2, 3, 4], [8, 8]]
+
+    items = PreferenceDataset([pair, plain], -100)
+    collated = PreferenceCollator(-100)([items[0], items[1]])
+    seqs = (collated["preferred_seq"], collated["unpreferred_seq"])
+    padded = PreferenceBatch.from_padded(seqs, collated["prompt_mask"], collated["seq_mask"], None, None)
+    assert targets(padded.sequences) == [[2, 3, 4], [6, 7], [2, 5], [8]]

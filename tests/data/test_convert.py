@@ -21,6 +21,7 @@ from dpo_wrapper.data import (
     tokenize_examples,
 )
 from dpo_wrapper.data.collate import COLLATE_FNS, add_kl_completions
+from dpo_wrapper.data.encoded import EncodedExample
 from dpo_wrapper.losses import KTO, PlackettLuce, Sigmoid
 from helpers.datasets import tokenize_example
 from helpers.models import ZOO
@@ -135,7 +136,8 @@ def test_rows_of_every_kind_in_one_file(tmp_path: Path) -> None:
     columns = ("prompt", "chosen", "rejected", "completions", "completion", "label", "weight", "split")
     table = pa.table({name: [record.get(name) for record in RECORDS] for name in columns})  # type: ignore[attr-defined]
     pq.write_table(table, tmp_path / "rows.parquet")
-    examples, errors = read_examples(tmp_path / "rows.parquet")
+    read = read_examples(tmp_path / "rows.parquet")
+    examples, errors = read.examples, read.errors
     assert not errors
     pairs, errors = convert_examples(examples, "preference", on_error="skip")
     assert [(x.prompt, *x.completions, x.weight, x.split) for x in pairs] == [
@@ -167,10 +169,12 @@ def test_rows_of_every_kind_in_one_file(tmp_path: Path) -> None:
 def test_a_file_of_one_record_and_other_names_of_the_prompt(tmp_path: Path) -> None:
     path = tmp_path / "one.json"
     path.write_text(json.dumps({"prompt": "Q", "completions": ["A", "B"]}))
-    (example,), _ = read_examples(path)
+    read = read_examples(path)
+    (example,) = read.examples
     assert example.completions == ("A", "B")
     path.write_text(json.dumps({"question": "Q", "completion": "A", "label": True}))
-    (example,), _ = read_examples(path, Fields(prompt="question"))
+    read = read_examples(path, Fields(prompt="question"))
+    (example,) = read.examples
     assert (example.prompt, example.completions, example.label) == ("Q", ("A",), True)
 
 
@@ -184,17 +188,17 @@ def test_files_to_losses(tmp_path: Path, dataset_type: Any, loss: Any) -> None:
     path.write_text("\n".join(map(json.dumps, [*RECORDS, {"prompt": 1, "completion": 2, "label": True}])))
     with pytest.raises(ExampleError, match=r"rows.jsonl, line 4, field 'completion'"):
         read_examples(path)
-    examples, errors = read_examples(path, on_error="skip")
+    read = read_examples(path, on_error="skip")
+    examples, errors = read.examples, read.errors
     assert len(examples) == 3 and len(errors) == 1
 
     class Small(ByteTokenizer):
         """37 ids, as many as the models have."""
 
-        def prompt_ids(self, prompt: Any) -> list[int]:
-            return [token % 37 for token in super().prompt_ids(prompt)]
-
-        def completion_ids(self, prompt: Any, completion: str) -> list[int]:
-            return [token % 37 for token in super().completion_ids(prompt, completion)]
+        def encode_example(self, *arguments: Any) -> EncodedExample:
+            encoded = super().encode_example(*arguments)
+            prompt, *completions = ([t % 37 for t in ids] for ids in (encoded.prompt, *encoded.completions))
+            return EncodedExample(prompt, completions)
 
     converted, errors = convert_examples(examples, dataset_type, on_error="skip")
     assert len(errors) == 1

@@ -1,6 +1,8 @@
 """Examples to tokens of bounded length: what is cut, in which order, and what is left out."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -28,8 +30,8 @@ class NoBos(ByteTokenizer):
 
     bos_id = None  # type: ignore[assignment]
 
-    def prompt_ids(self, prompt: str | tuple[Message, ...]) -> list[int]:
-        return super().prompt_ids(prompt)[1:]
+    def encode_prompt(self, prompt: str | tuple[Message, ...], tools: Sequence[Any] = ()) -> list[int]:
+        return super().encode_prompt(prompt, tools)[1:]
 
 
 _prompts = st.text(max_size=60) | st.lists(
@@ -50,13 +52,13 @@ def test_truncation(
 ) -> None:
     example = Example(prompt, (chosen, rejected), weight=2.0, margin=0.5, source="here")
     pair = tokenize_example(example, tokenizer, max_length)
-    whole = tokenizer.prompt_ids(prompt)
-    sides = [tokenizer.completion_ids(prompt, text) for text in (chosen, rejected)]
+    whole = tokenizer.encode_prompt(prompt)
+    sides = [tiny.encode_completion(tokenizer, prompt, text) for text in (chosen, rejected)]
     cut = [pair.chosen, pair.rejected]
     assert (pair.source, pair.weight, pair.margin, pair.label) == ("here", 2.0, 0.5, None)
     assert all(len(pair.prompt) + len(side) <= max_length for side in cut)
-    # Completions lose their end only, keep a token at least, and an EOS is never put back.
-    assert all(list(side) == full[: len(side)] and side for side, full in zip(cut, sides, strict=True))
+    # Completions lose their end only, and an EOS is never put back.
+    assert all(list(side) == full[: len(side)] for side, full in zip(cut, sides, strict=True))
     # The prompt loses its front only, and BOS stays.
     kept = list(pair.prompt)
     begins = [BOS] if tokenizer.bos_id == BOS else []
@@ -67,6 +69,9 @@ def test_truncation(
     assert len(kept) == min(len(whole), max(max_length - longest, max_length // 4))
     if len(kept) > max_length // 4:
         assert [list(side) for side in cut] == sides
+    # No character is cut in two.
+    for side, text in zip(cut, (chosen, rejected), strict=True):
+        assert text.startswith(tokenizer.decode(side))
 
 
 def test_truncation_by_hand() -> None:
@@ -141,27 +146,34 @@ def test_counts_and_summary() -> None:
 
 @pytest.mark.pitfall(10)
 def test_tokenizer_errors_name_the_row(tmp_path: Path) -> None:
-    tiny.save_tokenizer(tmp_path, eos="<|im_end|>", template=tiny.NO_PREFIX)
+    tiny.save_tokenizer(tmp_path, eos="<|im_end|>", template=tiny.DROPS_THOUGHT)
     tokenizer = HuggingFaceTokenizer.load(tmp_path)
     turns = (Message("user", "Hello"),)
     examples = [
         Example("Q", ("A", "B"), source="a.jsonl, line 1"),
-        Example(turns, ("A", "B"), source="a.jsonl, line 2"),
-        Example("Q", ("A", "B<|im_end|>C"), source="a.jsonl, line 3"),
+        Example(turns, ("hm</think>A", "B"), source="a.jsonl, line 2"),
+        Example(
+            "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n",
+            ("A", "B<|im_end|>C"),
+            source="a.jsonl, line 3",
+        ),
     ]
     with pytest.raises(
-        ExampleError, match=r"^a.jsonl, line 2: the chat template should render a dialogue that begins"
+        ExampleError, match=r"^a.jsonl, line 2: the chat template should keep the answer whole"
     ):
         tokenize_examples(examples, tokenizer, 64)
     with pytest.raises(
-        ValueError, match=r"^the completion should not hold the EOS token, but '<.im_end.>' is in it: remove"
+        ValueError, match=r"^the completion should not hold an end of turn, but one stands inside"
     ) as caught:
         tokenize_example(examples[2], tokenizer, 64)
     assert not isinstance(caught.value, ExampleError)
     tokenized = tokenize_examples(examples, tokenizer, 64, on_error="skip")
     assert [pair.source for pair in tokenized.examples] == ["a.jsonl, line 1"]
     assert [str(error)[:17] for error in tokenized.errors] == ["a.jsonl, line 2: ", "a.jsonl, line 3: "]
-    assert tokenized.summary() == "Left out of 3 examples: 2 with an error."
+    assert tokenized.summary() == (
+        "Left out of 3 examples: 2 with an error; "
+        "in 1 examples a plain prompt is the user's turn of a dialogue."
+    )
 
 
 @pytest.mark.parametrize("max_length", [7, 0, -1, 8.0, True, "9"])

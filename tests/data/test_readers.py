@@ -37,11 +37,11 @@ _labelled_dialogues = st.builds(Example, _dialogue, st.tuples(_text), label=st.b
 
 
 def as_messages(example: Example) -> list[dict[str, str]]:
-    return [{"role": turn.role, "content": turn.content} for turn in example.prompt]  # type: ignore[union-attr]
+    return [{"role": turn.role, "content": turn.content} for turn in example.prompt]  # type: ignore[union-attr, dict-item]
 
 
 def as_shares(example: Example) -> list[dict[str, str]]:
-    return [{"from": SHARE[turn.role], "value": turn.content} for turn in example.prompt]  # type: ignore[union-attr]
+    return [{"from": SHARE[turn.role], "value": turn.content} for turn in example.prompt]  # type: ignore[union-attr, dict-item]
 
 
 def answer(text: str) -> dict[str, str]:
@@ -156,22 +156,22 @@ def test_round_trip_of_every_form_through_every_format(form: str, data: st.DataO
     records = [{**record_of(example), "split": example.split} for example in examples]
     name = data.draw(st.sampled_from(FORMATS))
     with tempfile.TemporaryDirectory() as folder:
-        read, errors = read_examples(write(Path(folder) / name, records))
-    assert not errors and all(example.source.startswith(name) for example in read)
-    assert [replace(example, source="") for example in read] == examples
+        read = read_examples(write(Path(folder) / name, records))
+    assert not read.errors and all(example.source.startswith(name) for example in read.examples)
+    assert [replace(example, source="") for example in read.examples] == examples
 
 
 def test_places(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(f"\n{LINE}\n  \n{LINE}")
-    assert [example.source for example in read_examples(tmp_path / "a.jsonl")[0]] == [
+    assert [example.source for example in read_examples(tmp_path / "a.jsonl").examples] == [
         "a.jsonl, line 2",
         "a.jsonl, line 4",
     ]
     for name in ("b.json", "b.parquet"):
-        places = [example.source for example in read_examples(write(tmp_path / name, [GOOD, GOOD]))[0]]
+        places = [example.source for example in read_examples(write(tmp_path / name, [GOOD, GOOD])).examples]
         assert places == [f"{name}, row 1", f"{name}, row 2"]
     (tmp_path / "c.json").write_text(f"{LINE}\n\n{LINE}\n")
-    assert [example.source for example in read_examples(tmp_path / "c.json")[0]] == [
+    assert [example.source for example in read_examples(tmp_path / "c.json").examples] == [
         "c.json, line 1",
         "c.json, line 3",
     ]
@@ -179,10 +179,8 @@ def test_places(tmp_path: Path) -> None:
 
 def test_a_json_file_with_one_row_and_no_list(tmp_path: Path) -> None:
     (tmp_path / "one.json").write_text(LINE)
-    assert read_examples(str(tmp_path / "one.json")) == (
-        [Example("Q", ("A", "B"), source="one.json, line 1")],
-        [],
-    )
+    read = read_examples(str(tmp_path / "one.json"))
+    assert (read.examples, read.errors) == ([Example("Q", ("A", "B"), source="one.json, line 1")], [])
 
 
 def test_line_separators_inside_strings_end_no_line(tmp_path: Path) -> None:
@@ -190,12 +188,12 @@ def test_line_separators_inside_strings_end_no_line(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(
         json.dumps({**GOOD, "chosen": odd}, ensure_ascii=False), encoding="utf-8"
     )
-    assert read_examples(tmp_path / "a.jsonl")[0][0].completions[0] == odd
+    assert read_examples(tmp_path / "a.jsonl").examples[0].completions[0] == odd
 
 
 def test_gz_ending_without_gzip_inside(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_text(LINE)
-    assert len(read_examples(tmp_path / "a.jsonl.gz")[0]) == 1
+    assert len(read_examples(tmp_path / "a.jsonl.gz").examples) == 1
 
 
 def test_several_files_and_their_names(tmp_path: Path) -> None:
@@ -204,14 +202,14 @@ def test_several_files_and_their_names(tmp_path: Path) -> None:
         write(tmp_path / folder / "a.jsonl", [GOOD])
     write(tmp_path / "b.json", [GOOD])
     paths = [tmp_path / "one" / "a.jsonl", str(tmp_path / "b.json"), tmp_path / "two" / "a.jsonl"]
-    places = [example.source for example in read_examples(paths)[0]]
+    places = [example.source for example in read_examples(paths).examples]
     assert places == [f"{paths[0]}, line 1", "b.json, row 1", f"{paths[2]}, line 1"]
 
 
 def test_mixed_forms_in_one_parquet_file(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "Q"}]
     records = [{"messages": turns, "prompt": None, "chosen": "A", "rejected": "B"}, GOOD]
-    assert [example.prompt for example in read_examples(write(tmp_path / "a.parquet", records))[0]] == [
+    assert [example.prompt for example in read_examples(write(tmp_path / "a.parquet", records)).examples] == [
         (Message("user", "Q"),),
         "Q",
     ]
@@ -220,7 +218,8 @@ def test_mixed_forms_in_one_parquet_file(tmp_path: Path) -> None:
 def test_skipped_rows_are_returned_as_errors(tmp_path: Path) -> None:
     bad = [b'{"prompt": ', b'\xff"}', b"[1]", b'{"prompt": "Q", "chosen": "A"}']
     (tmp_path / "a.jsonl").write_bytes(b"\n".join([LINE.encode(), *bad, LINE.encode()]))
-    examples, errors = read_examples(tmp_path / "a.jsonl", on_error="skip")
+    read = read_examples(tmp_path / "a.jsonl", on_error="skip")
+    examples, errors = read.examples, read.errors
     assert [example.source for example in examples] == ["a.jsonl, line 1", "a.jsonl, line 6"]
     assert [str(error).split(":")[0] for error in errors] == [
         "a.jsonl, line 2, column 11",

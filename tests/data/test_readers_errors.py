@@ -82,13 +82,13 @@ BAD: list[tuple[str, bytes, str, str]] = [  # name, content, message after the n
     (
         "a.jsonl.gz",
         gzip.compress(f"{LINE}\n".encode() * 50, mtime=0)[:-12],
-        ": the gzip data should be whole, but the file is truncated",
+        ": the packed data should be whole, but the file is truncated",
         "fetch or write it again",
     ),
     (
         "a.json",
         gzip.compress(f"[{LINE}]".encode(), mtime=0)[:30],
-        ": the gzip data should be whole, but the file is truncated",
+        ": the packed data should be whole, but the file is truncated",
         "fetch or write it again",
     ),
     (
@@ -146,16 +146,13 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
     ):
         read_examples(tmp_path / "no.jsonl")
     with pytest.raises(
-        ValueError,
-        match=r"the path should be a file, but it is the folder '.*': name the file, one that ends in .jsonl",
+        ValueError, match=r"the folder should hold files of rows, but '.*' holds none: name a"
     ):
         read_examples(tmp_path)
-    (tmp_path / "b.jsonl").write_text(LINE)
     with pytest.raises(
-        ValueError,
-        match=r"path should be a file, but it is the folder '.*': name the file, for instance '.*b.jsonl'",
+        ValueError, match=r"the pattern should match files, but '.*.jsonl' matches none: check"
     ):
-        read_examples(tmp_path)
+        read_examples(tmp_path / "*.jsonl")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
@@ -169,14 +166,16 @@ def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
         read_examples(tmp_path / "a.jsonl")
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.gz", "a", "json", "a.parquet.gz"])
+@pytest.mark.parametrize("name", ["a.txt", "a.gz", "a", "json", "a.parquet.gz"])
 def test_unknown_endings(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text(LINE)
     with pytest.raises(
         ValueError, match=r"the ending of the file should say its format, but the file is '.*'"
     ) as caught:
         read_examples(tmp_path / name)
-    assert ": name one that ends in .jsonl, .json (either with .gz) or .parquet" in str(caught.value)
+    assert ": name one that ends in .jsonl, .ndjson, .json, .csv, .tsv (each may be packed" in str(
+        caught.value
+    )
 
 
 def test_arguments() -> None:

@@ -122,3 +122,9 @@ def test_another_process_splits_alike_and_loads_no_extra_library() -> None:
     examples = [Example(f"prompt {i}", ("A", "B")) for i in range(40)]
     test = [example.prompt for example in split_examples(examples, 0.2, 7)[1]]
     assert len(test) == 8 and out.strip() == f"{test} {ByteTokenizer().fingerprint()}"
+
+
+def test_ids_of_messages_make_no_other_prompt() -> None:
+    examples = [Example((Message("user", f"Q{k % 5}", {"id": k}),), ("A", "B")) for k in range(40)]
+    train, test = ({e.prompt[0].text for e in part} for part in split_examples(examples, 0.2))
+    assert train and test and not train & test

@@ -8,25 +8,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_wrapper.data import ByteTokenizer, Message, load_tokenizer
+from helpers import tokenizers as tiny
 
 
 @given(st.text())
 def test_bytes_round_trip(text: str) -> None:
     tokenizer = ByteTokenizer()
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.decode(tokenizer.prompt_ids(text)) == text
-    assert tokenizer.decode(tokenizer.completion_ids("Q", text)) == text
+    assert tokenizer.decode(tokenizer.encode_prompt(text)) == text
+    assert tokenizer.decode(tiny.encode_completion(tokenizer, "Q", text)) == text
     assert all(0 <= token < 256 for token in tokenizer.encode(text))
 
 
 def test_bytes_layout() -> None:
     tokenizer = ByteTokenizer()
-    assert tokenizer.prompt_ids("hi") == [256, 104, 105]
-    assert tokenizer.completion_ids("hi", "yo") == [121, 111, 257]
-    assert tokenizer.completion_ids("hi", "") == [257]
+    assert tokenizer.encode_prompt("hi") == [256, 104, 105]
+    assert tiny.encode_completion(tokenizer, "hi", "yo") == [121, 111, 257]
+    assert tiny.encode_completion(tokenizer, "hi", "") == [257]
     turns = tuple(Message(role, role[0]) for role in ("system", "user", "assistant", "tool"))
-    assert tokenizer.prompt_ids(turns) == [256, 259, 115, 260, 117, 261, 97, 262, 116, 261]
-    assert tokenizer.completion_ids(turns, "a") == [97, 257]
+    assert tokenizer.encode_prompt(turns) == [256, 259, 115, 260, 117, 261, 97, 262, 116, 261]
+    assert tiny.encode_completion(tokenizer, turns, "a") == [97, 257]
     assert tokenizer.vocab_size == 1 + max(tokenizer.role_ids.values())
     assert len({tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, *tokenizer.role_ids.values()}) == 7
     assert tokenizer.decode([104, 258, -100, 0xFF]) == "h\ufffd"

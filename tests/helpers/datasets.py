@@ -26,7 +26,7 @@ def dataset(examples: list[TokenizedExample] | None = None) -> PreferenceDataset
 
 
 def tokenize_example(example: Example, tokenizer: Tokenizer, max_length: int) -> TokenizedExample:
-    return encode.tokenize_example(example, tokenizer, max_length)[0]
+    return encode.tokenize_example(example, tokenizer, max_length).example
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:

@@ -27,8 +27,9 @@ _SENTENCES = [
 
 
 @cache
-def _trained() -> str:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+def trained_bytes() -> str:
+    """A byte-level BPE, as JSON."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     model = Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -40,10 +41,6 @@ def _trained() -> str:
         show_progress=False,
     )
     model.train_from_iterator(_SENTENCES, trainer)
-    # As Llama's does, it would put a BOS (here also an EOS) around every text unless told otherwise.
-    model.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
-    )
     return model.to_str()
 
 
@@ -55,13 +52,19 @@ def save_tokenizer(
     pad: str | None = "<pad>",
     unk: str | None = None,
     template: str | None = None,
+    puts_bos: bool = True,
 ) -> Path:
     """A folder with a tokenizer of these special tokens; '<|im_end|>' is the natural EOS for ChatML."""
-    from tokenizers import Tokenizer
+    from tokenizers import Tokenizer, processors
     from transformers import PreTrainedTokenizerFast
 
+    model = Tokenizer.from_str(trained_bytes())
+    if bos and puts_bos:  # as Llama's does, it puts a BOS (here also an EOS) around every text
+        ids = [(token, model.token_to_id(token)) for token in {bos, "</s>"}]
+        single, pair = f"{bos} $A </s>", f"{bos} $A </s> $B </s>"
+        model.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ids)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_trained()),
+        tokenizer_object=model,
         bos_token=bos,
         eos_token=eos,
         pad_token=pad,
@@ -70,3 +73,8 @@ def save_tokenizer(
     tokenizer.chat_template = template
     tokenizer.save_pretrained(str(folder))
     return folder
+
+
+def encode_completion(tokenizer, prompt, completion):
+    """The ids of one completion of a prompt."""
+    return tokenizer.encode_example(prompt, [completion]).completions[0]

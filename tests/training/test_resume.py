@@ -64,7 +64,7 @@ def test_resume_is_refused_with_other_settings(rows, tmp_path):
 def test_a_finished_run_is_not_resumed_and_an_unfinished_one_is_no_model(finished_run, rows, tmp_path):
     settings = json.loads((finished_run / "run.json").read_text())["settings"]
     with pytest.raises(ValueError, match="is finished"):
-        RunFolder(make_config(Path(settings["data"]), finished_run)).check(resume=True)
+        RunFolder(make_config(Path(settings["data"][0]), finished_run)).check(resume=True)
     with pytest.raises(ValueError, match=r"needs an unfinished run, but .* holds no run"):
         RunFolder(make_config(rows, tmp_path / "nothing")).check(resume=True)
     RunFolder(make_config(rows, tmp_path / "begun")).open()

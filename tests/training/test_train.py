@@ -151,7 +151,7 @@ def test_prompts_that_are_trained_on_and_evaluated_on_are_counted(rows, tmp_path
     eval_data.write_text("\n".join([*lines[:4], json.dumps({"prompt": "?", "chosen": "a", "rejected": "b"})]))
     setup = set_up_training(make_config(rows, tmp_path / "out", eval_data=eval_data))
     assert any(
-        note.startswith("4 of the 5 eval examples have prompts that are trained on") for note in setup.notes
+        note.startswith("3 of the 5 eval examples have prompts that are trained on") for note in setup.notes
     )
     setup = set_up_training(make_config(rows, tmp_path / "out"))
     assert not any("trained on" in note for note in setup.notes)

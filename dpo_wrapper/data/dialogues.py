@@ -1,82 +1,20 @@
-"""The forms of a prompt and its completions: plain texts, and dialogues as messages or as one text."""
+"""Prompts and completions: plain texts, dialogues as messages, and dialogues as one text."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from dpo_wrapper.data.errors import ExampleError, describe_value, missing_field_error
-
-ROLES = ("system", "user", "assistant", "tool")
-
-# ShareGPT and similar data sets have other names for these roles.
-_ROLE_ALIASES = {"human": "user", "function": "tool", "observation": "tool"}
-_ROLE_ALIASES |= dict.fromkeys(("gpt", "chatgpt", "model"), "assistant")
+from dpo_wrapper.data.messages import Message, Turns, parse_messages
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
+NO_PROMPT = "add 'prompt', say which field holds the prompt, or that there is none with --columns prompt="
 _TEXT_ROLES = {"Human": "user", "Assistant": "assistant"}
 
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a dialogue."""
-
-    role: str
-    content: str
-
-    def __post_init__(self) -> None:
-        if self.role not in ROLES:
-            raise ValueError(_role_problem(self.role))
-
-
-Turns = tuple[Message, ...]
-
-
-def _role_problem(role: Any) -> str:
-    return f"the role should be one of {', '.join(ROLES)}, but it is {describe_value(role)}: rename the role."
-
-
-def check_unicode(text: str, field: str, message: int = 0) -> str:
-    """Return `text`; ExampleError for half of a surrogate pair: JSON can spell it, no tokenizer reads it."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(text[error.start]):04x}, half of a surrogate pair"
-        problem = f"the text should be Unicode, but character {error.start + 1} is {half}"
-        raise ExampleError(f"{problem}: remove or replace it.", field, message) from None
-    return text
-
-
-def parse_messages(value: Any, field: str) -> Turns:
-    """The messages of a list of {role, content} or {from, value} objects, or of one such object."""
-    items = value if isinstance(value, (list, tuple)) else [value]
-    if not items:
-        raise ExampleError("there should be at least one message, but the list is empty: add some.", field)
-    return tuple(_parse_message(item, field, number) for number, item in enumerate(items, 1))
-
-
-def _parse_message(item: Any, field: str, number: int) -> Message:
-    # Parquet fills the keys that a message does not have with nulls, so null counts as absent.
-    pairs = item.items() if isinstance(item, Mapping) else ()
-    values = {key: value for key, value in pairs if value is not None}
-    role: Any = values.get("role", values.get("from"))
-    content: Any = values.get("content", values.get("value"))
-    problem = None
-    if not isinstance(item, Mapping):
-        problem = f"is {describe_value(item)}: write every message as such an object"
-    elif role is None:
-        problem = f"is {describe_value(item)} without a role: add the role"
-    elif content is None:
-        problem = "has no content: add the text or leave the row out"
-    elif not isinstance(content, str):
-        problem = f"has {describe_value(content)} as its content: write the content as plain text"
-    if problem:
-        form = "an object with 'role' and 'content' (or 'from' and 'value')"
-        raise ExampleError(f"a message should be {form}, but it {problem}.", field, number)
-    name = _ROLE_ALIASES.get(role.lower(), role.lower()) if isinstance(role, str) else None
-    if name not in ROLES:
-        raise ExampleError(_role_problem(role), field, number)
-    return Message(name, check_unicode(content, field, number))
+Completion = str | Turns
+"""A plain text; in a dialogue the assistant's answer as text, or turns that begin and end with his."""
 
 
 def parse_dialogue(text: str) -> Turns:
@@ -90,7 +28,7 @@ def parse_dialogue(text: str) -> Turns:
     turns = [Message("system", preamble.strip())] if preamble.strip() else []
     for name, content in zip(parts[::2], (part.strip() for part in parts[1::2]), strict=True):
         if turns and turns[-1].role == _TEXT_ROLES[name]:
-            content = "\n\n".join(filter(None, (turns.pop().content, content)))
+            content = "\n\n".join(filter(None, (turns.pop().text, content)))
         turns.append(Message(_TEXT_ROLES[name], content))
     return tuple(turns)
 
@@ -126,13 +64,13 @@ def join_turns(prompt: Turns, turns: Turns) -> Turns | None:
     return prompt + turns
 
 
-def _strip_turns(turns: Turns) -> list[tuple[str, str]]:
-    return [(turn.role, turn.content.strip()) for turn in turns]
+def _strip_turns(turns: Turns) -> list[tuple[str, str, Any]]:
+    return [turn.identity for turn in turns]
 
 
 def _split_system(turns: Turns) -> tuple[Turns, Turns]:
     """The system messages at the beginning, and the other turns."""
-    count = next((k for k, turn in enumerate(turns) if turn.role != "system"), len(turns))
+    count = next((k for k, turn in enumerate(turns) if turn.role not in ("system", "developer")), len(turns))
     return turns[:count], turns[count:]
 
 
@@ -157,8 +95,12 @@ class Prompt:
         return (Message("user", self.value),)
 
 
-def parse_texts(texts: dict[str, str], prompt: Prompt) -> tuple[str | Turns, tuple[str, ...]]:
+def parse_texts(
+    texts: dict[str, str], prompt: Prompt, needs_prompt: bool = True
+) -> tuple[str | Turns, tuple[Completion, ...]]:
     """Prompt and completions, from strings by field: completions alone, or whole dialogues as one text."""
+    if not needs_prompt and not any(_TURN.search("\n\n" + text.strip()) for text in texts.values()):
+        return "", tuple(texts.values())
     if prompt.is_blank:
         _check_all_have_turns(texts, prompt)
     text = prompt.value if isinstance(prompt.value, str) else ""
@@ -167,39 +109,71 @@ def parse_texts(texts: dict[str, str], prompt: Prompt) -> tuple[str | Turns, tup
     if text and not is_open_dialogue(text):
         return text, tuple(texts.values())
     turns = prompt.as_turns()
-    _check_prompt(turns, prompt.field)
+    if not isinstance(prompt.value, str):
+        turns = _without_answer(turns, [(Message("assistant", text),) for text in texts.values()])
+    _check_prompt(turns, prompt, prompt.field)
     return turns, tuple(completion.strip() if text else completion for completion in texts.values())
 
 
-def parse_dialogues(dialogues: dict[str, Turns], prompt: Prompt) -> tuple[Turns, tuple[str, ...]]:
-    """Prompt and completions, from turns by field: the last answer alone, or a dialogue that ends in it."""
-    prompts: dict[str, Turns] = {}
-    for field, turns in dialogues.items():
-        if turns[-1].role != "assistant":
-            problem = f"the dialogue should end in an assistant turn, but it ends in a {turns[-1].role} turn"
-            raise ExampleError(f"{problem}: add the answer or leave the row out.", field)
-        prompt_turns = turns[:-1] if prompt.is_blank else join_turns(prompt.as_turns(), turns[:-1])
-        if prompt_turns is None:
-            problem = f"the dialogue should answer or repeat field '{prompt.field}', but it begins otherwise"
-            raise ExampleError(f"{problem}: correct one of the two or leave the row out.", field)
-        prompts[field] = prompt_turns
-    first, shared = next(iter(prompts.items()))
-    for field, turns in prompts.items():
-        if turns != shared:
-            equal = [a == b for a, b in zip(turns, shared, strict=False)]
-            start = [*equal, False].index(False) + 1
+def parse_dialogues(dialogues: dict[str, Turns], prompt: Prompt) -> tuple[Turns, tuple[Completion, ...]]:
+    """Prompt and completions, from turns by field: answers alone, or dialogues that end in them.
+
+    The prompt is what all dialogues have in common before their last turns.
+    """
+    wholes = {
+        field: _join_prompt(prompt, turns, field, list(dialogues.values()))
+        for field, turns in dialogues.items()
+    }
+    first, whole = next(iter(wholes.items()))
+    count = min(map(len, wholes.values())) - 1
+    for field, other in wholes.items():
+        equal = takewhile(
+            lambda pair: pair[0] == pair[1], zip(_strip_turns(whole), _strip_turns(other), strict=False)
+        )
+        shared = min(sum(1 for _ in equal), count)
+        if any(turns[shared].role != "assistant" for turns in (whole, other)):
             problem = f"the turns before the last answer should be those of field '{first}', but they differ "
-            problem += f"from turn {start} on ({len(turns)} turns instead of {len(shared)})"
+            problem += f"from turn {shared + 1} on ({len(other) - 1} turns instead of {len(whole) - 1})"
             raise ExampleError(f"{problem}: let all answer one prompt or leave the row out.", field)
-    _check_prompt(shared, first if prompt.is_blank else prompt.field)
-    return shared, tuple(turns[-1].content for turns in dialogues.values())
+        count = shared
+    _check_prompt(whole[:count], prompt, first)
+    return whole[:count], tuple(_as_completion(turns[count:]) for turns in wholes.values())
+
+
+def _join_prompt(prompt: Prompt, turns: Turns, field: str, dialogues: list[Turns]) -> Turns:
+    """A whole dialogue: the turns after a prompt that they do not repeat."""
+    if turns[-1].role != "assistant":
+        problem = f"the dialogue should end in an assistant turn, but it ends in a {turns[-1].role} turn"
+        raise ExampleError(f"{problem}: add the answer or leave the row out.", field)
+    given = () if prompt.is_blank else _without_answer(prompt.as_turns(), dialogues)
+    if not given or _strip_turns(given) in map(_strip_turns, dialogues):
+        return turns  # the column of the prompt may hold a whole dialogue
+    if given[-1].role == "assistant" and turns[0].role == "assistant":
+        return (*given, *turns)  # the answer has been begun
+    joined = join_turns(given, turns[:-1])
+    if joined is None:
+        problem = f"the dialogue should answer or repeat field '{prompt.field}', but it begins otherwise"
+        raise ExampleError(f"{problem}: correct one of the two or leave the row out.", field)
+    return (*joined, turns[-1])
+
+
+def _without_answer(prompt: Turns, answers: list[Turns]) -> Turns:
+    """A prompt without its last turn if that is one of the answers (of a whole dialogue) or an empty one."""
+    last = prompt[-1]
+    is_empty = not last.text.strip() and not last.needs_template
+    is_answer = is_empty or last.identity in [turns[0].identity for turns in answers]
+    return prompt[:-1] if last.role == "assistant" and is_answer else prompt
+
+
+def _as_completion(turns: Turns) -> Completion:
+    return turns[0].text if len(turns) == 1 and not turns[0].extras else turns
 
 
 def _check_all_have_turns(texts: dict[str, str], prompt: Prompt) -> None:
     """Completions without a prompt hold it themselves, as dialogues; ExampleError if they do not."""
     plain = [field for field, text in texts.items() if not _TURN.search("\n\n" + text.strip())]
     if len(plain) == len(texts) and not prompt.field:
-        raise missing_field_error(prompt.record, "prompt", "add 'prompt' or say which field holds the prompt")
+        raise missing_field_error(prompt.record, "prompt", NO_PROMPT)
     if len(plain) == len(texts):
         problem = f"the prompt should not be empty, but it is {describe_value(prompt.value)}"
         raise ExampleError(f"{problem}: fill it in or leave the row out.", prompt.field)
@@ -210,9 +184,11 @@ def _check_all_have_turns(texts: dict[str, str], prompt: Prompt) -> None:
         raise ExampleError(f"{problem}: write all completions in one form or add a prompt.", plain[0])
 
 
-def _check_prompt(prompt: Turns, field: str) -> None:
-    if not prompt:
+def _check_prompt(turns: Turns, prompt: Prompt, field: str) -> None:
+    """The prompt should not end in the assistant's turn, unless its column says how the answer begins."""
+    field = field if prompt.is_blank else prompt.field
+    if not turns:
         raise ExampleError("a prompt should come first, but none does: add it or leave the row out.", field)
-    if prompt[-1].role == "assistant":
+    if turns[-1].role == "assistant" and (prompt.is_blank or isinstance(prompt.value, str)):
         problem = "the last turn of the prompt should not be the assistant's, but it is an assistant turn"
         raise ExampleError(f"{problem}: leave the answers to the completions, or leave the row out.", field)

@@ -1,0 +1,102 @@
+"""Settings of how data is read and tokenized, which the commands share."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dpo_wrapper.data.encoded import Score
+from dpo_wrapper.data.errors import OnError
+from dpo_wrapper.data.examples import Fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What data to read, and how.
+
+    Raises:
+        ValueError: a setting that cannot be.
+    """
+
+    data: tuple[Path, ...]
+    """Preferences: files (.jsonl, .ndjson, .json, .csv, .tsv, also packed; .parquet, .arrow), folders of
+    files, patterns, folders that `datasets` has saved, or names of data sets on the hub. A row holds a pair,
+    a ranked list of completions or, for KTO, one completion with a label."""
+    columns: tuple[str, ...] = ()
+    """Names of columns that differ from the usual ones, like prompt=question chosen=best. Names with dots
+    reach into nested objects. Known: prompt, chosen, rejected, completions, completion, label, split, weight,
+    margin, system, tools. An empty name, as in margin=, ignores the column; prompt= says that texts have no
+    prompt."""
+    split: str | None = None
+    """The split to read of data sets that have several; by default all. Splits called test, val or the like
+    are evaluated on."""
+    score: Score = "last"
+    """The turns of a dialogue that are scored: the answer to the prompt (last), or every turn of the
+    assistant (assistant)."""
+    as_chat: Literal["auto", "always", "never"] = "auto"
+    """Whether a plain-text prompt is the user's turn of a dialogue. auto: where the tokenizer has a chat
+    template, unless the prompt has been written by one already."""
+    chat_template: Path | None = None
+    """File with a chat template to use instead of the tokenizer's own."""
+    chat_template_kwargs: str | None = None
+    """What the chat template is called with besides the messages, as JSON: '{"enable_thinking": false}'."""
+    skip_bad_rows: bool = False
+    """Leave out rows that cannot be read, and print their number, instead of stopping at the first."""
+    tokenizer: str | None = None
+    """bytes, or a Hugging Face tokenizer by folder or name. By default the model's own; a new model uses
+    bytes."""
+    max_length: int = 512
+    """Maximum sequence length in tokens. Longer sequences lose the front of the prompt first, then the end of
+    the completion."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.data, (str, Path)):
+            object.__setattr__(self, "data", (Path(self.data),))
+        self.fields  # noqa: B018  raises for columns that cannot be
+        self.tokenizer_options(None)
+
+    @property
+    def fields(self) -> Fields:
+        """The names of the columns."""
+        names: dict[str, str] = {}
+        for item in self.columns:
+            name, equals, column = item.partition("=")
+            if not equals or name not in Fields.__dataclass_fields__ or name in names:
+                known = ", ".join(Fields.__dataclass_fields__)
+                problem = (
+                    f"--columns should hold pairs like prompt=question, each name once, but it holds '{item}'"
+                )
+                raise ValueError(f"{problem}: the names are {known}.")
+            names[name] = column
+        return Fields(**names)
+
+    def tokenizer_options(self, today: Any) -> dict[str, Any]:
+        """Options of `load_tokenizer`; `today` is the date for templates that print one."""
+        template = None
+        if self.chat_template is not None:
+            try:
+                template = self.chat_template.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                problem = f"--chat-template should be a file with a template, but '{self.chat_template}'"
+                raise ValueError(f"{problem} cannot be read ({error}): check the path.") from error
+        arguments = None
+        if self.chat_template_kwargs is not None:
+            try:
+                arguments = json.loads(self.chat_template_kwargs)
+            except ValueError:
+                arguments = None
+            if not isinstance(arguments, dict):
+                problem = (
+                    f"--chat-template-kwargs should be a JSON object, but it is {self.chat_template_kwargs!r}"
+                )
+                raise ValueError(f"{problem}: write it like '{{\"enable_thinking\": false}}'.")
+        return {"chat_template": template, "template_arguments": arguments, "today": today}
+
+    @property
+    def on_error(self) -> OnError:
+        return "skip" if self.skip_bad_rows else "raise"
+
+    @property
+    def as_chat_option(self) -> bool | None:
+        """`as_chat` as `tokenize_examples` takes it."""
+        return {"auto": None, "always": True, "never": False}[self.as_chat]

@@ -1,0 +1,173 @@
+"""The forms in which files write what is compared: pairs, ranked lists, and completions with a label."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dpo_wrapper.data.choices import CHOICE_NAMES, SIDE_NAMES, find_choice
+from dpo_wrapper.data.comparison import Comparison, TiedRowError, parse_label, parse_score
+from dpo_wrapper.data.errors import ExampleError, describe_value, missing_field_error, quote_keys
+from dpo_wrapper.data.messages import json_or_text, parse_messages_text
+from dpo_wrapper.data.row import Row
+
+SCORE_NAMES = ("scores", "score", "ratings", "rating", "overall_score", "rewards", "reward")
+RANK_NAMES = ("ranks", "rank", "ranking")
+TEXT_NAMES = ("completion", "response", "text", "content", "answer", "output", "messages")
+
+
+def find_comparison(row: Row) -> Comparison:
+    """What a row compares, whatever its form.
+
+    Raises ExampleError for a row of no known form, and TiedRowError if no completion is better.
+    """
+    sides = ("chosen", "rejected")
+    is_named_choice = _is_choice_by_name(row)
+    if is_named_choice or not any(side in row for side in sides):
+        finders = (find_openai_pair, find_messages_pair, find_labelled, find_list, find_choice)
+        for find in finders[-1:] if is_named_choice else finders:
+            if (comparison := find(row)) is not None:
+                return comparison
+    single = row.first_of("messages", "conversations", "completion", "response", "output", "text")
+    if not any(row.column(side) in row.record for side in sides) and single is not None:
+        problem = f"a row should compare answers or label one, but it has {quote_keys(row.record)}"
+        remedy = "add 'rejected' or 'label', or use the row for supervised training"
+        raise ExampleError(f"{problem}, one answer alone: {remedy}.")
+    for side in sides:
+        if side not in row and row.column(side) not in row.record:
+            remedy = "add it, name its field, or give 'completions', or 'completion' and 'label'"
+            raise missing_field_error(row.record, row.column(side), remedy)
+    return Comparison("pair", {row.column(side): row.get(side) for side in sides})
+
+
+def _is_choice_by_name(row: Row) -> bool:
+    """Whether the columns named as chosen and rejected are two responses beside a choice."""
+    names = (row.column("chosen"), row.column("rejected"))
+    is_renamed = names != ("chosen", "rejected") and all(side in row for side in ("chosen", "rejected"))
+    if not is_renamed or row.first_of(*CHOICE_NAMES) is None:
+        return False
+    if names in SIDE_NAMES or names[::-1] in SIDE_NAMES:
+        return True
+    if "label" in row:
+        problem = "a pair should say by its columns which side is better, but 'label' may say otherwise"
+        raise ExampleError(
+            f"{problem}: put the better one first, or ignore it with --columns label=.", "label"
+        )
+    return False
+
+
+def find_openai_pair(row: Row) -> Comparison | None:
+    """`input.messages`, `preferred_output`, `non_preferred_output`: OpenAI's and Azure's form."""
+    names = ("preferred_output", "non_preferred_output")
+    given = [name for name in names if name in row]
+    if not given:
+        return None
+    for name in names:
+        if name not in row:
+            raise missing_field_error(row.record, name, f"give both '{names[0]}' and '{names[1]}'")
+    return Comparison("pair (OpenAI)", {name: row[name] for name in names}, prompt_fields=("input.messages",))
+
+
+def find_messages_pair(row: Row) -> Comparison | None:
+    """ms-swift's `messages` or `response`, and `rejected_response` or `rejected_messages`."""
+    rejected = row.first_of("rejected_response", "rejected_messages")
+    messages = row.first_of("messages", "conversations")
+    if rejected is not None and messages is None and "response" in row:
+        return Comparison("pair (response)", {name: row[name] for name in ("response", rejected)})
+    if rejected is None or messages is None:
+        return None
+    dialogue, other = (parse_messages_text(row[name]) for name in (messages, rejected))
+    if not isinstance(dialogue, Sequence) or isinstance(dialogue, str) or not dialogue:
+        return None
+    if isinstance(other, str):
+        other = [*dialogue[:-1], {"role": "assistant", "content": other}]
+    return Comparison("pair (messages)", {messages: dialogue, rejected: other}, prompt_fields=("",))
+
+
+def find_labelled(row: Row) -> Comparison | None:
+    """One completion and whether it is desirable: `completion` or a dialogue, and `label` or `kto_tag`."""
+    label = row.first_of("label", "kto_tag")
+    completion = row.first_of("completion", "response", "output", "answer", "messages", "conversations")
+    if "labels" in row and "completions" in row and "label" not in row:
+        problem = "a row should rank its completions, but 'labels' says of each step whether it is right"
+        raise ExampleError(f"{problem}: such data trains step-by-step reward models, leave it out.", "labels")
+    if completion is None and row.column("completion") in row.record:
+        completion = "completion"  # null
+    is_choice = any(one in row and other in row for one, other in SIDE_NAMES)
+    if completion is None or is_choice or "completions" in row or label is None:
+        return None
+    fields = ("",) if completion in ("messages", "conversations") else ()
+    is_desirable = parse_label(row[label], label)
+    completions = {row.column(completion): row.get(completion)}
+    return Comparison("labelled completion", completions, is_desirable, fields)
+
+
+def find_list(row: Row) -> Comparison | None:
+    """`completions`, the best first, or with scores or ranks, in the list or in a column of their own."""
+    name = row.first_of("completions", "responses", "generations", "answers")
+    if name is None:
+        return None
+    ranked = json_or_text(row[name])
+    if not isinstance(ranked, Sequence) or isinstance(ranked, str) or len(ranked) < 2:
+        problem = f"the completions should be a ranked list, but they are {describe_value(ranked)}"
+        raise ExampleError(f"{problem}: give at least two, the best first.", name)
+    values = {f"{name}[{k}]": completion_text(item) for k, item in enumerate(ranked)}
+    numbers = find_numbers(row, name, ranked)
+    if numbers is None:
+        return Comparison("ranked list", values)
+    field, given, sign = numbers
+    keys = [sign * parse_score(value, field) for value in given]
+    order = sorted(range(len(keys)), key=lambda k: -keys[k])
+    if len(set(keys)) == 1:
+        raise TiedRowError
+    fields = list(values)
+    ordered = {fields[k]: values[fields[k]] for k in order}
+    return Comparison(f"ranked list (by {field})", ordered, ranks=tuple(-keys[k] for k in order))
+
+
+def completion_text(item: Any) -> Any:
+    """The completion in an element of a list, which may be an object that also holds its score."""
+    if isinstance(item, Mapping) and not {"role", "from"} & item.keys():
+        return next((item[name] for name in TEXT_NAMES if item.get(name) is not None), item)
+    return item
+
+
+def find_numbers(row: Row, name: str, items: Sequence[Any]) -> tuple[str, list[Any], int] | None:
+    """The column with the score or rank of each completion, and the sign by which more is better."""
+    objects = [item for item in items if isinstance(item, Mapping) and not {"role", "from"} & item.keys()]
+    for names, sign in ((SCORE_NAMES, 1), (RANK_NAMES, -1)):
+        for field in names:
+            numbers = [item[field] for item in objects if item.get(field) is not None]
+            if numbers and len(numbers) < len(items):
+                problem = f"every completion should have a {field}, but {len(items) - len(numbers)} have none"
+                raise ExampleError(f"{problem}: add it, or leave the row out.", name)
+            if numbers:
+                return f"{name}.{field}", numbers, sign
+            if field in row and isinstance(value := json_or_text(row.record[field]), (list, tuple)):
+                if len(value) != len(items):
+                    problem = f"there should be one number for each of {len(items)} completions"
+                    raise ExampleError(f"{problem}, but there are {len(value)}: add or remove some.", field)
+                return field, list(row.get_json(field)), sign
+    unknown = {key: value for item in objects for key, value in item.items() if is_number(value)}
+    if unknown:
+        form = "one called 'score' or 'rank'"
+        problem = f"completions with numbers should have {form}, but they have {quote_keys(unknown)}"
+        raise ExampleError(f"{problem}: rename the one by which they are ranked.", name)
+    return None
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+COLUMNS = {
+    *(name for names in SIDE_NAMES for name in names), *CHOICE_NAMES, *SCORE_NAMES, *RANK_NAMES, *TEXT_NAMES,
+    "chosen", "rejected", "completions", "responses", "labels", "kto_tag", "conversations", "input", "tools",
+    "preferred_output", "non_preferred_output", "rejected_response", "rejected_messages", "winner_model_a",
+    "winner_model_b", "generations", "answers",
+}  # fmt: skip
+"""The columns that forms look for."""
+
+ROW_KEYS = {
+    "completions", "completion", "responses", "messages", "conversations", "preferred_output",
+    "rejected_response", *(one for one, _ in SIDE_NAMES),
+}  # fmt: skip
+"""Columns by which a JSON object is known to be a row."""

@@ -1,0 +1,104 @@
+"""`dpo-wrapper prepare --preview N`: examples as they will be trained, and counts of what was read."""
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+
+from dpo_wrapper.data.config import DataConfig
+from dpo_wrapper.data.encode import tokenize_examples
+from dpo_wrapper.data.examples import Example, TokenizedExample, TokenizedExamples
+from dpo_wrapper.data.readers import ReadExamples, read_examples
+from dpo_wrapper.data.tokenizers import Tokenizer, load_tokenizer
+
+GREEN, RESET = "\x1b[32m", "\x1b[0m"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig(DataConfig):
+    """Show how data will be trained: examples as the model sees them, and counts of what was read."""
+
+    preview: int = 3
+    """Number of examples to show."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.preview < 0:
+            raise ValueError(f"--preview should be 0 or more, but it is {self.preview}.")
+
+
+def preview_data(config: PrepareConfig) -> None:
+    """Print the first examples of the data as they will be trained, and what was read.
+
+    Raises:
+        ValueError, ImportError: one sentence about the setting or the row that is wrong.
+    """
+    tokenizer = load_tokenizer(config.tokenizer or "bytes", **config.tokenizer_options(date.today()))
+    read = read_examples(config.data, config.fields, split=config.split, on_error=config.on_error)
+    tokenized = tokenize_examples(
+        read.examples, tokenizer, config.max_length,
+        score=config.score, as_chat=config.as_chat_option, on_error=config.on_error,
+    )  # fmt: skip
+    is_coloured = sys.stdout.isatty()
+    shown = tokenized.examples[: config.preview]
+    for number, example in enumerate(shown, 1):
+        print(f"── {number} of {len(tokenized.examples):,}: {example.source} ──")
+        print(format_example(example, tokenizer, is_coloured) + "\n")
+    print(format_counts(read, tokenized))
+
+
+def format_example(example: TokenizedExample, tokenizer: Tokenizer, is_coloured: bool = False) -> str:
+    """A tokenized example as text with its special tokens, scored parts between ⟦ and ⟧."""
+    count = len(example.prompt)
+    names = ["chosen", "rejected"] if len(example.completions) == 2 else []
+    if example.label is not None:
+        names = ["desirable" if example.label else "undesirable"]
+    names = names or [f"rank {k}" for k in range(1, len(example.completions) + 1)]
+    masks = example.scored_masks()
+    lines = [("prompt", mark_scored(tokenizer, example.prompt, masks[0][:count], (), is_coloured))]
+    for name, completion, mask in zip(names, example.completions, masks, strict=True):
+        lines.append((name, mark_scored(tokenizer, completion, mask[count:], example.prompt, is_coloured)))
+    width = max(len(name) for name, _ in lines) + 2
+    return "\n".join(f"{name:{width}}" + text.replace("\n", "\n" + " " * width) for name, text in lines)
+
+
+def mark_scored(
+    tokenizer: Tokenizer, ids: Sequence[int], scored: Sequence[bool], before: Sequence[int], is_coloured: bool
+) -> str:
+    """The text of ids that follow others, with brackets around what is scored."""
+    opening, closing = (f"{GREEN}⟦", f"⟧{RESET}") if is_coloured else ("⟦", "⟧")
+    parts, start = [], 0
+    while start < len(ids):
+        end = start
+        while end < len(ids) and scored[end] == scored[start]:
+            end += 1
+        # decoded behind what comes before: some tokenizers drop white space at the beginning of a text
+        texts = [tokenizer.decode([*before, *ids[:k]], skip_special_tokens=False) for k in (start, end)]
+        text = texts[1].removeprefix(texts[0])
+        parts.append(f"{opening}{text}{closing}" if scored[start] else text)
+        start = end
+    return "".join(parts)
+
+
+def format_counts(read: ReadExamples, tokenized: TokenizedExamples) -> str:
+    """What was read, left out, shortened and not used."""
+    forms = ", ".join(f"{count:,} {form}" for form, count in read.forms.most_common())
+    duplicates = sum(Counter(map(content_of, read.examples)).values()) - len(
+        set(map(content_of, read.examples))
+    )
+    lines = [f"Rows: {read.num_rows:,} read" + (f" ({forms})." if forms else ".")]
+    if duplicates:
+        lines.append(f"Duplicates: {duplicates:,} rows equal an earlier one.")
+    lines += read.notes()
+    if tokenized.errors:
+        lines.append(
+            f"{len(tokenized.errors):,} rows could not be tokenized; the first: {tokenized.errors[0]}"
+        )
+    lines += [tokenized.summary()] if tokenized.summary() else []
+    return "\n".join(lines)
+
+
+def content_of(example: Example) -> str:
+    """What makes two examples equal."""
+    return repr((example.prompt, example.completions, example.label))

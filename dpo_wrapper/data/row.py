@@ -1,0 +1,85 @@
+"""A row of a file, which knows which of its columns were used."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dpo_wrapper.data.errors import ExampleError, describe_value
+from dpo_wrapper.data.messages import json_or_text
+
+
+class Row(Mapping[str, Any]):
+    """The columns of a row that are not null: Parquet fills the columns of other forms with nulls.
+
+    A name with dots reaches into nested objects, as in `input.messages`, unless a column has that very name.
+
+    Args:
+        record: the row's object.
+        renamed: the names that columns have instead of the usual ones; empty for columns that are ignored.
+        source: the row's place, for messages.
+
+    Attributes:
+        used: the names of the columns that were looked up.
+    """
+
+    def __init__(self, record: Any, renamed: Mapping[str, str] | None = None, source: str = "") -> None:
+        if not isinstance(record, Mapping):
+            problem = (
+                f"a row should be an object with prompt and completions, but it is {describe_value(record)}"
+            )
+            raise ExampleError(f"{problem}: write one object per row.", source=source)
+        self.record = record
+        self.renamed = renamed or {}
+        self.used: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        name = self.column(name)
+        if name in self.record:
+            self.used.add(name)
+            value = self.record[name]
+        else:
+            value = self.record
+            for key in name.split("."):
+                value = value.get(key) if isinstance(value, Mapping) else None
+            if value is not None:
+                self.used.add(name.split(".")[0])
+        if value is None:
+            raise KeyError(name)
+        return value
+
+    def column(self, name: str) -> str:
+        """The name that a column has in this file."""
+        return self.renamed.get(name, name)
+
+    def has_column(self, column: str) -> bool:
+        """Whether the row has a column of this name, or that in which its first dotted part lies."""
+        return column in self.record or column.split(".")[0] in self.record
+
+    def __contains__(self, name: object) -> bool:
+        """Whether the column is there and not null; it does not count as used."""
+        before = set(self.used)
+        try:
+            return isinstance(name, str) and self[name] is not None
+        except KeyError:
+            return False
+        finally:
+            self.used = before
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.record)
+
+    def __len__(self) -> int:
+        return len(self.record)
+
+    def first_of(self, *names: str) -> str | None:
+        """The first of the names that the row has a value for."""
+        return next((name for name in names if name in self), None)
+
+    def unused(self) -> list[str]:
+        """The columns with a value that nothing looked up."""
+        return [
+            str(name) for name, value in self.record.items() if value is not None and name not in self.used
+        ]
+
+    def get_json(self, name: str) -> Any:
+        """A value that may be written as JSON text."""
+        return json_or_text(self.get(name))
