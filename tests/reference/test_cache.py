@@ -202,3 +202,44 @@ def test_processes_with_a_sharded_reference_recall_together(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SHARDED)
     run_in_two_processes(script)
+
+
+ADAPTER = """
+import torch
+from accelerate import PartialState
+from torch.distributed.fsdp import fully_shard
+from dpo_wrapper import DPO
+from helpers.adapters import lora
+from helpers.batches import random_batch
+from helpers.dpo_calls import arguments
+from helpers.models import ZOO
+
+torch.set_num_threads(1)
+PartialState(cpu=True)
+case = arguments(random_batch(torch.Generator().manual_seed(0), b=2, odd=0))
+losses = {}
+for is_sharded in (False, True):
+    torch.manual_seed(0)  # of the adapter's weights
+    dpo = DPO(lora(ZOO["hf-llama"](0)), share_prefix="auto")
+    if is_sharded:
+        for layer in dpo.policy_model.get_base_model().model.layers:
+            fully_shard(layer)
+        fully_shard(dpo.policy_model)
+    optimizer = torch.optim.SGD([p for p in dpo.parameters() if p.requires_grad], lr=1.0)
+    losses[is_sharded] = []
+    for _ in range(4):
+        loss = dpo(**case)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses[is_sharded].append(float(loss))
+assert losses[False][-1] < losses[False][0] - 1e-3, losses
+torch.testing.assert_close(torch.tensor(losses[True]), torch.tensor(losses[False]), rtol=1e-4, atol=1e-5)
+"""
+
+
+@pytest.mark.slow
+def test_a_sharded_policy_is_its_own_reference_with_its_adapter_off(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(ADAPTER)
+    run_in_two_processes(script)
