@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from dpo_wrapper.data import HuggingFaceTokenizer, to_example
 from helpers.chat_templates import FAMILIES, assistant, control_tokens, encode, show, template_tokenizer, user
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("trl")
 pytest.importorskip("jinja2")
 

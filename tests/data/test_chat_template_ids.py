@@ -25,6 +25,8 @@ from helpers.chat_templates import (
     user,
 )
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("trl")
 pytest.importorskip("jinja2")
 

@@ -8,6 +8,8 @@ import pytest
 from dpo_wrapper.data import HuggingFaceTokenizer
 from helpers.chat_templates import DIALOGUES, FAMILIES, dialogue, encode, show, template_tokenizer
 
+pytestmark = pytest.mark.slow
+
 trl = pytest.importorskip("trl")
 pytest.importorskip("jinja2")
 
