@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -42,39 +43,54 @@ class DialogueText:
 
 @dataclass(frozen=True)
 class DialogueWriter:
-    """Writes dialogues and finds their answers.
+    """Writes the dialogues of one prompt and finds their answers.
 
     Attributes:
+        prompt, tools: what all of them have.
         write_prompt: the text in front of an answer, as at inference.
         write_dialogue: the text of a whole dialogue.
         end_of_turn: the special tokens that end an answer.
     """
 
+    prompt: Turns
+    tools: Sequence[Any]
     write_prompt: Write
     write_dialogue: Write
     template: ChatTemplate
     end_of_turn: list[str]
-    tools: Sequence[Any] = ()
 
-    def write(self, prompt: Turns, answer: Turns, score: Score) -> DialogueText:
-        """The text of a prompt with its answer; ValueError if the template leaves a part of it out."""
-        turns = join_answer(prompt, answer)
-        num_given = len(prompt) - (prompt[-1].role == "assistant")
+    @cached_property
+    def opened(self) -> tuple[str, str]:
+        """What `open_answer` gives for the prompt."""
+        return self.open_answer(self.prompt)
+
+    def open_answer(self, prompt: Turns) -> tuple[str, str]:
+        """The text in front of an answer, and the part of it that does not open the answer."""
+        if not prompt:
+            return "", ""
+        opening = self.write_prompt(prompt, self.tools)
+        return opening, common_prefix(opening, self.write_dialogue(prompt, self.tools))
+
+    def write(self, answer: Turns, score: Score) -> DialogueText:
+        """The text of the prompt with an answer; ValueError if the template leaves a part of it out."""
+        turns = join_answer(self.prompt, answer)
+        num_given = len(self.prompt) - (self.prompt[-1].role == "assistant")
         text = self.write_dialogue(turns, self.tools)
         answers, border = [], 0
         for k, turn in enumerate(turns):
             if turn.role == "assistant" and (k >= num_given or score == "assistant"):
                 said = answer[k - num_given] if k >= num_given else turn
-                start, end = self.find_answer(text, turns, k, prompt if k == num_given else turns[:k], said)
+                opening, earlier = self.opened if k == num_given else self.open_answer(turns[:k])
+                start, end = self.find_answer(text, turns, k, opening, earlier, said)
                 answers.append((start, end))
                 border = start if k == num_given else border
         end = answers[-1][1]
         return DialogueText(text, answers, border, self.ends_turn(text[:end]))
 
-    def find_answer(self, text: str, turns: Turns, k: int, prompt: Turns, said: Message) -> tuple[int, int]:
-        """Where turn k stands in the text of a dialogue: `said`, which follows `prompt`."""
-        opening = self.write_prompt(prompt, self.tools) if prompt else ""
-        earlier = common_prefix(opening, self.write_dialogue(prompt, self.tools)) if prompt else ""
+    def find_answer(
+        self, text: str, turns: Turns, k: int, opening: str, earlier: str, said: Message
+    ) -> tuple[int, int]:
+        """Where turn k stands in the text of a dialogue: `said`, after what `open_answer` has given."""
         if not text.startswith(earlier):
             raise ValueError(
                 f"the chat template should write the turns before turn {k + 1} alike in a longer dialogue, "

@@ -90,9 +90,8 @@ class HuggingFaceTokenizer:
     def encode_prompt(self, prompt: str | Turns, tools: Sequence[Any] = ()) -> list[int]:
         """The ids of a prompt as a model sees them when it is used."""
         if not isinstance(prompt, str):
-            text = self.write_prompt(prompt, tools)
-            return [*([] if self.has_chat_template else self._prefix_ids), *self._literal.encode(text)]
-        return self._encode_plain(self._mark_plain(prompt))
+            return self._encode_dialogue(self.write_prompt(prompt, tools))
+        return self._encode_plain(prompt if self.is_template_text(prompt) else self.template.mark(prompt))
 
     def encode_example(
         self,
@@ -111,7 +110,7 @@ class HuggingFaceTokenizer:
 
     def _encode_plain_example(self, prompt: str, completions: list[str]) -> EncodedExample:
         is_written = self.is_template_text(prompt)
-        opening = self._mark_plain(prompt)
+        opening = prompt if is_written else self.template.mark(prompt)
         ids, parts, is_continued = self._encode_plain(opening), [], False
         for completion in completions:
             text = self._strip_end(completion)
@@ -130,9 +129,6 @@ class HuggingFaceTokenizer:
     def is_template_text(self, prompt: str) -> bool:
         """Whether a plain prompt is a dialogue that a chat template has written already."""
         return self.template.has_written(prompt, self._opening)
-
-    def _mark_plain(self, prompt: str) -> str:
-        return prompt if self.is_template_text(prompt) else self.template.mark(prompt)
 
     def _encode_plain(self, text: str) -> list[int]:
         """The ids of a text after what the tokenizer puts in front of every text, such as a BOS."""
@@ -157,9 +153,9 @@ class HuggingFaceTokenizer:
         self, prompt: Turns, answers: list[Turns], tools: Sequence[Any], score: Score
     ) -> EncodedExample:
         writer = DialogueWriter(
-            self.write_prompt, self.write_dialogue, self.template, self._end_of_turn, tools
+            prompt, tools, self.write_prompt, self.write_dialogue, self.template, self._end_of_turn
         )
-        dialogues = [writer.write(prompt, answer, score) for answer in answers]
+        dialogues = [writer.write(answer, score) for answer in answers]
         border = min(dialogue.border for dialogue in dialogues)
         ids, given, is_continued = self._encode_segments(
             dialogues[0].text, dialogues[0].segments(0, border), []
@@ -174,7 +170,7 @@ class HuggingFaceTokenizer:
             masks.append([*given, *scored])
             is_continued |= is_merged
         is_usual = score == "last" and all(len(answer) == 1 for answer in answers)
-        is_cut = border < len(self.write_prompt(prompt, tools))
+        is_cut = border < len(writer.opened[0])
         return EncodedExample(ids, parts, None if is_usual else masks, is_continued, is_cut)
 
     def _encode_segments(

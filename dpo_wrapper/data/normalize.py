@@ -27,13 +27,8 @@ EXTRA_FIELDS = ("input", "system", "system_prompt", "history", "tools")
 
 def needed_columns(fields: Fields) -> set[str]:
     """The columns that `to_example` may look up."""
-    named = {name.split(".")[0] for name in vars(fields).values() if name is not None}
-    return (
-        COLUMNS
-        | named
-        | {name for name in vars(fields).values() if name}
-        | {*PROMPT_FIELDS, *MEDIA_FIELDS, *EXTRA_FIELDS}
-    )
+    named = {part for name in vars(fields).values() if name for part in (name, name.split(".")[0])}
+    return COLUMNS | named | {*PROMPT_FIELDS, *MEDIA_FIELDS, *EXTRA_FIELDS}
 
 
 _SPLIT_WORDS = {"train": "train", "training": "train"}

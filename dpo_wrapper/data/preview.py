@@ -1,7 +1,6 @@
 """`dpo-wrapper prepare --preview N`: examples as they will be trained, and counts of what was read."""
 
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -84,9 +83,7 @@ def mark_scored(
 def format_counts(read: ReadExamples, tokenized: TokenizedExamples) -> str:
     """What was read, left out, shortened and not used."""
     forms = ", ".join(f"{count:,} {form}" for form, count in read.forms.most_common())
-    duplicates = sum(Counter(map(content_of, read.examples)).values()) - len(
-        set(map(content_of, read.examples))
-    )
+    duplicates = len(read.examples) - len(set(map(content_of, read.examples)))
     lines = [f"Rows: {read.num_rows:,} read" + (f" ({forms})." if forms else ".")]
     if duplicates:
         lines.append(f"Duplicates: {duplicates:,} rows equal an earlier one.")

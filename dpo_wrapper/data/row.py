@@ -32,18 +32,24 @@ class Row(Mapping[str, Any]):
         self.used: set[str] = set()
 
     def __getitem__(self, name: str) -> Any:
-        name = self.column(name)
-        if name in self.record:
-            self.used.add(name)
-            value = self.record[name]
-        else:
-            value = self.record
-            for key in name.split("."):
-                value = value.get(key) if isinstance(value, Mapping) else None
-            if value is not None:
-                self.used.add(name.split(".")[0])
+        value = self._find(name)
+        column = self.column(name)
+        if value is not None or column in self.record:
+            self.used.add(column if column in self.record else column.split(".")[0])
         if value is None:
-            raise KeyError(name)
+            raise KeyError(column)
+        return value
+
+    def __contains__(self, name: object) -> bool:
+        """Whether the column is there and not null; it does not count as used."""
+        return isinstance(name, str) and self._find(name) is not None
+
+    def _find(self, name: str) -> Any:
+        """The value of a column, or None."""
+        column = self.column(name)
+        value: Any = self.record
+        for key in [column] if column in self.record else column.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
         return value
 
     def column(self, name: str) -> str:
@@ -53,16 +59,6 @@ class Row(Mapping[str, Any]):
     def has_column(self, column: str) -> bool:
         """Whether the row has a column of this name, or that in which its first dotted part lies."""
         return column in self.record or column.split(".")[0] in self.record
-
-    def __contains__(self, name: object) -> bool:
-        """Whether the column is there and not null; it does not count as used."""
-        before = set(self.used)
-        try:
-            return isinstance(name, str) and self[name] is not None
-        except KeyError:
-            return False
-        finally:
-            self.used = before
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.record)

@@ -44,8 +44,8 @@ def compute_gradients(
         new_like = partial(new_like, dtype=sum_dtype if needs_sums else None)
         weight_grad = new_like(weight) if needs_weight else None
         bias_grad = new_like(bias) if needs_bias and bias is not None else None
-    new_like = torch.empty_like if tiles.vocab_slices else torch.zeros_like  # a process may have no entry
-    hidden_grad = new_like(hidden, dtype=sum_dtype) if needs_hidden else None
+    new_hidden_grad = torch.empty_like if tiles.vocab_slices else torch.zeros_like  # it may have no entry
+    hidden_grad = new_hidden_grad(hidden, dtype=sum_dtype) if needs_hidden else None
     weighted_hidden = (hidden * -grad[:, None]).to(dtype) if needs_weight else None
     for vocab_slice in tiles.vocab_slices:
         weight_out = weight_sum = None if weight_grad is None else weight_grad[vocab_slice]

@@ -7,7 +7,7 @@ weights). The `training` flags alone are set, and put back. No dropout rate is c
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -76,6 +76,11 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     # code outside of transformers may ask for train mode where it checkpoints the layers below
     with hold_modes([(module, any(module is each for each in checkpointing)) for module in modules]):
         yield
+
+
+def train_mode(model: nn.Module) -> AbstractContextManager[None]:
+    """Compute a model in train mode inside a context."""
+    return hold_modes([(module, True) for module in model.modules()])
 
 
 @cache

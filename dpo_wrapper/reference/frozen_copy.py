@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo_wrapper.reference.sharding import is_sharded
+from dpo_wrapper.models.wrappers import is_sharded
 
 ROTARY = re.compile("rotary|rope|polar", re.IGNORECASE)
 """In the names of modules, or of their classes, that turn positions into angles."""

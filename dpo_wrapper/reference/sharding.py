@@ -1,16 +1,9 @@
-"""Models whose parameters are spread over processes, which all have to run them at the same time."""
+"""Processes over which parameters are spread, which all have to run a model at the same time."""
 
 from typing import Any
 
 import torch
 from torch import nn
-
-FSDP_CLASSES = ("FSDPModule", "FullyShardedDataParallel")
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP has sharded a part of the model, by `fully_shard` or by its older wrapper."""
-    return any(base.__name__ in FSDP_CLASSES for m in model.modules() for base in type(m).__mro__)
 
 
 def is_true_everywhere(is_true: bool, model: nn.Module) -> bool:

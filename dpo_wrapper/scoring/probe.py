@@ -1,14 +1,13 @@
 """What the first look at a model has found, and the state of a model for which that holds."""
 
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, Literal, cast
 
 import torch
-from torch import nn
 
 from dpo_wrapper.log_probs import Impl
 from dpo_wrapper.models import LanguageModel
+from dpo_wrapper.models.wrappers import wrapper_kind
 from dpo_wrapper.prefix_tree import TreeKernel, TreeOptions
 
 SharePrefix = bool | Literal["auto"]
@@ -20,21 +19,6 @@ KERNEL_NAMES: dict[TreeKernel, str] = {
     "flex": "FlexAttention",
     "branches": "torch's kernel on each long branch",
 }
-
-
-@cache
-def wrapper_kind(module_class: Any) -> Literal["checkpoint", "sharded"] | None:
-    """What torch does with modules of a class: FSDP shards parameters, others recompute activations."""
-    names = {base.__name__ for base in module_class.__mro__}
-    if names & {"FSDPModule", "FullyShardedDataParallel"}:
-        return "sharded"
-    return "checkpoint" if "CheckpointWrapper" in names else None
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP gathers the parameters of a module as it is called, and shards them again later."""
-    module_class: Any = type(module)
-    return wrapper_kind(module_class) == "sharded"
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,17 @@
 """The first forward pass of a model: is it a causal language model, and may its head be applied by itself?"""
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dpo_wrapper.models import LanguageModel, OutputHead
-from dpo_wrapper.scoring.probe import is_sharded
+from dpo_wrapper.models.eval_mode import train_mode
+from dpo_wrapper.models.wrappers import is_sharded, wrapper_kind
 from dpo_wrapper.scoring.rounding import relative_error
-from dpo_wrapper.scoring.stand_ins import called_modules
+from dpo_wrapper.scoring.stand_ins import CalledModules
 from dpo_wrapper.scoring.token_log_probs import check_logits
 
 
@@ -127,8 +127,12 @@ def why_head_differs(
 
 def is_head_sharded(model: LanguageModel, head: OutputHead) -> bool:
     """Whether the head's weight belongs to FSDP or to tensor parallelism, even while it is gathered."""
-    fsdp_modules = (module for module in model.model.modules() if is_sharded(module))
-    is_in_fsdp = any(p is head.weight for module in fsdp_modules for p in module.parameters())
+    module_class: Any
+    is_in_fsdp = False
+    for module in model.model.modules():
+        module_class = type(module)
+        if wrapper_kind(module_class) == "sharded":
+            is_in_fsdp |= any(p is head.weight for p in module.parameters())
     return is_in_fsdp or hasattr(head.weight, "device_mesh")
 
 
@@ -138,9 +142,9 @@ def warn_of_missing_gradients(model: LanguageModel, ids: Tensor, logits: Tensor,
     A parameter that gets none in any mode is not used by the model, nor is one whose module is not called (an
     expert that no token is sent to). Sharded parameters are not looked at: backward would reduce gradients.
     """
-    if any(map(is_sharded, model.model.modules())) or not (missing := missing_gradients(model, logits)):
+    if is_sharded(model.model) or not (missing := missing_gradients(model, logits)):
         return
-    with called_modules(model.model) as calls, torch.no_grad():
+    with CalledModules(model.model) as calls, torch.no_grad():
         model.forward_logits(ids)
     names = {name for name, p in missing.items() if calls.owns(p)}
     remedy = "call model.enable_input_require_grads()"
@@ -175,16 +179,3 @@ def missing_gradients(model: LanguageModel, logits: Tensor) -> dict[str, nn.Para
 def has_reentrant_checkpoint(output: Tensor) -> bool:
     """Whether a part of the graph behind an output is computed again in backward, and not known before."""
     return any(node.name() == "CheckpointFunctionBackward" for node in graph_nodes(output))
-
-
-@contextmanager
-def train_mode(model: nn.Module) -> Iterator[None]:
-    """Set all modules' `training` flags inside this context."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = True
-        yield
-    finally:
-        for module, is_training in modes:
-            module.training = is_training

@@ -5,8 +5,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dpo_wrapper.models import LanguageModel
-from dpo_wrapper.models.eval_mode import hold_modes
-from dpo_wrapper.scoring.probe import is_sharded
+from dpo_wrapper.models.eval_mode import train_mode
+from dpo_wrapper.models.wrappers import is_sharded
 from dpo_wrapper.scoring.probe_tree import differentiated_parameters
 
 
@@ -25,14 +25,14 @@ class EvalModeCheck:
         """Let a model that changes its weights in eval mode (RWKV-4 scales them) change them back."""
         if self.list_versions() == self.versions:
             return False
-        with hold_modes([(module, True) for module in self.model.model.modules()]), torch.no_grad():
+        with train_mode(self.model.model), torch.no_grad():
             self.model.forward_logits(ids)
         return True
 
     def check(self, ids: Int[Tensor, "b n"], needs_grad: bool) -> None:
         """Raise ValueError if the model cannot train in eval mode."""
         reason = "changes its weights there" if self.restore_weights(ids) else None
-        if reason is None and needs_grad and not any(map(is_sharded, self.model.model.modules())):
+        if reason is None and needs_grad and not is_sharded(self.model.model):
             reason = self.why_no_backward(ids)
         if reason is not None:
             raise ValueError(
@@ -44,7 +44,7 @@ class EvalModeCheck:
         """Why backward fails in eval mode alone (Reformer asks for train mode); None if it does not."""
         if (error := self.backward_error(ids)) is None:
             return None
-        with hold_modes([(module, True) for module in self.model.model.modules()]):
+        with train_mode(self.model.model):
             fails_anyway = self.backward_error(ids) is not None
         return None if fails_anyway else f"fails in backward there ({type(error).__name__}: {error})"
 

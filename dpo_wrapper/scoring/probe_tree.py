@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from dpo_wrapper.batches.sequences import ScoredSequences
 from dpo_wrapper.models import LanguageModel
+from dpo_wrapper.models.wrappers import is_sharded
 from dpo_wrapper.prefix_tree import PrefixSharingError, TreeKernel, TreeOptions
-from dpo_wrapper.scoring.probe import Probe, is_sharded
+from dpo_wrapper.scoring.probe import Probe
 from dpo_wrapper.scoring.rounding import gradients_differ, narrowest_dtype, relative_error
 from dpo_wrapper.scoring.token_log_probs import compute_log_probs
 
@@ -49,8 +50,7 @@ class TreeTrial:
 
     def __init__(self, model: LanguageModel, probe: Probe, needs_grad: bool, fast_kernel: TreeKernel) -> None:
         self.model, self.probe = model, probe
-        modules = list(model.model.modules())
-        self.needs_grad = needs_grad and not any(map(is_sharded, modules))  # backward would reduce gradients
+        self.needs_grad = needs_grad and not is_sharded(model.model)  # backward would reduce gradients
         is_large = sum(p.numel() for p in model.model.parameters()) > LARGE_NUMEL
         longest = LONGEST_ON_CPU if is_large and probe.device.type == "cpu" else LONGEST
         limit = model.max_positions

@@ -8,7 +8,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from dpo_wrapper.scoring.probe import is_sharded
+from dpo_wrapper.models.wrappers import is_sharded
 
 MAX_BUFFER_NUMEL = 2**22
 """Larger buffers are weights (of quantized layers), which a forward pass does not change."""
@@ -30,7 +30,7 @@ def stand_in_parameters(model: nn.Module) -> Iterator[None]:
     grads = [(p, p.grad) for p in model.parameters()]
     generator = torch.Generator().manual_seed(0)
     try:
-        if not any(map(is_sharded, model.modules())):
+        if not is_sharded(model):
             for module in list(model.modules()):
                 for name, parameter in list(module._parameters.items()):
                     if parameter is None or not can_be_replaced(parameter):
@@ -91,11 +91,6 @@ def copy_of_buffer(buffer: Tensor) -> tuple[Tensor, int] | None:
     if buffer.numel() > MAX_BUFFER_NUMEL or buffer.is_meta or buffer.is_inference():
         return None
     return buffer.detach().clone(), buffer._version
-
-
-def called_modules(model: nn.Module) -> "CalledModules":
-    """A context that tells which modules of a model were called inside it."""
-    return CalledModules(model)
 
 
 class CalledModules:
