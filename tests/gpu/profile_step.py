@@ -14,7 +14,6 @@ kernels, and places are those of operations that would wait on CUDA, as far as t
 import argparse
 import statistics
 import sys
-import time
 import traceback
 import warnings
 from collections import Counter
@@ -25,12 +24,12 @@ from typing import Any
 
 import torch
 from contestants import Step
-from measure import ROOT, UnavailableError, add_running, timed, write_json
+from measure import ROOT, UnavailableError, add_running, timed
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from training_case import Case, Setup, add_case_options, chosen_cases, free_memory, set_up
+from training_case import Case, Setup, add_case_options, run_cases, set_up
 
 CASES = [Case("0.5b", "full", "hh", 64), Case("1.5b", "lora", "en", 16)]
 MAX_KERNELS, MAX_GAPS, MAX_PLACES = 25, 10, 25
@@ -239,34 +238,26 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_case_options(parser, "0.5b full hh 64, 1.5b lora en 16")
-    parser.add_argument("--seconds", type=float, help="begin no other case after so many")
     add_running(parser, runs=3)
     return parser.parse_args()
 
 
+def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """The record of a case, or `missing` or `failed` with the reason; reported."""
+    try:
+        record = profile_case(case, args)
+        report(record)
+    except UnavailableError as error:
+        print(error)
+        return {"case": asdict(case), "missing": str(error)}
+    except Exception as error:  # of whatever kind: another case may do
+        traceback.print_exc()
+        return {"case": asdict(case), "failed": f"{type(error).__name__}: {error}"[:300]}
+    return record
+
+
 def main() -> int:
-    began, args = time.monotonic(), parse()
-    torch.set_num_threads(args.threads)
-    warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
-    records: list[dict[str, Any]] = []
-    for case in chosen_cases(args, CASES):
-        print(f"\n{case}", flush=True)
-        if args.seconds and time.monotonic() - began > args.seconds:
-            records.append({"case": asdict(case), "left_out": "no time"})
-            print("no time")
-        else:
-            try:
-                records.append(profile_case(case, args))
-                report(records[-1])
-            except UnavailableError as error:
-                records.append({"case": asdict(case), "missing": str(error)})
-                print(error)
-            except Exception as error:  # of whatever kind: another case may do
-                records.append({"case": asdict(case), "failed": f"{type(error).__name__}: {error}"[:300]})
-                traceback.print_exc()
-            free_memory()
-        if args.json:
-            write_json(args, cases=records)
+    records = run_cases(parse(), CASES, run_case)
     return 1 if any("failed" in record for record in records) else 0
 
 

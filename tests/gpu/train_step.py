@@ -33,17 +33,15 @@ against these numbers, so that MFUs compare as speeds do.
 import argparse
 import statistics
 import sys
-import time
-import warnings
 from argparse import Namespace
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from contestants import Step
-from measure import UnavailableError, add_running, timed, why_not, write_json
+from measure import UnavailableError, add_running, timed, why_not
 from torch import Tensor
-from training_case import Case, Setup, add_case_options, chosen_cases, free_memory, set_up
+from training_case import Case, Setup, add_case_options, free_memory, run_cases, set_up
 
 CASES = [
     Case("0.5b", "full", "hh", 64),
@@ -180,20 +178,20 @@ def parse() -> Namespace:
     add_case_options(parser, "see CASES")
     parser.add_argument("--only", nargs="+", choices=list(NAMES), default=DEFAULT_NAMES)
     parser.add_argument("--peak-flops", type=float, default=989e12, help="default: an H100's, %(default)s")
-    parser.add_argument("--seconds", type=float, help="begin no other case after so many")
     add_running(parser, runs=3)
     return parser.parse_args()
 
 
 def run_case(case: Case, args: Namespace) -> dict[str, Any]:
-    """The record of a case, or `missing` or `failed` with the reason."""
+    """The record of a case, or `missing` or `failed` with the reason; reported."""
     try:
         setup = set_up(case, args.device)
         record = summarize(setup, measure_case(setup, args.only, args.runs), args.peak_flops)
     except UnavailableError as error:
-        return {"case": asdict(case), "missing": str(error)}
+        record = {"case": asdict(case), "missing": str(error)}
     except Exception as error:  # of whatever kind: other cases may do
-        return {"case": asdict(case), "failed": in_words(error)}
+        record = {"case": asdict(case), "failed": in_words(error)}
+    report(record)
     return record
 
 
@@ -204,21 +202,7 @@ def has_failed(record: dict[str, Any]) -> bool:
 
 
 def main() -> int:
-    began, args = time.monotonic(), parse()
-    warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
-    torch.set_num_threads(args.threads)
-    records: list[dict[str, Any]] = []
-    for case in chosen_cases(args, CASES):
-        print(f"\n{case}", flush=True)
-        if args.seconds and time.monotonic() - began > args.seconds:
-            records.append({"case": asdict(case), "left_out": "no time"})
-            print("no time")
-        else:
-            records.append(run_case(case, args))
-            report(records[-1])
-            free_memory()
-        if args.json:
-            write_json(args, cases=records)
+    records = run_cases(parse(), CASES, run_case)
     return 1 if any(map(has_failed, records)) else 0
 
 

@@ -1,18 +1,20 @@
 """Training steps of real shapes, for train_step.py and profile_step.py: model, trained part, and pairs."""
 
 import gc
+import time
+import warnings
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from contestants import Batch, Reference, Step, build_llama, ours, perturb, trl
 from lengths import SHAPES, lengths
-from measure import UnavailableError
+from measure import UnavailableError, write_json
 from torch import Tensor, nn
 
 SEED = 150
@@ -161,6 +163,28 @@ def add_case_options(parser: ArgumentParser, defaults: str) -> None:
     parser.add_argument("--toy", action="store_true", help="tiny models, which measure nothing")
     columns = ("SIZE", "TUNING", "SHAPE", "PAIRS")
     parser.add_argument("--case", nargs=4, action="append", metavar=columns, help=f"default: {defaults}")
+    parser.add_argument("--seconds", type=float, help="begin no other case after so many")
+
+
+def run_cases(
+    args: Namespace, defaults: list[Case], run_case: Callable[[Case, Namespace], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The records of the chosen cases, written after each; a case for which there is no time is left out."""
+    began = time.monotonic()
+    torch.set_num_threads(args.threads)
+    warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
+    records: list[dict[str, Any]] = []
+    for case in chosen_cases(args, defaults):
+        print(f"\n{case}", flush=True)
+        if args.seconds and time.monotonic() - began > args.seconds:
+            records.append({"case": asdict(case), "left_out": "no time"})
+            print("no time")
+        else:
+            records.append(run_case(case, args))
+            free_memory()
+        if args.json:
+            write_json(args, cases=records)
+    return records
 
 
 def chosen_cases(args: Namespace, defaults: list[Case]) -> list[Case]:
