@@ -7,8 +7,12 @@ from dpo_wrapper.data.dialogues import Completion
 from dpo_wrapper.data.errors import ExampleError, describe_value
 from dpo_wrapper.data.messages import Turns
 
-DatasetType = Literal["preference", "ranked", "unpaired_preference"]
-"""What a loss learns from: pairs, ranked lists, or completions with a label (TRL's words)."""
+DatasetType = Literal["preference", "ranked", "unpaired_preference", "prompt_completion", "language_modeling"]
+"""How sequences meet in a loss: pairs, ranked lists, completions with a label, completions to imitate, and
+documents (TRL's words)."""
+
+PREFERENCE_TYPES: tuple[DatasetType, ...] = ("preference", "ranked", "unpaired_preference")
+"""The dataset types that preference training learns from."""
 
 Ranking = Literal["all", "best"]
 """Which pairs a ranked list becomes: all, or the best completion with each of the others."""
@@ -60,6 +64,15 @@ class Fields:
 DEFAULT_FIELDS = Fields()
 
 
+def find_dataset_type(num_completions: int, label: bool | None, is_document: bool) -> DatasetType:
+    """The dataset type of an example with these completions."""
+    if label is not None:
+        return "unpaired_preference"
+    if num_completions > 1:
+        return "preference" if num_completions == 2 else "ranked"
+    return "language_modeling" if is_document else "prompt_completion"
+
+
 @dataclass(frozen=True)
 class Example:
     """A prompt with its completions, as text.
@@ -76,6 +89,8 @@ class Example:
         source: the place in the file, such as 'prefs.jsonl, line 12'.
         tools: that a dialogue may call, as JSON schemas.
         ranks: a number for each completion, equal for ties; None where the order is the rank.
+        loss_masking_spans: ranges [start, end) of the completion's characters that are not scored.
+        is_document: whether the only completion is a text to continue from its beginning, without a prompt.
         form: the name of the form that the row had.
     """
 
@@ -88,7 +103,13 @@ class Example:
     source: str = ""
     tools: tuple[Any, ...] = ()
     ranks: tuple[float, ...] | None = None
+    loss_masking_spans: tuple[tuple[int, int], ...] = ()
+    is_document: bool = False
     form: str = field(default="", compare=False)
+
+    @property
+    def dataset_type(self) -> DatasetType:
+        return find_dataset_type(len(self.completions), self.label, self.is_document)
 
 
 @dataclass(frozen=True)
@@ -102,6 +123,8 @@ class TokenizedExample:
         kl_completion: a completion of another prompt, by which `KTO` estimates its KL; empty for none.
         scored: for each completion whether a token of prompt and completion together is scored, Bool[k + n];
             None if these are all tokens of the completions.
+        ranks, is_document: as in `Example`; a document that is too long is several examples.
+        is_cut: whether prompt or completions lost tokens, or the example is a part of a document.
     """
 
     prompt: TokenIds
@@ -112,6 +135,13 @@ class TokenizedExample:
     source: str = ""
     kl_completion: TokenIds = ()
     scored: tuple[tuple[bool, ...], ...] | None = None
+    ranks: tuple[float, ...] | None = None
+    is_document: bool = False
+    is_cut: bool = field(default=False, compare=False)
+
+    @property
+    def dataset_type(self) -> DatasetType:
+        return find_dataset_type(len(self.completions), self.label, self.is_document)
 
     @property
     def chosen(self) -> TokenIds:

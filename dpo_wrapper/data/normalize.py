@@ -84,7 +84,7 @@ def to_example(record: Any, fields: Fields = DEFAULT_FIELDS, source: str = "") -
             source,
             tools,
             comparison.ranks,
-            comparison.form,
+            form=comparison.form,
         )
     except ExampleError as error:
         error.source = source

@@ -68,6 +68,11 @@ def _prompt_key(example: Example) -> str:
     return json.dumps(parts, sort_keys=True, default=str)
 
 
+def prompt_digest(example: Example) -> int:
+    """64 bits of a hash of the prompt: equal for equal prompts, in every process."""
+    return int.from_bytes(hashlib.blake2b(_prompt_key(example).encode(), digest_size=8).digest(), "little")
+
+
 def _choose_keys(keys: list[str], fraction: float, seed: int) -> set[str]:
     sizes = Counter(keys)
     if len(sizes) < 2:
