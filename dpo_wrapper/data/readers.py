@@ -11,7 +11,7 @@ from dpo_wrapper.data.errors import ExampleError, OnError, check_on_error, colle
 from dpo_wrapper.data.examples import DEFAULT_FIELDS, Example, Fields
 from dpo_wrapper.data.files import JSON_LINES, PathLike, Source, find_sources, open_packed
 from dpo_wrapper.data.forms import ROW_KEYS
-from dpo_wrapper.data.json_records import Record, read_json, read_json_lines
+from dpo_wrapper.data.json_records import RawLine, Record, read_json, read_raw_lines
 from dpo_wrapper.data.normalize import needed_columns, parse_split, to_example
 from dpo_wrapper.data.row import Row
 from dpo_wrapper.data.table_records import read_table
@@ -109,8 +109,9 @@ def read_examples(
     missing = {name: column for name, column in fields.renamed.items() if column}
     for source in find_sources(paths):
         count = 0
-        for record, own_split in _read_source(source, fields, split):
+        for content, own_split in read_raw_records(source, fields, split):
             count += 1
+            record = content.parse() if isinstance(content, RawLine) else content
             with collect_errors(result.errors, on_error):
                 if isinstance(record, ExampleError):
                     raise record
@@ -137,8 +138,13 @@ def read_examples(
     return replace(result, num_rows=num_rows, num_tied=num_tied)
 
 
-def _read_source(source: Source, fields: Fields, split: str | None) -> Iterator[tuple[Record, str | None]]:
-    """The records of a source, with the split that each belongs to if the source says so."""
+def read_raw_records(
+    source: Source, fields: Fields, split: str | None = None
+) -> Iterator[tuple[RawLine | Record, str | None]]:
+    """The records of a source, with the split that each belongs to if the source says so.
+
+    Lines of JSON are not parsed yet.
+    """
     if source.kind not in (*JSON_LINES, ".json"):
         needed = needed_columns(fields)
         numbers = {fields.weight, fields.margin}
@@ -149,10 +155,10 @@ def _read_source(source: Source, fields: Fields, split: str | None) -> Iterator[
         with open(source.path, "rb") as raw:
             file = open_packed(raw)
             if source.kind in JSON_LINES:
-                records = read_json_lines(file, name)
+                yield from ((line, source.split) for line in read_raw_lines(file, name))
             else:
                 records = read_json(file, name, {fields.chosen, *ROW_KEYS})
-            yield from ((record, source.split) for record in records)
+                yield from ((record, source.split) for record in records)
     except EOFError as error:
         problem = f"{name}: the packed data should be whole, but the file is truncated"
         raise ValueError(f"{problem}: fetch or write it again.") from error
