@@ -1,6 +1,7 @@
 """The loss that `DPO` passes to the gather: its predicted gradients are right, and nothing else changes."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 
@@ -52,14 +53,14 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
 
 
 def compared(dpo: torch.nn.Module, loss_of: Callable[[], Tensor], factor: float = 1.0) -> None:
-    """The loss and its gradients, foretold and not."""
+    """The loss and its gradients, not foretold, in tiles of the usual size, and foretold in small ones."""
     found, before = [], {name: buffer.clone() for name, buffer in dpo.named_buffers()}
-    for foretells in (True, False):
+    for foretells, tiles in ((False, nullcontext()), (True, tile_size(2, 16))):
         dpo.train(foretells)
         for name, buffer in dpo.named_buffers():  # a running gap is where it was
             buffer.copy_(before[name])
         dpo.zero_grad(set_to_none=True)
-        with tile_size(2, 16):
+        with tiles:
             loss = loss_of()
             (loss * factor).backward()
         gradients = {name: p.grad for name, p in dpo.named_parameters() if p.grad is not None}
