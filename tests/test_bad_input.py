@@ -714,9 +714,13 @@ class Abstract(Loss):
 CASES.append(Case("Loss: one without a formula", lambda _: Abstract(), TypeError, "abstract.*__call__"))
 
 
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    return Bench()  # of which each case asserts that it has not changed
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_bad_input(case: Case):
-    bench = Bench()
+def test_bad_input(case: Case, bench: Bench):
     expected = bench.good_call()
     modes = [(module, module.training) for module in bench.model.modules()]
     trains = [(parameter, parameter.requires_grad) for parameter in bench.model.parameters()]
