@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from dpo_wrapper import Loss, PairLoss
-from dpo_wrapper.losses import Divergence
+from dpo_wrapper import IPO, Loss, PairLoss, Sigmoid, SimPO
+from dpo_wrapper.losses import AOT, BCO, BetaDPO, Divergence
 from dpo_wrapper.losses.registry import builtin_losses, subclasses_by_name
 
 LOSS_CLASSES: list[type[Loss]] = [loss for loss in builtin_losses() if issubclass(loss, PairLoss)]
@@ -34,8 +34,11 @@ def loss_id(loss: object) -> str:
     return repr(loss) if isinstance(loss, Loss) else str(loss)
 
 
-EVERY_LOSS_BUT_SLOW_OPTIONS = [
-    pytest.param(loss, id=loss_id(loss), marks=[] if loss == type(loss)() else [pytest.mark.slow])
+ONE_OF_EACH_KIND: list[Loss] = [Sigmoid(), IPO(), BCO(), BetaDPO(), AOT(), SimPO()]
+"""Of sums and of means, of each side alone, with statistics, of a sorted batch, without a reference."""
+
+EVERY_LOSS_BUT_MOST_SLOW = [
+    pytest.param(loss, id=loss_id(loss), marks=[] if loss in ONE_OF_EACH_KIND else [pytest.mark.slow])
     for loss in EVERY_LOSS
 ]
-"""Parameters of a test of whole models: a class with other options than its defaults is marked slow."""
+"""Parameters of a test of whole models: all but one loss of each kind are marked slow."""

@@ -1,5 +1,7 @@
 """Which gradients `token_log_probs` computes, with how many products, and that it changes no input."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor
@@ -22,6 +24,10 @@ from helpers.log_prob_inputs import (
     truth,
     values_and_grads,
 )
+from helpers.marks import mark_slow_except
+
+PLAIN: dict[str, float] = {}
+SCALED = {"logit_scale": 0.7, "softcap": 1.5}
 
 
 def format_names(needs_grad: tuple[bool, bool, bool]) -> str:
@@ -30,9 +36,9 @@ def format_names(needs_grad: tuple[bool, bool, bool]) -> str:
     )
 
 
-@pytest.mark.parametrize("is_cached", (True, False), ids=("cached", "recomputed"))
 @pytest.mark.parametrize(
-    "options", ({}, {"logit_scale": 0.7, "softcap": 1.5}), ids=("plain", "scale-softcap")
+    "options, is_cached",
+    mark_slow_except([(PLAIN, False), (SCALED, True)], product((PLAIN, SCALED), (True, False))),
 )
 @pytest.mark.parametrize(
     "needs_grad, bias",

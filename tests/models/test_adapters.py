@@ -1,6 +1,7 @@
 """Policies with PEFT's adapters."""
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from dpo_wrapper import DPO
 from dpo_wrapper.batches.sequences import ScoredSequences
 from dpo_wrapper.models.eval_mode import reproducible_forward
 from dpo_wrapper.scoring.scorer import Scorer
+from helpers.marks import mark_slow_except
 from helpers.models import VOCAB, ZOO, hf_llama, seeded
 from helpers.naive_dpo import ARGUMENTS, assert_reference_stays, reference_log_probs, train
 
@@ -73,11 +75,13 @@ ADAPTERS: dict[str, tuple[Callable[[], nn.Module], bool, bool]] = {
     ),
     "plain": (lambda: add_lora(ZOO["plain-transformer"](0), "linear1"), True, False),
 }
+FAST = {"fresh", "trained", "on the head, trained", "on a tied head", "modules_to_save", "DoRA"}
+FAST |= {"two, the fresh one active", "prefix", "x-transformers", "plain"}
 
 
 @pytest.mark.pitfall(5, 6)
 @pytest.mark.filterwarnings("ignore:.*all logits|.*tie_word_embeddings|.*tied")
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", mark_slow_except(FAST, ADAPTERS))
 def test_adapters_start_at_their_reference(name):
     pytest.importorskip("peft")
     make, is_reference, head_applies = ADAPTERS[name]
@@ -92,7 +96,7 @@ def test_adapters_start_at_their_reference(name):
 
 @pytest.mark.pitfall(19)
 @pytest.mark.filterwarnings("ignore:.*all logits|.*tie_word_embeddings|.*tied|.*prefixes are not shared")
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", mark_slow_except(FAST, ADAPTERS))
 def test_adapters_get_the_gradients_of_the_models_own_logits(name):
     pytest.importorskip("peft")
     policy = ADAPTERS[name][0]().double()
@@ -147,8 +151,10 @@ def test_what_is_frozen_in_an_adapter_stays_so():
 
 
 @pytest.mark.pitfall(24)
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("reference", ["adapter", "copy"])
+@pytest.mark.parametrize(
+    "reference, reentrant",
+    mark_slow_except([("adapter", False), ("copy", True)], product(["adapter", "copy"], [False, True])),
+)
 def test_adapters_get_the_same_gradients_with_activation_checkpointing(reference, reentrant):
     results = []
     for checkpointed in (False, True):

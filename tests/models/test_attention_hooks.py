@@ -4,6 +4,7 @@ import functools
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from dpo_wrapper import DPO
 from dpo_wrapper.prefix_tree import cpu_attention
 from helpers.dpo_calls import arguments, nudged
 from helpers.kernels import shares_prefix, tree_kernels
+from helpers.marks import mark_slow_except
 from helpers.models import CONTEXT, DEPTH, DIM, VOCAB, ZOO, randomise_, seeded
 from helpers.oracle import ExactFloat64
 from helpers.shareable_models import (
@@ -29,7 +31,10 @@ from helpers.shareable_models import (
 
 
 @pytest.mark.usefixtures("each_kernel")
-@pytest.mark.parametrize("name", ["xt-alibi", "xt-window", "hf-llama", "hf-gpt2", "gemma2"])
+@pytest.mark.parametrize(
+    "name",
+    mark_slow_except(["xt-window", "hf-llama"], ["xt-alibi", "xt-window", "hf-llama", "hf-gpt2", "gemma2"]),
+)
 def test_nothing_is_left_behind(name):
     dpo, should_fail = make_dpo(SHAREABLE[name]), False
     last = [m for m in dpo.policy_model.modules() if "attention" in type(m).__name__.lower()][-1]
@@ -46,8 +51,13 @@ def test_nothing_is_left_behind(name):
 
 @pytest.mark.pitfall(24)
 @pytest.mark.usefixtures("each_kernel")
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", ["hf-llama", "hf-gpt2", "gemma2", "mistral"])
+@pytest.mark.parametrize(
+    "name, reentrant",
+    mark_slow_except(
+        [("hf-llama", False), ("gemma2", True)],
+        product(["hf-llama", "hf-gpt2", "gemma2", "mistral"], [False, True]),
+    ),
+)
 def test_gradient_checkpointing(name, reentrant):
     dpo = make_dpo(SHAREABLE[name])
     model, ids = dpo.policy_model, CASES[1].preferred_seq

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from helpers.adapters import lora
 from helpers.batches import Case
 from helpers.dpo_calls import arguments, nudged
 from helpers.kernels import scorers, shares_prefix
+from helpers.marks import mark_slow_except
 from helpers.models import VOCAB, hf_llama, plain_gru, xt_rotary
 from helpers.oracle import ExactFloat64, to_float64
 from helpers.shareable_models import EXPERTS, Make, batch_with_shared_prefixes, hf
@@ -78,8 +80,13 @@ def assert_all_close(results: list[Tensor], expected: list[Tensor], tolerance: f
         assert torch.allclose(result, value, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("share_prefix", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family, share_prefix",
+    mark_slow_except(
+        [("mixtral", False), ("mixtral", True), ("qwen3-moe", True), ("gpt-oss", True)],
+        product(FAMILIES, [False, True]),
+    ),
+)
 def test_loss_and_gradients_are_those_that_transformers_adds(family, share_prefix):
     plain, dpo = (make_dpo(FAMILIES[family], share_prefix, coef) for coef in (0.0, COEF))
     with ExactFloat64():

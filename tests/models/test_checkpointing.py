@@ -19,6 +19,7 @@ from dpo_wrapper import DPO
 from dpo_wrapper.prefix_tree import cpu_attention
 from helpers.dpo_calls import arguments, nudged
 from helpers.kernels import shares_prefix
+from helpers.marks import mark_slow_except
 from helpers.models import ZOO
 from helpers.oracle import to_float64
 from helpers.shareable_models import CASES, SHAREABLE
@@ -95,7 +96,21 @@ NAMES = [
     "xt-dropout",
     "plain-transformer",
 ]
-SLOW = {"hf-gpt2", "hf-opt", "xt-alibi", "xt-window", "xt-t5"}
+CASES_OF_WAYS = [
+    (name, way, reentrant)
+    for name in NAMES
+    for way, reentrant in WAYS
+    if way is not by_the_librarys_flag or name.startswith("hf")
+]
+FAST = [
+    *(("hf-llama", way, reentrant) for way, reentrant in WAYS),
+    ("xt-rotary", by_composition, False),
+    ("xt-rotary", by_hand, True),
+    ("xt-dropout", by_torchs_wrapper, False),
+    ("plain-transformer", by_torchs_wrapper, True),
+    ("plain-transformer", by_hand_twice, False),
+]
+"""Every way with one model, and every kind of model."""
 
 
 def make(name: str) -> DPO:
@@ -130,11 +145,8 @@ def each_branch_by_the_kernel(monkeypatch):
 
 
 @pytest.mark.pitfall(24)
-@pytest.mark.parametrize("way, reentrant", WAYS)
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in NAMES])
+@pytest.mark.parametrize("name, way, reentrant", mark_slow_except(FAST, CASES_OF_WAYS))
 def test_gradients_are_those_without_checkpointing(name, way, reentrant):
-    if way is by_the_librarys_flag and not name.startswith("hf"):
-        pytest.skip("no such flag")
     dpo = make(name)
     policy = dpo.policy_model.train()
     expected = backward(dpo)  # the model is checkpointed after its first call, and a new `DPO` is made of it

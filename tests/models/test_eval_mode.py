@@ -1,5 +1,7 @@
 """Modes and dtypes of models: train and eval mode, autocast, `DPO.to(dtype)`."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -8,13 +10,28 @@ from dpo_wrapper.losses import KTO
 from dpo_wrapper.prefix_tree import cpu_attention
 from helpers.dpo_calls import LN2, nudged
 from helpers.kernels import tree_kernels
+from helpers.marks import mark_slow_except
 from helpers.models import ZOO
 from helpers.naive_dpo import ARGUMENTS, reference_log_probs, train
 from helpers.shareable_models import SHAREABLE
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ["xt-tied", "xt-rotary", "hf-llama", "hf-gemma2", "plain-transformer"])
+@pytest.mark.parametrize(
+    "name, dtype",
+    mark_slow_except(
+        [
+            ("xt-tied", torch.float64),
+            ("xt-rotary", torch.bfloat16),
+            ("hf-llama", torch.float16),
+            ("hf-llama", torch.bfloat16),
+            ("plain-transformer", torch.bfloat16),
+        ],
+        product(
+            ["xt-tied", "xt-rotary", "hf-llama", "hf-gemma2", "plain-transformer"],
+            [torch.float64, torch.float16, torch.bfloat16],
+        ),
+    ),
+)
 def test_a_dpo_changes_its_dtype_as_a_whole(name, dtype):
     dpo = DPO(ZOO[name](0))
     dpo(**ARGUMENTS)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dpo_wrapper import DPO
 from dpo_wrapper.models import eval_mode
 from helpers.dpo_calls import arguments, nudged
+from helpers.marks import mark_slow_except
 from helpers.models import VOCAB, ZOO, hf_llama, randomise_, seeded
 from helpers.shareable_models import CASES, SHAREABLE
 
@@ -65,7 +66,7 @@ def test_modes_rates_and_attributes(name, checkpointed):
         assert not eval_mode._held
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", mark_slow_except(["xt-dropout", "hf-opt", "plain-transformer"], NAMES))
 def test_an_error_leaves_the_modes_too(name):
     policy = SHAREABLE.get(name, ZOO.get(name))(0).train()
     dpo, should_fail = DPO(policy), ""
@@ -133,6 +134,16 @@ def test_layers_that_merge_in_eval_mode_are_not_merged():
         assert module.a.grad.any() and module.b.grad.any()
 
 
+def test_a_configuration_names_nothing_of_the_package():
+    policy = hf_llama(0)
+    policy.train().gradient_checkpointing_enable()
+    loss = DPO(policy)(**arguments(CASES[1]))
+    for _ in range(2):
+        assert b"dpo_wrapper" not in pickle.dumps(policy.config)
+        loss.backward(retain_graph=True)
+
+
+@pytest.mark.slow
 def test_a_configuration_loads_in_another_process(tmp_path):
     policy = hf_llama(0)
     policy.train().gradient_checkpointing_enable()
@@ -150,7 +161,12 @@ def test_a_configuration_loads_in_another_process(tmp_path):
     subprocess.run([sys.executable, "-c", code, tmp_path / "before", tmp_path / "after"], check=True)
 
 
-@pytest.mark.parametrize("name", ["xt-rotary", "xt-window", "xt-alibi", "xt-t5", "hf-llama", "gemma2"])
+@pytest.mark.parametrize(
+    "name",
+    mark_slow_except(
+        ["xt-alibi", "hf-llama"], ["xt-rotary", "xt-window", "xt-alibi", "xt-t5", "hf-llama", "gemma2"]
+    ),
+)
 def test_another_thread_may_use_the_model_meanwhile(name, request):
     request.addfinalizer(partial(sys.setswitchinterval, sys.getswitchinterval()))
     sys.setswitchinterval(1e-6)

@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from dpo_wrapper import DPO
 from helpers.dpo_calls import LN2
 from helpers.kernels import shares_prefix
+from helpers.marks import mark_slow_except
 from helpers.models import CONTEXT, ZOO, seeded
 from helpers.oracle import ExactFloat64
 from helpers.shareable_models import (
@@ -28,8 +30,7 @@ from helpers.shareable_models import (
     "exact", [pytest.param(True, id="float64", marks=pytest.mark.slow), pytest.param(False, id="float32")]
 )
 @pytest.mark.parametrize(
-    "name",
-    [name if name in ZOO else pytest.param(name, marks=pytest.mark.slow) for name in SHAREABLE],
+    "name", mark_slow_except(["xt-rotary", "xt-alibi", "hf-llama-gqa", "hf-gpt2"], SHAREABLE)
 )
 def test_shared_prefixes_change_no_log_prob_loss_or_gradient(name, exact):
     if name == "dory" and not exact:
@@ -43,7 +44,9 @@ def test_shared_prefixes_change_no_log_prob_loss_or_gradient(name, exact):
     assert max(g.abs().max() for key, g in results.items() if key.startswith("gradient")) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["xt-absolute", "xt-polar", "hf-gpt2", "hf-opt"])
+@pytest.mark.parametrize(
+    "name", mark_slow_except(["xt-absolute", "hf-opt"], ["xt-absolute", "xt-polar", "hf-gpt2", "hf-opt"])
+)
 def test_trees_larger_than_the_table_of_positions_are_laid_out_in_several_rows(name):
     shared, padded = (make_dpo(SHAREABLE[name], share, exact=True) for share in (True, False))
     case = batch_with_shared_prefixes(b=20, n=CONTEXT)
@@ -72,7 +75,10 @@ def test_lora():
 
 
 @pytest.mark.usefixtures("each_kernel")
-@pytest.mark.parametrize("name", ["xt-rotary-flash", "xt-t5", "hf-llama", "gemma2", "hf-opt"])
+@pytest.mark.parametrize(
+    "name",
+    mark_slow_except(["xt-t5", "hf-llama"], ["xt-rotary-flash", "xt-t5", "hf-llama", "gemma2", "hf-opt"]),
+)
 def test_autocast(name):
     shared, padded = (make_dpo(SHAREABLE[name], share) for share in ("auto", False))
     with torch.autocast("cpu", torch.bfloat16):
@@ -84,8 +90,13 @@ def test_autocast(name):
 
 
 @pytest.mark.filterwarnings("ignore:prefixes are not shared")
-@pytest.mark.parametrize("reference", ["hf-llama", "hf-gpt2", "xt-alibi", "shift-tokens", "plain-gru"])
-@pytest.mark.parametrize("policy", ["xt-rotary", "gemma2"])
+@pytest.mark.parametrize(
+    "policy, reference",
+    mark_slow_except(
+        [("xt-rotary", "hf-llama"), ("gemma2", "xt-alibi"), ("gemma2", "shift-tokens")],
+        product(["xt-rotary", "gemma2"], ["hf-llama", "hf-gpt2", "xt-alibi", "shift-tokens", "plain-gru"]),
+    ),
+)
 def test_policy_and_reference_of_different_families(policy, reference):
     make_reference = SHAREABLE.get(reference) or NOT_SHAREABLE[reference][0]
     shared, padded = (

@@ -8,6 +8,7 @@ import torch
 from dpo_wrapper.models import hugging_face_attention, x_transformers
 from dpo_wrapper.prefix_tree import TreeLayout
 from helpers.dpo_calls import arguments
+from helpers.marks import mark_slow_except
 from helpers.shareable_models import (
     CASES,
     DIFFERS,
@@ -19,7 +20,13 @@ from helpers.shareable_models import (
 )
 
 
-@pytest.mark.parametrize("name", NOT_SHAREABLE)
+@pytest.mark.parametrize(
+    "name",
+    mark_slow_except(
+        ["shift-tokens", "memory-kv", "dynamic-alibi", "plain-gru", "bloom", "lfm2", "doge", "glm-dsa"],
+        NOT_SHAREABLE,
+    ),
+)
 def test_models_that_mix_tokens_elsewhere_fall_back(name):
     make, reason = NOT_SHAREABLE[name]
     auto, padded = make_dpo(make, "auto"), make_dpo(make, False)

@@ -5,6 +5,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch.nn.utils import parametrizations, prune
 from dpo_wrapper import DPO
 from helpers.adapters import lora
 from helpers.dpo_calls import LN2, nudged
+from helpers.marks import mark_slow_except
 from helpers.models import VOCAB, ZOO, seeded
 from helpers.naive_dpo import ARGUMENTS, CASE, assert_reference_stays, logits_of, train
 
@@ -132,8 +134,13 @@ def test_a_copy_that_would_read_the_original_is_refused(head):
         dpo(**ARGUMENTS)
 
 
-@pytest.mark.parametrize("used", [False, True])
-@pytest.mark.parametrize("name", ["xt-tied", "xt-alibi", "hf-llama-tied"])
+@pytest.mark.parametrize(
+    "name, used",
+    mark_slow_except(
+        [("xt-tied", False), ("xt-tied", True), ("hf-llama-tied", True)],
+        product(["xt-tied", "xt-alibi", "hf-llama-tied"], [False, True]),
+    ),
+)
 def test_a_copy_of_a_dpo_is_independent_of_it(name, used):
     """x-transformers' tied head is a closure: in the copy, the policy's own forward reads its own weights."""
     dpo = DPO(ZOO[name](0))
@@ -171,7 +178,7 @@ POSITIONS = {
 }
 
 
-@pytest.mark.parametrize("name", POSITIONS)
+@pytest.mark.parametrize("name", mark_slow_except(["xt-sinusoidal", "hf-llama"], POSITIONS))
 def test_positions_are_told_apart_in_a_low_dtype(name):
     make, path = POSITIONS[name]
     model = make()
@@ -198,7 +205,7 @@ RANKS = {
 }
 
 
-@pytest.mark.parametrize("name", RANKS)
+@pytest.mark.parametrize("name", mark_slow_except(["gate of values"], RANKS))
 def test_layers_whose_new_wants_arguments_are_copied(name):
     model = decoder(**RANKS[name])
     with pytest.raises(TypeError, match="dim_in"):

@@ -10,15 +10,11 @@ from dpo_wrapper import DPO, IPO, SFT, Sigmoid, SimPO
 from helpers.adapters import lora
 from helpers.batches import random_batch
 from helpers.dpo_calls import arguments, nudged
+from helpers.marks import mark_slow_except
 from helpers.models import ZOO
 
-SLOW_HEADS = ["xt-absolute", "xt-wrapped", "xt-mixture", "hf-llama", "hf-gpt2"]
-HEADS = [
-    "xt-tied",
-    "hf-llama-tied",
-    "plain-tied",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_HEADS),
-]
+TIED = ["xt-tied", "hf-llama-tied", "plain-tied"]
+HEADS = [*TIED, "xt-absolute", "xt-wrapped", "xt-mixture", "hf-llama", "hf-gpt2"]
 
 
 def train(dpo, case, optimizer, steps):
@@ -29,7 +25,7 @@ def train(dpo, case, optimizer, steps):
 
 
 @pytest.mark.pitfall(4)
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", mark_slow_except(TIED, HEADS))
 def test_log_probs_are_bit_identical_after_50_optimizer_steps(name):
     dpo = DPO(ZOO[name](0))
     case = random_batch(Generator().manual_seed(0), b=3, odd=0)

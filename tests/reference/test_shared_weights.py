@@ -1,6 +1,7 @@
 """Weights that policy and reference share: the reference stays bit for bit, or the call is refused."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from dpo_wrapper import DPO
 from helpers.adapters import lora
 from helpers.dpo_calls import LN2
+from helpers.marks import mark_slow_except
 from helpers.models import ZOO
 from helpers.naive_dpo import ARGUMENTS, reference_log_probs, train
 
@@ -25,8 +27,13 @@ def trained_lora(dtype=torch.float32, **kwargs):
     return policy
 
 
-@pytest.mark.parametrize("kind", ["auto", "adapter", "copy"])
-@pytest.mark.parametrize("name", ["lm_head", "q_proj"])
+@pytest.mark.parametrize(
+    "kind, name",
+    mark_slow_except(
+        [("auto", "lm_head"), ("adapter", "q_proj"), ("copy", "q_proj")],
+        product(["auto", "adapter", "copy"], ["lm_head", "q_proj"]),
+    ),
+)
 def test_base_weights_that_begin_to_train_are_refused(kind, name):
     dpo = DPO(lora(ZOO["hf-llama"](0)), reference=kind)
     train(dpo)
@@ -41,9 +48,18 @@ def test_base_weights_that_begin_to_train_are_refused(kind, name):
     assert reference_log_probs(dpo) == before
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("is_trained", [True, False])
-@pytest.mark.parametrize("safe_merge", [True, False])
+@pytest.mark.parametrize(
+    "dtype, is_trained, safe_merge",
+    mark_slow_except(
+        [
+            (torch.float32, True, True),
+            (torch.float32, False, False),
+            (torch.bfloat16, True, False),
+            (torch.bfloat16, False, True),
+        ],
+        product([torch.float32, torch.bfloat16], [True, False], [True, False]),
+    ),
+)
 def test_rounds_of_merging_leave_the_reference_or_are_refused(dtype, is_trained, safe_merge):
     policy = trained_lora(dtype) if is_trained else lora(ZOO["hf-llama"](0)).to(dtype)
     dpo = DPO(policy)

@@ -15,6 +15,7 @@ from helpers.adapters import lora
 from helpers.batches import random_batch
 from helpers.datasets import pairs
 from helpers.dpo_calls import arguments
+from helpers.marks import mark_slow_except
 from helpers.models import ZOO
 from helpers.runs import BUNDLED, SMALL_DECODER, interrupt_training, make_config, read_metrics
 
@@ -129,7 +130,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mark_slow_except(["copy with a closure", "adapter", "module"], KINDS))
 def test_every_kind_survives_what_is_done_to_it(kind):
     torch.manual_seed(0)
     dpo = KINDS[kind]()
@@ -180,7 +181,7 @@ def test_a_copy_in_another_dtype(name):
         DPO(model, reference="copy", reference_dtype="bf16")
 
 
-@pytest.mark.parametrize("name", ["xt-tied", "hf-llama", "xt-rotary-flash"])
+@pytest.mark.parametrize("name", mark_slow_except(["xt-tied"], ["xt-tied", "hf-llama", "xt-rotary-flash"]))
 def test_a_copy_with_a_device_of_its_own(name):
     model = ZOO[name](0)
     next(model.parameters()).requires_grad_(False)

@@ -13,6 +13,7 @@ from dpo_wrapper.losses import KTO, PlackettLuce
 from dpo_wrapper.metrics import MetricSums
 from dpo_wrapper.training.stages import SFTModule
 from helpers.device_waits import DEVICE, counted_waits, move_module
+from helpers.marks import mark_slow_except
 from helpers.models import ZOO
 
 IN_TRANSFORMERS = "_local_scalar_dense at models/hugging_face.py"
@@ -76,7 +77,7 @@ def run_step(kind: str, on_device: bool) -> tuple[Tensor, dict, list[Tensor], li
         return loss.cpu(), {k: v.cpu() for k, v in metrics.items()}, [g.cpu() for g in grads], waits
 
 
-@pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.parametrize("kind", mark_slow_except(["pairs", "unpaired"], OPTIONS))
 def test_a_step_that_was_laid_out_ahead_does_not_wait(kind: str):
     loss, metrics, grads, (forward, backward) = run_step(kind, on_device=True)
     passes = 4 if kind == "unpaired" else 2

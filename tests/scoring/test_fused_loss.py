@@ -19,7 +19,7 @@ from dpo_wrapper.scoring import token_log_probs as scoring
 from dpo_wrapper.scoring.fused_loss import connected_components
 from dpo_wrapper.training.stages import SFTModule
 from helpers.batches import random_batch
-from helpers.every_loss import EVERY_LOSS_BUT_SLOW_OPTIONS, loss_id
+from helpers.every_loss import EVERY_LOSS_BUT_MOST_SLOW, loss_id
 from helpers.log_prob_inputs import tile_size
 from helpers.models import ZOO
 from helpers.ranked_batches import lists_in_parts, lists_of_ids, rows_in_parts
@@ -79,7 +79,7 @@ def args_of(case) -> tuple:
 
 @pytest.mark.pitfall(15)
 @pytest.mark.parametrize("share", (True, pytest.param(False, marks=pytest.mark.slow)))
-@pytest.mark.parametrize("loss", EVERY_LOSS_BUT_SLOW_OPTIONS)
+@pytest.mark.parametrize("loss", EVERY_LOSS_BUT_MOST_SLOW)
 def test_every_loss_comes_true(loss, share: bool, watch: Watch):
     policy, reference = models("xt-rotary")
     loss = replace(loss)  # BetaDPO with statistics of its own

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from dpo_wrapper.scoring.probe_tree import TreeTrial
 from dpo_wrapper.scoring.scorer import Scorer
 from helpers.dpo_calls import arguments, nudged
 from helpers.kernels import shares_prefix
+from helpers.marks import mark_slow_except
 from helpers.models import ZOO, hf_llama, seeded
 from helpers.naive_dpo import ARGUMENTS, naive_loss
 from helpers.shareable_models import CASES, SHAREABLE, assert_close, loss_and_gradients, make_dpo
@@ -79,16 +81,23 @@ def probe_of(model: nn.Module, mode: str) -> Probe:
         return scorer.check(sequences)
 
 
+MODES = ["float32", "bfloat16", "autocast"]
+FAST_MIXES = {(name, "bfloat16") for name in MIXES if name != "falcon-h1"}
+FAST_MIXES |= {("bloom", "float32"), ("shift-tokens-from-zero", "autocast")}
+FAST_MIXES_NOT = {(name, "bfloat16") for name in MIXES_NOT} | {
+    ("llama", "float32"),
+    ("from-zero", "autocast"),
+}
+
+
 @pytest.mark.filterwarnings("ignore:prefixes are not shared")
-@pytest.mark.parametrize("mode", ["float32", "bfloat16", "autocast"])
-@pytest.mark.parametrize("name", MIXES)
+@pytest.mark.parametrize("name, mode", mark_slow_except(FAST_MIXES, product(MIXES, MODES)))
 def test_untrained_models_that_mix_tokens_are_padded_in_every_dtype(name, mode):
     reason = probe_of(MIXES[name](), mode).why_padded
     assert reason is not None and re.search("log-probs would differ|its tokens meet elsewhere", reason)
 
 
-@pytest.mark.parametrize("mode", ["float32", "bfloat16", "autocast"])
-@pytest.mark.parametrize("name", MIXES_NOT)
+@pytest.mark.parametrize("name, mode", mark_slow_except(FAST_MIXES_NOT, product(MIXES_NOT, MODES)))
 def test_untrained_models_that_mix_no_tokens_share_prefixes_in_every_dtype(name, mode):
     assert probe_of(MIXES_NOT[name](), mode).why_padded is None
 
@@ -175,7 +184,11 @@ def test_a_model_that_can_no_longer_share_is_padded_from_then_on(trains_head, mo
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in SHAREABLE if name in ZOO] + ["mistral", "xt-grouped-query"]
+    "name",
+    mark_slow_except(
+        ["xt-rotary", "xt-alibi", "hf-llama", "hf-gemma2", "mistral", "xt-grouped-query"],
+        [name for name in SHAREABLE if name in ZOO] + ["mistral", "xt-grouped-query"],
+    ),
 )
 def test_explain_names_the_attention_that_runs(name, monkeypatch):
     monkeypatch.setattr(cpu_attention, "MIN_BRANCH_NUMEL", 0)
