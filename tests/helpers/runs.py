@@ -76,19 +76,17 @@ def interrupt_training(stage: str, *, after_steps: int) -> Iterator[None]:
 
 
 def run_in_two_processes(script, *arguments):
-    """A script in two processes, of which each has to say, at the end, that it was one of two.
-
-    `torch.distributed.run` starts them: `accelerate launch --cpu --num_processes 2` starts one (1.15).
-    """
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    """A script in two processes, of which each has to say, at the end, that it was one of two."""
+    if not hasattr(os, "fork"):
+        pytest.skip("the processes are forked")
     with TemporaryDirectory() as ranks:
-        command = [sys.executable, *launch, ROOT / "tests/helpers/rank.py", ranks, script, *arguments]
+        command = [sys.executable, "-m", "helpers.two_processes", ranks, script, *arguments]
         done = subprocess.run(
             list(map(str, command)),
             capture_output=True,
             text=True,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
         )
         assert done.returncode == 0, done.stderr[-3000:]
         assert sorted(os.listdir(ranks)) == ["rank 0 of 2", "rank 1 of 2"], done.stdout

@@ -120,12 +120,12 @@ def narrow_room(t: int, v: int, d: int, tokens: int) -> int:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_of_several_chunks_are_summed_in_float32(dtype: torch.dtype, monkeypatch):
-    t, v, d = 64, V, D
+    t, v, d = 32, V, D
     monkeypatch.setattr(fused_backward, "cache_room", lambda weight: narrow_room(t, v, d, 16))
     for tokens in (1, 16):
         inputs, counter = random_inputs(t, v, d, dtype, bias=False), FlopCounterMode(display=False)
         expected, eager = truth(inputs), values_and_grads(inputs.scores(impl="eager"), inputs)
-        with tile_size(3, 8), chunk_size(tokens):
+        with tile_size(3, 16), chunk_size(tokens):
             with counter:
                 fused_loss = FusedLoss(weighted_sum, torch.arange(t) // 4)
                 scores = inputs.scores(impl="chunked", fused_loss=fused_loss)

@@ -152,14 +152,14 @@ def test_the_size_of_tiles_changes_nothing(t, v, tokens, entries, softcap, is_ca
 
 
 @given(
-    n=st.one_of(st.integers(0, 50), st.integers(0, 2**18)),
-    max_size=st.one_of(st.integers(0, 50), st.integers(0, 2**18)),
+    n=st.one_of(st.integers(0, 50), st.integers(0, 2**14)),
+    max_size=st.one_of(st.integers(0, 50), st.integers(0, 2**14)),
     multiple=st.sampled_from([1, 64]),
 )
 @settings(FAST, max_examples=200)
 def test_even_slices_cover_the_range_once(n: int, max_size: int, multiple: int):
     slices = list(even_slices(n, max_size, multiple))
-    assert [k for s in slices for k in range(s.start, s.stop)] == list(range(n))
+    assert [s.start for s in slices] + [n] == [0] + [s.stop for s in slices]
     sizes = [s.stop - s.start for s in slices]
     assert all(size > 0 for size in sizes)
     # the fewest that suffice, as even as can be, and then rounded up to the multiple

@@ -103,14 +103,13 @@ CASES_OF_WAYS = [
     if way is not by_the_librarys_flag or name.startswith("hf")
 ]
 FAST = [
-    *(("hf-llama", way, reentrant) for way, reentrant in WAYS),
+    *(("hf-llama", way, reentrant) for way, reentrant in WAYS if way is not by_hand_twice),
     ("xt-rotary", by_composition, False),
-    ("xt-rotary", by_hand, True),
     ("xt-dropout", by_torchs_wrapper, False),
     ("plain-transformer", by_torchs_wrapper, True),
     ("plain-transformer", by_hand_twice, False),
 ]
-"""Every way with one model, and every kind of model."""
+"""Every way, and every kind of model."""
 
 
 def make(name: str) -> DPO:

@@ -9,6 +9,7 @@ from torch import nn
 from dpo_wrapper import DPO
 from helpers.dpo_calls import nudged
 from helpers.kernels import probes
+from helpers.marks import mark_slow_except
 from helpers.models import CONTEXT, DIM, VOCAB, randomise_, seeded
 from helpers.naive_dpo import ARGUMENTS, naive_loss
 
@@ -57,7 +58,10 @@ def build(name: str) -> nn.Module:
         return randomise_(getattr(transformers, f"{family}ForCausalLM")(config_class(**config)), std=0.2)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+SLOW = {"mamba2", "mistral, window 3, eager", "qwen2", "granite"}
+
+
+@pytest.mark.parametrize("name", mark_slow_except(FAMILIES.keys() - SLOW, FAMILIES))
 def test_families_of_transformers_equal_their_full_logits(name):
     reference = build(name).eval()
     dpo = DPO(build(name))

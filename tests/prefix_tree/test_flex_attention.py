@@ -16,6 +16,7 @@ from helpers import models
 from helpers.batches import random_batch
 from helpers.dpo_calls import arguments, nudged
 from helpers.kernels import tree_kernels, use_kernel
+from helpers.marks import mark_slow_except
 from helpers.models import ZOO, x_transformer
 from helpers.trees import attention_mask, random_tree
 
@@ -75,7 +76,10 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+FAST = ["gqa", "window", "not plain"]
+
+
+@pytest.mark.parametrize("name", mark_slow_except(FAST, MODELS))
 def test_log_probs_of_whole_models(name, monkeypatch):
     attend = Mock(wraps=attend_with_flex)
     monkeypatch.setattr(flex_attention, "attend_with_flex", attend)
@@ -91,7 +95,7 @@ def test_log_probs_of_whole_models(name, monkeypatch):
         assert torch.allclose(got[metric], expected[metric], atol=1e-4), metric
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", mark_slow_except(FAST, MODELS))
 def test_the_probe_keeps_to_the_models_attention_where_flex_fails(name, monkeypatch):
     monkeypatch.setitem(probe.FAST_KERNELS, "cpu", "flex")
     attend = Mock(side_effect=NotImplementedError)

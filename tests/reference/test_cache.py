@@ -198,6 +198,7 @@ assert counts[0] == 3, (rank, counts)
 """
 
 
+@pytest.mark.slow
 def test_processes_with_a_sharded_reference_recall_together(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SHARDED)

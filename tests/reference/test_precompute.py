@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from dpo_wrapper.training.train import train
 from dpo_wrapper.training.trainer import Trainer
 from helpers.adapters import lora
 from helpers.datasets import dataset, pairs
+from helpers.marks import mark_slow_except
 from helpers.models import ZOO
 from helpers.runs import (
     SMALL_DECODER,
@@ -62,8 +64,13 @@ def calls_of(monkeypatch):
     return counts
 
 
-@pytest.mark.parametrize("name", ["xt-rotary", "hf-llama", "plain-tied"])
-@pytest.mark.parametrize("ld_alpha", [1.0, 0.3])
+@pytest.mark.parametrize(
+    "name, ld_alpha",
+    mark_slow_except(
+        [("xt-rotary", 1.0), ("hf-llama", 0.3), ("plain-tied", 1.0)],
+        product(["xt-rotary", "hf-llama", "plain-tied"], [1.0, 0.3]),
+    ),
+)
 def test_a_cache_gives_the_loss_of_the_reference(name, ld_alpha, tmp_path):
     policy, reference, data = ZOO[name](0), ZOO[name](1), dataset()
     sequences = scored_sequences(data.examples, 30)

@@ -1,5 +1,6 @@
 """Devices: without float64 (Apple's GPUs), and another than the tensors' as torch's default."""
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from dpo_wrapper import DPO
 from dpo_wrapper.losses import BetaDPO
 from dpo_wrapper.metrics import MetricSums
+from helpers.marks import mark_slow_except
 from helpers.models import ZOO
 from helpers.naive_dpo import ARGUMENTS
 
@@ -38,8 +40,13 @@ def test_the_check_sees_float64_on_the_device():
 
 
 @pytest.mark.filterwarnings("ignore:all logits", "ignore:prefixes are not shared")
-@pytest.mark.parametrize("name", ["xt-rotary", "xt-mixture", "hf-llama", "hf-gemma2", "plain-gru"])
-@pytest.mark.parametrize("loss", [None, BetaDPO()])
+@pytest.mark.parametrize(
+    "name, loss",
+    mark_slow_except(
+        [("xt-rotary", None), ("xt-mixture", None), ("hf-llama", BetaDPO()), ("plain-gru", None)],
+        product(["xt-rotary", "xt-mixture", "hf-llama", "hf-gemma2", "plain-gru"], [None, BetaDPO()]),
+    ),
+)
 def test_no_float64_on_the_device(name, loss):
     with WithoutFloat64():
         dpo = DPO(ZOO[name](0), loss=loss)
@@ -53,8 +60,13 @@ def test_no_float64_on_the_device(name, loss):
             dpo(**ARGUMENTS)
 
 
-@pytest.mark.parametrize("share_prefix", ["auto", False])
-@pytest.mark.parametrize("name", ["xt-rotary", "hf-llama", "plain-gru"])
+@pytest.mark.parametrize(
+    "name, share_prefix",
+    mark_slow_except(
+        [("xt-rotary", "auto"), ("hf-llama", False)],
+        product(["xt-rotary", "hf-llama", "plain-gru"], ["auto", False]),
+    ),
+)
 def test_another_default_device(name, share_prefix):
     dpo = DPO(ZOO[name](0), share_prefix=share_prefix, cache_ref_log_probs=True)
     expected = DPO(ZOO[name](0))(**ARGUMENTS)

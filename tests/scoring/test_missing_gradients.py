@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dpo_wrapper import DPO
 from helpers.adapters import lora
+from helpers.marks import mark_slow_except
 from helpers.models import VOCAB, ZOO, PlainGRU, hf_llama
 from helpers.naive_dpo import ARGUMENTS
 
@@ -66,7 +67,12 @@ def test_reentrant_checkpointing_without_gradients_of_the_input_is_named():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize(
+    "name",
+    mark_slow_except(
+        ["xt-tied", "xt-alibi", "xt-mixture", "hf-llama", "hf-gemma2", "plain-transformer", "plain-gru"], ZOO
+    ),
+)
 def test_nothing_is_said_where_all_gradients_arrive(name):
     assert not warnings_of(DPO(ZOO[name](0)), calls=1)
 
