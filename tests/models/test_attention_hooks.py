@@ -100,21 +100,21 @@ def compile_parts(model, parts):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("each_kernel")
 @pytest.mark.parametrize(
-    "name, parts",
+    "name, parts, each_kernel",
     [
-        ("hf-llama", ["LlamaModel"]),
-        ("hf-llama", ["LlamaDecoderLayer"]),
-        ("hf-llama", ["LlamaMLP"]),
-        ("xt-rotary-flash", ["AttentionLayers", "Decoder"]),
-        ("xt-rotary-flash", ["FeedForward"]),
+        ("hf-llama", ["LlamaModel"], "branches"),
+        ("hf-llama", ["LlamaDecoderLayer"], "model"),
+        ("hf-llama", ["LlamaMLP"], "branches"),
+        ("xt-rotary-flash", ["AttentionLayers", "Decoder"], "branches"),
+        ("xt-rotary-flash", ["FeedForward"], "model"),
     ],
+    indirect=["each_kernel"],
 )
-def test_compiled_parts(name, parts):
+def test_compiled_parts(name, parts, each_kernel):
     expected = loss_and_gradients(make_dpo(ZOO[name]), CASES[1])
     torch._dynamo.reset()
-    dpo = make_dpo(lambda seed: compile_parts(ZOO[name](seed), parts))
+    dpo = make_dpo(lambda seed: compile_parts(ZOO[name](seed), parts), make_reference=ZOO[name])
     assert any(m._compiled_call_impl is not None for m in dpo.policy_model.modules())
     assert_close(loss_and_gradients(dpo, CASES[1]), expected, 3e-5)
     assert shares_prefix(dpo)

@@ -23,9 +23,11 @@ from helpers.runs import (
     train_in_two_processes,
 )
 
+COUNT = 16
 
-def bundled_rows(count=26):
-    lines = BUNDLED.read_text(encoding="utf-8").splitlines()[:count]
+
+def bundled_rows():
+    lines = BUNDLED.read_text(encoding="utf-8").splitlines()[:COUNT]
     return [{k: json.loads(line)[k] for k in ("prompt", "chosen", "rejected")} for line in lines]
 
 
@@ -72,7 +74,7 @@ def test_training_improves_the_metrics(finished):
     steps = [record for record in log if record["part"] == "step"]
     eval_metrics = next(record for record in log if record["part"] == "eval")
     train_count = sum(record[f"{unit}/valid"] for record in steps) / 2
-    assert train_count + eval_metrics[f"{unit}/valid"] == 26 and before[f"{unit}/valid"] == train_count
+    assert train_count + eval_metrics[f"{unit}/valid"] == COUNT and before[f"{unit}/valid"] == train_count
     assert (out / "curves.png").stat().st_size > 20_000
     raw = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert all(f"{unit}/second" in record for record in raw if record["part"] == "step")
