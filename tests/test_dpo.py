@@ -10,6 +10,7 @@ from torch import Generator, nn
 from dpo_wrapper import DPO, IPO, SFT, Loss, Sigmoid, SigmoidNorm, SimPO, sequence_log_probs
 from helpers.batches import random_batch, repad
 from helpers.dpo_calls import LN2, arguments, nudged
+from helpers.marks import mark_slow_except
 from helpers.models import ZOO
 from helpers.oracle import (
     ExactFloat64,
@@ -24,6 +25,8 @@ from helpers.oracle import (
 
 # the arithmetic of these goes through a log of clamped probabilities; the rest agrees to rounding
 LOOSE = {"xt-mixture": 1e-7}
+FAST = ["xt-absolute", "xt-alibi", "xt-tied", "xt-dropout", "hf-llama", "hf-gpt2", "plain-gru", "plain-tied"]
+"""A few of each library, for tests of another kind than the comparison with the oracle."""
 
 
 def made(name: str, **kwargs) -> tuple[DPO, nn.Module]:
@@ -107,7 +110,7 @@ def test_weighted_losses_add_up():
     assert abs(total - (0.8 * expected["loss"] + 1.5 * sft_oracle(expected))) < 1e-9
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", mark_slow_except(FAST, ZOO))
 def test_left_right_and_middle_padding_give_the_same_numbers(name):
     dpo = DPO(ZOO[name](0))
     nudged(dpo.policy_model)
@@ -128,7 +131,7 @@ def sides_of(case):
     return (case.preferred_seq, case.unpreferred_seq), case.seq_masks
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", mark_slow_except(FAST, ZOO))
 def test_a_fresh_dpo_starts_at_ln_2(name):
     dpo = DPO(ZOO[name](0).train()).train()
     case = random_batch(Generator().manual_seed(1), b=4, odd=0)
@@ -161,7 +164,10 @@ def test_one_forward_for_both_sides_of_the_policy_and_one_for_the_reference(shar
     assert sorted(calls) == [(shape, False), (shape, True)]
 
 
-@pytest.mark.parametrize("name", ["xt-rotary", "hf-llama", "hf-gpt2", "hf-gemma2", "hf-opt"])
+@pytest.mark.parametrize(
+    "name",
+    mark_slow_except(["xt-rotary", "hf-gemma2"], ["xt-rotary", "hf-llama", "hf-gpt2", "hf-gemma2", "hf-opt"]),
+)
 def test_only_scored_positions_reach_the_head(name):
     dpo = DPO(ZOO[name](0))
     case = random_batch(Generator().manual_seed(0), b=3, odd=0)

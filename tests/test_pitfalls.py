@@ -1,6 +1,7 @@
 """Lines of docs/pitfalls.md. Other tests that guard some are marked with their numbers where they stand."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from dpo_wrapper import DPO, IPO, SFT, PreferenceBatch, Sigmoid, SigmoidNorm, SimPO, sequence_log_probs
 from helpers.batches import random_batch
 from helpers.dpo_calls import LN2, arguments, nudged
+from helpers.marks import mark_slow_except
 from helpers.models import ZOO
 
 
@@ -213,8 +215,7 @@ def test_each_sides_log_prob_and_its_change_are_reported():
 @pytest.mark.parametrize(
     "loss", [Sigmoid(), [(Sigmoid(), 1.0), (SFT(), 0.7)]], ids=["sigmoid", "sigmoid + sft"]
 )
-@pytest.mark.parametrize("sizes", [(4,), (1, 1, 1, 1), (3, 1), (1, 2, 1)])
-def test_the_parts_of_a_step_add_up_to_the_step(loss, sizes):
+def test_the_parts_of_a_step_add_up_to_the_step(loss):
     """Pairs of quite different lengths, and one that is not valid, in one batch and in parts."""
     dpo = DPO(nudged(ZOO["xt-rotary"](0)), reference=ZOO["xt-rotary"](0), loss=loss)
     seqs = tuple(torch.randint(1, 37, (4, n), generator=Generator().manual_seed(n)) for n in (12, 9))
@@ -234,20 +235,26 @@ def test_the_parts_of_a_step_add_up_to_the_step(loss, sizes):
 
     totals = part(0, 4).step_totals()
     assert totals[:2] == (3, 11 + 3 + 7)
-    dpo.zero_grad()
-    loss_of_parts, start = 0.0, 0
-    for size in sizes:
-        share = dpo(part(start, start + size).with_step_totals(*totals))
-        share.backward()
-        loss_of_parts, start = loss_of_parts + share.detach(), start + size
-    assert torch.allclose(loss_of_parts, whole[0], atol=1e-6)
-    for p, grad in zip(dpo.policy_model.parameters(), whole[2], strict=True):
-        assert torch.allclose(p.grad, grad, atol=1e-6)
+    for sizes in ((4,), (1, 1, 1, 1), (3, 1), (1, 2, 1)):
+        dpo.zero_grad()
+        loss_of_parts, start = 0.0, 0
+        for size in sizes:
+            share = dpo(part(start, start + size).with_step_totals(*totals))
+            share.backward()
+            loss_of_parts, start = loss_of_parts + share.detach(), start + size
+        assert torch.allclose(loss_of_parts, whole[0], atol=1e-6)
+        for p, grad in zip(dpo.policy_model.parameters(), whole[2], strict=True):
+            assert torch.allclose(p.grad, grad, atol=1e-6)
 
 
 @pytest.mark.pitfall(24)
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", ["hf-llama", "hf-gpt2", "hf-opt"])
+@pytest.mark.parametrize(
+    "name, reentrant",
+    mark_slow_except(
+        [("hf-llama", True), ("hf-opt", False)],
+        product(["hf-llama", "hf-gpt2", "hf-opt"], [False, True]),
+    ),
+)
 def test_activation_checkpointing_changes_nothing(name, reentrant):
     plain, checkpointed = ZOO[name](0).train(), ZOO[name](0).train()
     checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
