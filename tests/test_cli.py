@@ -36,6 +36,7 @@ def test_help_lists_every_option_with_its_text(capsys):
         assert re.search(rf"{option} .{{0,60}}[A-Z0-9a-z].{{15,}}", printed), option
 
 
+@pytest.mark.slow
 def test_help_loads_nothing_heavy_but_torch():
     code = (
         "import sys\n"

@@ -11,6 +11,7 @@ import dpo_wrapper
 from dpo_wrapper.losses.registry import builtin_losses, losses_table
 from dpo_wrapper.pretrained import PRESETS
 from dpo_wrapper.training.config import TrainConfig
+from helpers.marks import mark_slow_except
 from helpers.runs import BUNDLED, SMALL_DECODER
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +45,10 @@ def folder_with_a_run(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("page", "number"), BLOCKS)
+TRAINS = ("docs/training.md", 0)
+
+
+@pytest.mark.parametrize(("page", "number"), mark_slow_except(set(BLOCKS) - {TRAINS}, BLOCKS))
 def test_python_blocks_run(page, number, folder_with_a_run, monkeypatch):
     block = find_blocks(page, "python")[number]
     monkeypatch.chdir(folder_with_a_run)

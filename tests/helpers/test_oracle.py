@@ -435,6 +435,7 @@ def test_softcap_and_mixture_bite():
     assert torch.allclose(logits_of(mixture, ids).logsumexp(dim=-1), torch.zeros(12), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_importing_the_zoo_is_light():
     heavy = ("transformers", "x_transformers")
     code = f"import sys, helpers.models; sys.exit(any(name in sys.modules for name in {heavy}))"

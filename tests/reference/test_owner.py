@@ -1,6 +1,7 @@
 """Policies and references that are wrapped or replaced after DPO was made, and what can train."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -11,13 +12,18 @@ from dpo_wrapper.data import scored_sequences
 from helpers.adapters import lora
 from helpers.datasets import pairs
 from helpers.dpo_calls import LN2, nudged
+from helpers.marks import mark_slow_except
 from helpers.models import ZOO
 from helpers.naive_dpo import ARGUMENTS, naive_loss, reference_log_probs, train
 from helpers.runs import run_in_two_processes
 
 
-@pytest.mark.parametrize("name", ["hf-llama", "xt-tied"])
-@pytest.mark.parametrize("used", [True, False])
+@pytest.mark.parametrize(
+    "name, used",
+    mark_slow_except(
+        [("hf-llama", False), ("xt-tied", True)], product(["hf-llama", "xt-tied"], [True, False])
+    ),
+)
 def test_a_policy_that_is_assigned_is_the_policy(name, used):
     dpo, other = DPO(ZOO[name](0)), ZOO[name](1)
     keys = set(dpo.state_dict())

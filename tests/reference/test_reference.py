@@ -25,7 +25,7 @@ def train(dpo, case, optimizer, steps):
 
 
 @pytest.mark.pitfall(4)
-@pytest.mark.parametrize("name", mark_slow_except(TIED, HEADS))
+@pytest.mark.parametrize("name", mark_slow_except(TIED[:2], HEADS))
 def test_log_probs_are_bit_identical_after_50_optimizer_steps(name):
     dpo = DPO(ZOO[name](0))
     case = random_batch(Generator().manual_seed(0), b=3, odd=0)

@@ -11,6 +11,7 @@ from dpo_wrapper.cli import main
 from dpo_wrapper.pretrained import PRESETS
 from dpo_wrapper.training.train import train
 from helpers.datasets import write_rows
+from helpers.marks import mark_slow_except
 from helpers.runs import (
     BUNDLED,
     SMALL_DECODER,
@@ -43,10 +44,11 @@ def as_labelled(row, number):
     return {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
 
 
-ROWS_OF_LOSSES = {"plackettluce(beta=0.3)": as_ranked, "kto(beta=0.3, undesirable=0.8)": as_labelled}
+KTO = "kto(beta=0.3, undesirable=0.8)"
+ROWS_OF_LOSSES = {"plackettluce(beta=0.3)": as_ranked, KTO: as_labelled}
 
 
-@pytest.fixture(scope="module", params=ROWS_OF_LOSSES)
+@pytest.fixture(scope="module", params=mark_slow_except([KTO], ROWS_OF_LOSSES))
 def finished(request, tmp_path_factory):
     """A loss, a file of what it learns from, and the folder of a finished run."""
     folder = tmp_path_factory.mktemp("listed")

@@ -137,6 +137,7 @@ def test_a_full_disk_gets_one_sentence_and_the_run_resumes(rows, tmp_path, monke
     assert [r["step"] for r in read_metrics(out) if r["part"] == "step"] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_random_states_that_cannot_be_loaded_are_told(rows, tmp_path, capsys, monkeypatch):
     options = {"sft_epochs": 0, "epochs": 1, "batch_size": 16, "save_steps": 1}
     fail = after_calls(Trainer.train_step, 2, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
