@@ -1,16 +1,18 @@
-"""Peak memory of `token_log_probs`, forward and backward, in a process of its own.
+"""Peak memory of `token_log_probs`, forward and backward, each time in a process of its own.
 
-    python log_prob_memory.py eager|cached|recomputed|frozen|default|fused|uneven T D V
+    echo eager|cached|recomputed|frozen|default|fused|uneven T D V | python log_prob_memory.py
 
 All but `eager` use `impl = 'chunked'`. The head trains except under `frozen`. All softmaxes are cached, or
 none (`recomputed`), or as many as fit into the budget (`default`). With a fused loss there are eight groups
 of equal size (`fused`), or one of 8/9 of the tokens and one of the rest (`uneven`).
 
-Prints one line of JSON. `extra` are the bytes that the process needed beyond its inputs: the peak of its
-resident memory, less the resident memory when all libraries were loaded and the inputs were written.
+Prints a line of JSON for each line that it reads, from a process that it forks. `extra` are the bytes that
+this process needed beyond its inputs: the peak of its resident memory, less the resident memory when all
+libraries were loaded and the inputs were written.
 """
 
 import json
+import multiprocessing
 import resource
 import sys
 import time
@@ -69,9 +71,16 @@ def forward_and_backward(mode: str, t: int, d: int, v: int) -> dict[str, str | i
     return {"mode": mode, "extra": extra, "method": method, "seconds": round(seconds, 2)}
 
 
-if __name__ == "__main__":
+def measure(mode: str, *sizes: str) -> None:
     torch.set_num_threads(THREADS)
-    mode, *sizes = sys.argv[1:]
     t, d, v = map(int, sizes)
     forward_and_backward(mode, 64, 64, 64)  # loads what is loaded lazily
-    print(json.dumps(forward_and_backward(mode, t, d, v) | {"t": t, "d": d, "v": v}))
+    print(json.dumps(forward_and_backward(mode, t, d, v) | {"t": t, "d": d, "v": v}), flush=True)
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        process = multiprocessing.get_context("fork").Process(target=measure, args=line.split())
+        process.start()
+        process.join()
+        assert process.exitcode == 0
