@@ -1,9 +1,11 @@
 """`dpo-wrapper prepare --preview N`: examples as they will be trained, and counts of what was read."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
+from itertools import groupby
+from typing import TypeVar
 
 from dpo_wrapper.data.config import DataConfig
 from dpo_wrapper.data.encode import tokenize_examples
@@ -50,16 +52,23 @@ def preview_data(config: PrepareConfig) -> None:
 def format_example(example: TokenizedExample, tokenizer: Tokenizer, is_coloured: bool = False) -> str:
     """A tokenized example as text with its special tokens, scored parts between ⟦ and ⟧."""
     count = len(example.prompt)
-    names = ["chosen", "rejected"] if len(example.completions) == 2 else []
-    if example.label is not None:
-        names = ["desirable" if example.label else "undesirable"]
-    names = names or [f"rank {k}" for k in range(1, len(example.completions) + 1)]
     masks = example.scored_masks()
     lines = [("prompt", mark_scored(tokenizer, example.prompt, masks[0][:count], (), is_coloured))]
-    for name, completion, mask in zip(names, example.completions, masks, strict=True):
+    for name, completion, mask in zip(name_completions(example), example.completions, masks, strict=True):
         lines.append((name, mark_scored(tokenizer, completion, mask[count:], example.prompt, is_coloured)))
     width = max(len(name) for name, _ in lines) + 2
     return "\n".join(f"{name:{width}}" + text.replace("\n", "\n" + " " * width) for name, text in lines)
+
+
+def name_completions(example: TokenizedExample) -> list[str]:
+    """What each completion is: chosen or rejected, its rank, its label."""
+    if example.label is not None:
+        return ["desirable" if example.label else "undesirable"]
+    if len(example.completions) == 1:
+        return ["text" if example.is_document else "completion"]
+    if len(example.completions) == 2:
+        return ["chosen", "rejected"]
+    return [f"rank {k}" for k in range(1, len(example.completions) + 1)]
 
 
 def mark_scored(
@@ -67,17 +76,31 @@ def mark_scored(
 ) -> str:
     """The text of ids that follow others, with brackets around what is scored."""
     opening, closing = (f"{GREEN}⟦", f"⟧{RESET}") if is_coloured else ("⟦", "⟧")
-    parts, start = [], 0
-    while start < len(ids):
-        end = start
-        while end < len(ids) and scored[end] == scored[start]:
-            end += 1
+    parts = decode_runs(tokenizer, ids, scored, before)
+    return "".join(f"{opening}{text}{closing}" if is_scored else text for text, is_scored in parts)
+
+
+Key = TypeVar("Key")
+
+
+def decode_runs(
+    tokenizer: Tokenizer, ids: Sequence[int], keys: Sequence[Key], before: Sequence[int]
+) -> Iterator[tuple[str, Key]]:
+    """The text of each run of ids that have the same key, special tokens included, and the key.
+
+    Args:
+        tokenizer: of the ids.
+        ids: Int[n], which follow `before`.
+        keys: one per id, such as whether it is scored.
+        before: Int[k].
+    """
+    start = 0
+    for key, run in groupby(keys):
+        end = start + len(list(run))
         # decoded behind what comes before: some tokenizers drop white space at the beginning of a text
         texts = [tokenizer.decode([*before, *ids[:k]], skip_special_tokens=False) for k in (start, end)]
-        text = texts[1].removeprefix(texts[0])
-        parts.append(f"{opening}{text}{closing}" if scored[start] else text)
+        yield texts[1].removeprefix(texts[0]), key
         start = end
-    return "".join(parts)
 
 
 def format_counts(read: ReadExamples, tokenized: TokenizedExamples) -> str:
