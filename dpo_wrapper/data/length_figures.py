@@ -30,7 +30,8 @@ def draw_lengths(features: FeatureMap) -> Iterator[str]:
     is_list = features["num_completions"] > 1
     chosen, rejected = (features[f"{side}_length"] for side in ("chosen", "rejected"))
     completions = {"chosen": chosen[is_list], "rejected": rejected[is_list]}
-    yield draw_histogram("prompt", "tokens of a prompt", {"prompts": features["prompt_length"]})
+    if len(is_list):
+        yield draw_histogram("prompt", "tokens of a prompt", {"prompts": features["prompt_length"]})
     if is_list.any():
         yield draw_histogram("completion", "tokens of a completion", completions)
         difference = {"chosen − rejected": chosen[is_list] - rejected[is_list]}

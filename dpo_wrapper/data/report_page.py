@@ -48,7 +48,7 @@ def write_report(
         title=escape(f"{len(features['label']):,} rows prepared"),
         settings=format_settings(manifest),
         counts=format_table(("rows", "number"), list_counts(manifest.get("counts", {})), has_total=True),
-        types=format_table(("type", "rows", "to train on", "to evaluate on", "tokens"), list_types(features)),
+        types=format_table(("type", "rows", "train", "test", "tokens"), list_types(features)),
         num_problems=len(problems),
         problems=format_findings_with_rows(problems, examples, tokenizer) or "<p>None was found.</p>",
         notes=format_findings_with_rows(notes, examples, tokenizer),
@@ -70,8 +70,9 @@ def list_counts(counts: Mapping[str, int]) -> list[tuple[str, int]]:
     """What became of the rows that were read, and their sum."""
     names = {"written": "written", "refused": "refused", "duplicates": "duplicates, left out"}
     parts = [(label, counts.get(name, 0)) for name, label in names.items()]
-    if tied := counts.get("read", 0) - sum(number for _, number in parts):
-        parts.append(("no completion is better, left out", tied))
+    if others := counts.get("read", 0) - sum(number for _, number in parts):
+        is_tied = others == counts.get("tied")
+        parts.append(("no completion is better, left out" if is_tied else "left out otherwise", others))
     return [*parts, ("read", sum(number for _, number in parts))]
 
 
@@ -172,9 +173,9 @@ p { margin: .25rem 0; }
 .tables { display: flex; flex-wrap: wrap; gap: 1rem 3rem; margin-top: 1rem; align-items: flex-start; }
 .scroll { overflow-x: auto; max-width: 100%; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .15rem .6rem; font-weight: 400; border-bottom: 1px solid var(--line); }
+th, td { text-align: right; padding: .15rem .5rem; font-weight: 400; border-bottom: 1px solid var(--line); }
 th:first-child { text-align: left; padding-left: 0; } thead th { color: var(--soft); }
-.total tr:last-child > * { font-weight: 600; border-bottom: 0; }
+.total tbody tr:last-child > * { font-weight: 600; border-bottom: 0; }
 article { background: var(--box); border-left: .3rem solid var(--note); border-radius: .3rem;
   padding: .6rem .9rem; margin: .6rem 0; }
 .problem { border-color: var(--problem); }

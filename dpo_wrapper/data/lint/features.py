@@ -33,13 +33,13 @@ MIN_REPEATED_PROMPT = 20
 
 
 def measure_rows(rows: Sequence[Row]) -> Features:
-    """Measure each row for `find_problems`; a pure function of each row alone.
+    """Measure each row for `find_problems`. What is measured of a row depends on this row alone.
 
     Args:
-        rows: an example and what it became as tokens, which is one example, or several for a document.
+        rows: an example and what it became as tokens: one example, or several for a long document.
 
     Returns:
-        Arrays with one value per row, about 150 bytes a row in all. Lengths are in tokens.
+        Arrays with one value per row, 153 bytes a row in all. Lengths are in tokens.
 
         dataset_type      Int8[n], index into DATASET_TYPES
         split             Int8[n], index into SPLITS
@@ -196,17 +196,19 @@ def _open_text(text: str) -> bytes:
 
 def _sign_rows(rows: Sequence[Row], texts: Sequence[tuple[str, ...]]) -> NDArray[np.uint8]:
     """The signature of each row: of prompt and completions, or of a short row's words."""
-    prompts, completions, owners, sides = [], [], [], []
+    completions: list[TokenIds] = []
+    owners: list[int] = []
+    sides: list[int] = []
     for index, (_, tokenized) in enumerate(rows):
-        prompts.append(tokenized[0].prompt)
         for part in tokenized:
             completions += part.completions
             owners += [index] * len(part.completions)
             sides += range(len(part.completions))
+    prompts = [tokenized[0].prompt for _, tokenized in rows]
     first, _ = sign_sequences(prompts, range(len(rows)), [0] * len(rows), len(rows), PROMPT_BINS)
     last, counts = sign_sequences(completions, owners, sides, len(rows), COMPLETION_BINS)
     signature = np.concatenate([first, last], axis=1)
-    for index in np.flatnonzero(counts < MIN_SHINGLES):
+    for index in np.flatnonzero(counts < MIN_SHINGLES).tolist():
         question = _last_turn(rows[index][0])
         words = repr([" ".join(text.lower().split()) for text in (question, *texts[index])]).encode()
         signature[index] = np.frombuffer(hashlib.blake2b(words, digest_size=SIGNATURE).digest(), np.uint8)

@@ -20,7 +20,7 @@ MIN_SIMILARITY = 0.85
 """Share of shingles that two rows have in common, from which on they are near duplicates."""
 
 _EMPTY = np.uint32(0xFFFFFFFF)
-_FACTORS = tuple(np.uint64(odd) for odd in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_FACTORS = tuple(np.uint32(odd) for odd in (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35))
 
 
 def sign_sequences(
@@ -46,35 +46,37 @@ def sign_sequences(
     """
     gap = (-1,) * (SHINGLE - 1)  # so that no shingle goes over a border; those at an end are filled up
     lengths = np.fromiter(map(len, sequences), np.int64, len(sequences))
-    parts = chain.from_iterable(chain((sequence, gap)) for sequence in sequences)
     size = int(lengths.sum()) + len(gap) * len(sequences)
-    ids = np.fromiter(chain(chain.from_iterable(parts), gap), np.int64, size + len(gap))
-    hashes = _hash_shingles(ids.view(np.uint64) + np.uint64(1))
+    parts = [part for sequence in sequences for part in (sequence, gap)]
+    ids = np.fromiter(chain.from_iterable([*parts, gap]), np.int32, size + len(gap))
+    hashes = _hash_shingles(ids.view(np.uint32))
     repeats = lengths + len(gap)
-    hashes ^= np.repeat(np.asarray(sides, np.uint64) * _FACTORS[1], repeats)
-    bins = ((hashes >> np.uint64(40)) * np.uint64(num_bins)) >> np.uint64(24)
-    bins += np.repeat(np.asarray(rows, np.uint64) * np.uint64(num_bins), repeats)
+    hashes ^= np.repeat(np.asarray(sides, np.uint32) * _FACTORS[0], repeats)
+    bins = ((hashes >> np.uint32(16)) * np.uint32(num_bins) >> np.uint32(16)).astype(np.int64)
+    bins += np.repeat(np.asarray(rows, np.int64) * num_bins, repeats)
     ends = np.cumsum(repeats)
     for back in range(1, SHINGLE):  # what begins in a gap is no shingle
         bins[ends - back] = num_rows * num_bins
     least = np.full(num_rows * num_bins + 1, _EMPTY)
-    np.minimum.at(least, bins.view(np.int64), hashes.astype(np.uint32))
+    np.minimum.at(least, bins, hashes)
     least = least[:-1]
     signature = np.where(least == _EMPTY, 0, least % 255 + 1).astype(np.uint8)
     counts = np.bincount(np.asarray(rows, np.int64), lengths, num_rows).astype(np.int64)
     return signature.reshape(num_rows, num_bins), counts
 
 
-def _hash_shingles(ids: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def _hash_shingles(ids: NDArray[np.uint32]) -> NDArray[np.uint32]:
     """A hash of each SHINGLE ids that follow one another: four fewer than ids."""
     first, second, third = _FACTORS
-    ids = ids * first
+    ids = (ids + np.uint32(1)) * first  # 0 in a gap
+    ids ^= ids >> np.uint32(15)
     two = ids[:-1] * second + ids[1:]
     four = two[:-2] * third + two[2:]
     hashes = four[:-1] * first + ids[4:]
-    hashes ^= hashes >> np.uint64(31)
-    hashes *= second
-    hashes ^= hashes >> np.uint64(29)
+    for factor in (second, third):
+        hashes ^= hashes >> np.uint32(16)
+        hashes *= factor
+    hashes ^= hashes >> np.uint32(16)
     return hashes
 
 

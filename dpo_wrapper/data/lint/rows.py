@@ -43,8 +43,8 @@ def check_contradictions(features: FeatureMap, counts: Counts) -> list[Finding]:
         return []
     rows = order[np.isin(group, groups)]  # those that contradict each other stay together
     fact = (
-        f"{count_rows(len(rows))} contradict each other, in {count_rows(len(groups), 'group')}: the same "
-        "completions of one prompt in another order, or with the other label"
+        f"{count_rows(len(rows))} contradict each other, in {count_rows(len(groups), 'group')} of the same "
+        "completions of one prompt that differ in order or label"
     )
     numbers = {"rows": len(rows), "groups": len(groups)}
     return [make_finding("contradictions", True, fact, "keep those that are right", rows, numbers)]
@@ -61,11 +61,14 @@ def check_duplicates(features: FeatureMap, counts: Counts) -> list[Finding]:
     kept = np.flatnonzero(is_kept)
     first = find_near_duplicates(features["signature"][kept])
     near = np.flatnonzero(first != np.arange(len(kept)))
-    near_rows = np.stack([kept[first[near]], kept[near]], axis=1).reshape(-1)
+    pairs = np.stack([kept[first[near]], kept[near]], axis=1)
+    is_test = features["split"] == SPLITS.index("test")
+    leaked = int((is_test[pairs[:, 0]] != is_test[pairs[:, 1]]).sum())
+    across = f", {leaked:,} of them across the split" if leaked else ""
     findings = []
     for name, rows, number, what in (
         ("duplicates", repeats, len(repeats), "equal an earlier one"),
-        ("near_duplicates", near_rows, len(near), "nearly equal an earlier one"),
+        ("near_duplicates", pairs.reshape(-1), len(near), f"nearly equal an earlier one{across}"),
     ):
         if number:
             share = number / len(contents)
@@ -135,8 +138,8 @@ def check_prefix_sharing(features: FeatureMap, counts: Counts) -> list[Finding]:
     widths = np.maximum.reduceat(features["longest"], starts).astype(np.int64)
     padded = int((widths * np.add.reduceat(features["num_completions"], starts)).sum())
     fact = (
-        f"{unique:,} of {total:,} tokens ({unique / total:.1%}) are left where a common prefix stands "
-        f"once, {unique / padded:.1%} of what batches of {PADDED_ROWS} rows have with padding"
+        f"{unique:,} of {total:,} tokens ({unique / total:.1%}) are computed if common prefixes are "
+        f"shared; batches of {PADDED_ROWS} rows have {padded:,} with padding"
     )
     numbers = {"tokens": total, "unique": unique, "padded": padded}
     return [make_finding("prefix_sharing", False, fact, "", (), numbers)]

@@ -109,7 +109,7 @@ def check_leading_space(features: FeatureMap, counts: Counts) -> list[Finding]:
         if abs(shares[0] - shares[1]) >= LEADING_SPACE_GAP:
             more = int(np.argmax(shares))
             text, numbers = compare_shares(sides, shares)
-            fact = f"White space begins {text}, which gives them away"
+            fact = f"White space begins {text}, which tells the sides apart"
             rows = sides[more].rows[flags[more]]
             findings.append(make_finding("leading_space", True, fact, "begin both alike", rows, numbers))
     return findings
@@ -140,14 +140,14 @@ def check_openings(features: FeatureMap, counts: Counts) -> list[Finding]:
     findings = []
     for sides in find_sides(features):
         openings = [side.values_of(features["opening"]) for side in sides]
-        found = [item for cut in (first_words, np.asarray) for item in find_openings(*map(cut, openings))]
+        found = find_openings(*openings) + find_openings(*map(first_words, openings))
         if found:
             # the widest gap; of equals the longest words
             opening, *shares = max(found, key=lambda item: (abs(item[1] - item[2]), len(item[0])))
             more = int(np.argmax(shares))
             words = opening.decode(errors="ignore") + "…" * (len(opening) > OPENING_BYTES - 4)
             text, numbers = compare_shares(sides, shares)
-            fact = f"“{words}” begins {text}, which gives them away"
+            fact = f"“{words}” begins {text}, which tells the sides apart"
             rows = sides[more].rows[np.char.startswith(openings[more], opening)]
             remedy = "rewrite or remove such openings"
             numbers_and_words = {"opening": words, **numbers}
@@ -161,9 +161,9 @@ def find_openings(left: NDArray[np.bytes_], right: NDArray[np.bytes_]) -> list[t
     for side in (left, right):
         values, numbers = np.unique(side, return_counts=True)
         for value in values[numbers >= OPENING_SHARE * len(side)]:
-            shares = [float((column == value).mean()) for column in (left, right)]
-            if value and max(shares) >= OPENING_RATIO * min(shares):
-                found.append((bytes(value), *shares))
+            first, second = (float((column == value).mean()) for column in (left, right))
+            if value and max(first, second) >= OPENING_RATIO * min(first, second):
+                found.append((bytes(value), first, second))
     return found
 
 
