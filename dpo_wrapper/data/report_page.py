@@ -126,7 +126,8 @@ def format_row(index: int, example: TokenizedExample, tokenizer: Tokenizer) -> s
         text = mark_tokens(tokenizer, ids[:MAX_TOKENS], mask[count:], example.prompt)
         parts.append((name, text + " …" * (len(ids) > MAX_TOKENS)))
     lines = "".join(f"<dt>{escape(name)}</dt><dd>{text}</dd>" for name, text in parts)
-    return f'<div class="row"><h4>row {index:,}, {escape(example.source)}</h4><dl>{lines}</dl></div>'
+    title = f"row {index:,}" + f", {escape(example.source)}" * bool(example.source)
+    return f'<div class="row"><h4>{title}</h4><dl>{lines}</dl></div>'
 
 
 def mark_tokens(

@@ -1,84 +1,18 @@
-"""What is found in data that deserves it, and not in data that does not."""
+"""What is found in rows that deserve it, and not in rows that do not."""
 
 import random
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
-from dpo_wrapper.data import ByteTokenizer, Example, Message, TokenizedExample, read_examples
-from dpo_wrapper.data.lint import Finding, find_problems, format_findings, measure_rows
-from dpo_wrapper.data.lint.findings import MAX_ROWS, MIN_ROWS
+from dpo_wrapper.data import Example, Message, TokenizedExample, read_examples
+from dpo_wrapper.data.lint import find_problems, format_findings, measure_rows
+from dpo_wrapper.data.lint.findings import MIN_ROWS
+from helpers.lint_rows import find, is_problem, label_rows, make_pairs, measure, pick, tokenize, write_words
 
-BYTES = ByteTokenizer()
 BUNDLED = Path(__file__).parents[2] / "examples" / "data" / "preferences.jsonl"
-WORDS = [
-    f"{first}{second}" for first in "bdfghklmnprstvz" for second in ("alo", "emi", "iru", "osta", "unde")
-]
-
-
-def tokenize(example: Example) -> TokenizedExample:
-    encoded = BYTES.encode_example(example.prompt, example.completions)
-    completions = tuple(map(tuple, encoded.completions))
-    return TokenizedExample(
-        tuple(encoded.prompt),
-        completions,
-        example.label,
-        ranks=example.ranks,
-        is_document=example.is_document,
-    )
-
-
-def measure(examples: Iterable[Example]) -> dict[str, np.ndarray]:
-    return measure_rows([(example, (tokenize(example),)) for example in examples])
-
-
-def write_words(generator: random.Random, count: int) -> str:
-    return " ".join(generator.choices(WORDS, k=count))
-
-
-def make_pairs(count: int, seed: int = 0) -> list[Example]:
-    """Pairs of which nothing can be said: random words, all of 12 words a side."""
-    generator = random.Random(seed)
-    texts = [[write_words(generator, length) for length in (6, 12, 12)] for _ in range(count)]
-    return [Example(prompt, (chosen, rejected)) for prompt, chosen, rejected in texts]
-
-
-def label_rows(examples: Sequence[Example], num_desirable: int) -> list[Example]:
-    return [
-        Example(example.prompt, example.completions[:1], label=index < num_desirable)
-        for index, example in enumerate(examples)
-    ]
-
-
-def change(
-    examples: list[Example], rows: Iterable[int], chosen: str = "{}", rejected: str = "{}"
-) -> list[Example]:
-    """The pairs, with another text around the sides of some rows."""
-    result = list(examples)
-    for row in rows:
-        sides = zip((chosen, rejected), result[row].completions, strict=True)
-        result[row] = replace(result[row], completions=tuple(form.format(text) for form, text in sides))
-    return result
-
-
-def find(examples: Iterable[Example], name: str, **counts: int) -> Finding | None:
-    return pick(find_problems(measure(examples), counts), name)
-
-
-def pick(findings: Iterable[Finding], name: str) -> Finding | None:
-    found = [finding for finding in findings if finding.name == name]
-    assert len(found) < 2
-    return found[0] if found else None
-
-
-def is_problem(finding: Finding | None) -> bool:
-    return finding is not None and finding.is_problem
-
-
 PAIRS = make_pairs(200)
 FEATURES = measure(PAIRS)
 
@@ -93,46 +27,6 @@ def test_nothing_is_wrong_with_the_bundled_data() -> None:
     examples = read_examples(BUNDLED).examples
     assert len(examples) == 256
     assert not any(map(is_problem, find_problems(measure(examples), {"read": 256})))
-
-
-@pytest.mark.parametrize(
-    ("differences", "is_biased"),
-    [
-        ([1] * 75 + [-1] * 25, True),  # mean 0.5, deviation √0.75, effect 0.58
-        ([1] * 59 + [-1] * 41, False),  # too few are longer
-        ([1] * 64 + [-1] * 36, False),  # effect 0.28 / √(1 - 0.28²) = 0.29
-        ([1] * 65 + [-1] * 35, True),  # effect 0.30 / √(1 - 0.30²) = 0.31
-        ([-1] * 75 + [1] * 25, False),  # chosen is shorter
-        ([5] * 100, True),  # no deviation
-        ([1] * (MIN_ROWS - 1), False),  # too few pairs
-    ],
-)
-def test_length_bias(differences: list[int], is_biased: bool) -> None:
-    lengths = np.full(len(differences), 20, np.int32)
-    features = {name: values[: len(differences)] for name, values in FEATURES.items()}
-    features |= {"rejected_length": lengths, "chosen_length": lengths + differences}
-    finding = pick(find_problems(features, {}), "length_bias")
-    assert is_problem(finding) == is_biased
-    if len(differences) < MIN_ROWS:
-        return
-    assert finding.numbers["longer"] == pytest.approx(np.mean(np.array(differences) > 0))
-    assert finding.numbers["mean"] == pytest.approx(np.mean(differences))
-    if differences[0] == 1 and is_biased:
-        deviation = np.std(differences)
-        assert finding.numbers["paired_effect"] == pytest.approx(np.mean(differences) / max(deviation, 1))
-
-
-def test_pairs_that_differ_in_white_space_alone() -> None:
-    same = [
-        Example("Q", sides) for sides in [("a b", "a  b\n"), ("ab c", "a bc"), (" " + "x " * 99, "x" * 99)]
-    ]
-    others = [
-        Example("Q", sides) for sides in [("a b", "a b."), ("A b", "a b"), ("", "a"), ("x" * 70, "x" * 71)]
-    ]
-    finding = find([*others, *same], "equal_sides")
-    assert is_problem(finding) and finding.rows == (4, 5, 6) and finding.numbers == {"rows": 3}
-    assert find(others, "equal_sides") is None
-    assert find(label_rows(same, 2), "equal_sides") is None
 
 
 def test_contradictions() -> None:
@@ -212,49 +106,6 @@ def test_ties() -> None:
     ]
     finding = find(lists, "ties")
     assert is_problem(finding) and finding.rows == (0, 1) and finding.numbers["lists"] == 2
-
-
-def test_white_space_that_one_side_begins_with() -> None:
-    finding = find(change(PAIRS[:50], range(10), chosen=" {}"), "leading_space")
-    assert is_problem(finding) and finding.rows == tuple(range(MAX_ROWS))
-    assert finding.numbers == {"chosen": 0.2, "rejected": 0.0}
-    assert find(change(PAIRS[:50], range(9), chosen=" {}"), "leading_space") is None
-    assert find(change(PAIRS[:50], range(50), " {}", "\n{}"), "leading_space") is None
-    labelled = label_rows(change(PAIRS, range(150, 180), chosen=" {}"), 100)
-    assert find(labelled, "leading_space").numbers == {"desirable": 0.0, "undesirable": 0.3}
-
-
-def test_openings_that_one_side_has() -> None:
-    finding = find(change(PAIRS[:100], range(40, 50), rejected="Sure, I can do. {}"), "opening")
-    assert is_problem(finding) and finding.rows == (40, 41, 42, 43, 44)
-    assert finding.numbers == {"opening": "Sure, I can", "chosen": 0.0, "rejected": 0.1}
-    assert "“Sure, I can” begins 0.0% of chosen and 10.0% of rejected" in finding.sentence
-    assert find(change(PAIRS[:100], range(9), rejected="Sure, I can do. {}"), "opening") is None
-    one_word = find(change(PAIRS[:100], range(20), chosen="Certainly {}"), "opening")
-    assert one_word.numbers["opening"] == "Certainly" and one_word.numbers["chosen"] == 0.2
-    examples = change(PAIRS[:100], range(50), chosen="Yes. {}")
-    assert is_problem(
-        find(change(examples, range(50, 60), rejected="Yes. {}"), "opening")
-    )  # 5 times as often
-    assert find(change(examples, range(50, 61), rejected="Yes. {}"), "opening") is None
-    labelled = label_rows(change(PAIRS, range(100), chosen="当然可以！我们 {}"), 100)
-    assert find(labelled, "opening").numbers["opening"] == "当然可以！…"
-
-
-def test_sides_that_repeat_the_prompt() -> None:
-    prompt = "What is the answer to this?"
-    examples = [replace(example, prompt=prompt) for example in PAIRS[:100]]
-    finding = find(change(examples, range(3, 8), rejected=prompt + "\n{}"), "repeated_prompt")
-    assert is_problem(finding) and finding.rows == (3, 4, 5, 6, 7)
-    assert finding.numbers == {"chosen": 0.0, "rejected": 0.05}
-    assert not find(change(examples, range(4), rejected=prompt + "{}"), "repeated_prompt").is_problem
-    turns = (Message("user", "Hm?"), Message("assistant", "Yes."), Message("user", prompt))
-    dialogues = change([replace(example, prompt=turns) for example in examples], range(100), prompt + "{}")
-    assert find(dialogues, "repeated_prompt").numbers["chosen"] == 1.0
-    short = change(
-        [replace(example, prompt="What is it?") for example in examples], range(99), "What is it?{}"
-    )
-    assert find(short, "repeated_prompt") is None
 
 
 def test_cuts() -> None:

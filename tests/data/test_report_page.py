@@ -1,0 +1,177 @@
+"""report.html: what a person reads of prepared data, also in a browser."""
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+from dpo_wrapper.data import ByteTokenizer, Example
+from dpo_wrapper.data.lint import find_problems, measure_rows
+from dpo_wrapper.data.report_page import MAX_TOKENS, write_report
+from helpers.lint_rows import label_rows, make_pairs, tokenize
+
+SCRIPT = "<script>document.title = 'changed'</script> & </style></body>"
+MANIFEST = {"counts": {"read": 69, "written": 62, "refused": 3, "duplicates": 4}, "max_length": 512}
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+class Page(HTMLParser):
+    """The elements of a page, and the text of its cells and marks."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.open: list[str] = []
+        self.texts: dict[str, list[str]] = {}
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: Sequence[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in ("meta", "!doctype"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: Sequence[tuple[str, str | None]]) -> None:
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open:
+            self.texts.setdefault(self.open[-1], []).append(data)
+
+
+def write_page(
+    path: Path, examples: Sequence[Example], manifest: Mapping[str, Any] = MANIFEST, step: int = 20
+) -> str:
+    tokenized = [tokenize(example) for example in examples]
+    features = measure_rows([(row, (tokens,)) for row, tokens in zip(examples, tokenized, strict=True)])
+    findings = find_problems(features, manifest.get("counts", {}))
+    named = {row for finding in findings for row in finding.rows}
+    shown = {row: tokenized[row] for row in sorted(named | set(range(0, len(examples), step)))}
+    write_report(path, manifest, findings, features, shown, ByteTokenizer())
+    return path.read_text(encoding="utf-8")
+
+
+def make_examples() -> list[Example]:
+    """Sixty pairs, of which one repeats and one holds HTML, and a list."""
+    pairs = make_pairs(60)
+    pairs[20] = Example(f"Is {SCRIPT} safe?", ("Yes.", f"{SCRIPT}"), source="a<b>.jsonl, line 21")
+    return [*pairs, pairs[3], Example("Rank.", ("a", "b", "c"), split="test")]
+
+
+def test_page_is_whole_and_refers_to_nothing(tmp_path: Path) -> None:
+    text = write_page(tmp_path / "report.html", make_examples())
+    page = Page(text)
+    assert not page.open  # every element is closed
+    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+    references = [value for name, value in page.attributes if name in ("src", "href", "xlink:href")]
+    assert references and all(value.startswith("#") for value in references)
+    assert set(re.findall(r"url\((.)", text)) <= {"#"} and "@import" not in text
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    targets = references + [f"#{name}" for name in re.findall(r"url\(#([^)]*)\)", text)]
+    assert {target[1:] for target in targets} <= set(ids)
+    labels = [value for name, value in page.attributes if name == "aria-label"]
+    assert len(labels) == page.tags.count("svg") == 3 and all("median" in label for label in labels)
+    assert page.texts["h1"] == ["62 rows prepared"]
+    assert write_page(tmp_path / "again.html", make_examples()) == text
+
+
+def test_texts_of_the_data_stay_texts(tmp_path: Path) -> None:
+    page = Page(write_page(tmp_path / "report.html", make_examples()))
+    assert f"Is {SCRIPT} safe?" in page.texts["dd"]
+    assert SCRIPT in page.texts["mark"]
+    assert "row 20, a<b>.jsonl, line 21" in page.texts["h4"]
+    assert page.tags.count("style") == 1 + page.tags.count("svg")
+
+
+def test_counts_add_up(tmp_path: Path) -> None:
+    def read_numbers(manifest: Mapping[str, Any]) -> list[int]:
+        page = Page(write_page(tmp_path / "report.html", make_examples(), manifest))
+        return [int(cell.replace(",", "")) for cell in page.texts["td"]]
+
+    numbers = read_numbers(MANIFEST)
+    assert numbers[:4] == [62, 3, 4, 69] and sum(numbers[:3]) == numbers[3]
+    tied = read_numbers({"counts": {**MANIFEST["counts"], "read": 1070, "tied": 1001}})
+    assert tied[:5] == [62, 3, 4, 1001, 1070]
+    assert numbers[4:7] == [61, 61, 0] and numbers[8:11] == [1, 0, 1]  # rows, train, test of pairs and lists
+
+
+def test_problems_come_before_notes_with_their_rows(tmp_path: Path) -> None:
+    page = Page(write_page(tmp_path / "report.html", make_examples()))
+    assert page.texts["h2"] == ["Problems (2)", "Notes", "Lengths", "Rows as the model sees them"]
+    assert page.texts["h3"] == ["duplicates", "few rows", "length bias", "left out", "prefix sharing"]
+    assert page.texts["h4"][:2] == ["row 60, ", "row 61, "]
+    assert [title for title in page.texts["h4"] if title in ("row 60, ", "row 0, ")] == [
+        "row 60, ",
+        "row 0, ",
+    ]
+    clean = Page(write_page(tmp_path / "clean.html", make_pairs(50), {}))
+    assert clean.texts["h2"][0] == "Problems (0)" and "None was found." in clean.texts["p"]
+
+
+def test_settings_that_the_manifest_has(tmp_path: Path) -> None:
+    manifest = {"tokenizer": "org/<model>", "chat_template": None, "max_length": 512}
+    page = Page(write_page(tmp_path / "report.html", make_pairs(3), manifest))
+    assert page.texts["dt"][:2] == ["tokenizer", "max length"]
+    assert page.texts["dd"][:2] == ["org/<model>", "512"]
+
+
+def test_scored_tokens_and_special_tokens_are_marked(tmp_path: Path) -> None:
+    text = write_page(tmp_path / "report.html", [Example("2 + 2?", ("4", "5"))])
+    assert '<dt>prompt</dt><dd><i class="special">&lt;bos&gt;</i>2 + 2?</dd>' in text
+    end = '<mark><i class="special">&lt;eos&gt;</i></mark>'
+    assert f"<dt>chosen</dt><dd><mark>4</mark>{end}</dd>" in text
+    assert f"<dt>rejected</dt><dd><mark>5</mark>{end}</dd>" in text
+
+
+def test_long_rows_are_shortened_towards_the_border(tmp_path: Path) -> None:
+    text = write_page(
+        tmp_path / "report.html", [Example("a" * MAX_TOKENS + "b", ("c" * MAX_TOKENS + "d", "e"))]
+    )
+    assert f"<dd>… {'a' * (MAX_TOKENS - 1)}b</dd>" in text
+    assert f"<dd><mark>{'c' * MAX_TOKENS}</mark> …</dd>" in text
+
+
+def test_rows_of_every_type_are_drawn(tmp_path: Path) -> None:
+    document = Example("", ("A long text.",), is_document=True)
+    for examples, names in (
+        (label_rows(make_pairs(2), 1), ["prompt", "desirable", "prompt", "undesirable"]),
+        ([document], ["text"]),
+        ([Example("Q", ("a",))], ["prompt", "completion"]),
+        ([], []),
+    ):
+        page = Page(write_page(tmp_path / "report.html", examples, {}, step=1))
+        assert page.texts.get("dt", []) == names  # each row once
+        assert page.tags.count("figure") == (2 if examples else 0)
+        assert not page.open
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_page_in_a_browser(tmp_path: Path) -> None:
+    write_page(tmp_path / "report.html", make_examples())
+
+    def open_page(*options: str) -> subprocess.CompletedProcess[str]:
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+        flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+        flags += ["--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", *options]
+        command = [str(BROWSER), *flags, (tmp_path / "report.html").as_uri()]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
+    result = open_page("--dump-dom")
+    page = Page(result.stdout)
+    assert "CONSOLE" not in result.stderr  # what the page's security policy refuses is an error there
+    assert page.texts["title"] == page.texts["h1"] == ["62 rows prepared"]
+    assert "script" not in page.tags and SCRIPT in page.texts["mark"]
+    assert page.texts["h2"][0] == "Problems (2)" and page.tags.count("svg") == 3
+    for width, scheme in ((1100, "light"), (390, "dark")):
+        picture = tmp_path / f"{scheme}.png"
+        open_page(f"--screenshot={picture}", f"--window-size={width},2000")
+        assert picture.stat().st_size > 20_000  # an empty page has a tenth of that
