@@ -84,7 +84,7 @@ def list_types(features: FeatureMap) -> list[tuple[str, int, int, int, int]]:
         is_type = features["dataset_type"] == index
         number, num_test = int(is_type.sum()), int((is_type & is_test).sum())
         tokens = int(features["num_tokens"][is_type].sum(dtype=np.int64))
-        lines.append((DATASET_TYPES[index], number, number - num_test, num_test, tokens))
+        lines.append((DATASET_TYPES[index].replace("_", " "), number, number - num_test, num_test, tokens))
     return lines
 
 
@@ -172,9 +172,8 @@ p { margin: .25rem 0; }
 .settings div { display: flex; gap: .5rem; } .settings dt { color: var(--soft); }
 .settings dd { margin: 0; overflow-wrap: anywhere; }
 .tables { display: flex; flex-wrap: wrap; gap: 1rem 3rem; margin-top: 1rem; align-items: flex-start; }
-.scroll { overflow-x: auto; max-width: 100%; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .15rem .5rem; font-weight: 400; border-bottom: 1px solid var(--line); }
+th, td { text-align: right; padding: .15rem .4rem; font-weight: 400; border-bottom: 1px solid var(--line); }
 th:first-child { text-align: left; padding-left: 0; } thead th { color: var(--soft); }
 .total tbody tr:last-child > * { font-weight: 600; border-bottom: 0; }
 article { background: var(--box); border-left: .3rem solid var(--note); border-radius: .3rem;
@@ -198,7 +197,7 @@ mark { background: var(--scored); color: inherit; border-radius: .15rem; }
 <header>
 <h1>$title</h1>
 <dl class="settings">$settings</dl>
-<div class="tables"><div class="scroll">$counts</div><div class="scroll">$types</div></div>
+<div class="tables">$counts$types</div>
 </header>
 <main>
 <section aria-labelledby="problems"><h2 id="problems">Problems ($num_problems)</h2>

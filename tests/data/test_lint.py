@@ -1,5 +1,6 @@
 """What is found in rows that deserve it, and not in rows that do not."""
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -115,7 +116,11 @@ def test_cuts() -> None:
     counts = {"shortened_prompts": 6, "truncated_completions": 8}
     finding = pick(find_problems(measure_rows(rows[:100]), counts), "cuts")
     assert is_problem(finding) and finding.rows == (0, 1, 2, 3, 4)
-    assert finding.numbers == {"rows": 10, "share": 0.1, "prompts": 6, "completions": 8}
+    assert finding.numbers == {"rows": 10, "share": 0.1, **counts}
+    assert (
+        "10 of 100 rows (10.0%) were too long and lost tokens (6 prompts and 8 completions):"
+        in finding.sentence
+    )
     assert not pick(find_problems(measure_rows(rows[:101]), counts), "cuts").is_problem
     assert pick(find_problems(measure_rows(rows[10:]), counts), "cuts") is None
     text = Example("", ("A text.",), is_document=True)
@@ -172,6 +177,7 @@ def test_problems_come_first() -> None:
     )
     assert all(line.startswith("note:    ") for line in lines[1:])
     assert all(finding.sentence.endswith(".") for finding in findings)
+    assert all(json.loads(json.dumps(finding.numbers)) == finding.numbers for finding in findings)
 
 
 def test_no_rows() -> None:

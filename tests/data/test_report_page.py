@@ -17,7 +17,8 @@ from dpo_wrapper.data.report_page import MAX_TOKENS, write_report
 from helpers.lint_rows import label_rows, make_pairs, tokenize
 
 SCRIPT = "<script>document.title = 'changed'</script> & </style></body>"
-MANIFEST = {"counts": {"read": 69, "written": 62, "refused": 3, "duplicates": 4}, "max_length": 512}
+COUNTS = {"read": 69, "written": 62, "refused": 3, "duplicates": 4}
+MANIFEST = {"counts": COUNTS, "max_length": 512}
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -102,7 +103,7 @@ def test_counts_add_up(tmp_path: Path) -> None:
 
     numbers = read_numbers(MANIFEST)
     assert numbers[:4] == [62, 3, 4, 69] and sum(numbers[:3]) == numbers[3]
-    tied = read_numbers({"counts": {**MANIFEST["counts"], "read": 1070, "tied": 1001}})
+    tied = read_numbers({"counts": {**COUNTS, "read": 1070, "tied": 1001}})
     assert tied[:5] == [62, 3, 4, 1001, 1070]
     assert numbers[4:7] == [61, 61, 0] and numbers[8:11] == [1, 0, 1]  # rows, train, test of pairs and lists
 

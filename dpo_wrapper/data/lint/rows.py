@@ -43,8 +43,8 @@ def check_contradictions(features: FeatureMap, counts: Counts) -> list[Finding]:
         return []
     rows = order[np.isin(group, groups)]  # those that contradict each other stay together
     fact = (
-        f"{count_rows(len(rows))} contradict each other, in {count_rows(len(groups), 'group')} of the same "
-        "completions of one prompt that differ in order or label"
+        f"{count_rows(len(rows))} in {count_rows(len(groups), 'group')} contradict each other, with the same "
+        "prompt and completions in another order or with another label"
     )
     numbers = {"rows": len(rows), "groups": len(groups)}
     return [make_finding("contradictions", True, fact, "keep those that are right", rows, numbers)]
@@ -86,9 +86,7 @@ def check_split_overlap(features: FeatureMap, counts: Counts) -> list[Finding]:
     rows = tests[np.isin(prompts[tests], prompts[~is_test])]
     if not len(rows):
         return []
-    fact = (
-        f"{len(rows):,} of {count_rows(len(tests))} to evaluate on have a prompt that is trained on as well"
-    )
+    fact = f"The prompts of {len(rows):,} of {count_rows(len(tests))} to evaluate on are trained on as well"
     numbers = {"rows": len(rows), "share": len(rows) / len(tests)}
     remedy = "move all rows of a prompt to one side of the split"
     return [make_finding("split_overlap", True, fact, remedy, rows, numbers)]
@@ -115,18 +113,16 @@ def check_cuts(features: FeatureMap, counts: Counts) -> list[Finding]:
     rows = np.flatnonzero(features["is_cut"])
     if not len(rows):
         return []
-    names = ("shortened_prompts", "truncated_completions")
-    prompts, completions = (counts.get(name, 0) for name in names)
     share = len(rows) / len(features["is_cut"])
     fact = (
-        f"{len(rows):,} of {count_rows(len(features['is_cut']))} ({share:.1%}) were too long: "
-        f"{count_rows(prompts, 'prompt')} lost the front and {count_rows(completions, 'completion')} the end"
+        f"{len(rows):,} of {count_rows(len(features['is_cut']))} ({share:.1%}) were too long and lost tokens"
     )
-    numbers = {"rows": len(rows), "share": share, "prompts": prompts, "completions": completions}
-    is_problem = share >= CUT_SHARE
+    nouns = {"shortened_prompts": "prompt", "truncated_completions": "completion"}
+    parts = [count_rows(counts[name], noun) for name, noun in nouns.items() if name in counts]
+    fact += f" ({' and '.join(parts)})" if parts else ""
+    numbers = {"rows": len(rows), "share": share, **{name: counts[name] for name in nouns if name in counts}}
     remedy = "raise --max-length, or leave such rows out"
-    fact = fact.replace(":", ",") if is_problem else fact  # one colon, before the remedy
-    return [make_finding("cuts", is_problem, fact, remedy, rows, numbers)]
+    return [make_finding("cuts", share >= CUT_SHARE, fact, remedy, rows, numbers)]
 
 
 def check_prefix_sharing(features: FeatureMap, counts: Counts) -> list[Finding]:

@@ -90,7 +90,7 @@ def check_equal_sides(features: FeatureMap, counts: Counts) -> list[Finding]:
     if not len(rows):
         return []
     fact = f"Chosen and rejected differ in white space alone in {count_rows(len(rows))}"
-    return [make_finding("equal_sides", True, fact, "leave them out", rows, {"rows": len(rows)})]
+    return [make_finding("equal_sides", True, fact, "leave such rows out", rows, {"rows": len(rows)})]
 
 
 def compare_shares(sides: Sides, shares: list[Any]) -> tuple[str, dict[str, float]]:
