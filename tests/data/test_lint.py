@@ -75,10 +75,13 @@ def test_near_duplicates() -> None:
 
 
 def test_short_rows_are_near_duplicates_if_their_words_are_equal() -> None:
-    example = Example("2 + 2?", ("4", "5"))
-    same = [replace(example, completions=(" 4", "5")), Example((Message("user", "2  + 2?"),), ("4", "5"))]
+    example = Example("Is 2 + 2 4?", ("Yes", "5"))
+    same = [
+        replace(example, completions=(" yes", "5")),
+        Example((Message("user", "IS 2  + 2 4?"),), ("Yes", "5")),
+    ]
     assert set(find([example, *same], "near_duplicates").rows) == {0, 1, 2}
-    others = [replace(example, prompt="2 - 2?"), replace(example, completions=("4", "-5"))]
+    others = [replace(example, prompt="Is 2 - 2 4?"), replace(example, completions=("Yes", "-5"))]
     assert find([example, *others], "near_duplicates") is None
 
 

@@ -18,7 +18,8 @@ FEATURES = measure(PAIRS)
     ("differences", "is_biased"),
     [
         ([1] * 75 + [-1] * 25, True),  # mean 0.5, deviation √0.75, effect 0.58
-        ([1] * 59 + [-1] * 41, False),  # too few are longer
+        ([10] * 59 + [-1] * 41, False),  # effect 1.0, but too few are longer
+        ([10] * 60 + [-1] * 40, True),
         ([1] * 64 + [-1] * 36, False),  # effect 0.28 / √(1 - 0.28²) = 0.29
         ([1] * 65 + [-1] * 35, True),  # effect 0.30 / √(1 - 0.30²) = 0.31
         ([-1] * 75 + [1] * 25, False),  # chosen is shorter
@@ -36,20 +37,21 @@ def test_length_bias(differences: list[int], is_biased: bool) -> None:
         return
     assert finding.numbers["longer"] == pytest.approx(np.mean(np.array(differences) > 0))
     assert finding.numbers["mean"] == pytest.approx(np.mean(differences))
-    if differences[0] == 1 and is_biased:
-        deviation = np.std(differences)
-        assert finding.numbers["paired_effect"] == pytest.approx(np.mean(differences) / max(deviation, 1))
+    deviation = max(float(np.std(differences)), 1.0)
+    assert finding.numbers["paired_effect"] == pytest.approx(np.mean(differences) / deviation)
+    # the lengths of chosen vary as the differences do, those of rejected not at all
+    pooled = max(float(np.sqrt(np.var(differences) / 2)), 1.0)
+    assert finding.numbers["cohens_d"] == pytest.approx(np.mean(differences) / pooled)
 
 
 def test_pairs_that_differ_in_white_space_alone() -> None:
-    same = [
-        Example("Q", sides) for sides in [("a b", "a  b\n"), ("ab c", "a bc"), (" " + "x " * 99, "x" * 99)]
-    ]
-    others = [
-        Example("Q", sides) for sides in [("a b", "a b."), ("A b", "a b"), ("", "a"), ("x" * 70, "x" * 71)]
-    ]
+    def make_examples(*sides: tuple[str, str]) -> list[Example]:
+        return [Example("Q", pair) for pair in sides]
+
+    same = make_examples(("a b", "a  b\n"), ("ab c", "a bc"), (" " + "x " * 99, "x" * 99))
+    others = make_examples(("a b", "a b."), ("A b", "a b"), ("", "a"), ("a", "a"), ("x" * 70, "x" * 71))
     finding = find([*others, *same], "equal_sides")
-    assert is_problem(finding) and finding.rows == (4, 5, 6) and finding.numbers == {"rows": 3}
+    assert is_problem(finding) and finding.rows == (5, 6, 7) and finding.numbers == {"rows": 3}
     assert find(others, "equal_sides") is None
     assert find(label_rows(same, 2), "equal_sides") is None
 
@@ -61,7 +63,8 @@ def test_white_space_that_one_side_begins_with() -> None:
     assert find(change(PAIRS[:50], range(9), chosen=" {}"), "leading_space") is None
     assert find(change(PAIRS[:50], range(50), " {}", "\n{}"), "leading_space") is None
     labelled = label_rows(change(PAIRS, range(150, 180), chosen=" {}"), 100)
-    assert find(labelled, "leading_space").numbers == {"desirable": 0.0, "undesirable": 0.3}
+    finding = find(labelled, "leading_space")
+    assert finding.numbers == {"desirable": 0.0, "undesirable": 0.3} and finding.rows[0] == 150
 
 
 def test_openings_that_one_side_has() -> None:

@@ -84,6 +84,7 @@ def test_page_is_whole_and_refers_to_nothing(tmp_path: Path) -> None:
     assert {target[1:] for target in targets} <= set(ids)
     labels = [value for name, value in page.attributes if name == "aria-label"]
     assert len(labels) == page.tags.count("svg") == 3 and all("median" in label for label in labels)
+    assert "currentColor" in text and "#010203" not in text  # what is drawn follows the page's colours
     assert page.texts["h1"] == ["62 rows prepared"]
     assert write_page(tmp_path / "again.html", make_examples()) == text
 
@@ -93,6 +94,10 @@ def test_texts_of_the_data_stay_texts(tmp_path: Path) -> None:
     assert f"Is {SCRIPT} safe?" in page.texts["dd"]
     assert SCRIPT in page.texts["mark"]
     assert "row 20, a<b>.jsonl, line 21" in page.texts["h4"]
+    pairs = [row.completions for row in make_pairs(50)]
+    opened = [Example(f"Q{k}", (f"<b>Yes {pair[0]}", pair[1])) for k, pair in enumerate(pairs)]
+    page = Page(write_page(tmp_path / "opened.html", opened))
+    assert any(text.startswith("“<b>Yes” begins 100.0% of chosen") for text in page.texts["p"])
     assert page.tags.count("style") == 1 + page.tags.count("svg")
 
 
