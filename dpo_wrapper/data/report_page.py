@@ -171,7 +171,8 @@ p { margin: .25rem 0; }
 .settings { display: flex; flex-wrap: wrap; gap: .25rem 2rem; margin: 0; }
 .settings div { display: flex; gap: .5rem; } .settings dt { color: var(--soft); }
 .settings dd { margin: 0; overflow-wrap: anywhere; }
-.tables { display: flex; flex-wrap: wrap; gap: 1rem 3rem; margin-top: 1rem; align-items: flex-start; }
+.tables { display: flex; flex-wrap: wrap; gap: 1rem 3rem; margin-top: 1rem; align-items: flex-start;
+  overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .15rem .4rem; font-weight: 400; border-bottom: 1px solid var(--line); }
 th:first-child { text-align: left; padding-left: 0; } thead th { color: var(--soft); }
