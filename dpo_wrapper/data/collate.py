@@ -134,9 +134,19 @@ def collate_unpaired(examples: Examples, tree_options: TreeOptions | None = None
 
 
 def collate_sft(examples: Examples, tree_options: TreeOptions | None = None) -> SFTBatch:
-    """Prompts with their best completions; the tokens of both are scored."""
-    rows = [example.prompt + (example.sft_completion or ()) for example in examples]
-    return SFTBatch(ScoredSequences.from_lists([()] * len(rows), rows).prebuild_tree(tree_options))
+    """Examples of one completion each, which the model learns to write."""
+    prompts, completions = [one.prompt for one in examples], [one.completions[0] for one in examples]
+    scored = [example.scored_or_none[0] for example in examples]
+    sequences = ScoredSequences.from_lists(prompts, completions, scored)
+    return SFTBatch(sequences.prebuild_tree(tree_options))
+
+
+def as_document(example: TokenizedExample) -> TokenizedExample:
+    """Prompt and best completion of a preference as one document, all of whose tokens are scored."""
+    ids = example.prompt + (example.sft_completion or ())
+    return TokenizedExample(
+        (), (ids,), weight=example.weight, source=example.source, is_document=True, is_cut=example.is_cut
+    )
 
 
 COLLATE_FNS: dict[DatasetType, Callable[..., Any]] = {

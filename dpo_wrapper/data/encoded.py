@@ -1,5 +1,6 @@
 """What a tokenizer makes of a prompt with its completions."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,3 +29,11 @@ class EncodedExample:
     is_continued: bool = False
     is_cut: bool = False
     is_template_text: bool = False
+
+
+def mask_characters(text: str, spans: Iterable[tuple[int, int]]) -> bytearray:
+    """1 for each character of the text that lies in one of the spans, else 0."""
+    masked = bytearray(len(text))
+    for start, end in spans:
+        masked[start:end] = b"\1" * (end - start)
+    return masked

@@ -11,7 +11,7 @@ from typing import Any
 
 from dpo_wrapper.data.chat_template import ChatTemplate
 from dpo_wrapper.data.dialogue_text import DialogueWriter
-from dpo_wrapper.data.encoded import EncodedExample, Score
+from dpo_wrapper.data.encoded import EncodedExample, Score, mask_characters
 from dpo_wrapper.data.literal_text import LiteralEncoder
 from dpo_wrapper.data.messages import Message, Turns, answer_turns
 
@@ -105,6 +105,22 @@ class HuggingFaceTokenizer:
             return self._encode_plain_example(prompt, [str(text) for text in completions])
         answers = [tuple(map(self._strip_turn, answer_turns(completion))) for completion in completions]
         return self._encode_dialogues(prompt, answers, tools, score)
+
+    def encode_text(self, text: str, masked_spans: Sequence[tuple[int, int]] = ()) -> EncodedExample:
+        """The ids of a text as the completion of what the tokenizer puts in front, with an EOS at its end.
+
+        Tokens with a character in one of the masked spans are not scored.
+        """
+        prompt = list(self._prefix_ids)
+        if not masked_spans:
+            return EncodedExample(prompt, [[*self.encode(text), self.eos_id]])
+        masked = mask_characters(text, masked_spans)
+        ids, offsets = self._literal.encode_with_offsets(text)
+        scored = [1 not in masked[start:end] for start, end in offsets]
+        is_end_scored = 1 not in masked[-1:]
+        return EncodedExample(
+            prompt, [[*ids, self.eos_id]], [[False] * len(prompt) + scored + [is_end_scored]]
+        )
 
     # plain text
 

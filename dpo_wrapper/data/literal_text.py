@@ -12,6 +12,11 @@ _NOT_AS_TEXT = (
     "the row out, or use the fast form of the tokenizer."
 )
 
+_NO_OFFSETS = (
+    "masked spans should have a fast tokenizer, which says where tokens stand in the text, but this one is "
+    "slow: use the fast form of the tokenizer."
+)
+
 
 class LiteralEncoder:
     """Encodes text for a tokenizer of transformers, so that marked spellings of special tokens stay text."""
@@ -36,6 +41,17 @@ class LiteralEncoder:
             raise ValueError(_NOT_AS_TEXT)
         return [self.special_ids.get(id_, id_) for id_ in ids]
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of a text all of which is text, and the range [start, end) of characters of each."""
+        if self.backend is None:
+            if not hasattr(self.tokenizer, "backend_tokenizer"):
+                raise ValueError(_NO_OFFSETS)
+            self._copy_backend()
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        if not (self.control_ids | self.special_ids.keys()).isdisjoint(encoding.ids):
+            raise ValueError(_NOT_AS_TEXT)
+        return encoding.ids, encoding.offsets
+
     def _copy_backend(self) -> None:
         """Give each control token a spelling of its own, and let the usual one be text."""
         from tokenizers import AddedToken, Tokenizer
@@ -45,6 +61,7 @@ class LiteralEncoder:
             raise ValueError(_NOT_AS_TEXT)
         parts = json.loads(backend.to_str())
         parts["truncation"] = parts["padding"] = None
+        parts["post_processor"] = None  # which would take blanks from the offsets of a token
         for part in parts["added_tokens"]:
             part["special"] = part["special"] or self.special_pattern.fullmatch(part["content"]) is not None
         if parts["model"]["type"] == "Unigram":  # it would find the tokens again, as pieces of the best score
