@@ -59,7 +59,7 @@ class HuggingFaceTokenizer:
         self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
         self.template = ChatTemplate(tokenizer, chat_template, template_arguments, today)
         self.has_chat_template = bool(self.template.source)
-        self._literal = LiteralEncoder(tokenizer, self.template.special_pattern)
+        self._literal = LiteralEncoder(tokenizer, self.template.special_pattern, self.template.token_pattern)
 
     @classmethod
     def load(cls, name_or_folder: str | Path, **options: Any) -> "HuggingFaceTokenizer":
@@ -127,20 +127,23 @@ class HuggingFaceTokenizer:
     def _encode_plain_example(self, prompt: str, completions: list[str]) -> EncodedExample:
         is_written = self.is_template_text(prompt)
         opening = prompt if is_written else self.template.mark(prompt)
-        ids, parts, is_continued = self._encode_plain(opening), [], False
-        for completion in completions:
-            text = self._strip_end(completion)
-            if is_written and self._ends.intersection(
-                self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            ):
+        stripped = [self._strip_end(completion) for completion in completions]
+        if is_written:
+            self._check_no_end_inside(stripped)
+        rests = stripped if is_written else [self.template.mark(text) for text in stripped]
+        wholes = self._literal.encode_all([opening, *(opening + rest for rest in rests)])
+        ids, *wholes = map(self._put_prefix, wholes)
+        ends = self.tokenizer.convert_tokens_to_ids(self._end_of_turn) if is_written else []
+        continued = [self._continue(ids, whole, rest) for whole, rest in zip(wholes, rests, strict=True)]
+        parts = [[*part, *(ends or [self.eos_id])] for part, _ in continued]
+        is_continued = any(is_merged for _, is_merged in continued)
+        return EncodedExample(ids, parts, is_continued=is_continued, is_template_text=is_written)
+
+    def _check_no_end_inside(self, completions: list[str]) -> None:
+        for text in completions:
+            if self._ends.intersection(self.tokenizer(text, add_special_tokens=False)["input_ids"]):
                 problem = "the completion should not hold an end of turn, but one stands inside it"
                 raise ValueError(f"{problem}: write the row as messages, or remove it.")
-            rest = text if is_written else self.template.mark(text)
-            part, continued = self._continue(ids, self._encode_plain(opening + rest), rest)
-            ends = self.tokenizer.convert_tokens_to_ids(self._end_of_turn) if is_written else []
-            parts.append([*part, *(ends or [self.eos_id])])
-            is_continued |= continued
-        return EncodedExample(ids, parts, is_continued=is_continued, is_template_text=is_written)
 
     def is_template_text(self, prompt: str) -> bool:
         """Whether a plain prompt is a dialogue that a chat template has written already."""
@@ -148,7 +151,10 @@ class HuggingFaceTokenizer:
 
     def _encode_plain(self, text: str) -> list[int]:
         """The ids of a text after what the tokenizer puts in front of every text, such as a BOS."""
-        ids, prefix = self._literal.encode(text), self._prefix_ids
+        return self._put_prefix(self._literal.encode(text))
+
+    def _put_prefix(self, ids: list[int]) -> list[int]:
+        prefix = self._prefix_ids
         return ids if prefix and ids[: len(prefix)] == prefix else [*prefix, *ids]
 
     def _strip_end(self, completion: str) -> str:

@@ -1,6 +1,10 @@
 """Text with marks -> token ids, in which only unmarked spellings of special tokens are those tokens."""
 
 import json
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 from dpo_wrapper.data.chat_template import MARK
@@ -19,20 +23,58 @@ _NO_OFFSETS = (
 
 
 class LiteralEncoder:
-    """Encodes text for a tokenizer of transformers, so that marked spellings of special tokens stay text."""
+    """Encodes text for a tokenizer of transformers, so that marked spellings of special tokens stay text.
 
-    def __init__(self, tokenizer: Any, special_pattern: Any) -> None:
+    A fast tokenizer splits a text at added tokens before it does anything else. So a text is cut in front of
+    them, and parts that several texts have in common, such as the turns of a prompt, are encoded once.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+        special_pattern: matches the tokens that structure a dialogue.
+        token_pattern: matches all added tokens.
+    """
+
+    def __init__(
+        self, tokenizer: Any, special_pattern: re.Pattern[str], token_pattern: re.Pattern[str]
+    ) -> None:
         self.tokenizer = tokenizer
         self.special_pattern = special_pattern
+        self.token_pattern = token_pattern
         self.backend: Any = None  # a copy of the tokenizer's own, with another spelling of each special token
         self.spellings: dict[str, str] = {}
         self.special_ids: dict[int, int] = {}
         self.control_ids: set[int] = set()
+        self.fast_backend = find_fast_backend(tokenizer)
+        self.cutting_tokens = set()
+        if self.fast_backend is not None:
+            added = tokenizer.added_tokens_decoder.values()
+            self.cutting_tokens = {str(token) for token in added if is_cutting(token)}
+        self._encode_part = lru_cache(maxsize=64)(self._encode)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without any token added."""
+        parts = self._cut(text)
+        return (
+            self._encode(text)
+            if len(parts) == 1
+            else [id_ for part in parts for id_ in self._encode_part(part)]
+        )
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text."""
+        if self.fast_backend is None or any(MARK in text or len(self._cut(text)) > 1 for text in texts):
+            return [self.encode(text) for text in texts]
+        return self._encode_plain(texts)
+
+    def _cut(self, text: str) -> list[str]:
+        """The text, cut in front of tokens at which the tokenizer splits it."""
+        matches = self.token_pattern.finditer(text)
+        cuts = [match.start() for match in matches if match[0] in self.cutting_tokens and match.start()]
+        return [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
+
+    def _encode(self, text: str) -> list[int]:
         if MARK not in text:
-            return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+            return self._encode_plain([text])[0]
         if self.backend is None:
             self._copy_backend()
         respelled = self.special_pattern.sub(lambda match: self.spellings[match[0]], text).replace(MARK, "")
@@ -40,6 +82,25 @@ class LiteralEncoder:
         if not self.control_ids.isdisjoint(ids):
             raise ValueError(_NOT_AS_TEXT)
         return [self.special_ids.get(id_, id_) for id_ in ids]
+
+    def _encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of texts without marks, as the tokenizer's own call gives them."""
+        backend = self.fast_backend
+        if backend is None:
+            return [
+                list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+                for text in texts
+            ]
+        # what earlier calls of the tokenizer have left behind
+        if backend.truncation is not None:
+            backend.no_truncation()
+        if backend.padding is not None:
+            backend.no_padding()
+        splits_specials = bool(getattr(self.tokenizer, "split_special_tokens", False))
+        if getattr(backend, "encode_special_tokens", splits_specials) != splits_specials:
+            backend.encode_special_tokens = splits_specials
+        encode_batch = getattr(backend, "encode_batch_fast", backend.encode_batch)  # without offsets
+        return [encoding.ids for encoding in encode_batch(list(texts), add_special_tokens=False)]
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids of a text all of which is text, and the range [start, end) of characters of each."""
@@ -86,3 +147,14 @@ class LiteralEncoder:
                 self.special_ids[self.backend.token_to_id(spelling)] = id_
         # Unknown characters are the unknown token.
         self.control_ids = {*self.special_ids.values()} - {self.tokenizer.unk_token_id}
+
+
+def find_fast_backend(tokenizer: Any) -> Any:
+    """What a fast tokenizer of transformers calls; None for others, whose classes may do more to a text."""
+    is_own = type(tokenizer).__module__.startswith("transformers.")
+    return getattr(tokenizer, "backend_tokenizer", None) if is_own else None
+
+
+def is_cutting(token: Any) -> bool:
+    """Whether a tokenizer splits any text in front of an added token, which changes nothing before it."""
+    return not (token.normalized or token.lstrip or token.single_word)
