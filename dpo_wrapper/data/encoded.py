@@ -31,9 +31,15 @@ class EncodedExample:
     is_template_text: bool = False
 
 
-def mask_characters(text: str, spans: Iterable[tuple[int, int]]) -> bytearray:
-    """1 for each character of the text that lies in one of the spans, else 0."""
-    masked = bytearray(len(text))
-    for start, end in spans:
+def mask_tokens(
+    length: int, tokens: Iterable[tuple[int, int]], masked_spans: Iterable[tuple[int, int]]
+) -> list[bool]:
+    """For each token of a text, and for an EOS behind it, whether it has no character in a masked span.
+
+    `tokens` are the ranges [start, end) of each in the text of `length` characters. The EOS counts as part of
+    the last character.
+    """
+    masked = bytearray(length)
+    for start, end in masked_spans:
         masked[start:end] = b"\1" * (end - start)
-    return masked
+    return [1 not in masked[start:end] for start, end in tokens] + [1 not in masked[-1:]]

@@ -97,7 +97,8 @@ def find_labelled(row: Row) -> Comparison | None:
 
 def one_completion(row: Row, form: str, name: str, label: bool | None = None) -> Comparison:
     """The completion of a row that has one: in a dialogue that is the last turn."""
-    fields = ("",) if name in DIALOGUE_NAMES else ()
+    # a text beside question and answer is often both of them together
+    fields = ("",) if name in DIALOGUE_NAMES else (*(n for n in PROMPT_FIELDS if n != "text"), "text")
     return Comparison(form, {row.column(name): row.get(name)}, label, fields)
 
 
@@ -158,6 +159,12 @@ def find_numbers(row: Row, name: str, items: Sequence[Any]) -> tuple[str, list[A
 def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
+
+PROMPT_FIELDS = (
+    "prompt", "text", "instruction", "question", "query", "context", "conversations", "messages", "problem",
+    "input",
+)  # fmt: skip
+"""The columns in which a row may have its prompt."""
 
 DIALOGUE_NAMES = ("messages", "conversations")
 COMPLETION_NAMES = ("completion", "response", "output", "answer", *DIALOGUE_NAMES)

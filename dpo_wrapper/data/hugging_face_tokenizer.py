@@ -11,7 +11,7 @@ from typing import Any
 
 from dpo_wrapper.data.chat_template import ChatTemplate
 from dpo_wrapper.data.dialogue_text import DialogueWriter
-from dpo_wrapper.data.encoded import EncodedExample, Score, mask_characters
+from dpo_wrapper.data.encoded import EncodedExample, Score, mask_tokens
 from dpo_wrapper.data.literal_text import LiteralEncoder
 from dpo_wrapper.data.messages import Message, Turns, answer_turns
 
@@ -114,13 +114,9 @@ class HuggingFaceTokenizer:
         prompt = list(self._prefix_ids)
         if not masked_spans:
             return EncodedExample(prompt, [[*self.encode(text), self.eos_id]])
-        masked = mask_characters(text, masked_spans)
         ids, offsets = self._literal.encode_with_offsets(text)
-        scored = [1 not in masked[start:end] for start, end in offsets]
-        is_end_scored = 1 not in masked[-1:]
-        return EncodedExample(
-            prompt, [[*ids, self.eos_id]], [[False] * len(prompt) + scored + [is_end_scored]]
-        )
+        scored = [False] * len(prompt) + mask_tokens(len(text), offsets, masked_spans)
+        return EncodedExample(prompt, [[*ids, self.eos_id]], [scored])
 
     # plain text
 
@@ -240,12 +236,16 @@ class HuggingFaceTokenizer:
         """The ids that follow the prompt's, and whether a token of the whole text spans the border."""
         if whole[: len(prompt)] == prompt:
             return whole[len(prompt) :], False
-        for before in ("\n", "a", "0", "."):
-            start = self._literal.encode(before)
+        for before, start in self._beginnings.items():
             ids = self._literal.encode(before + rest)
             if start and ids[: len(start)] == start:
                 return ids[len(start) :], True
         return self._literal.encode(rest), True
+
+    @cached_property
+    def _beginnings(self) -> dict[str, list[int]]:
+        """Texts that may stand before a completion, with their ids."""
+        return {before: self._literal.encode(before) for before in ("\n", "a", "0", ".")}
 
     @cached_property
     def _prefix_ids(self) -> list[int]:

@@ -54,11 +54,9 @@ class LiteralEncoder:
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without any token added."""
         parts = self._cut(text)
-        return (
-            self._encode(text)
-            if len(parts) == 1
-            else [id_ for part in parts for id_ in self._encode_part(part)]
-        )
+        if len(parts) == 1:
+            return self._encode(text)
+        return [id_ for part in parts for id_ in self._encode_part(part)]
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text."""
@@ -97,10 +95,10 @@ class LiteralEncoder:
         if backend.padding is not None:
             backend.no_padding()
         splits_specials = bool(getattr(self.tokenizer, "split_special_tokens", False))
-        if getattr(backend, "encode_special_tokens", splits_specials) != splits_specials:
+        if backend.encode_special_tokens != splits_specials:
             backend.encode_special_tokens = splits_specials
-        encode_batch = getattr(backend, "encode_batch_fast", backend.encode_batch)  # without offsets
-        return [encoding.ids for encoding in encode_batch(list(texts), add_special_tokens=False)]
+        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)  # without offsets
+        return [encoding.ids for encoding in encodings]
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids of a text all of which is text, and the range [start, end) of characters of each."""

@@ -7,7 +7,7 @@ from dpo_wrapper.data.comparison import Comparison
 from dpo_wrapper.data.dialogues import Completion, Prompt, parse_dialogues, parse_texts
 from dpo_wrapper.data.errors import ExampleError, describe_value, missing_field_error
 from dpo_wrapper.data.examples import DEFAULT_FIELDS, Example, Fields, Kind
-from dpo_wrapper.data.forms import COLUMNS
+from dpo_wrapper.data.forms import COLUMNS, PROMPT_FIELDS
 from dpo_wrapper.data.messages import (
     Message,
     Turns,
@@ -19,10 +19,6 @@ from dpo_wrapper.data.messages import (
 from dpo_wrapper.data.row import Row
 from dpo_wrapper.data.supervised import find_form, parse_spans, parse_text, to_prompt_completion
 
-PROMPT_FIELDS = (
-    "prompt", "text", "instruction", "question", "query", "context", "conversations", "messages", "problem",
-    "input",
-)  # fmt: skip
 MEDIA_FIELDS = ("images", "image", "videos", "video", "audios", "audio")
 EXTRA_FIELDS = ("input", "system", "system_prompt", "history", "tools")
 

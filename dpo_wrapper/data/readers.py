@@ -55,8 +55,8 @@ class ReadExamples:
             notes.append(f"{self.num_undesirable:,} rows with an undesirable completion are left out.")
         if self.num_ignored_spans:
             notes.append(
-                f"{self.num_ignored_spans:,} rows have {SPANS}, which only texts of prompt_completion heed; "
-                "they are ignored."
+                f"{self.num_ignored_spans:,} rows have {SPANS}, which are ignored: only a text of "
+                "prompt_completion has them."
             )
         if self.unused_columns:
             notes.append("Columns that were not used: " + ", ".join(sorted(self.unused_columns)) + ".")
@@ -213,11 +213,9 @@ class RecordParser:
         family = find_family(example.dataset_type)
         self.family = self.family or family
         if family != self.family:
-            problem = f"the rows of a file should be of one kind, but this one is of {family}"
-            remedy = "write them into two files, or force one with --kind"
-            raise ExampleError(
-                f"{problem} and those before are of {self.family}: {remedy}.", source=example.source
-            )
+            problem = f"a file should hold rows of one kind, but this one holds {self.family} before"
+            remedy = "write them into two files, or force one kind with --kind"
+            raise ExampleError(f"{problem} and {family} in this row: {remedy}.", source=example.source)
 
 
 def check_kind(kind: Any) -> None:

@@ -7,7 +7,7 @@ from dpo_wrapper.data.comparison import Comparison, UndesirableRowError
 from dpo_wrapper.data.errors import ExampleError, describe_value, missing_field_error, quote_keys
 from dpo_wrapper.data.examples import Example, Kind
 from dpo_wrapper.data.forms import COMPLETION_NAMES, DIALOGUE_NAMES, NO_SIDE, find_comparison, one_completion
-from dpo_wrapper.data.messages import check_unicode
+from dpo_wrapper.data.messages import check_unicode, parse_messages, parse_messages_text
 from dpo_wrapper.data.row import Row
 
 SPANS = "loss_masking_spans"
@@ -35,11 +35,24 @@ def find_completion(row: Row) -> Comparison | None:
     name = row.first_of(*COMPLETION_NAMES)
     if name is None:
         return None
+    dialogue = row.first_of(*DIALOGUE_NAMES)
+    if name != "completion" and dialogue is not None and is_answered(row[dialogue]):
+        name = dialogue  # beside which the answer alone may stand
     if SPANS in row:
         problem = f"the spans should stand beside a text alone, but the row has '{row.column(name)}'"
         remedy = f"write prompt and completion as one 'text', or ignore the column with --columns {SPANS}="
         raise ExampleError(f"{problem}: {remedy}.", row.column(SPANS))
     return one_completion(row, "dialogue" if name in DIALOGUE_NAMES else "prompt and completion", name)
+
+
+def is_answered(dialogue: Any) -> bool:
+    """Whether a dialogue ends in an assistant's turn."""
+    turns = parse_messages_text(dialogue)
+    last = turns[-1] if isinstance(turns, (list, tuple)) and turns else None
+    try:
+        return parse_messages(last, "")[-1].role == "assistant"
+    except ExampleError:
+        return False
 
 
 def find_text(row: Row) -> Comparison | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from dpo_wrapper.data.encoded import EncodedExample, Score, mask_characters
+from dpo_wrapper.data.encoded import EncodedExample, Score, mask_tokens
 from dpo_wrapper.data.hugging_face_tokenizer import HuggingFaceTokenizer
 from dpo_wrapper.data.messages import Message, Turns, answer_turns
 
@@ -131,9 +131,9 @@ class ByteTokenizer:
         prompt, ids = self.encode_prompt(""), [*self.encode(text), self.eos_id]
         if not masked_spans:
             return EncodedExample(prompt, [ids])
-        masked = mask_characters(text, masked_spans)
-        scored = [not flag for flag, letter in zip(masked, text, strict=True) for _ in letter.encode()]
-        return EncodedExample(prompt, [ids], [[False] * len(prompt) + scored + [1 not in masked[-1:]]])
+        offsets = [(k, k + 1) for k, character in enumerate(text) for _ in character.encode()]
+        scored = [False] * len(prompt) + mask_tokens(len(text), offsets, masked_spans)
+        return EncodedExample(prompt, [ids], [scored])
 
     def _encode_completion(self, completion: str | Turns) -> list[int]:
         first, *others = answer_turns(completion)
