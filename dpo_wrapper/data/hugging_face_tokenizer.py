@@ -111,7 +111,7 @@ class HuggingFaceTokenizer:
 
         Tokens with a character in one of the masked spans are not scored.
         """
-        prompt = list(self._prefix_ids)
+        prompt = list(self._literal.prefix_ids)
         if not masked_spans:
             return EncodedExample(prompt, [[*self.encode(text), self.eos_id]])
         ids, offsets = self._literal.encode_with_offsets(text)
@@ -128,9 +128,11 @@ class HuggingFaceTokenizer:
             self._check_no_end_inside(stripped)
         rests = stripped if is_written else [self.template.mark(text) for text in stripped]
         wholes = self._literal.encode_all([opening, *(opening + rest for rest in rests)])
-        ids, *wholes = map(self._put_prefix, wholes)
+        ids, *wholes = map(self._literal.put_prefix, wholes)
         ends = self.tokenizer.convert_tokens_to_ids(self._end_of_turn) if is_written else []
-        continued = [self._continue(ids, whole, rest) for whole, rest in zip(wholes, rests, strict=True)]
+        continued = [
+            self._literal.continue_ids(ids, whole, rest) for whole, rest in zip(wholes, rests, strict=True)
+        ]
         parts = [[*part, *(ends or [self.eos_id])] for part, _ in continued]
         is_continued = any(is_merged for _, is_merged in continued)
         return EncodedExample(ids, parts, is_continued=is_continued, is_template_text=is_written)
@@ -147,11 +149,7 @@ class HuggingFaceTokenizer:
 
     def _encode_plain(self, text: str) -> list[int]:
         """The ids of a text after what the tokenizer puts in front of every text, such as a BOS."""
-        return self._put_prefix(self._literal.encode(text))
-
-    def _put_prefix(self, ids: list[int]) -> list[int]:
-        prefix = self._prefix_ids
-        return ids if prefix and ids[: len(prefix)] == prefix else [*prefix, *ids]
+        return self._literal.put_prefix(self._literal.encode(text))
 
     def _strip_end(self, completion: str) -> str:
         """The completion without the tokens of an end of turn at its end and the white space around them."""
@@ -198,7 +196,9 @@ class HuggingFaceTokenizer:
         ids, scored, is_continued = list(before), [], False
         for start, end, is_scored in segments:
             whole = self._encode_dialogue(text[:end])
-            part, is_merged = (whole, False) if start == 0 else self._continue(ids, whole, text[start:end])
+            part, is_merged = (
+                (whole, False) if start == 0 else self._literal.continue_ids(ids, whole, text[start:end])
+            )
             ids += part
             scored += [is_scored] * len(part)
             is_continued |= is_merged
@@ -229,33 +229,6 @@ class HuggingFaceTokenizer:
 
     def _encode_dialogue(self, text: str) -> list[int]:
         return self._literal.encode(text) if self.has_chat_template else self._encode_plain(text)
-
-    # borders
-
-    def _continue(self, prompt: list[int], whole: list[int], rest: str) -> tuple[list[int], bool]:
-        """The ids that follow the prompt's, and whether a token of the whole text spans the border."""
-        if whole[: len(prompt)] == prompt:
-            return whole[len(prompt) :], False
-        for before, start in self._beginnings.items():
-            ids = self._literal.encode(before + rest)
-            if start and ids[: len(start)] == start:
-                return ids[len(start) :], True
-        return self._literal.encode(rest), True
-
-    @cached_property
-    def _beginnings(self) -> dict[str, list[int]]:
-        """Texts that may stand before a completion, with their ids."""
-        return {before: self._literal.encode(before) for before in ("\n", "a", "0", ".")}
-
-    @cached_property
-    def _prefix_ids(self) -> list[int]:
-        """What the tokenizer puts in front of a text."""
-        plain, whole = (
-            list(self.tokenizer("a", add_special_tokens=added)["input_ids"]) for added in (False, True)
-        )
-        starts = range(len(whole) - len(plain) + 1)
-        start = next((k for k in starts if whole[k : k + len(plain)] == plain), 0)
-        return whole[:start]
 
     @cached_property
     def _opening(self) -> str:

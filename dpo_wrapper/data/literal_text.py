@@ -3,8 +3,8 @@
 import json
 import re
 from collections.abc import Sequence
-from functools import lru_cache
-from itertools import pairwise
+from functools import cached_property, lru_cache
+from itertools import chain, pairwise
 from typing import Any
 
 from dpo_wrapper.data.chat_template import MARK
@@ -56,13 +56,43 @@ class LiteralEncoder:
         parts = self._cut(text)
         if len(parts) == 1:
             return self._encode(text)
-        return [id_ for part in parts for id_ in self._encode_part(part)]
+        return list(chain.from_iterable(map(self._encode_part, parts)))
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text."""
         if self.fast_backend is None or any(MARK in text or len(self._cut(text)) > 1 for text in texts):
             return [self.encode(text) for text in texts]
         return self._encode_plain(texts)
+
+    def continue_ids(self, prompt: list[int], whole: list[int], rest: str) -> tuple[list[int], bool]:
+        """The ids that follow the prompt's, and whether a token of the whole text spans the border."""
+        if whole[: len(prompt)] == prompt:
+            return whole[len(prompt) :], False
+        for before, start in self._beginnings.items():
+            ids = self.encode(before + rest)
+            if start and ids[: len(start)] == start:
+                return ids[len(start) :], True
+        return self.encode(rest), True
+
+    @cached_property
+    def _beginnings(self) -> dict[str, list[int]]:
+        """Texts that may stand before the rest of a text, with their ids."""
+        return {before: self.encode(before) for before in ("\n", "a", "0", ".")}
+
+    def put_prefix(self, ids: list[int]) -> list[int]:
+        """The ids after `prefix_ids`."""
+        prefix = self.prefix_ids
+        return ids if prefix and ids[: len(prefix)] == prefix else [*prefix, *ids]
+
+    @cached_property
+    def prefix_ids(self) -> list[int]:
+        """What the tokenizer puts in front of a text, such as a BOS."""
+        plain, whole = (
+            list(self.tokenizer("a", add_special_tokens=added)["input_ids"]) for added in (False, True)
+        )
+        starts = range(len(whole) - len(plain) + 1)
+        start = next((k for k in starts if whole[k : k + len(plain)] == plain), 0)
+        return whole[:start]
 
     def _cut(self, text: str) -> list[str]:
         """The text, cut in front of tokens at which the tokenizer splits it."""

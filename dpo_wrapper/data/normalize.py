@@ -73,7 +73,7 @@ def to_example(
             return _to_text_example(row, form, kind, columns)
         prompt, completions = _parse_turns(row, fields, form)
         columns |= {"label": form.label, "ranks": form.ranks, "tools": _parse_tools(row)}
-        if len(completions) > 1 or form.label is not None:
+        if kind != "prompt_completion" and (len(completions) > 1 or form.label is not None):
             columns["margin"] = _parse_number(row, "margin")
         example = Example(prompt, completions, **columns)
         return to_prompt_completion(example) if kind == "prompt_completion" else example

@@ -117,5 +117,4 @@ def to_prompt_completion(example: Example) -> Example:
     """The prompt of a preference with its best completion; UndesirableRowError if the only one is bad."""
     if example.label is False:
         raise UndesirableRowError
-    changes: dict[str, Any] = {"label": None, "margin": None, "ranks": None}
-    return replace(example, completions=example.completions[:1], **changes)
+    return replace(example, completions=example.completions[:1], label=None, ranks=None)
