@@ -122,13 +122,13 @@ def fit_row(example: Example, tokenizer: Tokenizer, options: TokenizeOptions) ->
 
 
 def _tokenize_text(example: Example, tokenizer: Tokenizer, options: TokenizeOptions) -> TokenizedRow:
-    text = str(example.completions[0])
-    encoded = tokenizer.encode_text(text, example.loss_masking_spans)
-    length = len(encoded.prompt) + len(encoded.completions[0])
+    encoded = tokenizer.encode_text(str(example.completions[0]), example.loss_masking_spans)
+    num_tokens = len(encoded.completions[0])
+    length = len(encoded.prompt) + num_tokens
     if length > options.max_length and (refusal := refuse_long(length, options)) is not None:
         return refusal
     parts = split_text(encoded, options.max_length, tokenizer)
-    taught = [part for part in parts if text and count_scored(part)]
+    taught = [part for part in parts if num_tokens > 1 and count_scored(part)]  # one is an EOS alone
     if not taught:
         return TokenizedRow((), "nothing to score", {"num_unscored": 1})
     examples = tuple(make_example(example, part, len(parts) > 1) for part in taught)

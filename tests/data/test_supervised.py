@@ -158,9 +158,7 @@ def test_a_kind_takes_its_own_rows_alone() -> None:
             to_example(record, kind="language_modeling")
     for kind in ("preference", "ranked", "unpaired_preference"):
         assert to_example(PAIR, kind=kind) == to_example(PAIR)
-        with pytest.raises(
-            ExampleError, match=r"one answer alone: .* or use the row for supervised training"
-        ):
+        with pytest.raises(ExampleError, match="or use the row for supervised training"):
             to_example(text, kind=kind)
     with pytest.raises(ExampleError, match="should have 'prompt' and 'completion', 'messages', or 'text' "):
         to_example({"foo": 1}, kind="prompt_completion")
