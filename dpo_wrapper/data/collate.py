@@ -28,8 +28,8 @@ SIDES = ("preferred_seq", "unpreferred_seq")
 def group_by_tokens(examples: Examples, max_tokens: int, *, is_padded: bool = False) -> list[list[int]]:
     """Indices in groups of at most `max_tokens` tokens or of one example.
 
-    A prefix that sequences share counts once, and examples come in the order of their prompts: those with
-    long common prefixes together. For a model that pads (`is_padded`), each sequence counts as many tokens as
+    A prefix that sequences share counts once, and examples come in the order of their prompts, or of their
+    ids where they have none: those with long common prefixes together. For a model that pads (`is_padded`), each sequence counts as many tokens as
     the longest of its group, and the longest examples come first.
     """
     if is_padded:
@@ -37,16 +37,16 @@ def group_by_tokens(examples: Examples, max_tokens: int, *, is_padded: bool = Fa
     groups: list[list[int]] = []
     free = 0
     previous: tuple[int, ...] = ()
-    for k in sorted(range(len(examples)), key=lambda k: (examples[k].prompt, k)):
-        prompt = examples[k].prompt
-        tokens = len(prompt) + sum(map(len, examples[k].completions))
-        new_tokens = tokens - sum(takewhile(bool, map(eq, prompt, previous)))
+    beginnings = [example.prompt or example.completions[0] for example in examples]
+    for k in sorted(range(len(examples)), key=lambda k: (beginnings[k], k)):
+        tokens = len(examples[k].prompt) + sum(map(len, examples[k].completions))
+        new_tokens = tokens - sum(takewhile(bool, map(eq, beginnings[k], previous)))
         if not groups or new_tokens > free:
             groups.append([])
             free, new_tokens = max_tokens, tokens
         groups[-1].append(k)
         free -= new_tokens
-        previous = prompt
+        previous = beginnings[k]
     return groups
 
 

@@ -184,6 +184,9 @@ def test_groups_hold_so_many_unique_tokens_and_keep_prompts_together() -> None:
     assert group_by_tokens(pairs, 20) == [[0, 2, 3], [1]]
     assert group_by_tokens(pairs, 13) == [[0, 2], [3], [1]]
     assert group_by_tokens(pairs, 1) == [[0], [2], [3], [1]]
+    documents = [TokenizedExample((), (ids,)) for ids in ((1, 2, 3, 4), (5, 6), (1, 2, 3, 7, 8))]
+    assert group_by_tokens(documents, 8) == [[0, 2, 1]]  # 4 tokens, 2 more after those in common, and 2
+    assert group_by_tokens(documents, 7) == [[0, 2], [1]]
 
 
 def test_padded_groups_hold_so_many_tokens_with_their_padding() -> None:

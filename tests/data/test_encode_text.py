@@ -116,6 +116,18 @@ def test_special_tokens_and_templates_are_no_part_of_a_text() -> None:
     assert tokenize_row(Example("", ("a",)), load("byte-level"), always).counts["num_split"] == 0
 
 
+def test_a_blank_belongs_to_its_token_where_the_tokenizer_trims_offsets() -> None:
+    """As those of GPT-2 and RoBERTa do."""
+    from tokenizers import Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer.from_str(make_tokenizer("byte-level").backend_tokenizer.to_str())
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer = HuggingFaceTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
+    assert backend.encode("It is").offsets == [(0, 2), (3, 5)]
+    assert tokenizer.encode_text("It is", [(2, 3)]).scored == [[True, False, True]]
+
+
 def test_masked_spans_need_a_fast_tokenizer() -> None:
     class Slow:
         """A tokenizer of transformers that does not say where its tokens stand."""
