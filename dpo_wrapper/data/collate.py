@@ -29,8 +29,8 @@ def group_by_tokens(examples: Examples, max_tokens: int, *, is_padded: bool = Fa
     """Indices in groups of at most `max_tokens` tokens or of one example.
 
     A prefix that sequences share counts once, and examples come in the order of their prompts, or of their
-    ids where they have none: those with long common prefixes together. For a model that pads (`is_padded`), each sequence counts as many tokens as
-    the longest of its group, and the longest examples come first.
+    ids where they have none: those with long common prefixes together. For a model that pads (`is_padded`),
+    each sequence counts as many tokens as the longest of its group, and the longest examples come first.
     """
     if is_padded:
         return _group_by_padded_tokens(examples, max_tokens)

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dpo_wrapper.data import Example, ExampleError, Fields, Message, read_examples, to_example
 from dpo_wrapper.data.comparison import TiedRowError, UndesirableRowError
@@ -232,3 +234,28 @@ def test_tables(tmp_path: Path, ending: str) -> None:
         parquet.write_table(Table.from_pydict(columns), tmp_path / "a.parquet")
     first, second = read_examples(tmp_path / f"a.{ending}", kind="auto").examples
     assert (first.loss_masking_spans, second.loss_masking_spans) == (((0, 1),), ())
+
+
+_KEYS = st.sampled_from(
+    ["text", "content", SPANS, "prompt", "completion", "messages", "role", "output", "label"]
+)
+_LEAVES = st.none() | st.booleans() | st.integers(-2, 9) | st.floats() | st.text(max_size=5)
+
+
+@pytest.mark.parametrize("kind", ["auto", "prompt_completion", "language_modeling"])
+@given(
+    record=st.recursive(
+        _LEAVES,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_KEYS, inner, max_size=5),
+        max_leaves=12,
+    )
+)
+def test_anything_is_an_example_or_an_example_error(kind: Any, record: Any) -> None:
+    try:
+        example = to_example(record, Fields(), "place", kind)
+    except ExampleError as error:
+        assert str(error).startswith("place")
+    except UndesirableRowError:
+        assert kind == "prompt_completion" and record["label"] is not True
+    else:
+        assert isinstance(example, Example) and (kind == "auto" or example.dataset_type == kind)
