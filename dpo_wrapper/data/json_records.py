@@ -3,7 +3,7 @@
 import io
 import json
 from collections.abc import Iterator, Mapping
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from dpo_wrapper.data.errors import ExampleError, describe_value
 
@@ -15,15 +15,30 @@ Record = tuple[str, Any] | ExampleError
 
 def read_json_lines(file: IO[bytes], name: str) -> Iterator[Record]:
     r"""One record per line. Only b"\n" ends a line: JSON strings may hold U+2028 and the like."""
+    return (line.parse() for line in read_raw_lines(file, name))
+
+
+def read_raw_lines(file: IO[bytes], name: str) -> Iterator["RawLine"]:
+    """The lines that are not empty, not parsed yet."""
     for number, line in enumerate(file, 1):
         # A line break at the end would put the column of an error on a line of its own.
-        line = (line.removeprefix(_BOM) if number == 1 else line).rstrip()
-        if not line:
-            continue
+        if line := (line.removeprefix(_BOM) if number == 1 else line).rstrip():
+            yield RawLine(name, number, line)
+
+
+class RawLine(NamedTuple):
+    """A line of JSON in a file, which is cheap to read and to hand to another process."""
+
+    name: str
+    number: int
+    line: bytes
+
+    def parse(self) -> Record:
+        name, number, line = self
         try:
-            yield f"{name}, line {number}", _parse_json(decode(line, name, number), name, number)
+            return f"{name}, line {number}", _parse_json(decode(line, name, number), name, number)
         except ExampleError as error:
-            yield error
+            return error
 
 
 def read_json(file: IO[bytes], name: str, row_keys: set[str]) -> Iterator[Record]:

@@ -12,7 +12,7 @@ from dpo_wrapper.data.errors import ExampleError, OnError, check_on_error, colle
 from dpo_wrapper.data.examples import DEFAULT_FIELDS, DatasetType, Example, Fields, Kind, find_family
 from dpo_wrapper.data.files import JSON_LINES, PathLike, Source, find_sources, open_packed
 from dpo_wrapper.data.forms import ROW_KEYS
-from dpo_wrapper.data.json_records import Record, read_json, read_json_lines
+from dpo_wrapper.data.json_records import RawLine, Record, read_json, read_raw_lines
 from dpo_wrapper.data.normalize import needed_columns, parse_split, to_example
 from dpo_wrapper.data.row import Row
 from dpo_wrapper.data.supervised import SPANS
@@ -124,7 +124,7 @@ def read_examples(
     parser = RecordParser(fields, kind, on_error)
     for source in find_sources(paths):
         parser.family, num_before = None, parser.counts["num_rows"]
-        for record, own_split in _read_source(source, fields, split):
+        for record, own_split in read_raw_records(source, fields, split):
             parser.parse(record, own_split)
         if parser.counts["num_rows"] == num_before:
             problem = f"{source.name}: the file should have rows, but it is empty"
@@ -168,17 +168,18 @@ class RecordParser:
             **dict[str, Any](self.counts),
         )
 
-    def parse(self, record: Record, own_split: str | None = None) -> Example | None:
+    def parse(self, record: RawLine | Record, own_split: str | None = None) -> Example | None:
         """The example of the next record, which has been added to `result`; None if there is none.
 
         Args:
-            record: the record's place and its values, or the error of reading it.
+            record: the record's place and its values, the error of reading it, or a line of JSON.
             own_split: the split that the record belongs to if it does not say so itself.
 
         Raises:
             ExampleError: the record cannot be used, and `on_error` is 'raise'.
         """
         self.counts["num_rows"] += 1
+        record = record.parse() if isinstance(record, RawLine) else record
         with collect_errors(self.errors, self.on_error):
             if isinstance(record, ExampleError):
                 raise record
@@ -225,8 +226,13 @@ def check_kind(kind: Any) -> None:
         raise ValueError(f"kind should be 'auto' or one of {known}, but it is {kind!r}: choose one of them.")
 
 
-def _read_source(source: Source, fields: Fields, split: str | None) -> Iterator[tuple[Record, str | None]]:
-    """The records of a source, with the split that each belongs to if the source says so."""
+def read_raw_records(
+    source: Source, fields: Fields, split: str | None = None
+) -> Iterator[tuple[RawLine | Record, str | None]]:
+    """The records of a source, with the split that each belongs to if the source says so.
+
+    Lines of JSON are not parsed yet.
+    """
     if source.kind not in (*JSON_LINES, ".json"):
         needed = needed_columns(fields)
         numbers = {fields.weight, fields.margin}
@@ -237,10 +243,10 @@ def _read_source(source: Source, fields: Fields, split: str | None) -> Iterator[
         with open(source.path, "rb") as raw:
             file = open_packed(raw)
             if source.kind in JSON_LINES:
-                records = read_json_lines(file, name)
+                yield from ((line, source.split) for line in read_raw_lines(file, name))
             else:
                 records = read_json(file, name, {fields.chosen, *ROW_KEYS})
-            yield from ((record, source.split) for record in records)
+                yield from ((record, source.split) for record in records)
     except EOFError as error:
         problem = f"{name}: the packed data should be whole, but the file is truncated"
         raise ValueError(f"{problem}: fetch or write it again.") from error
