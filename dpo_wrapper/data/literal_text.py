@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import chain, pairwise
 from typing import Any
 
@@ -20,6 +20,9 @@ _NO_OFFSETS = (
     "masked spans should have a fast tokenizer, which says where tokens stand in the text, but this one is "
     "slow: use the fast form of the tokenizer."
 )
+
+MAX_PARTS = 64
+"""How many parts of texts are remembered: those of a few examples."""
 
 
 class LiteralEncoder:
@@ -49,7 +52,7 @@ class LiteralEncoder:
         if self.fast_backend is not None:
             added = tokenizer.added_tokens_decoder.values()
             self.cutting_tokens = {str(token) for token in added if is_cutting(token)}
-        self._encode_part = lru_cache(maxsize=64)(self._encode)
+        self._parts: dict[str, list[int]] = {}  # the ids of parts of earlier texts
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without any token added."""
@@ -57,6 +60,13 @@ class LiteralEncoder:
         if len(parts) == 1:
             return self._encode(text)
         return list(chain.from_iterable(map(self._encode_part, parts)))
+
+    def _encode_part(self, part: str) -> list[int]:
+        if part not in self._parts:
+            if len(self._parts) == MAX_PARTS:
+                self._parts.clear()
+            self._parts[part] = self._encode(part)
+        return self._parts[part]
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text."""

@@ -1,5 +1,6 @@
 """The backend is called directly and with parts of texts: the ids are those of the tokenizer's own call."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_wrapper.data import HuggingFaceTokenizer, Message
+from dpo_wrapper.data.literal_text import MAX_PARTS
 from helpers import tokenizers as tiny
 from helpers.tokenizer_kinds import CHATML, KINDS, LLAMA_2, ZEPHYR, make_tokenizer
 
 PARTS = st.sampled_from(
     [" It is", "noon. ", "</s>", "<s>", "\n", " ", "[INST]", "<unk>", "日é", "The ca", "[SEP]"]
 )
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs", "Co"]), max_size=5)
+"""Without the private characters with which special tokens are marked."""
 
 
 def own_ids(tokenizer: HuggingFaceTokenizer, text: str) -> list[int]:
@@ -22,7 +27,7 @@ def own_ids(tokenizer: HuggingFaceTokenizer, text: str) -> list[int]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=50, deadline=None)
-@given(parts=st.lists(PARTS | st.text(max_size=5), max_size=8))
+@given(parts=st.lists(PARTS | TEXTS, max_size=8))
 def test_ids_are_those_of_the_tokenizers_call(kind: str, parts: list[str]) -> None:
     """Also where unmarked special tokens cut the text, at its beginning, at its end and side by side."""
     tokenizer = HuggingFaceTokenizer(make_tokenizer(kind, CHATML))
@@ -63,6 +68,15 @@ def test_turns_are_encoded_once(kind: str, template: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(tokenizer._literal, "_encode_part", lambda text: given.append(text) or encode(text))
     tokenizer.encode_prompt(prompt)
     assert len(given) > 3 and max(map(len, given)) < 60
+
+
+def test_many_parts_of_texts_and_a_copy_for_another_process() -> None:
+    tokenizer = HuggingFaceTokenizer(make_tokenizer("byte-level"))
+    text = "".join(f"It is {k}.</s>" for k in range(3 * MAX_PARTS))
+    assert tokenizer._literal.encode(text) == own_ids(tokenizer, text)
+    assert len(tokenizer._literal._parts) <= MAX_PARTS
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    assert copy.encode_text("It is</s>", [(0, 1)]) == tokenizer.encode_text("It is</s>", [(0, 1)])
 
 
 def test_a_class_of_someone_else_is_called_as_it_is(tmp_path: Path) -> None:
