@@ -8,6 +8,9 @@ from dpo_wrapper.data.tokenizers import Tokenizer
 REPLACEMENT = "\ufffd"
 """What half a character is decoded to."""
 
+NUM_LAST = 16
+"""Tokens that are decoded to see how a text ends: a character has four at most."""
+
 
 def cut_prompt(encoded: EncodedExample, length: int, tokenizer: Tokenizer) -> EncodedExample:
     """The example with the last `length` tokens of its prompt; BOS stays in front."""
@@ -33,9 +36,16 @@ def cut_completions(encoded: EncodedExample, length: int, tokenizer: Tokenizer) 
 def find_end(ids: list[int], length: int, tokenizer: Tokenizer) -> int:
     """The number of ids to keep of a completion that is cut at `length`: no character is cut in two."""
     for shorter in range(min(4, length)):
-        if length >= len(ids) or not tokenizer.decode(ids[: length - shorter]).endswith(REPLACEMENT):
+        if length >= len(ids) or not ends_inside_character(ids[: length - shorter], tokenizer):
             return length - shorter
     return length  # such a character stands in the text
+
+
+def ends_inside_character(ids: list[int], tokenizer: Tokenizer) -> bool:
+    """Whether the text of ids ends in a part of a character, as far as their decoder says."""
+    if not tokenizer.decode(ids[-NUM_LAST:]).endswith(REPLACEMENT):
+        return False
+    return tokenizer.decode(ids).endswith(REPLACEMENT)  # the last ones may begin inside another character
 
 
 def split_text(encoded: EncodedExample, max_length: int, tokenizer: Tokenizer) -> list[EncodedExample]:
