@@ -1,4 +1,4 @@
-"""Preference data: file -> example -> tokens -> dataset -> batch."""
+"""Data: file -> example -> tokens -> dataset -> batch."""
 
 from dpo_wrapper.data.collate import PreferenceCollator, collate_ranked, scored_sequences
 from dpo_wrapper.data.convert import check_ranking, convert_examples

@@ -142,6 +142,8 @@ class ChatTemplate:
             names = ["developer", "system"]
         spellings = [(json_or_text, ""), (json_or_text, None), (as_json, None), (as_json, "")]
         if not any("tool_calls" in turn.extras for turn in turns):
+            if not names[0]:
+                return [turns]
             spellings = spellings[:1]
 
         def spell(turn: Message, developer: str, convert: Callable[[Any], Any], empty: str | None) -> Message:

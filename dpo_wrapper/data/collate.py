@@ -28,25 +28,25 @@ SIDES = ("preferred_seq", "unpreferred_seq")
 def group_by_tokens(examples: Examples, max_tokens: int, *, is_padded: bool = False) -> list[list[int]]:
     """Indices in groups of at most `max_tokens` tokens or of one example.
 
-    A prefix that sequences share counts once, and examples come in the order of their prompts: those with
-    long common prefixes together. For a model that pads (`is_padded`), each sequence counts as many tokens as
-    the longest of its group, and the longest examples come first.
+    A prefix that sequences share counts once, and examples come in the order of their prompts, or of their
+    ids where they have none: those with long common prefixes together. For a model that pads (`is_padded`),
+    each sequence counts as many tokens as the longest of its group, and the longest examples come first.
     """
     if is_padded:
         return _group_by_padded_tokens(examples, max_tokens)
     groups: list[list[int]] = []
     free = 0
     previous: tuple[int, ...] = ()
-    for k in sorted(range(len(examples)), key=lambda k: (examples[k].prompt, k)):
-        prompt = examples[k].prompt
-        tokens = len(prompt) + sum(map(len, examples[k].completions))
-        new_tokens = tokens - sum(takewhile(bool, map(eq, prompt, previous)))
+    beginnings = [example.prompt or example.completions[0] for example in examples]
+    for k in sorted(range(len(examples)), key=lambda k: (beginnings[k], k)):
+        tokens = len(examples[k].prompt) + sum(map(len, examples[k].completions))
+        new_tokens = tokens - sum(takewhile(bool, map(eq, beginnings[k], previous)))
         if not groups or new_tokens > free:
             groups.append([])
             free, new_tokens = max_tokens, tokens
         groups[-1].append(k)
         free -= new_tokens
-        previous = prompt
+        previous = beginnings[k]
     return groups
 
 
@@ -134,9 +134,19 @@ def collate_unpaired(examples: Examples, tree_options: TreeOptions | None = None
 
 
 def collate_sft(examples: Examples, tree_options: TreeOptions | None = None) -> SFTBatch:
-    """Prompts with their best completions; the tokens of both are scored."""
-    rows = [example.prompt + (example.sft_completion or ()) for example in examples]
-    return SFTBatch(ScoredSequences.from_lists([()] * len(rows), rows).prebuild_tree(tree_options))
+    """Examples of one completion each, which the model learns to write."""
+    prompts, completions = [one.prompt for one in examples], [one.completions[0] for one in examples]
+    scored = [example.scored_or_none[0] for example in examples]
+    sequences = ScoredSequences.from_lists(prompts, completions, scored)
+    return SFTBatch(sequences.prebuild_tree(tree_options))
+
+
+def as_document(example: TokenizedExample) -> TokenizedExample:
+    """Prompt and best completion of a preference as one document, all of whose tokens are scored."""
+    ids = example.prompt + (example.sft_completion or ())
+    return TokenizedExample(
+        (), (ids,), weight=example.weight, source=example.source, is_document=True, is_cut=example.is_cut
+    )
 
 
 COLLATE_FNS: dict[DatasetType, Callable[..., Any]] = {

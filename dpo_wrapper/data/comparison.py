@@ -1,4 +1,4 @@
-"""What a row compares, and the labels and scores by which it does."""
+"""What a row compares or shows, and the labels and scores by which it does."""
 
 import math
 from dataclasses import dataclass
@@ -11,9 +11,13 @@ class TiedRowError(Exception):
     """A row none of whose completions is better than another: there is nothing to learn from."""
 
 
+class UndesirableRowError(Exception):
+    """A row whose only completion is undesirable: there is nothing to imitate."""
+
+
 @dataclass(frozen=True)
 class Comparison:
-    """What a row compares.
+    """What a row compares; one completion without a label is compared with nothing, but imitated.
 
     Attributes:
         form: the name of the row's form.
@@ -21,6 +25,7 @@ class Comparison:
         label: whether the only completion is desirable.
         prompt_fields: where this form has its prompt, if not in the usual columns.
         ranks: a number for each completion, equal for ties; None where the order is the rank.
+        is_text: whether the only completion is a text without a prompt.
     """
 
     form: str
@@ -28,6 +33,7 @@ class Comparison:
     label: bool | None = None
     prompt_fields: tuple[str, ...] = ()
     ranks: tuple[float, ...] | None = None
+    is_text: bool = False
 
 
 def parse_label(value: Any, field: str) -> bool:

@@ -3,11 +3,18 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dpo_wrapper.data.encoded import Score
 from dpo_wrapper.data.errors import OnError
-from dpo_wrapper.data.examples import Fields
+from dpo_wrapper.data.examples import DatasetType, Fields
+from dpo_wrapper.data.options import OnLong, TokenizeOptions
+
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "kind": (None, *get_args(DatasetType)),
+    "on_bad_row": ("error", "skip"),
+    "as_chat": ("auto", "always", "never"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,20 +26,24 @@ class DataConfig:
     """
 
     data: tuple[Path, ...]
-    """Preferences: files (.jsonl, .ndjson, .json, .csv, .tsv, also packed; .parquet, .arrow), folders of
-    files, patterns, folders that `datasets` has saved, or names of data sets on the hub. A row holds a pair,
-    a ranked list of completions or, for KTO, one completion with a label."""
+    """Files (.jsonl, .ndjson, .json, .csv, .tsv, also packed; .parquet, .arrow), folders of files, patterns,
+    folders that `datasets` has saved, or names of data sets on the hub. A row of preferences holds a pair, a
+    ranked list of completions or, for KTO, one completion with a label."""
     columns: tuple[str, ...] = ()
     """Names of columns that differ from the usual ones, like prompt=question chosen=best. Names with dots
     reach into nested objects. Known: prompt, chosen, rejected, completions, completion, label, split, weight,
-    margin, system, tools. An empty name, as in margin=, ignores the column; prompt= says that texts have no
-    prompt."""
+    margin, system, tools, text, loss_masking_spans. An empty name, as in margin=, ignores the column; prompt=
+    says that texts have no prompt."""
     split: str | None = None
     """The split to read of data sets that have several; by default all. Splits called test, val or the like
     are evaluated on."""
-    score: Score = "last"
+    kind: DatasetType | None = None
+    """What the rows are, and are made into where they are preferences. By default it is found out from each
+    file: preferences, prompt_completion (a prompt with one completion, a dialogue, or a text with
+    loss_masking_spans) or language_modeling (a text)."""
+    score: Score | None = None
     """The turns of a dialogue that are scored: the answer to the prompt (last), or every turn of the
-    assistant (assistant)."""
+    assistant (assistant). By default last for preferences, and assistant otherwise."""
     as_chat: Literal["auto", "always", "never"] = "auto"
     """Whether a plain-text prompt is the user's turn of a dialogue. auto: where the tokenizer has a chat
     template, unless the prompt has been written by one already."""
@@ -40,20 +51,37 @@ class DataConfig:
     """File with a chat template to use instead of the tokenizer's own."""
     chat_template_kwargs: str | None = None
     """What the chat template is called with besides the messages, as JSON: '{"enable_thinking": false}'."""
-    skip_bad_rows: bool = False
-    """Leave out rows that cannot be read, and print their number, instead of stopping at the first."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What happens to a row that cannot be read. error: stop at the first; skip: leave such rows out and
+    print their number."""
     tokenizer: str | None = None
     """bytes, or a Hugging Face tokenizer by folder or name. By default the model's own; a new model uses
     bytes."""
     max_length: int = 512
-    """Maximum sequence length in tokens. Longer sequences lose the front of the prompt first, then the end of
-    the completion."""
+    """Maximum sequence length in tokens."""
+    max_prompt_length: int | None = None
+    """Maximum length of a prompt in tokens: longer ones lose their front."""
+    on_long: OnLong = "cut"
+    """What happens to a sequence that is longer than --max-length. cut: it loses the front of the prompt
+    first, then the end of the completion, and a text without a prompt becomes several; drop: it is left out;
+    error: stop at the first."""
 
     def __post_init__(self) -> None:
         if isinstance(self.data, (str, Path)):
             object.__setattr__(self, "data", (Path(self.data),))
         self.fields  # noqa: B018  raises for columns that cannot be
         self.tokenizer_options(None)
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                known = ", ".join(str(choice) for choice in choices if choice is not None)
+                problem = f"--{name.replace('_', '-')} should be one of {known}, but it is {value!r}"
+                raise ValueError(f"{problem}: choose one of them.")
+        try:
+            TokenizeOptions(**self.tokenize_options)
+        except ValueError as error:
+            name, _, rest = str(error).partition(" ")
+            raise ValueError(f"--{name.replace('_', '-')} {rest}") from error
 
     @property
     def fields(self) -> Fields:
@@ -94,7 +122,18 @@ class DataConfig:
 
     @property
     def on_error(self) -> OnError:
-        return "skip" if self.skip_bad_rows else "raise"
+        return "skip" if self.on_bad_row == "skip" else "raise"
+
+    @property
+    def tokenize_options(self) -> dict[str, Any]:
+        """The arguments of `TokenizeOptions`."""
+        return {
+            "max_length": self.max_length,
+            "max_prompt_length": self.max_prompt_length,
+            "on_long": self.on_long,
+            "score": self.score,
+            "as_chat": self.as_chat_option,
+        }
 
     @property
     def as_chat_option(self) -> bool | None:

@@ -71,7 +71,7 @@ class PreferenceDataset(Dataset[dict[str, Any]]):
         pad_id: int | None = None,
         *,
         pad_to: int | None = None,
-        score: Score = "last",
+        score: Score | None = None,
         as_chat: bool | None = None,
     ) -> "PreferenceDataset":
         """Read, tokenize and wrap the pairs of a file; a ranked list becomes all of its pairs.

@@ -1,13 +1,31 @@
 """Examples -> token ids of bounded length."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from dpo_wrapper.data.encoded import EncodedExample, Score
 from dpo_wrapper.data.errors import OnError, check_on_error, collect_errors
 from dpo_wrapper.data.examples import Example, TokenIds, TokenizedExample, TokenizedExamples
 from dpo_wrapper.data.messages import Message
+from dpo_wrapper.data.options import OnLong, TokenizeOptions
 from dpo_wrapper.data.tokenizers import Tokenizer
+from dpo_wrapper.data.truncate import cut_completions, cut_prompt, split_text
+
+
+@dataclass(frozen=True)
+class TokenizedRow:
+    """What an example became.
+
+    Attributes:
+        examples: one; several of a text that is too long; none if the example teaches nothing.
+        refusal: why there are none.
+        counts: what `TokenizedExamples` counts, by the names of its attributes.
+    """
+
+    examples: tuple[TokenizedExample, ...]
+    refusal: str | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 def tokenize_examples(
@@ -15,66 +33,143 @@ def tokenize_examples(
     tokenizer: Tokenizer,
     max_length: int,
     *,
-    score: Score = "last",
+    max_prompt_length: int | None = None,
+    on_long: OnLong = "cut",
+    score: Score | None = None,
     as_chat: bool | None = None,
     on_error: OnError = "raise",
 ) -> TokenizedExamples:
     """Tokenize examples, leave out those that teach nothing, and count what happened.
 
     Args:
-        examples: pairs, ranked lists and completions with a label.
+        examples: of any type.
         tokenizer: such as `ByteTokenizer()`.
-        max_length: number of tokens that a prompt with one completion may have, at least 8.
-        score: the turns that are scored, 'last' or 'assistant'.
-        as_chat: whether a plain prompt is the user's turn of a dialogue; by default where the tokenizer has a
-            chat template, unless the prompt has been written by one already.
+        max_length, max_prompt_length, on_long, score, as_chat: as in `TokenizeOptions`.
         on_error: 'raise' raises the tokenizer's first error as an `ExampleError`, which names the example's
             place; 'skip' leaves such examples out and keeps their errors.
 
     Raises:
-        ValueError: `max_length` is below 8, or the tokenizer refuses a text.
+        ValueError: an option that cannot be, the tokenizer refuses a text, or a sequence is too long where
+            `on_long` is 'error'.
     """
-    if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 8:
-        problem = f"max_length should be an integer of at least 8, but it is {max_length!r}"
-        raise ValueError(f"{problem}: choose how many tokens prompt and completion may have together.")
-    if score not in ("last", "assistant"):
-        raise ValueError(f"score should be 'last' or 'assistant', but it is {score!r}: choose one of them.")
+    options = TokenizeOptions(
+        max_length=max_length,
+        max_prompt_length=max_prompt_length,
+        on_long=on_long,
+        score=score,
+        as_chat=as_chat,
+    )
     check_on_error(on_error)
     result = TokenizedExamples([])
-    counts = dict.fromkeys(COUNTS, 0)
+    counts: Counter[str] = Counter()
     for example in examples:
         with collect_errors(result.errors, on_error, example.source):
-            dialogue = as_dialogue(example, tokenizer, as_chat)
-            cut = tokenize_example(dialogue, tokenizer, max_length, score)
-            num_scored = sum(map(any, cut.example.scored_masks()))
-            completions = cut.example.completions
-            if len(completions) > 1 and len(set(completions)) == 1:
-                counts["num_identical"] += 1
-            elif num_scored < min(2, len(completions)):
-                counts["num_unscored"] += 1
-            else:
-                result.examples.append(cut.example)
-                counts["num_shortened_prompts"] += cut.is_shortened
-                counts["num_truncated_completions"] += cut.num_truncated
-                counts["num_continued"] += cut.encoded.is_continued
-                counts["num_cut"] += cut.encoded.is_cut
-                counts["num_as_chat"] += dialogue is not example
-                counts["num_template_text"] += cut.encoded.is_template_text
+            row = tokenize_row(example, tokenizer, options)
+            result.examples.extend(row.examples)
+            counts.update(row.counts)
     return TokenizedExamples(result.examples, errors=result.errors, **counts)
 
 
-COUNTS = (
-    "num_identical", "num_unscored", "num_shortened_prompts", "num_truncated_completions", "num_continued",
-    "num_cut", "num_as_chat", "num_template_text",
-)  # fmt: skip
+def tokenize_row(example: Example, tokenizer: Tokenizer, options: TokenizeOptions) -> TokenizedRow:
+    """The tokens of an example.
+
+    A prompt that is longer than `max_prompt_length` loses tokens from its front (BOS stays). Where prompt and
+    completion are longer than `max_length`, the prompt loses more from its front, down to a quarter of
+    `max_length`, alike for all completions; then completions lose their ends. A completion that is cut has no
+    EOS: it did not end there. A text without a prompt loses nothing, but becomes several examples.
+
+    Raises:
+        ValueError: the tokenizer refuses a text, or the example is too long where `on_long` is 'error'.
+    """
+    if is_text(example):
+        return _tokenize_text(example, tokenizer, options)
+    row = fit_row(example, tokenizer, options)
+    for tokenized in row.examples:
+        completions = tokenized.completions
+        if len(completions) > 1 and all(ids == completions[0] for ids in completions):
+            return TokenizedRow((), "all completions are the same tokens", {"num_identical": 1})
+        if count_scored(tokenized) < min(2, len(completions)):
+            return TokenizedRow((), "nothing to score", {"num_unscored": 1})
+    return row
+
+
+def fit_row(example: Example, tokenizer: Tokenizer, options: TokenizeOptions) -> TokenizedRow:
+    """The tokens of a prompt with its completions, whatever they teach."""
+    max_length = options.max_length
+    dialogue = as_dialogue(example, tokenizer, options.as_chat)
+    score = options.score or choose_score(dialogue)
+    whole = tokenizer.encode_example(dialogue.prompt, dialogue.completions, dialogue.tools, score)
+    encoded = cut_prompt(whole, options.max_prompt_length or max_length, tokenizer)
+    longest = max(map(len, encoded.completions))
+    num_truncated = 0
+    if len(encoded.prompt) + longest > max_length:
+        if (refusal := refuse_long(len(encoded.prompt) + longest, options)) is not None:
+            return refusal
+        encoded = cut_prompt(encoded, max(max_length - longest, max_length // 4), tokenizer)
+        free = max_length - len(encoded.prompt)
+        num_truncated = sum(len(ids) > free for ids in encoded.completions)
+        encoded = cut_completions(encoded, free, tokenizer)
+    is_shortened = len(encoded.prompt) < len(whole.prompt)
+    counts = {
+        "num_shortened_prompts": is_shortened,
+        "num_truncated_completions": num_truncated,
+        "num_continued": encoded.is_continued,
+        "num_cut": encoded.is_cut,
+        "num_as_chat": dialogue is not example,
+        "num_template_text": encoded.is_template_text,
+    }
+    return TokenizedRow((make_example(example, encoded, is_shortened or num_truncated > 0),), counts=counts)
+
+
+def _tokenize_text(example: Example, tokenizer: Tokenizer, options: TokenizeOptions) -> TokenizedRow:
+    encoded = tokenizer.encode_text(str(example.completions[0]), example.loss_masking_spans)
+    num_tokens = len(encoded.completions[0])
+    length = len(encoded.prompt) + num_tokens
+    if length > options.max_length and (refusal := refuse_long(length, options)) is not None:
+        return refusal
+    parts = split_text(encoded, options.max_length, tokenizer)
+    taught = [part for part in parts if num_tokens > 1 and count_scored(part)]  # one is an EOS alone
+    if not taught:
+        return TokenizedRow((), "nothing to score", {"num_unscored": 1})
+    examples = tuple(make_example(example, part, len(parts) > 1) for part in taught)
+    return TokenizedRow(examples, counts={"num_split": len(parts) > 1})
+
+
+def refuse_long(length: int, options: TokenizeOptions) -> TokenizedRow | None:
+    """The row without examples if such a length is left out; None if it is cut; ValueError otherwise."""
+    problem = f"{length:,} tokens, more than {options.max_length:,}"
+    if options.on_long == "drop":
+        return TokenizedRow((), problem, {"num_dropped": 1})
+    if options.on_long == "error":
+        remedy = "raise --max-length, or cut or leave out such rows by --on-long cut or drop"
+        raise ValueError(
+            f"a row should have at most {options.max_length:,} tokens, but it has {length:,}: {remedy}."
+        )
+    return None
+
+
+def is_text(example: Example) -> bool:
+    """Whether the example is a text without a prompt, which is tokenized as it stands."""
+    is_single = len(example.completions) == 1 and example.label is None
+    return is_single and example.prompt == "" and isinstance(example.completions[0], str)
+
+
+def choose_score(example: Example) -> Score:
+    """The turns that are scored by default: all of the assistant's where they are imitated."""
+    if len(example.completions) > 1 or example.label is not None or isinstance(example.prompt, str):
+        return "last"
+    is_one_answer = isinstance(example.completions[0], str) or len(example.completions[0]) == 1
+    answered = any(turn.role == "assistant" for turn in example.prompt)
+    return "last" if is_one_answer and not answered else "assistant"
 
 
 def as_dialogue(example: Example, tokenizer: Tokenizer, as_chat: bool | None) -> Example:
     """The example with a plain prompt as the user's turn, where `as_chat` or the tokenizer says so."""
     if not isinstance(example.prompt, str):
         return example
-    is_usual = tokenizer.has_chat_template and not tokenizer.is_template_text(example.prompt)
-    is_usual &= bool(example.prompt)  # pairs without a prompt answer no one
+    if as_chat is None:
+        has_user = bool(example.prompt)  # pairs without a prompt answer no one
+        is_usual = has_user and tokenizer.has_chat_template and not tokenizer.is_template_text(example.prompt)
     if not (is_usual if as_chat is None else as_chat):
         if example.tools:
             raise ValueError(
@@ -85,58 +180,38 @@ def as_dialogue(example: Example, tokenizer: Tokenizer, as_chat: bool | None) ->
     return replace(example, prompt=(Message("user", example.prompt),))
 
 
-@dataclass(frozen=True)
-class CutExample:
-    """A tokenized example, what the tokenizer said of it, and what was cut to make it fit."""
-
-    example: TokenizedExample
-    encoded: EncodedExample
-    is_shortened: bool
-    num_truncated: int
+def count_scored(example: EncodedExample | TokenizedExample) -> int:
+    """The number of completions with a scored token; the first token of a sequence is none."""
+    if example.scored is not None:
+        return sum(any(mask[1:]) for mask in example.scored)
+    first = 0 if example.prompt else 1
+    return sum(len(ids) > first for ids in example.completions)
 
 
-def tokenize_example(
-    example: Example, tokenizer: Tokenizer, max_length: int, score: Score = "last"
-) -> CutExample:
-    """The tokens of an example.
-
-    A prompt that is too long loses tokens from its front first (BOS stays), down to a quarter of
-    `max_length`, alike for all completions; then completions lose their ends. A completion that is cut has no
-    EOS: it did not end there.
-    """
-    encoded = tokenizer.encode_example(example.prompt, example.completions, example.tools, score)
-    prompt, completions = encoded.prompt, encoded.completions
-    free = max_length - max(map(len, completions))
-    prompt_length = min(len(prompt), max(free, max_length // 4))
-    lost = len(prompt) - prompt_length
-    last_tokens = prompt[lost:]
-    if prompt and prompt[0] == tokenizer.bos_id:
-        last_tokens[0] = tokenizer.bos_id
-    free = max_length - prompt_length
-    cut = tuple(_share_ints(ids[: find_end(ids, free, tokenizer)]) for ids in completions)
-    lengths = [prompt_length + len(ids) for ids in cut]
-    masks = zip(encoded.scored or (), lengths, strict=False)
-    scored = tuple(tuple(mask[lost : lost + length]) for mask, length in masks) or None
-    columns = (example.label, example.weight, example.margin, example.source)
-    tokenized = TokenizedExample(_share_ints(last_tokens), cut, *columns, scored=scored)
-    return CutExample(tokenized, encoded, lost > 0, sum(len(ids) > free for ids in completions))
+def make_example(example: Example, encoded: EncodedExample, is_cut: bool) -> TokenizedExample:
+    """The tokenized example with the columns of the example."""
+    return TokenizedExample(
+        _share_ints(encoded.prompt),
+        tuple(map(_share_ints, encoded.completions)),
+        example.label,
+        example.weight,
+        example.margin,
+        example.source,
+        scored=None if encoded.scored is None else tuple(map(tuple, encoded.scored)),
+        ranks=example.ranks,
+        is_document=example.is_document,
+        is_cut=is_cut,
+    )
 
 
-def find_end(ids: list[int], length: int, tokenizer: Tokenizer) -> int:
-    """The number of ids to keep of a completion that is cut at `length`: no character is cut in two."""
-    for shorter in range(min(4, length)):
-        if length >= len(ids) or not tokenizer.decode(ids[: length - shorter]).endswith(REPLACEMENT):
-            return length - shorter
-    return length  # such a character stands in the text
+class _SharedInts(dict[int, int]):
+    def __missing__(self, index: int) -> int:
+        return self.setdefault(index, index)
 
 
-REPLACEMENT = "\ufffd"
-"""What half a character is decoded to."""
-
-
-_INTS: dict[int, int] = {}
+_INTS = _SharedInts()
 
 
 def _share_ints(ids: Iterable[int]) -> TokenIds:
     """The ids, of which equal ones are one object: 8 bytes a token instead of 36 with an int of its own."""
-    return tuple(_INTS.setdefault(index, index) for index in ids)
+    return tuple(map(_INTS.__getitem__, ids))

@@ -1,5 +1,6 @@
 """What a tokenizer makes of a prompt with its completions."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,3 +29,17 @@ class EncodedExample:
     is_continued: bool = False
     is_cut: bool = False
     is_template_text: bool = False
+
+
+def mask_tokens(
+    length: int, tokens: Iterable[tuple[int, int]], masked_spans: Iterable[tuple[int, int]]
+) -> list[bool]:
+    """For each token of a text, and for an EOS behind it, whether it has no character in a masked span.
+
+    `tokens` are the ranges [start, end) of each in the text of `length` characters. The EOS counts as part of
+    the last character.
+    """
+    masked = bytearray(length)
+    for start, end in masked_spans:
+        masked[start:end] = b"\1" * (end - start)
+    return [1 not in masked[start:end] for start, end in tokens] + [1 not in masked[-1:]]

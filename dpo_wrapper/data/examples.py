@@ -14,6 +14,10 @@ documents (TRL's words)."""
 PREFERENCE_TYPES: tuple[DatasetType, ...] = ("preference", "ranked", "unpaired_preference")
 """The dataset types that preference training learns from."""
 
+Kind = DatasetType | Literal["auto"]
+"""What the rows of a file should be read as; 'auto' finds it out. The three types of preferences are read
+alike, and `convert_examples` makes one of the others."""
+
 Ranking = Literal["all", "best"]
 """Which pairs a ranked list becomes: all, or the best completion with each of the others."""
 
@@ -43,9 +47,14 @@ class Fields:
     margin: str = "margin"
     system: str = "system"
     tools: str = "tools"
+    text: str = "text"
+    loss_masking_spans: str = "loss_masking_spans"
 
     def __post_init__(self) -> None:
-        names = [name for name in vars(self).values() if name is not None and name != ""]
+        given = {key: name for key, name in vars(self).items() if name is not None and name != ""}
+        if given.get("prompt") == given.get("text"):
+            given.pop("text", None)  # a text is the prompt where a completion stands beside it
+        names = [*given.values()]
         required = [self.chosen, self.rejected]
         if (
             not all(isinstance(name, str) for name in names)
@@ -62,6 +71,11 @@ class Fields:
 
 
 DEFAULT_FIELDS = Fields()
+
+
+def find_family(kind: DatasetType) -> DatasetType:
+    """The type whose rows a file may mix with those of this one: all preferences are of one family."""
+    return "preference" if kind in PREFERENCE_TYPES else kind
 
 
 def find_dataset_type(num_completions: int, label: bool | None, is_document: bool) -> DatasetType:
@@ -182,6 +196,8 @@ class TokenizedExamples:
     Attributes:
         num_identical: examples left out because all completions are the same tokens.
         num_unscored: examples left out because a completion has no scored token; a list needs two that have.
+        num_dropped: examples left out because they are longer than the maximum.
+        num_split: texts that are longer than the maximum and became several examples.
         errors: of the examples that were skipped.
         num_continued: examples in which a token of the whole text would span the border, so that completions
             were tokenized as what follows the prompt's own ids.
@@ -201,6 +217,8 @@ class TokenizedExamples:
     num_cut: int = 0
     num_as_chat: int = 0
     num_template_text: int = 0
+    num_dropped: int = 0
+    num_split: int = 0
 
     def summary(self) -> str:
         """One sentence on what was left out or shortened; empty if nothing was."""
@@ -208,6 +226,7 @@ class TokenizedExamples:
             (len(self.errors), "with an error"),
             (self.num_identical, "with the same tokens in every completion"),
             (self.num_unscored, "with nothing to score"),
+            (self.num_dropped, "longer than the maximum"),
         ]
         prompts, completions = self.num_shortened_prompts, self.num_truncated_completions
         shortened = [(prompts, "prompt", "at the front"), (completions, "completion", "at the end")]
@@ -221,6 +240,7 @@ class TokenizedExamples:
             (self.num_cut, "in {} the chat template writes less before an answer than to open one"),
             (self.num_as_chat, "in {} a plain prompt is the user's turn of a dialogue"),
             (self.num_template_text, "in {} a plain prompt has been written by a chat template already"),
+            (self.num_split, "{} are texts that are longer than the maximum and became several"),
         ]
         clauses += [sentence.format(f"{n:,} examples") for n, sentence in kinds if n]
         text = "; ".join(clauses)

@@ -11,13 +11,14 @@ from dpo_wrapper.data.row import Row
 
 SCORE_NAMES = ("scores", "score", "ratings", "rating", "overall_score", "rewards", "reward")
 RANK_NAMES = ("ranks", "rank", "ranking")
+NO_SIDE = "add it, name its field, or give 'completions', or 'completion' and 'label'"
 TEXT_NAMES = ("completion", "response", "text", "content", "answer", "output", "messages")
 
 
-def find_comparison(row: Row) -> Comparison:
-    """What a row compares, whatever its form.
+def find_comparison(row: Row) -> Comparison | None:
+    """What a row compares, whatever its form; None if it compares nothing.
 
-    Raises ExampleError for a row of no known form, and TiedRowError if no completion is better.
+    Raises ExampleError if a part of a comparison is missing, and TiedRowError if no completion is better.
     """
     sides = ("chosen", "rejected")
     is_named_choice = _is_choice_by_name(row)
@@ -26,15 +27,11 @@ def find_comparison(row: Row) -> Comparison:
         for find in finders[-1:] if is_named_choice else finders:
             if (comparison := find(row)) is not None:
                 return comparison
-    single = row.first_of("messages", "conversations", "completion", "response", "output", "text")
-    if not any(row.column(side) in row.record for side in sides) and single is not None:
-        problem = f"a row should compare answers or label one, but it has {quote_keys(row.record)}"
-        remedy = "add 'rejected' or 'label', or use the row for supervised training"
-        raise ExampleError(f"{problem}, one answer alone: {remedy}.")
-    for side in sides:
-        if side not in row and row.column(side) not in row.record:
-            remedy = "add it, name its field, or give 'completions', or 'completion' and 'label'"
-            raise missing_field_error(row.record, row.column(side), remedy)
+    missing = [side for side in sides if side not in row and row.column(side) not in row.record]
+    if len(missing) == len(sides):
+        return None
+    for side in missing:
+        raise missing_field_error(row.record, row.column(side), NO_SIDE)
     return Comparison("pair", {row.column(side): row.get(side) for side in sides})
 
 
@@ -85,7 +82,7 @@ def find_messages_pair(row: Row) -> Comparison | None:
 def find_labelled(row: Row) -> Comparison | None:
     """One completion and whether it is desirable: `completion` or a dialogue, and `label` or `kto_tag`."""
     label = row.first_of("label", "kto_tag")
-    completion = row.first_of("completion", "response", "output", "answer", "messages", "conversations")
+    completion = row.first_of(*COMPLETION_NAMES)
     if "labels" in row and "completions" in row and "label" not in row:
         problem = "a row should rank its completions, but 'labels' says of each step whether it is right"
         raise ExampleError(f"{problem}: such data trains step-by-step reward models, leave it out.", "labels")
@@ -94,10 +91,15 @@ def find_labelled(row: Row) -> Comparison | None:
     is_choice = any(one in row and other in row for one, other in SIDE_NAMES)
     if completion is None or is_choice or "completions" in row or label is None:
         return None
-    fields = ("",) if completion in ("messages", "conversations") else ()
     is_desirable = parse_label(row[label], label)
-    completions = {row.column(completion): row.get(completion)}
-    return Comparison("labelled completion", completions, is_desirable, fields)
+    return one_completion(row, "labelled completion", completion, is_desirable)
+
+
+def one_completion(row: Row, form: str, name: str, label: bool | None = None) -> Comparison:
+    """The completion of a row that has one: in a dialogue that is the last turn."""
+    # a text beside question and answer is often both of them together
+    fields = ("",) if name in DIALOGUE_NAMES else (*(n for n in PROMPT_FIELDS if n != "text"), "text")
+    return Comparison(form, {row.column(name): row.get(name)}, label, fields)
 
 
 def find_list(row: Row) -> Comparison | None:
@@ -158,11 +160,21 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+PROMPT_FIELDS = (
+    "prompt", "text", "instruction", "question", "query", "context", "conversations", "messages", "problem",
+    "input",
+)  # fmt: skip
+"""The columns in which a row may have its prompt."""
+
+DIALOGUE_NAMES = ("messages", "conversations")
+COMPLETION_NAMES = ("completion", "response", "output", "answer", *DIALOGUE_NAMES)
+"""The columns in which a row may have its only completion."""
+
 COLUMNS = {
     *(name for names in SIDE_NAMES for name in names), *CHOICE_NAMES, *SCORE_NAMES, *RANK_NAMES, *TEXT_NAMES,
     "chosen", "rejected", "completions", "responses", "labels", "kto_tag", "conversations", "input", "tools",
     "preferred_output", "non_preferred_output", "rejected_response", "rejected_messages", "winner_model_a",
-    "winner_model_b", "generations", "answers",
+    "winner_model_b", "generations", "answers", "loss_masking_spans",
 }  # fmt: skip
 """The columns that forms look for."""
 

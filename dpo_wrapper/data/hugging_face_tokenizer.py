@@ -11,7 +11,7 @@ from typing import Any
 
 from dpo_wrapper.data.chat_template import ChatTemplate
 from dpo_wrapper.data.dialogue_text import DialogueWriter
-from dpo_wrapper.data.encoded import EncodedExample, Score
+from dpo_wrapper.data.encoded import EncodedExample, Score, mask_tokens
 from dpo_wrapper.data.literal_text import LiteralEncoder
 from dpo_wrapper.data.messages import Message, Turns, answer_turns
 
@@ -59,7 +59,7 @@ class HuggingFaceTokenizer:
         self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
         self.template = ChatTemplate(tokenizer, chat_template, template_arguments, today)
         self.has_chat_template = bool(self.template.source)
-        self._literal = LiteralEncoder(tokenizer, self.template.special_pattern)
+        self._literal = LiteralEncoder(tokenizer, self.template.special_pattern, self.template.token_pattern)
 
     @classmethod
     def load(cls, name_or_folder: str | Path, **options: Any) -> "HuggingFaceTokenizer":
@@ -106,25 +106,42 @@ class HuggingFaceTokenizer:
         answers = [tuple(map(self._strip_turn, answer_turns(completion))) for completion in completions]
         return self._encode_dialogues(prompt, answers, tools, score)
 
+    def encode_text(self, text: str, masked_spans: Sequence[tuple[int, int]] = ()) -> EncodedExample:
+        """The ids of a text as the completion of what the tokenizer puts in front, with an EOS at its end.
+
+        Tokens with a character in one of the masked spans are not scored.
+        """
+        prompt = list(self._literal.prefix_ids)
+        if not masked_spans:
+            return EncodedExample(prompt, [[*self.encode(text), self.eos_id]])
+        ids, offsets = self._literal.encode_with_offsets(text)
+        scored = [False] * len(prompt) + mask_tokens(len(text), offsets, masked_spans)
+        return EncodedExample(prompt, [[*ids, self.eos_id]], [scored])
+
     # plain text
 
     def _encode_plain_example(self, prompt: str, completions: list[str]) -> EncodedExample:
         is_written = self.is_template_text(prompt)
         opening = prompt if is_written else self.template.mark(prompt)
-        ids, parts, is_continued = self._encode_plain(opening), [], False
-        for completion in completions:
-            text = self._strip_end(completion)
-            if is_written and self._ends.intersection(
-                self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            ):
+        stripped = [self._strip_end(completion) for completion in completions]
+        if is_written:
+            self._check_no_end_inside(stripped)
+        rests = stripped if is_written else [self.template.mark(text) for text in stripped]
+        wholes = self._literal.encode_all([opening, *(opening + rest for rest in rests)])
+        ids, *wholes = map(self._literal.put_prefix, wholes)
+        ends = self.tokenizer.convert_tokens_to_ids(self._end_of_turn) if is_written else []
+        continued = [
+            self._literal.continue_ids(ids, whole, rest) for whole, rest in zip(wholes, rests, strict=True)
+        ]
+        parts = [[*part, *(ends or [self.eos_id])] for part, _ in continued]
+        is_continued = any(is_merged for _, is_merged in continued)
+        return EncodedExample(ids, parts, is_continued=is_continued, is_template_text=is_written)
+
+    def _check_no_end_inside(self, completions: list[str]) -> None:
+        for text in completions:
+            if self._ends.intersection(self.tokenizer(text, add_special_tokens=False)["input_ids"]):
                 problem = "the completion should not hold an end of turn, but one stands inside it"
                 raise ValueError(f"{problem}: write the row as messages, or remove it.")
-            rest = text if is_written else self.template.mark(text)
-            part, continued = self._continue(ids, self._encode_plain(opening + rest), rest)
-            ends = self.tokenizer.convert_tokens_to_ids(self._end_of_turn) if is_written else []
-            parts.append([*part, *(ends or [self.eos_id])])
-            is_continued |= continued
-        return EncodedExample(ids, parts, is_continued=is_continued, is_template_text=is_written)
 
     def is_template_text(self, prompt: str) -> bool:
         """Whether a plain prompt is a dialogue that a chat template has written already."""
@@ -132,8 +149,7 @@ class HuggingFaceTokenizer:
 
     def _encode_plain(self, text: str) -> list[int]:
         """The ids of a text after what the tokenizer puts in front of every text, such as a BOS."""
-        ids, prefix = self._literal.encode(text), self._prefix_ids
-        return ids if prefix and ids[: len(prefix)] == prefix else [*prefix, *ids]
+        return self._literal.put_prefix(self._literal.encode(text))
 
     def _strip_end(self, completion: str) -> str:
         """The completion without the tokens of an end of turn at its end and the white space around them."""
@@ -180,7 +196,9 @@ class HuggingFaceTokenizer:
         ids, scored, is_continued = list(before), [], False
         for start, end, is_scored in segments:
             whole = self._encode_dialogue(text[:end])
-            part, is_merged = (whole, False) if start == 0 else self._continue(ids, whole, text[start:end])
+            part, is_merged = (
+                (whole, False) if start == 0 else self._literal.continue_ids(ids, whole, text[start:end])
+            )
             ids += part
             scored += [is_scored] * len(part)
             is_continued |= is_merged
@@ -211,29 +229,6 @@ class HuggingFaceTokenizer:
 
     def _encode_dialogue(self, text: str) -> list[int]:
         return self._literal.encode(text) if self.has_chat_template else self._encode_plain(text)
-
-    # borders
-
-    def _continue(self, prompt: list[int], whole: list[int], rest: str) -> tuple[list[int], bool]:
-        """The ids that follow the prompt's, and whether a token of the whole text spans the border."""
-        if whole[: len(prompt)] == prompt:
-            return whole[len(prompt) :], False
-        for before in ("\n", "a", "0", "."):
-            start = self._literal.encode(before)
-            ids = self._literal.encode(before + rest)
-            if start and ids[: len(start)] == start:
-                return ids[len(start) :], True
-        return self._literal.encode(rest), True
-
-    @cached_property
-    def _prefix_ids(self) -> list[int]:
-        """What the tokenizer puts in front of a text."""
-        plain, whole = (
-            list(self.tokenizer("a", add_special_tokens=added)["input_ids"]) for added in (False, True)
-        )
-        starts = range(len(whole) - len(plain) + 1)
-        start = next((k for k in starts if whole[k : k + len(plain)] == plain), 0)
-        return whole[:start]
 
     @cached_property
     def _opening(self) -> str:

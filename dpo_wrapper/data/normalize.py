@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dpo_wrapper.data.dialogues import Prompt, parse_dialogues, parse_texts
+from dpo_wrapper.data.comparison import Comparison
+from dpo_wrapper.data.dialogues import Completion, Prompt, parse_dialogues, parse_texts
 from dpo_wrapper.data.errors import ExampleError, describe_value, missing_field_error
-from dpo_wrapper.data.examples import DEFAULT_FIELDS, Example, Fields
-from dpo_wrapper.data.forms import COLUMNS, find_comparison
+from dpo_wrapper.data.examples import DEFAULT_FIELDS, Example, Fields, Kind
+from dpo_wrapper.data.forms import COLUMNS, PROMPT_FIELDS
 from dpo_wrapper.data.messages import (
     Message,
     Turns,
@@ -16,11 +17,8 @@ from dpo_wrapper.data.messages import (
     parse_messages_text,
 )
 from dpo_wrapper.data.row import Row
+from dpo_wrapper.data.supervised import find_form, parse_spans, parse_text, to_prompt_completion
 
-PROMPT_FIELDS = (
-    "prompt", "text", "instruction", "question", "query", "context", "conversations", "messages", "problem",
-    "input",
-)  # fmt: skip
 MEDIA_FIELDS = ("images", "image", "videos", "video", "audios", "audio")
 EXTRA_FIELDS = ("input", "system", "system_prompt", "history", "tools")
 
@@ -37,58 +35,76 @@ _SPLIT_WORDS |= dict.fromkeys(
 )
 
 
-def to_example(record: Any, fields: Fields = DEFAULT_FIELDS, source: str = "") -> Example:
+def to_example(
+    record: Any, fields: Fields = DEFAULT_FIELDS, source: str = "", kind: Kind = "preference"
+) -> Example:
     r"""The example that a record of any supported form stands for.
 
-    A record has a prompt and one of:
+    A preference has a prompt and one of:
         `chosen` and `rejected`: a pair (for other names of columns see `forms`);
         `completions`: a ranked list, the best first, or with scores or ranks;
         `completion` and `label` (true or false): one completion, desirable or not.
+    A record of prompt_completion has:
+        a prompt and a `completion`, or a dialogue that ends in the assistant's turn;
+        or `text` with `loss_masking_spans`, ranges [start, end) of its characters that are not scored.
+    A record of language_modeling has `text` alone.
 
     Prompt and completions are plain strings, whole dialogues as one text with `\n\nHuman:` and
     `\n\nAssistant:` turns, lists of {role, content} messages, or ShareGPT's {from, value}. In a dialogue the
     completion is the last assistant turn, or all turns from the first one in which the completions differ.
 
-    Error messages begin with `source`, the record's place. Raises TiedRowError if no completion is better.
+    `kind` says what the record is: by default a preference of any type; 'auto' finds it out. Of a preference,
+    'prompt_completion' takes the best completion. 'language_modeling' takes the `text` of any record.
+
+    Error messages begin with `source`, the record's place. Raises TiedRowError if no completion is better,
+    and UndesirableRowError if 'prompt_completion' finds one that is undesirable.
     """
     try:
         row = record if isinstance(record, Row) else Row(record, fields.renamed, source)
-        comparison = find_comparison(row)
-        values = comparison.completions
-        _check_forms(values)
+        form = find_form(row, kind)
         _check_media(row)
-        prompt_field = _find_prompt(row, fields, comparison.prompt_fields)
-        if not isinstance(prompt_field.value, str):  # beside a text, such a completion is meant as text
-            values = {field: parse_messages_text(value) for field, value in values.items()}
-            _check_forms(values)
-        if all(isinstance(value, str) for value in values.values()):
-            prompt, completions = parse_texts(values, prompt_field, needs_prompt=fields.prompt != "")
-        else:
-            dialogues = {field: parse_messages(value, field) for field, value in values.items()}
-            prompt, completions = parse_dialogues(dialogues, prompt_field)
-        prompt = _add_columns(row, prompt, prompt_field)
-        weight, margin = (_parse_number(row, name) for name in ("weight", "margin"))
+        weight, split = _parse_number(row, "weight"), parse_split(row.get("split"), fields.split)
         if weight is not None and weight < 0:
             problem = f"the weight should not be negative, but it is {describe_value(weight)}"
             remedy = "put the better completion first or leave the row out"
             raise ExampleError(f"{problem}: {remedy}.", fields.weight)
-        split = parse_split(row.get("split"), fields.split)
-        tools = _parse_tools(row)
-        return Example(
-            prompt,
-            completions,
-            comparison.label,
-            weight,
-            margin,
-            split,
-            source,
-            tools,
-            comparison.ranks,
-            form=comparison.form,
-        )
+        columns: dict[str, Any] = {"weight": weight, "split": split, "source": source, "form": form.form}
+        if form.is_text:
+            return _to_text_example(row, form, kind, columns)
+        prompt, completions = _parse_turns(row, fields, form)
+        columns |= {"label": form.label, "ranks": form.ranks, "tools": _parse_tools(row)}
+        if kind != "prompt_completion" and (len(completions) > 1 or form.label is not None):
+            columns["margin"] = _parse_number(row, "margin")
+        example = Example(prompt, completions, **columns)
+        return to_prompt_completion(example) if kind == "prompt_completion" else example
     except ExampleError as error:
         error.source = source
         raise
+
+
+def _to_text_example(row: Row, form: Comparison, kind: Kind, columns: dict[str, Any]) -> Example:
+    """The example of a text: a document, unless it says what is not scored or `kind` is otherwise."""
+    ((field, value),) = form.completions.items()
+    text = parse_text(value, field)
+    if kind == "language_modeling" or (kind == "auto" and form.form == "text"):
+        return Example("", (text,), is_document=True, **columns)
+    return Example("", (text,), loss_masking_spans=parse_spans(row, text), **columns)
+
+
+def _parse_turns(row: Row, fields: Fields, form: Comparison) -> tuple[str | Turns, tuple[Completion, ...]]:
+    """Prompt and completions, as texts or as turns of a dialogue."""
+    values = form.completions
+    _check_forms(values)
+    prompt_field = _find_prompt(row, fields, form.prompt_fields)
+    if not isinstance(prompt_field.value, str):  # beside a text, such a completion is meant as text
+        values = {field: parse_messages_text(value) for field, value in values.items()}
+        _check_forms(values)
+    if all(isinstance(value, str) for value in values.values()):
+        prompt, completions = parse_texts(values, prompt_field, needs_prompt=fields.prompt != "")
+    else:
+        dialogues = {field: parse_messages(value, field) for field, value in values.items()}
+        prompt, completions = parse_dialogues(dialogues, prompt_field)
+    return _add_columns(row, prompt, prompt_field), completions
 
 
 def _check_forms(values: dict[str, Any]) -> None:

@@ -1,15 +1,16 @@
 """`dpo-wrapper prepare --preview N`: examples as they will be trained, and counts of what was read."""
 
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import date
 from itertools import groupby
 from typing import TypeVar
 
 from dpo_wrapper.data.config import DataConfig
+from dpo_wrapper.data.convert import convert_examples
 from dpo_wrapper.data.encode import tokenize_examples
-from dpo_wrapper.data.examples import Example, TokenizedExample, TokenizedExamples
+from dpo_wrapper.data.examples import PREFERENCE_TYPES, Example, TokenizedExample, TokenizedExamples
 from dpo_wrapper.data.readers import ReadExamples, read_examples
 from dpo_wrapper.data.tokenizers import Tokenizer, load_tokenizer
 
@@ -36,11 +37,15 @@ def preview_data(config: PrepareConfig) -> None:
         ValueError, ImportError: one sentence about the setting or the row that is wrong.
     """
     tokenizer = load_tokenizer(config.tokenizer or "bytes", **config.tokenizer_options(date.today()))
-    read = read_examples(config.data, config.fields, split=config.split, on_error=config.on_error)
+    read = read_examples(
+        config.data, config.fields, split=config.split, on_error=config.on_error, kind=config.kind or "auto"
+    )
+    if config.kind in PREFERENCE_TYPES:
+        examples, errors = convert_examples(read.examples, config.kind, on_error=config.on_error)
+        read = replace(read, examples=examples, errors=[*read.errors, *errors])
     tokenized = tokenize_examples(
-        read.examples, tokenizer, config.max_length,
-        score=config.score, as_chat=config.as_chat_option, on_error=config.on_error,
-    )  # fmt: skip
+        read.examples, tokenizer, on_error=config.on_error, **config.tokenize_options
+    )
     is_coloured = sys.stdout.isatty()
     shown = tokenized.examples[: config.preview]
     for number, example in enumerate(shown, 1):
@@ -52,6 +57,12 @@ def preview_data(config: PrepareConfig) -> None:
 def format_example(example: TokenizedExample, tokenizer: Tokenizer, is_coloured: bool = False) -> str:
     """A tokenized example as text with its special tokens, scored parts between ⟦ and ⟧."""
     count = len(example.prompt)
+    names = ["chosen", "rejected"] if len(example.completions) == 2 else []
+    if example.label is not None:
+        names = ["desirable" if example.label else "undesirable"]
+    if len(example.completions) == 1 and example.label is None:
+        names = ["text" if example.is_document else "completion"]
+    names = names or [f"rank {k}" for k in range(1, len(example.completions) + 1)]
     masks = example.scored_masks()
     lines = [("prompt", mark_scored(tokenizer, example.prompt, masks[0][:count], (), is_coloured))]
     for name, completion, mask in zip(name_completions(example), example.completions, masks, strict=True):

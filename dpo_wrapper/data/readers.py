@@ -1,19 +1,21 @@
-"""Preference files -> records with their places -> examples."""
+"""Files -> records with their places -> examples."""
 
 import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, get_args
 
-from dpo_wrapper.data.comparison import TiedRowError
+from dpo_wrapper.data.comparison import TiedRowError, UndesirableRowError
 from dpo_wrapper.data.errors import ExampleError, OnError, check_on_error, collect_errors, describe_value
-from dpo_wrapper.data.examples import DEFAULT_FIELDS, Example, Fields
+from dpo_wrapper.data.examples import DEFAULT_FIELDS, DatasetType, Example, Fields, Kind, find_family
 from dpo_wrapper.data.files import JSON_LINES, PathLike, Source, find_sources, open_packed
 from dpo_wrapper.data.forms import ROW_KEYS
 from dpo_wrapper.data.json_records import RawLine, Record, read_json, read_raw_lines
 from dpo_wrapper.data.normalize import needed_columns, parse_split, to_example
 from dpo_wrapper.data.row import Row
+from dpo_wrapper.data.supervised import SPANS
 from dpo_wrapper.data.table_records import read_table
 
 
@@ -25,6 +27,8 @@ class ReadExamples:
         errors: of the rows that were skipped.
         num_rows: rows read, whatever became of them.
         num_tied: rows left out because no completion is better than another.
+        num_undesirable: rows left out because their only completion is undesirable, so not to be imitated.
+        num_ignored_spans: rows whose `loss_masking_spans` have no meaning for their kind.
         forms: how many rows had each form.
         unused_columns: how many rows have a value in a column that nothing used.
     """
@@ -33,6 +37,8 @@ class ReadExamples:
     errors: list[ExampleError] = field(default_factory=list)
     num_rows: int = 0
     num_tied: int = 0
+    num_undesirable: int = 0
+    num_ignored_spans: int = 0
     forms: Counter[str] = field(default_factory=Counter)
     unused_columns: Counter[str] = field(default_factory=Counter)
 
@@ -45,6 +51,13 @@ class ReadExamples:
             )
         if self.num_tied:
             notes.append(f"{self.num_tied:,} rows without a better completion are left out.")
+        if self.num_undesirable:
+            notes.append(f"{self.num_undesirable:,} rows with an undesirable completion are left out.")
+        if self.num_ignored_spans:
+            notes.append(
+                f"{self.num_ignored_spans:,} rows have {SPANS}, which are ignored: only a text of "
+                "prompt_completion has them."
+            )
         if self.unused_columns:
             notes.append("Columns that were not used: " + ", ".join(sorted(self.unused_columns)) + ".")
         if count := sum(example.margin is not None for example in self.examples):
@@ -76,6 +89,7 @@ def read_examples(
     *,
     split: str | None = None,
     on_error: OnError = "raise",
+    kind: Kind = "preference",
 ) -> ReadExamples:
     """Read the examples of files, in order.
 
@@ -90,6 +104,8 @@ def read_examples(
         fields: the names of the columns.
         split: the split to read of data sets that have several; by default all.
         on_error: 'raise' stops at the first row that cannot be used; 'skip' leaves such rows out.
+        kind: what the rows are, as in `to_example`; 'auto' finds it out from the first row of each file that
+            can be used, and refuses rows of another kind in the same file.
 
     Raises:
         ExampleError: a row cannot be used, and `on_error` is 'raise'.
@@ -97,6 +113,7 @@ def read_examples(
             is named, whatever `on_error` is.
     """
     check_on_error(on_error)
+    check_kind(kind)
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
     is_list = isinstance(paths, (list, tuple))
     if not is_list or not all(isinstance(path, (str, os.PathLike)) for path in paths):
@@ -104,38 +121,109 @@ def read_examples(
         raise TypeError(f"{problem}: name a file.")
     if not paths:
         raise ValueError("paths should hold at least one file, but it is an empty list: name a file.")
-    result = ReadExamples()
-    num_rows = num_tied = 0
-    missing = {name: column for name, column in fields.renamed.items() if column}
+    parser = RecordParser(fields, kind, on_error)
     for source in find_sources(paths):
-        count = 0
-        for content, own_split in read_raw_records(source, fields, split):
-            count += 1
-            record = content.parse() if isinstance(content, RawLine) else content
-            with collect_errors(result.errors, on_error):
-                if isinstance(record, ExampleError):
-                    raise record
-                place, values = record
-                row = Row(values, fields.renamed, place)
-                missing = {name: column for name, column in missing.items() if not row.has_column(column)}
-                try:
-                    example = to_example(row, fields, place)
-                except TiedRowError:
-                    num_tied += 1
-                    continue
-                if own_split is not None and example.split is None:
-                    example = replace(example, split=parse_split(own_split, "split"))
-                result.examples.append(example)
-                result.forms[example.form] += 1
-                result.unused_columns.update(row.unused())
-        if not count:
+        parser.family, num_before = None, parser.counts["num_rows"]
+        for record, own_split in read_raw_records(source, fields, split):
+            parser.parse(record, own_split)
+        if parser.counts["num_rows"] == num_before:
             problem = f"{source.name}: the file should have rows, but it is empty"
             raise ValueError(f"{problem}: add rows or name another.")
-        num_rows += count
-    for name, column in missing.items():
+    for name, column in parser.missing.items():
         problem = f"a column that is named should be in the data, but no row has '{column}' for {name}"
         raise ValueError(f"{problem}: correct the name, or leave it out.")
-    return replace(result, num_rows=num_rows, num_tied=num_tied)
+    return parser.result
+
+
+class RecordParser:
+    """Makes examples of the records of a file, and counts what it sees.
+
+    Args:
+        fields, kind, on_error: as in `read_examples`.
+        family: the family of the file's rows for the kind 'auto'; by default that of the first usable row.
+
+    Attributes:
+        missing: columns that are named and that no record has had, by their usual names.
+    """
+
+    def __init__(
+        self, fields: Fields, kind: Kind, on_error: OnError, family: DatasetType | None = None
+    ) -> None:
+        self.fields, self.kind, self.on_error, self.family = fields, kind, on_error, family
+        self.missing = {name: column for name, column in fields.renamed.items() if column}
+        self.examples: list[Example] = []
+        self.errors: list[ExampleError] = []
+        self.counts: Counter[str] = Counter()
+        self.forms: Counter[str] = Counter()
+        self.unused_columns: Counter[str] = Counter()
+
+    @property
+    def result(self) -> ReadExamples:
+        """What has been read until now."""
+        return ReadExamples(
+            self.examples,
+            self.errors,
+            forms=self.forms,
+            unused_columns=self.unused_columns,
+            **dict[str, Any](self.counts),
+        )
+
+    def parse(self, record: RawLine | Record, own_split: str | None = None) -> Example | None:
+        """The example of the next record, which has been added to `result`; None if there is none.
+
+        Args:
+            record: the record's place and its values, the error of reading it, or a line of JSON.
+            own_split: the split that the record belongs to if it does not say so itself.
+
+        Raises:
+            ExampleError: the record cannot be used, and `on_error` is 'raise'.
+        """
+        self.counts["num_rows"] += 1
+        record = record.parse() if isinstance(record, RawLine) else record
+        with collect_errors(self.errors, self.on_error):
+            if isinstance(record, ExampleError):
+                raise record
+            place, values = record
+            row = Row(values, self.fields.renamed, place)
+            if self.missing:
+                self.missing = {n: column for n, column in self.missing.items() if not row.has_column(column)}
+            try:
+                example = to_example(row, self.fields, place, self.kind)
+            except TiedRowError:
+                self.counts["num_tied"] += 1
+                return None
+            except UndesirableRowError:
+                self.counts["num_undesirable"] += 1
+                return None
+            self._check_family(example)
+            if own_split is not None and example.split is None:
+                example = replace(example, split=parse_split(own_split, "split"))
+            if not row.has_used(SPANS) and SPANS in row:
+                self.counts["num_ignored_spans"] += 1
+                row.used.add(row.column(SPANS))
+            self.examples.append(example)
+            self.forms[example.form] += 1
+            self.unused_columns.update(row.unused())
+            return example
+        return None
+
+    def _check_family(self, example: Example) -> None:
+        """The first example says what the others of a file are, where `kind` does not."""
+        if self.kind != "auto":
+            return
+        family = find_family(example.dataset_type)
+        self.family = self.family or family
+        if family != self.family:
+            problem = f"a file should hold rows of one kind, but this one holds {self.family} before"
+            remedy = "write them into two files, or force one kind with --kind"
+            raise ExampleError(f"{problem} and {family} in this row: {remedy}.", source=example.source)
+
+
+def check_kind(kind: Any) -> None:
+    kinds = get_args(DatasetType)
+    if kind != "auto" and kind not in kinds:
+        known = ", ".join(kinds)
+        raise ValueError(f"kind should be 'auto' or one of {known}, but it is {kind!r}: choose one of them.")
 
 
 def read_raw_records(

@@ -60,6 +60,10 @@ class Row(Mapping[str, Any]):
         """Whether the row has a column of this name, or that in which its first dotted part lies."""
         return column in self.record or column.split(".")[0] in self.record
 
+    def has_used(self, name: str) -> bool:
+        """Whether the column was looked up."""
+        return self.column(name) in self.used
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.record)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from dpo_wrapper.data.encoded import EncodedExample, Score
+from dpo_wrapper.data.encoded import EncodedExample, Score, mask_tokens
 from dpo_wrapper.data.hugging_face_tokenizer import HuggingFaceTokenizer
 from dpo_wrapper.data.messages import Message, Turns, answer_turns
 
@@ -61,6 +61,13 @@ class Tokenizer(Protocol):
         score: Score = "last",
     ) -> EncodedExample:
         """The ids of a prompt and of the completions that continue it, each with one end of turn."""
+
+    def encode_text(self, text: str, masked_spans: Sequence[tuple[int, int]] = ()) -> EncodedExample:
+        """The ids of a text as the completion of what stands in front of every text, with an EOS at its end.
+
+        Tokens with a character in one of the masked spans, [start, end) in characters, are not scored; the
+        EOS is not if the last character is masked.
+        """
 
     def fingerprint(self) -> str:
         """A sha256 over all that determines the ids, the same in every process."""
@@ -119,6 +126,14 @@ class ByteTokenizer:
             return EncodedExample(ids, parts)
         scored = [self._find_scored([*ids, *part], len(ids) if score == "last" else 0) for part in parts]
         return EncodedExample(ids, parts, scored)
+
+    def encode_text(self, text: str, masked_spans: Sequence[tuple[int, int]] = ()) -> EncodedExample:
+        prompt, ids = self.encode_prompt(""), [*self.encode(text), self.eos_id]
+        if not masked_spans:
+            return EncodedExample(prompt, [ids])
+        offsets = [(k, k + 1) for k, character in enumerate(text) for _ in character.encode()]
+        scored = [False] * len(prompt) + mask_tokens(len(text), offsets, masked_spans)
+        return EncodedExample(prompt, [ids], [scored])
 
     def _encode_completion(self, completion: str | Turns) -> list[int]:
         first, *others = answer_turns(completion)

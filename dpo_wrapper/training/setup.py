@@ -16,7 +16,7 @@ from dpo_wrapper.data import (
     split_examples,
     tokenize_examples,
 )
-from dpo_wrapper.data.collate import add_kl_completions
+from dpo_wrapper.data.collate import add_kl_completions, as_document
 from dpo_wrapper.data.examples import DatasetType
 from dpo_wrapper.losses import CombinedLoss, parse_losses
 from dpo_wrapper.pretrained import PretrainedModel, load_pretrained
@@ -76,10 +76,8 @@ def set_up_training(config: TrainConfig) -> TrainSetup:
         tokenized = tokenize_examples(
             texts,
             pretrained.tokenizer,
-            config.max_length,
-            score=config.score,
-            as_chat=config.as_chat_option,
             on_error=config.on_error,
+            **config.tokenize_options,
         )
         examples[name] = add_kl_completions(tokenized.examples, config.max_length, config.seed)
         if tokenized.errors:
@@ -96,6 +94,9 @@ def set_up_training(config: TrainConfig) -> TrainSetup:
 
 def check_options(config: TrainConfig, loss: CombinedLoss) -> None:
     """Raise ValueError for options that have no effect with these losses or without a reference."""
+    if config.kind not in (None, loss.dataset_type):
+        problem = f"--kind should be what --loss learns from, {loss.dataset_type}, but it is {config.kind}"
+        raise ValueError(f"{problem}: leave it out, or take another loss.")
     loss.check_wpo(config.wpo)
     loss.check_ld_alpha(config.ld_alpha)
     names = ("precompute_ref_log_probs", "ref_model_sync_steps", "reference_dtype", "reference_device")
@@ -178,7 +179,7 @@ def check_model(pretrained: PretrainedModel, splits: Splits) -> None:
 
 
 def select_sft_examples(splits: Splits) -> Splits:
-    """The examples of supervised training: of rows with a label those that are desirable."""
-    train = [example for example in splits.train if example.sft_completion]
-    eval = [example for example in splits.eval if example.sft_completion]
+    """The documents of supervised training: of rows with a label those that are desirable."""
+    train = [as_document(example) for example in splits.train if example.sft_completion]
+    eval = [as_document(example) for example in splits.eval if example.sft_completion]
     return Splits(train, eval, splits.unit)

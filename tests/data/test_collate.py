@@ -21,6 +21,7 @@ from dpo_wrapper.data import (
 )
 from dpo_wrapper.data.collate import (
     COLLATE_FNS,
+    as_document,
     collate_preference,
     collate_sft,
     collate_unpaired,
@@ -183,6 +184,9 @@ def test_groups_hold_so_many_unique_tokens_and_keep_prompts_together() -> None:
     assert group_by_tokens(pairs, 20) == [[0, 2, 3], [1]]
     assert group_by_tokens(pairs, 13) == [[0, 2], [3], [1]]
     assert group_by_tokens(pairs, 1) == [[0], [2], [3], [1]]
+    documents = [TokenizedExample((), (ids,)) for ids in ((1, 2, 3, 4), (5, 6), (1, 2, 3, 7, 8))]
+    assert group_by_tokens(documents, 8) == [[0, 2, 1]]  # 4 tokens, 2 more after those in common, and 2
+    assert group_by_tokens(documents, 7) == [[0, 2], [1]]
 
 
 def test_padded_groups_hold_so_many_tokens_with_their_padding() -> None:
@@ -238,8 +242,11 @@ def test_batches_of_every_type() -> None:
     unpaired = collate_unpaired(labelled)
     assert unpaired.label.tolist() == [False, True] and unpaired.weights is None
     assert token_ids(unpaired.kl_sequences) == [([6], [3]), ([], [])]
-    sft = collate_sft([pairs[0], labelled[1]])
+    sft = collate_sft([as_document(pairs[0]), as_document(labelled[1])])
     assert token_ids(sft.sequences) == [([1, 2, 3], [2, 3, 4]), ([1], [2])]
+    masked = TokenizedExample((1, 2), ((3, 4, 5),), scored=((False, True, False, True, False),))
+    sft = collate_sft([TokenizedExample((6,), ((7, 8),)), TokenizedExample((), ((6, 7, 8),)), masked])
+    assert token_ids(sft.sequences) == [([6, 7], [7, 8]), ([6, 7], [7, 8]), ([1, 2, 3], [2, 4])]
 
 
 def test_batches_come_with_trees_where_they_are_wanted() -> None:

@@ -1,6 +1,5 @@
 """Examples to tokens of bounded length: what is cut, in which order, and what is left out."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,14 @@ from dpo_wrapper.data import (
     TokenizedExamples,
     tokenize_examples,
 )
+from dpo_wrapper.data.encode import tokenize_row
+from dpo_wrapper.data.options import TokenizeOptions
 from helpers import tokenizers as tiny
 from helpers.datasets import tokenize_example
+from helpers.tokenizers import NoBos
 
 BYTES = ByteTokenizer()
 BOS, EOS = 256, 257
-
-
-class NoBos(ByteTokenizer):
-    """Bytes without a BOS; the prompt '' has no token at all."""
-
-    bos_id = None  # type: ignore[assignment]
-
-    def encode_prompt(self, prompt: str | tuple[Message, ...], tools: Sequence[Any] = ()) -> list[int]:
-        return super().encode_prompt(prompt, tools)[1:]
 
 
 _prompts = st.text(max_size=60) | st.lists(
@@ -182,6 +175,82 @@ def test_max_length(max_length: int) -> None:
         ValueError, match=r"max_length should be an integer of at least 8, but it is .*: choose how many"
     ):
         tokenize_examples([], BYTES, max_length)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"max_prompt_length": 0}, "max_prompt_length should be an integer from 1 to 31, below max_length"),
+        ({"max_prompt_length": 32}, "max_prompt_length should be an integer from 1 to 31, below max_length"),
+        ({"max_prompt_length": 2.0}, "below max_length, but it is 2.0: choose"),
+        ({"on_long": "split"}, "on_long should be 'cut', 'drop' or 'error', but it is 'split': choose"),
+        ({"score": "all"}, "score should be 'last' or 'assistant', but it is 'all': choose"),
+    ],
+)
+def test_options_that_cannot_be(options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        tokenize_examples([], BYTES, 32, **options)
+
+
+def test_prompts_are_cut_first_where_they_have_a_maximum() -> None:
+    pair = Example("0123456789", ("abc", "d"))
+    tokenized = tokenize_examples([pair], BYTES, 16, max_prompt_length=4)
+    (example,) = tokenized.examples
+    assert example.prompt == (BOS, *b"789") and example.completions == ((*b"abc", EOS), (*b"d", EOS))
+    assert example.is_cut and tokenized.num_shortened_prompts == 1
+    (example,) = tokenize_examples([pair], NoBos(), 16, max_prompt_length=4).examples
+    assert example.prompt == tuple(b"6789")
+    (example,) = tokenize_examples([pair], BYTES, 16, max_prompt_length=1).examples
+    assert example.prompt == (BOS,)
+    (example,) = tokenize_examples([pair], BYTES, 15, max_prompt_length=11).examples
+    assert len(example.prompt) == 11 and not example.is_cut
+    long = Example("0123456789", ("abcdefgh", "d"))
+    (example,) = tokenize_examples([long], BYTES, 8, max_prompt_length=4).examples  # and then to fit
+    assert example.prompt == (BOS, *b"9") and example.completions[0] == tuple(b"abcdef")
+
+
+def test_what_is_too_long_is_cut_dropped_or_refused() -> None:
+    short, long = Example("12", ("ab", "c"), source="short"), Example("1234", ("abcd", "e"), source="long")
+    cut = tokenize_examples([short, long], BYTES, 8)
+    assert [(one.source, one.is_cut) for one in cut.examples] == [("short", False), ("long", True)]
+    dropped = tokenize_examples([short, long], BYTES, 8, on_long="drop")
+    assert dropped == TokenizedExamples(cut.examples[:1], num_dropped=1)
+    assert dropped.summary() == "Left out of 2 examples: 1 longer than the maximum."
+    options = TokenizeOptions(max_length=8, on_long="drop")
+    assert tokenize_row(long, BYTES, options).refusal == "10 tokens, more than 8"
+    problem = "long: a row should have at most 8 tokens, but it has 10: raise --max-length, or cut or"
+    with pytest.raises(ExampleError, match=problem):
+        tokenize_examples([short, long], BYTES, 8, on_long="error")
+    refused = tokenize_examples([short, long], BYTES, 8, on_long="error", on_error="skip")
+    assert refused.examples == cut.examples[:1] and len(refused.errors) == 1
+    assert not tokenize_examples([long], BYTES, 8, on_long="drop", max_prompt_length=3).num_dropped
+
+
+def test_turns_that_are_imitated_are_scored() -> None:
+    turns = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
+    (imitated,) = tokenize_examples([Example(turns, ("d",))], BYTES, 64).examples
+    (compared,) = tokenize_examples([Example(turns, ("d", "e"))], BYTES, 64).examples
+    ids = zip(imitated.prompt + imitated.completions[0], imitated.scored_masks()[0], strict=True)
+    assert bytes(id_ for id_, is_scored in ids if is_scored and id_ < 256) == b"bd"
+    assert compared.scored is None
+    for label in (True, False):  # labelled completions are preferences
+        (labelled,) = tokenize_examples([Example(turns, ("d",), label)], BYTES, 64).examples
+        assert labelled.scored is None
+    (last,) = tokenize_examples([Example(turns, ("d",))], BYTES, 64, score="last").examples
+    assert last.scored is None and last.completions == imitated.completions
+    (single,) = tokenize_examples([Example(turns[:1], ("b",))], BYTES, 64).examples
+    (every,) = tokenize_examples([Example(turns[:1], ("b",))], BYTES, 64, score="assistant").examples
+    assert single.scored is None and single.scored_masks() == every.scored_masks()
+
+
+def test_columns_reach_the_tokens() -> None:
+    ranked = Example("q", ("a", "b", "c"), weight=2.0, source="s", ranks=(0.0, 1.0, 1.0))
+    (example,) = tokenize_examples([ranked], BYTES, 64).examples
+    assert (example.weight, example.source, example.ranks) == (2.0, "s", (0.0, 1.0, 1.0))
+    row = tokenize_row(Example("q", ("a", "a")), BYTES, TokenizeOptions(max_length=8))
+    assert row.refusal == "all completions are the same tokens" and not row.examples
+    shortest = Example("q" * 9, ("",), source="s")  # of which nothing is left but the prompt and EOS
+    assert tokenize_row(shortest, BYTES, TokenizeOptions(max_length=8)).examples[0].completions == ((EOS,),)
 
 
 def test_on_error() -> None:

@@ -59,6 +59,53 @@ def test_turns_that_are_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert last == every.replace("⟦Hm.<|im_end|>⟧", "Hm.<|im_end|>")
 
 
+def test_rows_that_are_imitated_and_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answered = [ASK, CALL, ASK, {"role": "assistant", "content": "2"}]
+    files = [
+        write_rows(tmp_path / "a.jsonl", [{"messages": answered}]),
+        write_rows(tmp_path / "b.jsonl", [{"text": "1+1=2", "loss_masking_spans": [[0, 4]]}]),
+        write_rows(tmp_path / "c.jsonl", [{"text": "1+1=2, 1+2=3, 1+3=4"}]),
+    ]
+    assert preview(capsys, "--data", *files, "--preview", 9, "--max-length", 18) == (
+        "── 1 of 4: a.jsonl, line 1 ──\n"
+        "prompt      <bos><user>1+1?<assistant>⟦Hm.<user>⟧1+1?<assistant>\ncompletion  ⟦2<eos>⟧\n\n"
+        "── 2 of 4: b.jsonl, line 1 ──\n"
+        "prompt      <bos>\ncompletion  1+1=⟦2<eos>⟧\n\n"
+        "── 3 of 4: c.jsonl, line 1 ──\n"
+        "prompt  <bos>\ntext    ⟦1+1=2, 1+2=3, 1+3⟧\n\n"
+        "── 4 of 4: c.jsonl, line 1 ──\n"
+        "prompt  <bos>\ntext    ⟦=4<eos>⟧\n\n"
+        "Rows: 3 read (1 dialogue, 1 text with masked spans, 1 text).\n"
+        "1 examples are texts that are longer than the maximum and became several.\n"
+    )
+
+
+KINDS = [
+    ("preference", "prompt    <bos>q\nchosen    ⟦a<eos>⟧\nrejected  ⟦b<eos>⟧"),
+    ("unpaired_preference", "prompt     <bos>q\ndesirable  ⟦a<eos>⟧"),
+    ("prompt_completion", "prompt      <bos>q\ncompletion  ⟦a<eos>⟧"),
+]
+
+
+@pytest.mark.parametrize(("kind", "first"), KINDS)
+def test_preferences_as_another_kind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, first: str
+) -> None:
+    file = write_rows(tmp_path / "a.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}])
+    assert preview(capsys, "--data", file, "--kind", kind).partition("──\n")[2].startswith(first + "\n\n")
+
+
+def test_rows_that_are_too_long_or_bad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": "q" * 9, "completion": "a"}, {"prompt": "q", "completion": "b"}, {"prompt": "q"}]
+    options = ("--data", write_rows(tmp_path / "a.jsonl", rows), "--on-bad-row", "skip", "--max-length", 8)
+    assert "Left out of 2 examples: 1 longer than the maximum." in preview(
+        capsys, *options, "--on-long", "drop"
+    )
+    refused = preview(capsys, *options, "--on-long", "error")
+    assert "1 rows could not be tokenized; the first: a.jsonl, line 1: a row should have at most 8" in refused
+    assert "prompt      <bos>qqq\n" in preview(capsys, *options, "--max-prompt-length", 4)
+
+
 def test_characters_and_white_space_at_the_borders_of_scored_parts() -> None:
     text = list("é ".encode())
     example = TokenizedExample(
@@ -86,6 +133,15 @@ def test_characters_and_white_space_at_the_borders_of_scored_parts() -> None:
         (
             ["--data", "a.jsonl", "--chat-template-kwargs", "{}"],
             "template_arguments needs a Hugging Face tokenizer",
+        ),
+        (["--data", "a.jsonl", "--max-length", "3"], "--max-length should be an integer of at least 8"),
+        (
+            ["--data", "a.jsonl", "--max-prompt-length", "512"],
+            "--max-prompt-length should be an integer from 1",
+        ),
+        (
+            ["--data", "a.jsonl", "--kind", "language_modeling"],
+            "a row should have 'text' (language_modeling)",
         ),
         (["--data", "a.jsonl", "--tokenizer", "/no/where"], "the tokenizer should be a folder"),
     ],

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dpo_wrapper.data import Example, PreferenceDataset, TokenizedExample, Tokenizer, encode
+from dpo_wrapper.data.options import TokenizeOptions
 
 
 def pairs(count: int = 7, seed: int = 0) -> list[TokenizedExample]:
@@ -26,7 +27,9 @@ def dataset(examples: list[TokenizedExample] | None = None) -> PreferenceDataset
 
 
 def tokenize_example(example: Example, tokenizer: Tokenizer, max_length: int) -> TokenizedExample:
-    return encode.tokenize_example(example, tokenizer, max_length).example
+    row = encode.fit_row(example, tokenizer, TokenizeOptions(max_length=max_length))
+    (tokenized,) = row.examples
+    return tokenized
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:

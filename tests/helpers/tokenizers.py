@@ -1,7 +1,11 @@
 """Tiny Hugging Face tokenizers, saved to a folder as real ones are, for the tests of `dpo_wrapper.data`."""
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+from dpo_wrapper.data import ByteTokenizer, Message
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -78,3 +82,12 @@ def save_tokenizer(
 def encode_completion(tokenizer, prompt, completion):
     """The ids of one completion of a prompt."""
     return tokenizer.encode_example(prompt, [completion]).completions[0]
+
+
+class NoBos(ByteTokenizer):
+    """Bytes without a BOS; the prompt '' has no token at all."""
+
+    bos_id = None  # type: ignore[assignment]
+
+    def encode_prompt(self, prompt: str | tuple[Message, ...], tools: Sequence[Any] = ()) -> list[int]:
+        return super().encode_prompt(prompt, tools)[1:]

@@ -68,6 +68,28 @@ def test_plain_prompts_and_the_options_of_the_template(tmp_path, small_model):
     assert decode(set_up_training(other).splits.train[0].prompt) == "Hi[0+0?]"
 
 
+def test_long_rows_and_the_kind_of_rows(tmp_path):
+    long = {"prompt": "1" * 40, "chosen": "2", "rejected": "3"}
+    data = write_rows(tmp_path / "a.jsonl", [long, *PAIRS])
+    options = {"max_length": 32, "eval_fraction": 0.0}
+    cut = set_up_training(make_config(data, tmp_path / "out", max_prompt_length=3, **options))
+    assert max(len(example.prompt) for example in cut.splits.train) == 3 and len(cut.splits.train) == 9
+    fitting = make_config(data, tmp_path / "out", on_long="drop", kind="preference", **options)
+    dropped = set_up_training(fitting)
+    assert len(dropped.splits.train) == 8
+    assert any("Left out of 9 examples: 1 longer than the maximum." in note for note in dropped.notes)
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: a row should have at most 32 tokens"):
+        set_up_training(make_config(data, tmp_path / "out", on_long="error", **options))
+    skipped = make_config(data, tmp_path / "out", on_long="error", on_bad_row="skip", **options)
+    assert len(set_up_training(skipped).splits.train) == 8
+    problem = "--kind should be what --loss learns from, preference, but it is prompt_completion: leave"
+    with pytest.raises(ValueError, match=problem):
+        set_up_training(make_config(data, tmp_path / "out", kind="prompt_completion", **options))
+    for name, value in (("kind", "pairs"), ("on_bad_row", "warn"), ("as_chat", "yes"), ("on_long", "split")):
+        with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} should be .*'{value}': choose"):
+            make_config(data, tmp_path / "out", **{name: value})
+
+
 def test_the_date_of_a_template_is_that_of_the_first_day(tmp_path, small_model, monkeypatch):
     class Later(date):
         @classmethod

@@ -5,7 +5,7 @@ import torch
 
 from dpo_wrapper.batches import normalize_over_step
 from dpo_wrapper.data import TokenizedExample
-from dpo_wrapper.data.collate import collate_sft
+from dpo_wrapper.data.collate import as_document, collate_sft
 from dpo_wrapper.scoring import token_log_probs as scoring
 from dpo_wrapper.training.stages import SFTModule
 from helpers.models import ZOO
@@ -26,7 +26,7 @@ def test_supervised_tokens_are_groups_of_their_own_below_a_system_prompt(monkeyp
     module = SFTModule(ZOO["xt-rotary"](0)).train()
     module.scorer.share_prefix = share_prefix
     examples = [TokenizedExample((*system, k), ((k, 3), (4,))) for k in range(9, 13)]
-    (batch,) = normalize_over_step([collate_sft(examples)])
+    (batch,) = normalize_over_step([collate_sft([*map(as_document, examples)])])
     loss = module(batch)
     groups = given[-1].groups
     num_entries = 7 + 4 * 3 if share_prefix else 4 * 10
@@ -43,7 +43,7 @@ def test_supervised_tokens_are_groups_of_their_own_below_a_system_prompt(monkeyp
 
 def test_supervised_training_balances_experts_where_the_model_asks_for_it():
     make = hf("Mixtral", output_router_logits=True, router_aux_loss_coef=0.5, num_local_experts=3)
-    examples = [TokenizedExample((1, 2, k), ((k, 3, 4),)) for k in range(9, 13)]
+    examples = [TokenizedExample((), ((1, 2, k, k, 3, 4),)) for k in range(9, 13)]
     parts = normalize_over_step([collate_sft(examples[:1]), collate_sft(examples[1:])])
     module, plain = SFTModule(make(0)).train(), SFTModule(make(0), router_aux_loss_coef=0.0).train()
     for part, share in zip(parts, (0.25, 0.75), strict=True):
