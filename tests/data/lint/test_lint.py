@@ -3,7 +3,6 @@
 import json
 import random
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,8 @@ from dpo_wrapper.data import Example, Message, TokenizedExample, read_examples
 from dpo_wrapper.data.lint import find_problems, format_findings, measure_rows
 from dpo_wrapper.data.lint.findings import MIN_ROWS
 from helpers.lint_rows import find, is_problem, label_rows, make_pairs, measure, pick, tokenize, write_words
+from helpers.runs import BUNDLED
 
-BUNDLED = Path(__file__).parents[2] / "examples" / "data" / "preferences.jsonl"
 PAIRS = make_pairs(200)
 FEATURES = measure(PAIRS)
 

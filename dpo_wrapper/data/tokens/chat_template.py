@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import date
 from typing import Any
 
-from dpo_wrapper.data.messages import REASONING_KEYS, Message, Turns, iterate_texts, json_or_text
+from dpo_wrapper.data.rows.messages import REASONING_KEYS, Message, Turns, iterate_texts, json_or_text
 
 MARK = "\U0010fffd"
 """Stands inside what would be a control token if the template and not a message had written it."""

@@ -9,11 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dpo_wrapper.data.chat_template import ChatTemplate
-from dpo_wrapper.data.dialogue_text import DialogueWriter
-from dpo_wrapper.data.encoded import EncodedExample, Score, mask_tokens
-from dpo_wrapper.data.literal_text import LiteralEncoder
-from dpo_wrapper.data.messages import Message, Turns, answer_turns
+from dpo_wrapper.data.rows.messages import Message, Turns, answer_turns
+from dpo_wrapper.data.tokens.chat_template import ChatTemplate
+from dpo_wrapper.data.tokens.dialogue_text import DialogueWriter
+from dpo_wrapper.data.tokens.encoded import EncodedExample, Score, mask_tokens
+from dpo_wrapper.data.tokens.literal_text import LiteralEncoder
 
 _TEXT_ROLES = {"user": "Human", "assistant": "Assistant", "tool": "Tool"}
 
@@ -278,6 +278,10 @@ class HuggingFaceTokenizer:
         template = [self.template.source, self.template.arguments]
         identity = {"model": model, "specials": [self.bos_id, self.eos_id, self.pad_id], "template": template}
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    def template_fingerprint(self) -> str:
+        template = json.dumps([self.template.source, self.template.arguments], sort_keys=True)
+        return hashlib.sha256(template.encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
         own = self.tokenizer.chat_template

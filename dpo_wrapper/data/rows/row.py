@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dpo_wrapper.data.errors import ExampleError, describe_value
-from dpo_wrapper.data.messages import json_or_text
+from dpo_wrapper.data.rows.messages import json_or_text
 
 
 class Row(Mapping[str, Any]):

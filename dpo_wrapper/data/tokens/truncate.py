@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from dpo_wrapper.data.encoded import EncodedExample
-from dpo_wrapper.data.tokenizers import Tokenizer
+from dpo_wrapper.data.tokens.encoded import EncodedExample
+from dpo_wrapper.data.tokens.tokenizers import Tokenizer
 
 REPLACEMENT = "\ufffd"
 """What half a character is decoded to."""

@@ -4,13 +4,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from dpo_wrapper.data.encoded import EncodedExample, Score
 from dpo_wrapper.data.errors import OnError, check_on_error, collect_errors
 from dpo_wrapper.data.examples import Example, TokenIds, TokenizedExample, TokenizedExamples
-from dpo_wrapper.data.messages import Message
-from dpo_wrapper.data.options import OnLong, TokenizeOptions
-from dpo_wrapper.data.tokenizers import Tokenizer
-from dpo_wrapper.data.truncate import cut_completions, cut_prompt, split_text
+from dpo_wrapper.data.rows.messages import Message
+from dpo_wrapper.data.tokens.encoded import EncodedExample, Score
+from dpo_wrapper.data.tokens.options import OnLong, TokenizeOptions
+from dpo_wrapper.data.tokens.tokenizers import Tokenizer
+from dpo_wrapper.data.tokens.truncate import cut_completions, cut_prompt, split_text
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,15 @@ def tokenize_examples(
     check_on_error(on_error)
     result = TokenizedExamples([])
     counts: Counter[str] = Counter()
-    for example in examples:
+    for number, example in enumerate(examples):
         with collect_errors(result.errors, on_error, example.source):
             row = tokenize_row(example, tokenizer, options)
             result.examples.extend(row.examples)
+            result.origins.extend([number] * len(row.examples))
             counts.update(row.counts)
-    return TokenizedExamples(result.examples, errors=result.errors, **counts)
+    return TokenizedExamples(
+        result.examples, errors=result.errors, origins=result.origins, **dict[str, int](counts)
+    )
 
 
 def tokenize_row(example: Example, tokenizer: Tokenizer, options: TokenizeOptions) -> TokenizedRow:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from dpo_wrapper.data import Example, Fields, convert_examples, to_example
-from dpo_wrapper.data.row import Row
+from dpo_wrapper.data.rows.row import Row
 
 ASK = [{"role": "user", "content": "Snow?"}]
 TEXTS = ["Blue.", "White.", "Grey."]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from dpo_wrapper.data.encoded import Score
+from dpo_wrapper.data.tokens.encoded import Score
 
 OnLong = Literal["cut", "drop", "error"]
 """What becomes of a sequence that is longer than the maximum."""

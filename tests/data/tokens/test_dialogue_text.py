@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_wrapper.data.dialogue_text import DialogueText, common_prefix
+from dpo_wrapper.data.tokens.dialogue_text import DialogueText, common_prefix
 
 
 @given(st.text("ab", max_size=9), st.text("ab", max_size=9), st.text("abc", max_size=9))

@@ -3,12 +3,18 @@
 from dataclasses import replace
 from typing import Any
 
-from dpo_wrapper.data.comparison import Comparison, UndesirableRowError
 from dpo_wrapper.data.errors import ExampleError, describe_value, missing_field_error, quote_keys
 from dpo_wrapper.data.examples import Example, Kind
-from dpo_wrapper.data.forms import COMPLETION_NAMES, DIALOGUE_NAMES, NO_SIDE, find_comparison, one_completion
-from dpo_wrapper.data.messages import check_unicode, parse_messages, parse_messages_text
-from dpo_wrapper.data.row import Row
+from dpo_wrapper.data.rows.comparison import Comparison, UndesirableRowError
+from dpo_wrapper.data.rows.forms import (
+    COMPLETION_NAMES,
+    DIALOGUE_NAMES,
+    NO_SIDE,
+    find_comparison,
+    one_completion,
+)
+from dpo_wrapper.data.rows.messages import check_unicode, parse_messages, parse_messages_text
+from dpo_wrapper.data.rows.row import Row
 
 SPANS = "loss_masking_spans"
 

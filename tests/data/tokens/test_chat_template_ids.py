@@ -99,7 +99,7 @@ def test_ids_are_those_of_the_template(template: str, name: str) -> None:
 
 
 def as_arguments(prompt: list[Any], tools: list[Any]) -> tuple[Any, Any]:
-    from dpo_wrapper.data.messages import parse_messages
+    from dpo_wrapper.data.rows.messages import parse_messages
 
     return parse_messages(prompt, "prompt"), tools
 

@@ -7,7 +7,7 @@ from itertools import takewhile
 from typing import Any
 
 from dpo_wrapper.data.errors import ExampleError, describe_value, missing_field_error
-from dpo_wrapper.data.messages import Message, Turns, parse_messages
+from dpo_wrapper.data.rows.messages import Message, Turns, parse_messages
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 NO_PROMPT = "add 'prompt', say which field holds the prompt, or that there is none with --columns prompt="

@@ -6,9 +6,9 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from dpo_wrapper.data.chat_template import ChatTemplate, missing_part
-from dpo_wrapper.data.encoded import Score
-from dpo_wrapper.data.messages import Message, Turns, join_answer
+from dpo_wrapper.data.rows.messages import Message, Turns, join_answer
+from dpo_wrapper.data.tokens.chat_template import ChatTemplate, missing_part
+from dpo_wrapper.data.tokens.encoded import Score
 
 Write = Callable[[Turns, Sequence[Any]], str]
 

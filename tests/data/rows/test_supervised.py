@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_wrapper.data import Example, ExampleError, Fields, Message, read_examples, to_example
-from dpo_wrapper.data.comparison import TiedRowError, UndesirableRowError
+from dpo_wrapper.data.rows.comparison import TiedRowError, UndesirableRowError
 from helpers.bad_rows import ALONE, ROWS
 from helpers.datasets import write_rows
 

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dpo_wrapper.data.comparison import Comparison
-from dpo_wrapper.data.dialogues import Completion, Prompt, parse_dialogues, parse_texts
 from dpo_wrapper.data.errors import ExampleError, describe_value, missing_field_error
 from dpo_wrapper.data.examples import DEFAULT_FIELDS, Example, Fields, Kind
-from dpo_wrapper.data.forms import COLUMNS, PROMPT_FIELDS
-from dpo_wrapper.data.messages import (
+from dpo_wrapper.data.rows.comparison import Comparison
+from dpo_wrapper.data.rows.dialogues import Completion, Prompt, parse_dialogues, parse_texts
+from dpo_wrapper.data.rows.forms import COLUMNS, PROMPT_FIELDS
+from dpo_wrapper.data.rows.messages import (
     Message,
     Turns,
     check_unicode,
@@ -16,8 +16,8 @@ from dpo_wrapper.data.messages import (
     parse_messages,
     parse_messages_text,
 )
-from dpo_wrapper.data.row import Row
-from dpo_wrapper.data.supervised import find_form, parse_spans, parse_text, to_prompt_completion
+from dpo_wrapper.data.rows.row import Row
+from dpo_wrapper.data.rows.supervised import find_form, parse_spans, parse_text, to_prompt_completion
 
 MEDIA_FIELDS = ("images", "image", "videos", "video", "audios", "audio")
 EXTRA_FIELDS = ("input", "system", "system_prompt", "history", "tools")

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from dpo_wrapper.data import Example, Fields, Message, to_example
-from dpo_wrapper.data.forms import TiedRowError
-from dpo_wrapper.data.row import Row
+from dpo_wrapper.data.rows.forms import TiedRowError
+from dpo_wrapper.data.rows.row import Row
 
 
 def user(text: Any, **extras: Any) -> dict[str, Any]:

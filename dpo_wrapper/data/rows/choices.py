@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from dpo_wrapper.data.comparison import Comparison, TiedRowError, parse_label, parse_score
 from dpo_wrapper.data.errors import ExampleError, describe_value
-from dpo_wrapper.data.messages import json_or_text
-from dpo_wrapper.data.row import Row
+from dpo_wrapper.data.rows.comparison import Comparison, TiedRowError, parse_label, parse_score
+from dpo_wrapper.data.rows.messages import json_or_text
+from dpo_wrapper.data.rows.row import Row
 
 SIDE_NAMES = [
     ("response_1", "response_2"), ("response1", "response2"), ("response_0", "response_1"),

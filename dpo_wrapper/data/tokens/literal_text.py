@@ -7,7 +7,7 @@ from functools import cached_property
 from itertools import chain, pairwise
 from typing import Any
 
-from dpo_wrapper.data.chat_template import MARK
+from dpo_wrapper.data.tokens.chat_template import MARK
 
 _QUOTE = "\U0010fffc"  # begins and ends the other spelling of a special token
 

@@ -7,12 +7,28 @@ from typing import Any
 from dpo_wrapper.data.errors import ExampleError, describe_value
 
 
-class TiedRowError(Exception):
+class LeftOutError(Exception):
+    """A row that can be read and teaches nothing; `count` is its name among what `ReadExamples` counts."""
+
+    count = ""
+
+
+class TiedRowError(LeftOutError):
     """A row none of whose completions is better than another: there is nothing to learn from."""
 
+    count = "num_tied"
 
-class UndesirableRowError(Exception):
+    def __str__(self) -> str:
+        return "no completion is better than another"
+
+
+class UndesirableRowError(LeftOutError):
     """A row whose only completion is undesirable: there is nothing to imitate."""
+
+    count = "num_undesirable"
+
+    def __str__(self) -> str:
+        return "its completion is undesirable, so not to be imitated"
 
 
 @dataclass(frozen=True)

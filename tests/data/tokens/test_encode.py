@@ -17,8 +17,8 @@ from dpo_wrapper.data import (
     TokenizedExamples,
     tokenize_examples,
 )
-from dpo_wrapper.data.encode import tokenize_row
-from dpo_wrapper.data.options import TokenizeOptions
+from dpo_wrapper.data.tokens.encode import tokenize_row
+from dpo_wrapper.data.tokens.options import TokenizeOptions
 from helpers import tokenizers as tiny
 from helpers.datasets import tokenize_example
 from helpers.tokenizers import NoBos

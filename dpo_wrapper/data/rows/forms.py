@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpo_wrapper.data.choices import CHOICE_NAMES, SIDE_NAMES, find_choice
-from dpo_wrapper.data.comparison import Comparison, TiedRowError, parse_label, parse_score
 from dpo_wrapper.data.errors import ExampleError, describe_value, missing_field_error, quote_keys
-from dpo_wrapper.data.messages import json_or_text, parse_messages_text
-from dpo_wrapper.data.row import Row
+from dpo_wrapper.data.rows.choices import CHOICE_NAMES, SIDE_NAMES, find_choice
+from dpo_wrapper.data.rows.comparison import Comparison, TiedRowError, parse_label, parse_score
+from dpo_wrapper.data.rows.messages import json_or_text, parse_messages_text
+from dpo_wrapper.data.rows.row import Row
 
 SCORE_NAMES = ("scores", "score", "ratings", "rating", "overall_score", "rewards", "reward")
 RANK_NAMES = ("ranks", "rank", "ranking")

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_wrapper.data import ByteTokenizer, Example, HuggingFaceTokenizer, TokenizedExample, tokenize_examples
-from dpo_wrapper.data.encode import TokenizedRow, tokenize_row
-from dpo_wrapper.data.options import TokenizeOptions
+from dpo_wrapper.data.tokens.encode import TokenizedRow, tokenize_row
+from dpo_wrapper.data.tokens.options import TokenizeOptions
 from helpers.tokenizer_kinds import CHATML, KINDS, make_tokenizer
 from helpers.tokenizers import NoBos
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_wrapper.data import HuggingFaceTokenizer, Message
-from dpo_wrapper.data.literal_text import MAX_PARTS
+from dpo_wrapper.data.tokens.literal_text import MAX_PARTS
 from helpers import tokenizers as tiny
 from helpers.tokenizer_kinds import CHATML, KINDS, LLAMA_2, ZEPHYR, make_tokenizer
 

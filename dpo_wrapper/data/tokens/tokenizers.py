@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from dpo_wrapper.data.encoded import EncodedExample, Score, mask_tokens
-from dpo_wrapper.data.hugging_face_tokenizer import HuggingFaceTokenizer
-from dpo_wrapper.data.messages import Message, Turns, answer_turns
+from dpo_wrapper.data.rows.messages import Message, Turns, answer_turns
+from dpo_wrapper.data.tokens.encoded import EncodedExample, Score, mask_tokens
+from dpo_wrapper.data.tokens.hugging_face_tokenizer import HuggingFaceTokenizer
 
 _BYTES_FILE = "byte_tokenizer.json"
 
@@ -71,6 +71,9 @@ class Tokenizer(Protocol):
 
     def fingerprint(self) -> str:
         """A sha256 over all that determines the ids, the same in every process."""
+
+    def template_fingerprint(self) -> str:
+        """A sha256 over the chat template, if any, and what it is called with, but for the date."""
 
     def save(self, folder: str | Path) -> None:
         """Write what `load_tokenizer(folder)` reads."""
@@ -157,6 +160,9 @@ class ByteTokenizer:
 
     def fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode()).hexdigest()
+
+    def template_fingerprint(self) -> str:
+        return hashlib.sha256(b"").hexdigest()
 
     def save(self, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)

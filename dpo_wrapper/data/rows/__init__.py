@@ -1,0 +1,1 @@
+"""A record of any form -> `Example`."""

@@ -1,0 +1,1 @@
+"""Examples -> token ids: tokenizers, chat templates, and what is too long."""
