@@ -6,21 +6,22 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
-    from dpo_wrapper.data.preview import PrepareConfig
+    from dpo_wrapper.data.prepare.config import PrepareConfig
     from dpo_wrapper.training.config import TrainConfig
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run one command.
 
-    The exit status is 0 on success. It is 2 for bad input and 1 for a run that cannot go on, each with one
-    sentence on standard error, and 128 plus the number of the signal that stopped a run: 130 for Ctrl-C.
+    The exit status is 0 on success, and 3 if `prepare --strict` finds problems. It is 2 for bad input and 1
+    for a run that cannot go on, each with one sentence on standard error, and 128 plus the number of the
+    signal that stopped a run: 130 for Ctrl-C.
     """
     try:
         import tyro
     except ImportError:
         exit_with_error("the command line needs tyro, which is missing: pip install 'dpo-wrapper[train]'.")
-    from dpo_wrapper.data.preview import PrepareConfig
+    from dpo_wrapper.data.prepare.config import PrepareConfig
     from dpo_wrapper.training.config import TrainConfig
 
     try:
@@ -40,10 +41,17 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def prepare(config: "PrepareConfig") -> None:
+    from dpo_wrapper.data.prepare.run import prepare_and_report
     from dpo_wrapper.data.preview import preview_data
 
     try:
-        preview_data(config)
+        if config.out is None:
+            preview_data(config)
+        elif prepare_and_report(config) and config.strict:
+            sys.exit(3)
+    except KeyboardInterrupt:
+        sentence = "the preparation was interrupted; the same command goes on with it"
+        exit_with_error(f"{sentence}.", status=128 + signal.SIGINT)
     except (ValueError, TypeError, OSError, ImportError) as error:
         exit_with_error(error)
 

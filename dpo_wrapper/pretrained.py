@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpo_wrapper.data.tokenizers import Tokenizer, load_tokenizer
+from dpo_wrapper.data.tokens.tokenizers import Tokenizer, load_tokenizer
 from dpo_wrapper.models import language_model
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"

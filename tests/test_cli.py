@@ -125,7 +125,7 @@ BAD = {
     "too short": (
         {"d.jsonl": GOOD},
         ["--data", "d.jsonl", "--max-length", "4"],
-        "--max-length should be at least 8",
+        "--max-length should be an integer of at least 8",
     ),
     "precision": ({"d.jsonl": GOOD}, ["--data", "d.jsonl", "--precision", "int8"], "--precision.*bf16"),
     "unknown loss": (

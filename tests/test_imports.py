@@ -35,12 +35,12 @@ ALLOWED = {
     "dpo": f"validation {CORE}",
     # 4. files and models by name
     "data": "validation batches",
-    "pretrained": "validation models data.tokenizers",
+    "pretrained": "validation models data.tokens.tokenizers",
     # 5. commands
     "training": f"validation {CORE} dpo data pretrained evaluation",
     "evaluation": "dpo data metrics",
     "export": "pretrained",
-    "cli": "data.preview training evaluation export",
+    "cli": "data.prepare data.preview training evaluation export",
     "__main__": "cli",
     "__init__": f"{CORE} dpo data",
 }

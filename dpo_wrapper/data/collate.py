@@ -64,19 +64,34 @@ def _group_by_padded_tokens(examples: Examples, max_tokens: int) -> list[list[in
     return groups
 
 
-def add_kl_completions(examples: Examples, max_length: int, seed: int = 0) -> list[TokenizedExample]:
-    """Give each labelled example the completion of another prompt, by which `KTO` estimates its KL.
+class KLExamples(Sequence[TokenizedExample]):
+    """Labelled examples, each with the completion of another prompt, by which `KTO` estimates its KL.
 
-    Prompt and KL completion have at most `max_length` tokens together.
+    Prompt and KL completion have at most `max_length` tokens together. A prompt that more than half of all
+    examples have may find no other.
     """
-    completed = list(examples)
-    labelled = [k for k, example in enumerate(examples) if example.label is not None]
-    partner_indices = kl_partner_indices([examples[k].prompt for k in labelled], seed)
-    for k, partner in zip(labelled, partner_indices, strict=True):
-        if partner is not None:
-            ids = examples[labelled[partner]].completions[0][: max_length - len(examples[k].prompt)]
-            completed[k] = replace(examples[k], kl_completion=ids)
-    return completed
+
+    def __init__(self, examples: Examples, max_length: int, seed: int = 0) -> None:
+        self.examples, self.max_length = examples, max_length
+        self.partner_indices = kl_partner_indices([example.prompt for example in examples], seed)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[k] for k in range(*index.indices(len(self)))]
+        example, partner = self.examples[index], self.partner_indices[index]
+        if partner is None:
+            return example
+        ids = self.examples[partner].completions[0][: self.max_length - len(example.prompt)]
+        return replace(example, kl_completion=ids)
+
+
+def add_kl_completions(examples: Examples, max_length: int, seed: int = 0) -> Examples:
+    """`KLExamples` of examples with a label; the same examples if they have none."""
+    has_labels = len(examples) > 0 and examples[0].label is not None
+    return KLExamples(examples, max_length, seed) if has_labels else examples
 
 
 def scored_sequences(
@@ -139,14 +154,6 @@ def collate_sft(examples: Examples, tree_options: TreeOptions | None = None) -> 
     scored = [example.scored_or_none[0] for example in examples]
     sequences = ScoredSequences.from_lists(prompts, completions, scored)
     return SFTBatch(sequences.prebuild_tree(tree_options))
-
-
-def as_document(example: TokenizedExample) -> TokenizedExample:
-    """Prompt and best completion of a preference as one document, all of whose tokens are scored."""
-    ids = example.prompt + (example.sft_completion or ())
-    return TokenizedExample(
-        (), (ids,), weight=example.weight, source=example.source, is_document=True, is_cut=example.is_cut
-    )
 
 
 COLLATE_FNS: dict[DatasetType, Callable[..., Any]] = {

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from dpo_wrapper.data.encoded import Score
 from dpo_wrapper.data.errors import OnError
 from dpo_wrapper.data.examples import DatasetType, Fields
-from dpo_wrapper.data.options import OnLong, TokenizeOptions
+from dpo_wrapper.data.tokens.encoded import Score
+from dpo_wrapper.data.tokens.options import OnLong, TokenizeOptions
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "kind": (None, *get_args(DatasetType)),

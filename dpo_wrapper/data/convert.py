@@ -5,7 +5,15 @@ from dataclasses import replace
 from itertools import combinations
 
 from dpo_wrapper.data.errors import ExampleError, OnError, check_on_error, collect_errors
-from dpo_wrapper.data.examples import DatasetType, Example, Ranking
+from dpo_wrapper.data.examples import (
+    PREFERENCE_TYPES,
+    DatasetType,
+    Example,
+    Kind,
+    Ranking,
+    TokenizedExample,
+)
+from dpo_wrapper.data.readers import ReadExamples
 
 
 def convert_examples(
@@ -41,10 +49,17 @@ def convert_examples(
     return converted, errors
 
 
-def check_ranking(ranking: Ranking | None, dataset_type: DatasetType, examples: Iterable[Example]) -> None:
-    """Refuse a ranking that has no effect."""
-    is_used = dataset_type == "preference" and any(len(example.completions) > 2 for example in examples)
-    if ranking is not None and not is_used:
+def convert_read(read: ReadExamples, kind: Kind | None, on_error: OnError) -> ReadExamples:
+    """What was read, converted to `kind` if that is a type of preferences."""
+    if kind is None or kind not in PREFERENCE_TYPES:
+        return read
+    examples, errors = convert_examples(read.examples, kind, on_error=on_error)
+    return replace(read, examples=examples, errors=[*read.errors, *errors])
+
+
+def check_ranking(ranking: Ranking | None, dataset_type: DatasetType, has_lists: bool) -> None:
+    """Refuse a ranking that has no effect; `has_lists` is whether a row has more than two completions."""
+    if ranking is not None and not (dataset_type == "preference" and has_lists):
         reason = "no row has more than two completions"
         if dataset_type != "preference":
             reason = f"the loss takes {dataset_type} data"
@@ -52,29 +67,37 @@ def check_ranking(ranking: Ranking | None, dataset_type: DatasetType, examples: 
         raise ValueError(f"{problem}: leave the ranking out.")
 
 
-def _convert(example: Example, dataset_type: DatasetType, ranking: Ranking) -> list[Example]:
+Choice = tuple[tuple[int, ...], bool | None]
+"""Indices of completions, and a label if there is but one."""
+
+
+def choose_completions(
+    example: Example | TokenizedExample, dataset_type: DatasetType, ranking: Ranking = "all"
+) -> list[Choice]:
+    """The completions of each example that an example becomes for a loss; ExampleError if it becomes none."""
     count = len(example.completions)
     if example.margin is not None and (dataset_type != "preference" or count != 2):
         problem = f"the margin should be that of a pair, but it is {example.margin} for other data"
         raise ExampleError(f"{problem}: leave it out, or write pairs and take a loss of pairs.")
     if dataset_type == "unpaired_preference":
         if example.label is not None:
-            return [example]
+            return [((0,), example.label)]
         if count != 2:
             problem = f"a row should have one completion with a label, but it has a ranked list of {count}"
             raise ExampleError(f"{problem}: give each a label, or take a loss of lists or pairs.")
-        sides = zip(example.completions, (True, False), strict=True)
-        return [replace(example, completions=(text,), label=label) for text, label in sides]
+        return [((0,), True), ((1,), False)]
     if example.label is not None:
         problem = "a row should have two completions or more, but it has one with a label"
         raise ExampleError(f"{problem}: write pairs or ranked lists, or take a loss such as KTO.")
     ranks = example.ranks or tuple(range(count))
     if dataset_type == "ranked":
-        first = [k for k in range(count) if ranks[k] not in ranks[:k]]
-        return [replace(example, completions=tuple(example.completions[k] for k in first), ranks=None)]
+        return [(tuple(k for k in range(count) if ranks[k] not in ranks[:k]), None)]
     pairs = list(combinations(range(count), 2))[: None if ranking == "all" else count - 1]
+    return [(pair, None) for pair in pairs if ranks[pair[0]] != ranks[pair[1]]]
+
+
+def _convert(example: Example, dataset_type: DatasetType, ranking: Ranking) -> list[Example]:
     return [
-        replace(example, completions=(example.completions[one], example.completions[other]), ranks=None)
-        for one, other in pairs
-        if ranks[one] != ranks[other]
+        replace(example, completions=tuple(example.completions[k] for k in chosen), label=label, ranks=None)
+        for chosen, label in choose_completions(example, dataset_type, ranking)
     ]

@@ -9,12 +9,12 @@ import torch
 from torch.utils.data import Dataset
 
 from dpo_wrapper.data.convert import convert_examples
-from dpo_wrapper.data.encode import tokenize_examples
-from dpo_wrapper.data.encoded import Score
 from dpo_wrapper.data.errors import OnError, collect_errors
 from dpo_wrapper.data.examples import DEFAULT_FIELDS, Fields, TokenizedExample, TokenizedExamples
 from dpo_wrapper.data.readers import PathLike, read_examples
-from dpo_wrapper.data.tokenizers import Tokenizer, load_tokenizer
+from dpo_wrapper.data.tokens.encode import tokenize_examples
+from dpo_wrapper.data.tokens.encoded import Score
+from dpo_wrapper.data.tokens.tokenizers import Tokenizer, load_tokenizer
 
 
 class PreferenceDataset(Dataset[dict[str, Any]]):

@@ -1,15 +1,17 @@
 """The types that data passes through: an example as text, and an example as token ids."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from dpo_wrapper.data.dialogues import Completion
 from dpo_wrapper.data.errors import ExampleError, describe_value
-from dpo_wrapper.data.messages import Turns
+from dpo_wrapper.data.rows.dialogues import Completion
+from dpo_wrapper.data.rows.messages import Turns
 
 DatasetType = Literal["preference", "ranked", "unpaired_preference", "prompt_completion", "language_modeling"]
 """How sequences meet in a loss: pairs, ranked lists, completions with a label, completions to imitate, and
 documents (TRL's words)."""
+
+DATASET_TYPES: tuple[DatasetType, ...] = get_args(DatasetType)
 
 PREFERENCE_TYPES: tuple[DatasetType, ...] = ("preference", "ranked", "unpaired_preference")
 """The dataset types that preference training learns from."""
@@ -181,6 +183,13 @@ class TokenizedExample:
         """The completion that supervised training learns, the best one; None if it is undesirable."""
         return None if self.label is False else self.completions[0]
 
+    def as_document(self) -> "TokenizedExample":
+        """Prompt and best completion as one document, all of whose tokens are scored."""
+        ids = self.prompt + self.completions[0]
+        return TokenizedExample(
+            (), (ids,), weight=self.weight, source=self.source, is_document=True, is_cut=self.is_cut
+        )
+
     @property
     def sequences(self) -> list[tuple[TokenIds, TokenIds, tuple[bool, ...] | None]]:
         """The prompt with each completion, and with the KL completion if there is one, and their `scored`."""
@@ -198,6 +207,7 @@ class TokenizedExamples:
         num_unscored: examples left out because a completion has no scored token; a list needs two that have.
         num_dropped: examples left out because they are longer than the maximum.
         num_split: texts that are longer than the maximum and became several examples.
+        origins: index of the `Example` that each of `examples` was made of.
         errors: of the examples that were skipped.
         num_continued: examples in which a token of the whole text would span the border, so that completions
             were tokenized as what follows the prompt's own ids.
@@ -219,6 +229,7 @@ class TokenizedExamples:
     num_template_text: int = 0
     num_dropped: int = 0
     num_split: int = 0
+    origins: list[int] = field(default_factory=list, compare=False)
 
     def summary(self) -> str:
         """One sentence on what was left out or shortened; empty if nothing was."""

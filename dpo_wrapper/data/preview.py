@@ -1,33 +1,19 @@
 """`dpo-wrapper prepare --preview N`: examples as they will be trained, and counts of what was read."""
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
 from datetime import date
 from itertools import groupby
 from typing import TypeVar
 
-from dpo_wrapper.data.config import DataConfig
-from dpo_wrapper.data.convert import convert_examples
-from dpo_wrapper.data.encode import tokenize_examples
-from dpo_wrapper.data.examples import PREFERENCE_TYPES, Example, TokenizedExample, TokenizedExamples
+from dpo_wrapper.data.convert import convert_read
+from dpo_wrapper.data.examples import Example, TokenizedExample, TokenizedExamples
+from dpo_wrapper.data.prepare.config import PrepareConfig
 from dpo_wrapper.data.readers import ReadExamples, read_examples
-from dpo_wrapper.data.tokenizers import Tokenizer, load_tokenizer
+from dpo_wrapper.data.tokens.encode import tokenize_examples
+from dpo_wrapper.data.tokens.tokenizers import Tokenizer, load_tokenizer
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrepareConfig(DataConfig):
-    """Show how data will be trained: examples as the model sees them, and counts of what was read."""
-
-    preview: int = 3
-    """Number of examples to show."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.preview < 0:
-            raise ValueError(f"--preview should be 0 or more, but it is {self.preview}.")
 
 
 def preview_data(config: PrepareConfig) -> None:
@@ -40,29 +26,24 @@ def preview_data(config: PrepareConfig) -> None:
     read = read_examples(
         config.data, config.fields, split=config.split, on_error=config.on_error, kind=config.kind or "auto"
     )
-    if config.kind in PREFERENCE_TYPES:
-        examples, errors = convert_examples(read.examples, config.kind, on_error=config.on_error)
-        read = replace(read, examples=examples, errors=[*read.errors, *errors])
+    read = convert_read(read, config.kind, config.on_error)
     tokenized = tokenize_examples(
         read.examples, tokenizer, on_error=config.on_error, **config.tokenize_options
     )
-    is_coloured = sys.stdout.isatty()
-    shown = tokenized.examples[: config.preview]
-    for number, example in enumerate(shown, 1):
-        print(f"── {number} of {len(tokenized.examples):,}: {example.source} ──")
-        print(format_example(example, tokenizer, is_coloured) + "\n")
+    print_examples(tokenized.examples, 3 if config.preview is None else config.preview, tokenizer)
     print(format_counts(read, tokenized))
+
+
+def print_examples(examples: Sequence[TokenizedExample], count: int, tokenizer: Tokenizer) -> None:
+    """Print the first examples, in colour on a terminal."""
+    for number in range(min(count, len(examples))):
+        print(f"── {number + 1} of {len(examples):,}: {examples[number].source} ──")
+        print(format_example(examples[number], tokenizer, sys.stdout.isatty()) + "\n")
 
 
 def format_example(example: TokenizedExample, tokenizer: Tokenizer, is_coloured: bool = False) -> str:
     """A tokenized example as text with its special tokens, scored parts between ⟦ and ⟧."""
     count = len(example.prompt)
-    names = ["chosen", "rejected"] if len(example.completions) == 2 else []
-    if example.label is not None:
-        names = ["desirable" if example.label else "undesirable"]
-    if len(example.completions) == 1 and example.label is None:
-        names = ["text" if example.is_document else "completion"]
-    names = names or [f"rank {k}" for k in range(1, len(example.completions) + 1)]
     masks = example.scored_masks()
     lines = [("prompt", mark_scored(tokenizer, example.prompt, masks[0][:count], (), is_coloured))]
     for name, completion, mask in zip(name_completions(example), example.completions, masks, strict=True):

@@ -3,19 +3,19 @@
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
-from dpo_wrapper.data.comparison import TiedRowError, UndesirableRowError
 from dpo_wrapper.data.errors import ExampleError, OnError, check_on_error, collect_errors, describe_value
 from dpo_wrapper.data.examples import DEFAULT_FIELDS, DatasetType, Example, Fields, Kind, find_family
 from dpo_wrapper.data.files import JSON_LINES, PathLike, Source, find_sources, open_packed
-from dpo_wrapper.data.forms import ROW_KEYS
 from dpo_wrapper.data.json_records import RawLine, Record, read_json, read_raw_lines
-from dpo_wrapper.data.normalize import needed_columns, parse_split, to_example
-from dpo_wrapper.data.row import Row
-from dpo_wrapper.data.supervised import SPANS
+from dpo_wrapper.data.rows.comparison import LeftOutError
+from dpo_wrapper.data.rows.forms import ROW_KEYS
+from dpo_wrapper.data.rows.normalize import needed_columns, parse_split, to_example
+from dpo_wrapper.data.rows.row import Row
+from dpo_wrapper.data.rows.supervised import SPANS
 from dpo_wrapper.data.table_records import read_table
 
 
@@ -54,10 +54,7 @@ class ReadExamples:
         if self.num_undesirable:
             notes.append(f"{self.num_undesirable:,} rows with an undesirable completion are left out.")
         if self.num_ignored_spans:
-            notes.append(
-                f"{self.num_ignored_spans:,} rows have {SPANS}, which are ignored: only a text of "
-                "prompt_completion has them."
-            )
+            notes.append(format_ignored_spans(self.num_ignored_spans))
         if self.unused_columns:
             notes.append("Columns that were not used: " + ", ".join(sorted(self.unused_columns)) + ".")
         if count := sum(example.margin is not None for example in self.examples):
@@ -71,6 +68,10 @@ class ReadExamples:
                 "strip them all."
             )
         return notes
+
+
+def format_ignored_spans(count: int) -> str:
+    return f"{count:,} rows have {SPANS}, which are ignored: only a text of prompt_completion has them."
 
 
 def find_blank_side(examples: Sequence[Example]) -> str | None:
@@ -124,15 +125,21 @@ def read_examples(
     parser = RecordParser(fields, kind, on_error)
     for source in find_sources(paths):
         parser.family, num_before = None, parser.counts["num_rows"]
-        for record, own_split in read_raw_records(source, fields, split):
-            parser.parse(record, own_split)
+        for content, own_split in read_raw_records(source, fields, split):
+            parser.parse(content, own_split)
         if parser.counts["num_rows"] == num_before:
             problem = f"{source.name}: the file should have rows, but it is empty"
             raise ValueError(f"{problem}: add rows or name another.")
-    for name, column in parser.missing.items():
-        problem = f"a column that is named should be in the data, but no row has '{column}' for {name}"
-        raise ValueError(f"{problem}: correct the name, or leave it out.")
+    for name in parser.missing:
+        raise missing_column_error(name, fields)
     return parser.result
+
+
+def missing_column_error(name: str, fields: Fields) -> ValueError:
+    """The error of a column that is named and that no row has."""
+    column = fields.renamed[name]
+    problem = f"a column that is named should be in the data, but no row has '{column}' for {name}"
+    return ValueError(f"{problem}: correct the name, or leave it out.")
 
 
 class RecordParser:
@@ -168,44 +175,47 @@ class RecordParser:
             **dict[str, Any](self.counts),
         )
 
-    def parse(self, record: RawLine | Record, own_split: str | None = None) -> Example | None:
-        """The example of the next record, which has been added to `result`; None if there is none.
+    def parse(self, content: RawLine | Record, own_split: str | None = None) -> None:
+        """Add the example of the next record to `result`, or count why there is none.
 
         Args:
-            record: the record's place and its values, the error of reading it, or a line of JSON.
+            content: the record's place and its values, the error of reading it, or a line that holds it.
             own_split: the split that the record belongs to if it does not say so itself.
 
         Raises:
             ExampleError: the record cannot be used, and `on_error` is 'raise'.
         """
-        self.counts["num_rows"] += 1
-        record = record.parse() if isinstance(record, RawLine) else record
         with collect_errors(self.errors, self.on_error):
-            if isinstance(record, ExampleError):
-                raise record
-            place, values = record
-            row = Row(values, self.fields.renamed, place)
-            if self.missing:
-                self.missing = {n: column for n, column in self.missing.items() if not row.has_column(column)}
             try:
-                example = to_example(row, self.fields, place, self.kind)
-            except TiedRowError:
-                self.counts["num_tied"] += 1
-                return None
-            except UndesirableRowError:
-                self.counts["num_undesirable"] += 1
-                return None
-            self._check_family(example)
-            if own_split is not None and example.split is None:
-                example = replace(example, split=parse_split(own_split, "split"))
-            if not row.has_used(SPANS) and SPANS in row:
-                self.counts["num_ignored_spans"] += 1
-                row.used.add(row.column(SPANS))
-            self.examples.append(example)
-            self.forms[example.form] += 1
-            self.unused_columns.update(row.unused())
-            return example
-        return None
+                self.examples.append(self.to_example(content, own_split))
+            except LeftOutError as error:
+                self.counts[error.count] += 1
+
+    def to_example(self, content: RawLine | Record, own_split: str | None = None) -> Example:
+        """The example of the next record; arguments as for `parse`.
+
+        Raises:
+            ExampleError: the record cannot be used.
+            LeftOutError: it teaches nothing.
+        """
+        self.counts["num_rows"] += 1
+        record = content.parse() if isinstance(content, RawLine) else content
+        if isinstance(record, ExampleError):
+            raise record
+        place, values = record
+        row = Row(values, self.fields.renamed, place)
+        if self.missing:
+            self.missing = {n: column for n, column in self.missing.items() if not row.has_column(column)}
+        example = to_example(row, self.fields, place, self.kind)
+        self._check_family(example)
+        if own_split is not None and example.split is None:
+            example = replace(example, split=parse_split(own_split, "split"))
+        if not row.has_used(SPANS) and SPANS in row:
+            self.counts["num_ignored_spans"] += 1
+            row.used.add(row.column(SPANS))
+        self.forms[example.form] += 1
+        self.unused_columns.update(row.unused())
+        return example
 
     def _check_family(self, example: Example) -> None:
         """The first example says what the others of a file are, where `kind` does not."""
@@ -228,7 +238,7 @@ def check_kind(kind: Any) -> None:
 
 def read_raw_records(
     source: Source, fields: Fields, split: str | None = None
-) -> Iterator[tuple[RawLine | Record, str | None]]:
+) -> Generator[tuple[RawLine | Record, str | None], None, None]:
     """The records of a source, with the split that each belongs to if the source says so.
 
     Lines of JSON are not parsed yet.

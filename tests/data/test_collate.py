@@ -21,7 +21,6 @@ from dpo_wrapper.data import (
 )
 from dpo_wrapper.data.collate import (
     COLLATE_FNS,
-    as_document,
     collate_preference,
     collate_sft,
     collate_unpaired,
@@ -242,7 +241,7 @@ def test_batches_of_every_type() -> None:
     unpaired = collate_unpaired(labelled)
     assert unpaired.label.tolist() == [False, True] and unpaired.weights is None
     assert token_ids(unpaired.kl_sequences) == [([6], [3]), ([], [])]
-    sft = collate_sft([as_document(pairs[0]), as_document(labelled[1])])
+    sft = collate_sft([pairs[0].as_document(), labelled[1].as_document()])
     assert token_ids(sft.sequences) == [([1, 2, 3], [2, 3, 4]), ([1], [2])]
     masked = TokenizedExample((1, 2), ((3, 4, 5),), scored=((False, True, False, True, False),))
     sft = collate_sft([TokenizedExample((6,), ((7, 8),)), TokenizedExample((), ((6, 7, 8),)), masked])

@@ -21,7 +21,7 @@ from dpo_wrapper.data import (
     tokenize_examples,
 )
 from dpo_wrapper.data.collate import COLLATE_FNS, add_kl_completions
-from dpo_wrapper.data.encoded import EncodedExample
+from dpo_wrapper.data.tokens.encoded import EncodedExample
 from dpo_wrapper.losses import KTO, PlackettLuce, Sigmoid
 from helpers.datasets import tokenize_example
 from helpers.models import ZOO
@@ -97,14 +97,14 @@ def test_what_cannot_be_converted(example: Example, dataset_type: Any, message: 
 
 
 def test_a_ranking_without_effect_is_refused() -> None:
-    check_ranking("best", "preference", [PAIR, RANKED])
-    check_ranking(None, "ranked", [PAIR])
+    check_ranking("best", "preference", has_lists=True)
+    check_ranking(None, "ranked", has_lists=False)
     with pytest.raises(
         ValueError, match="it is 'best' and no row has more than two completions: leave the ra"
     ):
-        check_ranking("best", "preference", [PAIR])
+        check_ranking("best", "preference", has_lists=False)
     with pytest.raises(ValueError, match="it is 'all' and the loss takes ranked data: leave the ranking out"):
-        check_ranking("all", "ranked", [RANKED])
+        check_ranking("all", "ranked", has_lists=True)
 
 
 def test_tokens_of_a_ranked_list() -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_wrapper.data import HuggingFaceTokenizer
-from dpo_wrapper.data.encoded import EncodedExample
-from dpo_wrapper.data.messages import parse_messages
+from dpo_wrapper.data.rows.messages import parse_messages
+from dpo_wrapper.data.tokens.encoded import EncodedExample
 from helpers.tokenizers import trained_bytes
 
 QWEN = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from dpo_wrapper.data import Example, PreferenceDataset, TokenizedExample, Tokenizer, encode
-from dpo_wrapper.data.options import TokenizeOptions
+from dpo_wrapper.data import Example, PreferenceDataset, TokenizedExample, Tokenizer
+from dpo_wrapper.data.tokens import encode
+from dpo_wrapper.data.tokens.options import TokenizeOptions
 
 
 def pairs(count: int = 7, seed: int = 0) -> list[TokenizedExample]:

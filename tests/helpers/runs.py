@@ -92,7 +92,19 @@ def run_in_two_processes(script, *arguments):
         assert sorted(os.listdir(ranks)) == ["rank 0 of 2", "rank 1 of 2"], done.stdout
 
 
-def train_in_two_processes(script, rows, out, loss=None):
+def run_under_torchrun(script, *arguments, **variables):
+    """A script in the two processes that `torch.distributed.run` starts."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        list(map(str, [sys.executable, *launch, script, *arguments])),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), **variables},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def train_in_two_processes(script, rows, out, loss=None, launch=run_in_two_processes):
     """A run of two processes with the small decoder and the settings of `make_config`."""
     options = {"save_steps": 0} | ({} if loss is None else {"loss": loss})
     script.write_text(
@@ -106,4 +118,4 @@ def train_in_two_processes(script, rows, out, loss=None):
         "PRESETS['tiny'] = SMALL_DECODER\n"
         f"train(make_config(*map(Path, sys.argv[1:]), **{options!r}))\n"
     )
-    run_in_two_processes(script, rows, out)
+    launch(script, rows, out)

@@ -3,13 +3,12 @@
 import hashlib
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo_wrapper.data.dialogues import Completion
-from dpo_wrapper.data.examples import DatasetType, Example, TokenIds, TokenizedExample
+from dpo_wrapper.data.examples import DATASET_TYPES, Example, TokenIds, TokenizedExample
 from dpo_wrapper.data.lint.near_duplicates import (
     COMPLETION_BINS,
     MIN_SHINGLES,
@@ -17,12 +16,12 @@ from dpo_wrapper.data.lint.near_duplicates import (
     SIGNATURE,
     sign_sequences,
 )
+from dpo_wrapper.data.rows.dialogues import Completion
 from dpo_wrapper.data.split import prompt_digest
 
 Features = dict[str, NDArray[Any]]
 Row = tuple[Example, tuple[TokenizedExample, ...]]
 
-DATASET_TYPES: tuple[DatasetType, ...] = get_args(DatasetType)
 SPLITS = (None, "train", "test")
 OPENING_WORDS = 3
 OPENING_BYTES = 16

@@ -1,4 +1,4 @@
-"""Near duplicates: a signature of each row (MinHash, Broder 1997), and the rows whose signatures agree."""
+"""Duplicates, and near duplicates: rows whose signatures (MinHash, Broder 1997) agree."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -78,6 +78,17 @@ def _hash_shingles(ids: NDArray[np.uint32]) -> NDArray[np.uint32]:
         hashes *= factor
     hashes ^= hashes >> np.uint32(16)
     return hashes
+
+
+def find_first(digests: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Which rows of UInt64[n, 2] no earlier row equals, Bool[n]."""
+    order = np.lexsort(digests.T)  # which keeps equal rows in their order
+    ordered = digests[order]
+    is_new = np.ones(len(digests), bool)
+    is_new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    is_first = np.zeros(len(digests), bool)
+    is_first[order[is_new]] = True
+    return is_first
 
 
 def find_near_duplicates(signatures: NDArray[np.uint8]) -> NDArray[np.int64]:

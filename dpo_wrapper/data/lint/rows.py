@@ -12,7 +12,7 @@ from dpo_wrapper.data.lint.findings import (
     count_rows,
     make_finding,
 )
-from dpo_wrapper.data.lint.near_duplicates import find_near_duplicates
+from dpo_wrapper.data.lint.near_duplicates import find_first, find_near_duplicates
 
 DUPLICATE_SHARE = 0.01
 """Share of rows that repeat another one, exactly or nearly."""
@@ -53,12 +53,8 @@ def check_contradictions(features: FeatureMap, counts: Counts) -> list[Finding]:
 def check_duplicates(features: FeatureMap, counts: Counts) -> list[Finding]:
     """Rows that repeat another one, exactly or nearly, count more than others and may leak."""
     contents = features["content_digest"]
-    order = np.lexsort((contents[:, 1], contents[:, 0]))
-    is_same = (contents[order[1:]] == contents[order[:-1]]).all(1)
-    repeats = np.sort(order[1:][is_same])
-    is_kept = np.ones(len(contents), bool)
-    is_kept[repeats] = False
-    kept = np.flatnonzero(is_kept)
+    is_first = find_first(contents)
+    repeats, kept = np.flatnonzero(~is_first), np.flatnonzero(is_first)
     first = find_near_duplicates(features["signature"][kept])
     near = np.flatnonzero(first != np.arange(len(kept)))
     pairs = np.stack([kept[first[near]], kept[near]], axis=1)

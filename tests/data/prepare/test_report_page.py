@@ -13,12 +13,17 @@ from matplotlib.image import imread
 
 from dpo_wrapper.data import ByteTokenizer, Example
 from dpo_wrapper.data.lint import find_problems, measure_rows
-from dpo_wrapper.data.report_page import MAX_TOKENS, write_report
+from dpo_wrapper.data.prepare.report_page import MAX_TOKENS, write_report
 from helpers.lint_rows import label_rows, make_pairs, tokenize
 
 SCRIPT = "<script>document.title = 'changed'</script> & </style></body>"
 COUNTS = {"read": 69, "written": 62, "refused": 3, "duplicates": 4}
-MANIFEST = {"counts": COUNTS, "max_length": 512}
+MANIFEST = {
+    "counts": COUNTS,
+    "input": {"files": [{"name": "a<b>.jsonl"}]},
+    "tokenizer": {"name": "bytes"},
+    "options": {"max_length": 512, "kind": None, "columns": []},
+}
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -108,8 +113,6 @@ def test_counts_add_up(tmp_path: Path) -> None:
 
     numbers = read_numbers(MANIFEST)
     assert numbers[:4] == [62, 3, 4, 69] and sum(numbers[:3]) == numbers[3]
-    tied = read_numbers({"counts": {**COUNTS, "read": 1070, "tied": 1001}})
-    assert tied[:5] == [62, 3, 4, 1001, 1070]
     assert numbers[4:7] == [61, 61, 0] and numbers[8:11] == [1, 0, 1]  # rows, train, test of pairs and lists
 
 
@@ -118,15 +121,18 @@ def test_problems_come_before_notes_with_their_rows(tmp_path: Path) -> None:
     assert page.texts["h2"] == ["Problems (2)", "Notes", "Lengths", "Rows as the model sees them"]
     assert page.texts["h3"] == ["duplicates", "few rows", "length bias", "left out", "prefix sharing"]
     assert page.texts["h4"] == ["row 60", "row 61", "row 0", "row 20, a<b>.jsonl, line 21", "row 40"]
-    clean = Page(write_page(tmp_path / "clean.html", make_pairs(50), {}))
+    clean = Page(write_page(tmp_path / "clean.html", make_pairs(50)))
     assert clean.texts["h2"][0] == "Problems (0)" and "None was found." in clean.texts["p"]
 
 
-def test_settings_that_the_manifest_has(tmp_path: Path) -> None:
-    manifest = {"tokenizer": "org/<model>", "chat_template": None, "max_length": 512}
+def test_the_settings_are_shown(tmp_path: Path) -> None:
+    files = {"files": [{"name": f"{k}.jsonl"} for k in range(6)]}
+    options = {"max_length": 512, "kind": None, "dedupe": False, "columns": ["prompt=q", "chosen=a"]}
+    manifest = MANIFEST | {"input": files, "tokenizer": {"name": "org/<model>"}, "options": options}
     page = Page(write_page(tmp_path / "report.html", make_pairs(3), manifest))
-    assert page.texts["dt"][:2] == ["tokenizer", "max length"]
-    assert page.texts["dd"][:2] == ["org/<model>", "512"]
+    assert page.texts["dt"][:4] == ["data", "tokenizer", "max length", "columns"]
+    shown = ["0.jsonl, 1.jsonl, 2.jsonl, 3.jsonl and 2 more", "org/<model>", "512", "prompt=q, chosen=a"]
+    assert page.texts["dd"][:4] == shown
 
 
 def test_scored_tokens_and_special_tokens_are_marked(tmp_path: Path) -> None:
@@ -152,8 +158,8 @@ def test_rows_of_every_type_are_drawn(tmp_path: Path) -> None:
         ([Example("Q", ("a",))], ["prompt", "completion"]),
         ([], []),
     ):
-        page = Page(write_page(tmp_path / "report.html", examples, {}, step=1))
-        assert page.texts.get("dt", []) == names  # each row once
+        page = Page(write_page(tmp_path / "report.html", examples, step=1))
+        assert page.texts["dt"][3:] == names  # below three settings, each row once
         assert page.tags.count("figure") == (2 if examples else 0)
         assert not page.open
 

@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 
 from dpo_wrapper.data.examples import TokenizedExample
-from dpo_wrapper.data.length_figures import draw_lengths
 from dpo_wrapper.data.lint.features import DATASET_TYPES, SPLITS
 from dpo_wrapper.data.lint.findings import FeatureMap, Finding
+from dpo_wrapper.data.prepare.length_figures import draw_lengths
 from dpo_wrapper.data.preview import decode_runs, name_completions
-from dpo_wrapper.data.tokenizers import Tokenizer
+from dpo_wrapper.data.tokens.tokenizers import Tokenizer
 
 MAX_TOKENS = 600
 """Tokens that are shown of a prompt (its last ones) and of a completion (its first ones)."""
 
-SETTINGS = ("tokenizer", "chat_template", "max_length")
-"""Entries of the manifest that the page shows."""
+MAX_FILES = 4
+"""Names of files that the page shows."""
 
 
 def write_report(
@@ -34,7 +34,7 @@ def write_report(
 
     Args:
         path: of the page.
-        manifest: 'counts' as `find_problems` takes them with 'written', and what of SETTINGS there is.
+        manifest: that of `PreparedData`, of which counts, input, tokenizer and options are shown.
         findings: of `find_problems`.
         features: of `measure_rows`.
         examples: rows to show, by their index: those that findings name are shown with them, others as a
@@ -47,7 +47,7 @@ def write_report(
     page = PAGE.substitute(
         title=escape(f"{len(features['label']):,} rows prepared"),
         settings=format_settings(manifest),
-        counts=format_table(("rows", "number"), list_counts(manifest.get("counts", {})), has_total=True),
+        counts=format_table(("rows", "number"), list_counts(manifest["counts"]), has_total=True),
         types=format_table(("type", "rows", "train", "test", "tokens"), list_types(features)),
         num_problems=len(problems),
         problems=format_findings_with_rows(problems, examples, tokenizer) or "<p>None was found.</p>",
@@ -59,21 +59,29 @@ def write_report(
 
 
 def format_settings(manifest: Mapping[str, Any]) -> str:
-    entries = [(name, manifest[name]) for name in SETTINGS if manifest.get(name) is not None]
+    """What was prepared, and all options that are set."""
+    files = [file["name"] for file in manifest["input"]["files"]]
+    more = f" and {len(files) - MAX_FILES:,} more" if len(files) > MAX_FILES else ""
+    settings = {
+        "data": ", ".join(files[:MAX_FILES]) + more,
+        "tokenizer": manifest["tokenizer"]["name"],
+        **manifest["options"],
+    }
     return "".join(
-        f"<div><dt>{name.replace('_', ' ')}</dt><dd>{escape(str(value))}</dd></div>"
-        for name, value in entries
+        f"<div><dt>{name.replace('_', ' ')}</dt><dd>{escape(format_value(value))}</dd></div>"
+        for name, value in settings.items()
+        if value not in (None, False, [])
     )
+
+
+def format_value(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def list_counts(counts: Mapping[str, int]) -> list[tuple[str, int]]:
     """What became of the rows that were read, and their sum."""
     names = {"written": "written", "refused": "refused", "duplicates": "duplicates, left out"}
-    parts = [(label, counts.get(name, 0)) for name, label in names.items()]
-    if others := counts.get("read", 0) - sum(number for _, number in parts):
-        is_tied = others == counts.get("tied")
-        parts.append(("no completion is better, left out" if is_tied else "left out otherwise", others))
-    return [*parts, ("read", sum(number for _, number in parts))]
+    return [*((label, counts[name]) for name, label in names.items()), ("read", counts["read"])]
 
 
 def list_types(features: FeatureMap) -> list[tuple[str, int, int, int, int]]:

@@ -1,0 +1,1 @@
+"""`dpo-wrapper prepare --out`: rows -> a folder that training maps into memory."""
