@@ -37,8 +37,8 @@ TABLE_ROWS = (
 
 
 def select_records(records: Sequence[Record], part: str) -> list[Record]:
-    """The records of preference training that are of one part: step, eval or train."""
-    return [record for record in records if record["stage"] == "dpo" and record["part"] == part]
+    """The records of one part: step, eval or train."""
+    return [record for record in records if record["part"] == part]
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
@@ -48,15 +48,26 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
 
 
 def plot_curves(records: Sequence[Record], path: Path) -> None:
-    """Plot preference training: smoothed metrics of the steps as lines, eval metrics as dots."""
+    """Plot a stage of training: smoothed metrics of the steps as lines, eval metrics as dots.
+
+    Args:
+        records: of the stage.
+        path: of the picture.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     step_records, eval_records = select_records(records, "step"), select_records(records, "eval")
     window = max(1, len(step_records) // 25)
-    figure = Figure(figsize=(13, 7), layout="constrained")
+    names = {name for record in records for name in record}
+    panels = [panel for panel in PANELS if not names.isdisjoint(panel[2])] or [*PANELS[:1]]
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4 + 3 * columns, 3.5 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (title, unit, metrics) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+    for axes, (title, unit, metrics) in zip(
+        figure.subplots(rows, columns, squeeze=False).flat, panels, strict=False
+    ):
         for color, metric in zip(("C0", "C1"), metrics, strict=False):
             prefix = f"{metric.split('/')[-1]}, " if len(metrics) > 1 else ""
             steps, values = extract_curve(step_records, metric)
@@ -78,7 +89,7 @@ def extract_curve(records: Sequence[Record], metric: str) -> tuple[list[int], li
 
 
 def format_before_and_after(records: Sequence[Record]) -> str:
-    """A table of the eval and train metrics before and after preference training."""
+    """A table of the eval and train metrics before and after a stage of training, from its records."""
     columns: list[tuple[str, Record]] = []
     for part in ("eval", "train"):
         if selected := select_records(records, part):

@@ -4,13 +4,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
 from dpo_wrapper.data.config import DataConfig
 from dpo_wrapper.losses.registry import losses_help
 from dpo_wrapper.pretrained import PRESETS
+
+StageName = Literal["pretrain", "sft", "dpo"]
+STAGES: tuple[StageName, ...] = get_args(StageName)
+"""The stages of a run, in their order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +58,22 @@ class TrainConfig(DataConfig):
     """Weight of the loss that balances a mixture's experts (transformers' aux_loss). By default the model's
     own if its configuration has output_router_logits, else 0."""
 
+    stage: tuple[StageName, ...] | None = None
+    """What to train on, in this order: pretrain (documents), sft (completions of prompts, or the best ones of
+    preferences) and dpo (preferences). By default what the data holds; preferences are learned by sft first
+    if --sft-epochs is not 0."""
+    pretrain_epochs: int = 1
+    """Epochs of training on documents."""
+    pretrain_learning_rate: float | None = None
+    """Peak learning rate of training on documents; by default that of supervised training."""
     sft_epochs: int | None = None
-    """Epochs of supervised training on prompt and chosen completion before preference training; by default 10
-    for a new model, else 0."""
+    """Epochs of supervised training. By default 10 for a new model; for others 1 if there is data for it or
+    --stage asks for it, else 0."""
     sft_learning_rate: float | None = None
     """Peak learning rate of supervised training; by default 2e-3 for a new model and 1e-5 for others."""
+    train_on_prompt: bool | None = None
+    """Whether supervised training learns the prompts of preferences as well as their best completions. By
+    default it does for a new model that has not been pretrained."""
     epochs: int = 3
     """Epochs of preference training."""
     learning_rate: Annotated[float | None, tyro.conf.arg(aliases=["--lr"])] = None
@@ -96,11 +111,18 @@ class TrainConfig(DataConfig):
         super().__post_init__()
         if isinstance(self.eval_data, (str, Path)):
             object.__setattr__(self, "eval_data", (Path(self.eval_data),))
-        for name in ("sft_epochs", "epochs", "save_steps", "num_workers", "ref_model_sync_steps"):
+        for name in (
+            "pretrain_epochs",
+            "sft_epochs",
+            "epochs",
+            "save_steps",
+            "num_workers",
+            "ref_model_sync_steps",
+        ):
             self._check(name, lambda value: value >= 0, "0 or more")
         for name in ("batch_size", "micro_batch_tokens", "eval_steps"):
             self._check(name, lambda value: value >= 1, "at least 1")
-        for name in ("learning_rate", "sft_learning_rate", "max_grad_norm"):
+        for name in ("learning_rate", "sft_learning_rate", "pretrain_learning_rate", "max_grad_norm"):
             self._check(name, lambda value: value > 0 and math.isfinite(value), "a positive number")
         self._check("ld_alpha", lambda value: 0 <= value <= 1, "from 0 to 1")
         self._check("router_aux_loss_coef", lambda value: 0 <= value < math.inf, "a number from 0")
@@ -108,6 +130,14 @@ class TrainConfig(DataConfig):
         self._check("max_length", lambda value: value >= 8, "at least 8")
         for name in ("weight_decay", "eval_fraction", "warmup_ratio"):
             self._check(name, lambda value: 0 <= value < 1, "in [0, 1)")
+        if self.stage is not None and (
+            not self.stage or list(self.stage) != [*filter(self.stage.__contains__, STAGES)]
+        ):
+            known = ", ".join(STAGES)
+            problem = f"--stage should name stages in the order {known}, each once"
+            raise ValueError(
+                f"{problem}, but it is {' '.join(self.stage) or 'empty'}: put them in this order."
+            )
         if set(self.eval_data or ()) & set(self.data):
             raise ValueError(
                 "--eval-data should not be the same file as --data: leave it out to evaluate on a part of it."
@@ -138,13 +168,12 @@ class TrainConfig(DataConfig):
         return self.model in PRESETS
 
     @property
-    def num_sft_epochs(self) -> int:
-        default = 10 if self.is_new_model else 0
-        return default if self.sft_epochs is None else self.sft_epochs
-
-    @property
     def peak_sft_learning_rate(self) -> float:
         return self.sft_learning_rate or (2e-3 if self.is_new_model else 1e-5)
+
+    @property
+    def peak_pretrain_learning_rate(self) -> float:
+        return self.pretrain_learning_rate or self.peak_sft_learning_rate
 
     @property
     def peak_learning_rate(self) -> float:

@@ -9,21 +9,19 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
+from dpo_wrapper.data.whole_files import write_whole
 from dpo_wrapper.pretrained import RUN_FILE, read_run
-from dpo_wrapper.training.config import TrainConfig, flag
+from dpo_wrapper.training.config import STAGES, StageName, TrainConfig, flag
 
 CHANGEABLE_SETTINGS = ("resume", "out", "save_steps", "cpu")
 """Settings that may change when a run is resumed."""
-
-STAGES = ("sft", "dpo")
-"""The stages of a run, in their order."""
 
 RunStatus = Literal["training", "trained", "finished"]
 """A run is trained once its model is saved, and finished once it is reported as well."""
@@ -36,7 +34,7 @@ class Progress:
     `is_evaluated` says whether the evaluation after this step, if one is due, is logged as well.
     """
 
-    stage: str = "sft"
+    stage: StageName = "pretrain"
     step: int = 0
     log_bytes: int = 0
     is_evaluated: bool = False
@@ -56,7 +54,6 @@ class RunFolder:
         self.path = Path(config.out)
         self.run_file = self.path / RUN_FILE
         self.metrics_file = self.path / "metrics.jsonl"
-        self.sft_folder = self.path / "sft"
         self.checkpoint_folder = self.path / "checkpoint"
         self.new_checkpoint_folder = self.path / "checkpoint.new"
         self.old_checkpoint_folder = self.path / "checkpoint.old"
@@ -176,7 +173,7 @@ class RunFolder:
         remove_folder(self.new_checkpoint_folder)
         self.new_checkpoint_folder.mkdir()
 
-    def replace_checkpoint(self, stage: str, step: int, is_evaluated: bool = False) -> None:
+    def replace_checkpoint(self, stage: StageName, step: int, is_evaluated: bool = False) -> None:
         """Put the new, complete checkpoint in the place of the previous one, which is kept until then."""
         self.progress = Progress(stage, step, self.metrics_file.stat().st_size, is_evaluated)
         write_json(self.new_checkpoint_folder / "progress.json", asdict(self.progress))
@@ -186,13 +183,22 @@ class RunFolder:
         os.rename(self.new_checkpoint_folder, self.checkpoint_folder)
         remove_folder(self.old_checkpoint_folder)
 
+    def find_model(self, stages: Sequence[StageName]) -> str | None:
+        """The folder of the model with which a resumed run goes on; None if that is the run's own model."""
+        number = stages.index(self.progress.stage) if self.progress.stage in stages else 0
+        return str(self.stage_folder(stages[number - 1])) if number else None
+
+    def stage_folder(self, stage: StageName) -> Path:
+        """Where the model is as it was after a stage that is not the last."""
+        return self.path / stage
+
     @contextmanager
-    def new_sft_folder(self) -> Iterator[Path]:
-        """A folder for the files of the model after supervised training, which becomes `sft_folder`."""
-        with self._new_folder("sft.new") as folder:
+    def new_stage_folder(self, stage: StageName) -> Iterator[Path]:
+        """A folder for the files of the model after a stage, which becomes `stage_folder`."""
+        with self._new_folder(f"{stage}.new") as folder:
             yield folder
-        remove_folder(self.sft_folder)
-        os.rename(folder, self.sft_folder)
+        remove_folder(self.stage_folder(stage))
+        os.rename(folder, self.stage_folder(stage))
 
     @contextmanager
     def new_model_folder(self) -> Iterator[Path]:
@@ -234,9 +240,7 @@ def check_writable(folder: Path) -> None:
 
 def write_json(file: Path, content: Any, indent: int | None = None) -> None:
     """Write a file completely or not at all."""
-    unfinished = file.with_name(f"{file.name}.new")
-    unfinished.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
-    os.replace(unfinished, file)
+    write_whole(file, json.dumps(content, indent=indent) + "\n")
 
 
 def remove_folder(folder: Path) -> None:

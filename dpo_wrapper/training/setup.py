@@ -2,31 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from itertools import chain
 from typing import Any
 
+import numpy as np
 from accelerate.utils import set_seed
 
-from dpo_wrapper.data import (
-    Example,
-    check_ranking,
-    convert_examples,
-    count_shared_prompts,
-    read_examples,
-    split_examples,
-    tokenize_examples,
-)
-from dpo_wrapper.data.collate import add_kl_completions, as_document
-from dpo_wrapper.data.examples import DatasetType
+from dpo_wrapper.data import check_ranking
 from dpo_wrapper.losses import CombinedLoss, parse_losses
 from dpo_wrapper.pretrained import PretrainedModel, load_pretrained
 from dpo_wrapper.reference.build import parse_device
 from dpo_wrapper.training.config import TrainConfig, flag
+from dpo_wrapper.training.read_data import Rows, RunData, count_shared_prompts, split_table
 from dpo_wrapper.training.run_folder import RunFolder
-from dpo_wrapper.training.trainer import Splits
-
-UNITS = {"preference": "pairs", "ranked": "lists", "unpaired_preference": "rows"}
-"""What examples of each dataset type are called in what is printed and logged."""
+from dpo_wrapper.training.stage_plan import StagePlan, choose_stages, plan_stages
 
 
 @dataclass(frozen=True)
@@ -36,7 +25,7 @@ class TrainSetup:
     config: TrainConfig
     run: RunFolder
     pretrained: PretrainedModel
-    splits: Splits
+    stages: list[StagePlan]
     notes: list[str]
 
 
@@ -50,53 +39,43 @@ def set_up_training(config: TrainConfig) -> TrainSetup:
     check_options(config, loss)
     run = RunFolder(config)
     run.check(config.resume)
-    train_texts, eval_texts, notes = read_splits(config, loss.dataset_type)
+    data = RunData.open(config.data, config)
+    eval_data = None if config.eval_data is None else RunData.open(config.eval_data, config)
+    stages = choose_stages(config, data.dataset_types)
+    run.today = data.today or run.today
+    config = replace(config, max_length=data.max_length or config.max_length)
 
     set_seed(config.seed)
-    resumes_after_sft = run.sft_folder.is_dir() and run.progress.stage == "dpo"
-    model_name = str(run.sft_folder) if resumes_after_sft else config.model
     pretrained = load_pretrained(
-        model_name, config.tokenizer, config.max_length, config.tokenizer_options(run.today)
+        run.find_model(stages) or config.model,
+        config.tokenizer,
+        config.max_length,
+        config.tokenizer_options(run.today),
     )
-
-    notes += [
-        f"{type(term).__name__} compares the pairs of one forward pass with one another: raise "
-        "--micro-batch-tokens if a step takes several passes"
-        for term, _ in loss.terms
-        if not term.is_per_pair
-    ]
-    if shared := count_shared_prompts(train_texts, eval_texts):
+    train, eval, notes = tokenize_splits(data, eval_data, pretrained, config)
+    check_model(pretrained, [train, eval])
+    if "dpo" in stages:
+        dataset_type: Any = loss.dataset_type
+        check_ranking(config.ranking, dataset_type, bool((train[0].num_completions() > 2).any()))
+    plans = plan_stages(config, stages, loss, train, eval)
+    check_plans(config, loss, plans, [train, eval])
+    if "dpo" in stages:
+        notes += [
+            f"{type(term).__name__} compares the pairs of one forward pass with one another: raise "
+            "--micro-batch-tokens if a step takes several passes"
+            for term, _ in loss.terms
+            if not term.is_per_pair
+        ]
+    if shared := count_shared_prompts(train, eval):
         notes.append(
-            f"{shared} of the {len(eval_texts)} eval examples have prompts that are trained on: their "
+            f"{shared} of the {len(eval[1])} eval examples have prompts that are trained on: their "
             "metrics do not say how the policy does on new prompts."
         )
-    examples: dict[str, list[Any]] = {}
-    summaries: dict[str, str] = {}
-    for name, texts in (("train", train_texts), ("eval", eval_texts)):
-        tokenized = tokenize_examples(
-            texts,
-            pretrained.tokenizer,
-            on_error=config.on_error,
-            **config.tokenize_options,
-        )
-        examples[name] = add_kl_completions(tokenized.examples, config.max_length, config.seed)
-        if tokenized.errors:
-            problem = f"{name}: {len(tokenized.errors):,} rows could not be tokenized and are left out"
-            notes.append(f"{problem}; the first: {tokenized.errors[0]}")
-        summaries[name] = tokenized.summary()
-        if tokenized.summary():
-            notes.append(f"{name}: {tokenized.summary()}")
-    splits = Splits(**examples, unit=UNITS[loss.dataset_type])
-    check_splits(config, loss, splits, summaries["train"])
-    check_model(pretrained, splits)
-    return TrainSetup(config, run, pretrained, splits, notes)
+    return TrainSetup(config, run, pretrained, plans, notes)
 
 
 def check_options(config: TrainConfig, loss: CombinedLoss) -> None:
     """Raise ValueError for options that have no effect with these losses or without a reference."""
-    if config.kind not in (None, loss.dataset_type):
-        problem = f"--kind should be what --loss learns from, {loss.dataset_type}, but it is {config.kind}"
-        raise ValueError(f"{problem}: leave it out, or take another loss.")
     loss.check_wpo(config.wpo)
     loss.check_ld_alpha(config.ld_alpha)
     names = ("precompute_ref_log_probs", "ref_model_sync_steps", "reference_dtype", "reference_device")
@@ -108,78 +87,74 @@ def check_options(config: TrainConfig, loss: CombinedLoss) -> None:
         parse_device(config.reference_device)
 
 
-def read_splits(config: TrainConfig, dataset_type: Any) -> tuple[list[Example], list[Example], list[str]]:
-    """Train and eval examples as the losses need them, and sentences on what was left out or not used."""
-    examples, notes = read_data(config.data, config, dataset_type)
-    if config.eval_data is None:
-        return *split_examples(examples, config.eval_fraction, config.seed), notes
-    eval_examples, eval_notes = read_data(config.eval_data, config, dataset_type)
-    held_out = [example for example in examples if example.split == "test"]
-    if held_out:
-        examples = [example for example in examples if example.split != "test"]
-        notes.append(f"{len(held_out):,} rows of --data that are marked as test are left out.")
-    return examples, eval_examples, [*notes, *(f"eval: {note}" for note in eval_notes)]
-
-
-def read_data(
-    paths: Sequence[Path], config: TrainConfig, dataset_type: DatasetType
-) -> tuple[list[Example], list[str]]:
-    """The examples of files, converted to what the losses need, and sentences on the others."""
-    read = read_examples(paths, config.fields, split=config.split, on_error=config.on_error)
-    if paths == config.data:
-        check_ranking(config.ranking, dataset_type, read.examples)
-    converted, errors = convert_examples(
-        read.examples, dataset_type, config.ranking or "all", on_error=config.on_error
-    )
-    return converted, replace(read, errors=[*read.errors, *errors]).notes()
-
-
-def check_splits(config: TrainConfig, loss: CombinedLoss, splits: Splits, summary: str = "") -> None:
-    """Raise ValueError if the examples are not what the losses and the supervised training need."""
-    examples = (*splits.train, *splits.eval)
-    has_margins = any(example.margin is not None for example in examples)
-    has_weights = any(example.weight is not None for example in examples)
-    loss.check_columns(has_margins, has_weights)
-    if not splits.train:
+def tokenize_splits(
+    data: RunData, eval_data: RunData | None, pretrained: PretrainedModel, config: TrainConfig
+) -> tuple[Rows, Rows, list[str]]:
+    """The rows to train and to evaluate on, and sentences on what was left out or not used."""
+    table, notes = data.tokenize(pretrained.tokenizer, config)
+    if not len(table):
         names = ", ".join(map(str, config.data))
-        reason = f" ({summary.removesuffix('.')})" if summary else ""
         raise ValueError(
-            f"--data should hold {splits.unit} to train on, but {names} leaves none{reason}: add "
-            "rows, or lower --eval-fraction."
+            f"--data should hold rows to train on, but {names} leaves none ({' '.join(notes)}): add rows."
         )
-    if config.num_sft_epochs and not select_sft_examples(splits).train:
-        raise ValueError(
-            "supervised training needs rows with a desirable completion, but there is none to train on: give "
-            "--sft-epochs 0."
-        )
-    for part in (splits.train, splits.eval):
-        if splits.unit == "rows" and part and not any(example.kl_completion for example in part):
+    if eval_data is None:
+        return *split_table(table, config.eval_fraction, config.seed), notes
+    eval_table, eval_notes = eval_data.tokenize(pretrained.tokenizer, config)
+    is_test = table.column("split") == "test"
+    if count := int(is_test.sum()):
+        notes.append(f"{count:,} rows of --data that are marked as test are left out.")
+    notes += [f"eval: {note}" for note in eval_notes]
+    return (table, np.flatnonzero(~is_test)), (eval_table, np.arange(len(eval_table))), notes
+
+
+def check_plans(
+    config: TrainConfig, loss: CombinedLoss, plans: Sequence[StagePlan], parts: Sequence[Rows]
+) -> None:
+    """Raise ValueError if the examples are not what the losses and the stages need."""
+    for plan in plans:
+        if not len(plan.splits.train) and plan.name == "sft" and config.stage is None:
+            raise ValueError(
+                "supervised training needs rows with a desirable completion, but there is none to train on: "
+                "give --sft-epochs 0."
+            )
+        if not len(plan.splits.train):
+            names = ", ".join(map(str, config.data))
+            problem = f"--data should hold {plan.splits.unit} for the stage {plan.name}, but {names} has none"
+            raise ValueError(
+                f"{problem} to train on: add rows, lower --eval-fraction or leave the stage out."
+            )
+    if plans[-1].name != "dpo":
+        return
+    loss.check_columns(*(any(table.has_values(name) for table, _ in parts) for name in ("margin", "weight")))
+    for examples in (plans[-1].splits.train, plans[-1].splits.eval):
+        is_unpaired = loss.dataset_type == "unpaired_preference"
+        if is_unpaired and len(examples) and not any(example.kl_completion for example in examples):
             raise ValueError(
                 f"{type(loss.first_loss).__name__} estimates a KL from completions of other prompts, but all "
                 "rows of a split have the same prompt: add rows, or evaluate on none (--eval-fraction 0)."
             )
 
 
-def check_model(pretrained: PretrainedModel, splits: Splits) -> None:
+def check_model(pretrained: PretrainedModel, parts: Sequence[Rows]) -> None:
     """Raise ValueError if an example has a token or a position that the model does not know."""
     num_ids, max_positions = pretrained.num_embeddings, pretrained.max_positions
-    for example in (*splits.train, *splits.eval):
-        largest = max((max(ids) for ids in (example.prompt, *example.completions) if ids), default=0)
-        if largest >= num_ids:
+    for table, _ in parts:
+        if table.largest_id >= num_ids:
+            largest, example = next(
+                (largest, one)
+                for one in table
+                if (largest := max(chain(one.prompt, *one.completions))) >= num_ids
+            )
             raise ValueError(
                 f"{example.source}: token ids should be below {num_ids}, the size of the model's vocabulary, "
                 f"but one is {largest}: use the model's own tokenizer, not {pretrained.tokenizer_name}."
             )
-        longest = len(example.prompt) + max(map(len, example.completions)) - 1  # the last token is no input
-        if max_positions is not None and longest > max_positions:
+        lengths = table.lengths()
+        if (
+            max_positions is not None and len(table) and lengths.max() - 1 > max_positions
+        ):  # the last is no input
+            row = int(np.argmax(lengths - 1 > max_positions))
             raise ValueError(
                 f"--max-length should be at most {max_positions + 1}, for the positions of the model end "
-                f"at {max_positions}, but {example.source} has {longest + 1} tokens: lower it."
+                f"at {max_positions}, but {table[row].source} has {lengths[row]} tokens: lower it."
             )
-
-
-def select_sft_examples(splits: Splits) -> Splits:
-    """The documents of supervised training: of rows with a label those that are desirable."""
-    train = [as_document(example) for example in splits.train if example.sft_completion]
-    eval = [as_document(example) for example in splits.eval if example.sft_completion]
-    return Splits(train, eval, splits.unit)

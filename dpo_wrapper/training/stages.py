@@ -18,8 +18,9 @@ from dpo_wrapper.evaluation.evaluate import evaluate
 from dpo_wrapper.log_probs import FusedLoss
 from dpo_wrapper.reference import LogProbCache
 from dpo_wrapper.scoring import Scorer
-from dpo_wrapper.training.config import TrainConfig
+from dpo_wrapper.training.config import StageName, TrainConfig
 from dpo_wrapper.training.micro_batches import CollateFn
+from dpo_wrapper.training.stage_plan import StagePlan
 
 
 class Stage(ABC):
@@ -34,12 +35,13 @@ class Stage(ABC):
         reference_cache: log-probs that the first epoch computes and later ones look up, or None.
     """
 
-    name: str
     module: nn.Module
     scorer: Scorer
-    epochs: int
-    learning_rate: float
     reference_cache: LogProbCache | None = None
+
+    def __init__(self, plan: StagePlan) -> None:
+        self.name: StageName = plan.name
+        self.epochs, self.learning_rate = plan.epochs, plan.learning_rate
 
     @property
     @abstractmethod
@@ -95,12 +97,10 @@ class SFTModule(nn.Module):
 
 
 class SFTStage(Stage):
-    """Supervised training: maximum likelihood of prompt and chosen completion, in nats per token."""
+    """Training on documents or completions: maximum likelihood, in nats per scored token."""
 
-    name = "sft"
-
-    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
-        self.epochs, self.learning_rate = config.num_sft_epochs, config.peak_sft_learning_rate
+    def __init__(self, plan: StagePlan, model: nn.Module, config: TrainConfig) -> None:
+        super().__init__(plan)
         self.module = SFTModule(model, config.router_aux_loss_coef)
         self.scorer = self.module.scorer
 
@@ -123,10 +123,8 @@ class SFTStage(Stage):
 class DPOStage(Stage):
     """Preference training. The reference may follow the policy (TR-DPO)."""
 
-    name = "dpo"
-
-    def __init__(self, dpo: DPO, config: TrainConfig) -> None:
-        self.epochs, self.learning_rate = config.epochs, config.peak_learning_rate
+    def __init__(self, plan: StagePlan, dpo: DPO, config: TrainConfig) -> None:
+        super().__init__(plan)
         self.sync_steps, self.mixup_alpha = config.ref_model_sync_steps, config.ref_model_mixup_alpha
         self.dpo = self.module = dpo
         self.scorer = dpo.policy

@@ -2,13 +2,14 @@
 
 import errno
 from collections.abc import Mapping
+from itertools import zip_longest
 
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
 
-from dpo_wrapper.data import scored_sequences
+from dpo_wrapper.data import TokenizedExample, scored_sequences
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.evaluation.report import format_before_and_after, format_completions, plot_curves
 from dpo_wrapper.losses import parse_losses
@@ -17,10 +18,11 @@ from dpo_wrapper.reference import CachedReference, precompute_ref_log_probs
 from dpo_wrapper.reference.build import ReferenceKind
 from dpo_wrapper.reference.reference import FrozenModel
 from dpo_wrapper.scoring import Scorer
-from dpo_wrapper.training.config import TrainConfig
+from dpo_wrapper.training.config import STAGES, TrainConfig
 from dpo_wrapper.training.run_folder import RunFolder
-from dpo_wrapper.training.setup import TrainSetup, select_sft_examples, set_up_training
-from dpo_wrapper.training.stages import DPOStage, SFTStage
+from dpo_wrapper.training.setup import TrainSetup, set_up_training
+from dpo_wrapper.training.stage_plan import Splits, StagePlan
+from dpo_wrapper.training.stages import DPOStage, SFTStage, Stage
 from dpo_wrapper.training.stopping import TrainingError
 from dpo_wrapper.training.trainer import Trainer, create_accelerator, create_progress_bar
 
@@ -56,44 +58,62 @@ def run_training(setup: TrainSetup) -> RunFolder:
 
 
 def run_stages(setup: TrainSetup) -> None:
-    config, run, splits, model = setup.config, setup.run, setup.splits, setup.pretrained.model
+    config, run, model = setup.config, setup.run, setup.pretrained.model
     accelerator = create_accelerator(config)
     if accelerator.is_main_process:
         run.open()
     accelerator.wait_for_everyone()
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
-    examples = f"{len(splits.train)} train and {len(splits.eval)} eval {splits.unit}"
-    notes = (*setup.notes, *run.notes)
-    accelerator.print(f"{type(model).__name__} with {size}, {examples}", *notes, sep="\n")
+    notes = (*map(describe_plan, setup.stages), *setup.notes, *run.notes)
+    accelerator.print(f"{type(model).__name__} with {size}", *notes, sep="\n")
 
     models: dict[str, nn.Module | None] = {}
     if run.status == "training":
-        if config.num_sft_epochs and run.progress.stage == "sft":
-            Trainer(config, run, SFTStage(model, config), select_sft_examples(splits)).train()
-            if accelerator.is_main_process:
-                with run.new_sft_folder() as folder:
+        for plan, following in zip_longest(setup.stages, setup.stages[1:]):
+            if STAGES.index(run.progress.stage) > STAGES.index(plan.name):
+                continue
+            stage = create_stage(setup, plan, accelerator)
+            Trainer(config, run, stage, plan.splits).train()
+            if isinstance(stage, DPOStage):
+                models = {"reference": stage.dpo.ref_model, "policy": stage.dpo.policy_model}
+            else:
+                models = {"model": model}
+            if following is not None and accelerator.is_main_process:
+                with run.new_stage_folder(plan.name) as folder:
                     save_pretrained(setup.pretrained, model, folder)
                 run.create_new_checkpoint()
-                run.replace_checkpoint("dpo", 0)
-        dpo = build_dpo(setup, accelerator)
-        Trainer(config, run, DPOStage(dpo, config), splits).train()
-        models = {"reference": dpo.ref_model, "policy": dpo.policy_model}
+                run.replace_checkpoint(following.name, 0)
         if accelerator.is_main_process:
             with run.new_model_folder() as folder:
-                save_pretrained(setup.pretrained, dpo.policy_model, folder)
+                save_pretrained(setup.pretrained, [*models.values()][-1] or model, folder)
     if accelerator.is_main_process:
         report_results(setup, models)
         run.finish()
     accelerator.wait_for_everyone()
 
 
-def build_dpo(setup: TrainSetup, accelerator: Accelerator) -> DPO:
+def describe_plan(plan: StagePlan) -> str:
+    """What a stage is trained on, in words."""
+    splits = plan.splits
+    examples = f"{len(splits.train):,} train and {len(splits.eval):,} eval {splits.unit}"
+    return f"{plan.name}: {examples}, {plan.epochs} epoch{'s' * (plan.epochs != 1)}"
+
+
+def create_stage(setup: TrainSetup, plan: StagePlan, accelerator: Accelerator) -> Stage:
+    """What `Trainer` runs for a stage, with the model as it is now."""
+    model, config = setup.pretrained.model, setup.config
+    if plan.name == "dpo":
+        return DPOStage(plan, build_dpo(setup, plan.splits, accelerator), config)
+    return SFTStage(plan, model, config)
+
+
+def build_dpo(setup: TrainSetup, splits: Splits, accelerator: Accelerator) -> DPO:
     """The policy with its reference, which is the model as it is now."""
     config, model = setup.config, setup.pretrained.model
     needs_copy = config.ref_model_sync_steps or config.reference_dtype or config.reference_device
     reference: ReferenceKind | CachedReference = "copy" if needs_copy else config.reference
     if config.precompute_ref_log_probs:
-        reference = precompute_reference(setup, accelerator)
+        reference = precompute_reference(setup, splits, accelerator)
     return DPO(
         model,
         loss=parse_losses(config.loss),
@@ -108,9 +128,9 @@ def build_dpo(setup: TrainSetup, accelerator: Accelerator) -> DPO:
     )
 
 
-def precompute_reference(setup: TrainSetup, accelerator: Accelerator) -> CachedReference:
+def precompute_reference(setup: TrainSetup, splits: Splits, accelerator: Accelerator) -> CachedReference:
     """The log-probs of all examples under the model as it is now, kept in the run folder."""
-    config, splits, model = setup.config, setup.splits, setup.pretrained.model
+    config, model = setup.config, setup.pretrained.model
     model.to(accelerator.device)
     per_token = config.ld_alpha < 1
     cached = CachedReference(per_token=per_token)
@@ -132,12 +152,17 @@ def precompute_reference(setup: TrainSetup, accelerator: Accelerator) -> CachedR
 
 def report_results(setup: TrainSetup, models: Mapping[str, nn.Module | None]) -> None:
     """Plot the curves; print metrics before and after training, and the models' completions of one prompt."""
-    run, splits = setup.run, setup.splits
-    records = run.read_records()
+    run, plan = setup.run, setup.stages[-1]
+    records = [record for record in run.read_records() if record["stage"] == plan.name]
     plot_curves(records, run.path / "curves.png")
     print("\n" + format_before_and_after(records))
-    example = next((example for example in (*splits.eval, *splits.train) if example.sft_completion), None)
+    example = find_sample(plan.splits)
     if models and example is not None:
         pretrained = setup.pretrained
         print("\n" + format_completions(pretrained.tokenizer, models, example, pretrained.max_positions))
-    print(f"\nThe policy, its metrics and curves.png are in {run.path}")
+    print(f"\nThe model, its metrics and curves.png are in {run.path}")
+
+
+def find_sample(splits: Splits) -> TokenizedExample | None:
+    """The first example with a completion to imitate, of those to evaluate on if one has it."""
+    return next((one for part in (splits.eval, splits.train) for one in part if one.sft_completion), None)

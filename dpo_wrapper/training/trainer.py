@@ -3,9 +3,8 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,12 +15,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dpo_wrapper.batches import Reduce
-from dpo_wrapper.data import TokenizedExample
+from dpo_wrapper.data import StepSampler, TokenizedExample
 from dpo_wrapper.metrics import MetricSums
 from dpo_wrapper.training.checkpoint import STATE_FILE, load_checkpoint, write_checkpoint
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.micro_batches import MicroBatches, make_micro_batches
 from dpo_wrapper.training.run_folder import RunFolder
+from dpo_wrapper.training.stage_plan import Splits
 from dpo_wrapper.training.stages import Stage
 from dpo_wrapper.training.stopping import StoppedBySignal, StopRequest, TrainingError, ignore_signals
 
@@ -29,25 +29,22 @@ MAX_TRAIN_EXAMPLES_EVALUATED = 512
 """Number of train examples that are evaluated at both ends of a stage, to see how their log-probs changed."""
 
 
-@dataclass(frozen=True)
-class Splits:
-    """Examples to train and to evaluate on; `unit` is what they are: pairs, lists or rows."""
-
-    train: Sequence[TokenizedExample]
-    eval: Sequence[TokenizedExample]
-    unit: str
-
-
 class Trainer:
     """Trains the module of one stage in place, and writes metrics and checkpoints to the run folder."""
 
     def __init__(self, config: TrainConfig, run: RunFolder, stage: Stage, splits: Splits) -> None:
         self.config, self.run, self.stage, self.splits = config, run, stage, splits
-        self.steps = list(step_indices(len(splits.train), config.batch_size, stage.epochs, config.seed))
-        num_steps = len(self.steps)
-        self.eval_steps = config.eval_steps or max(1, math.ceil(num_steps / 8))
-
         self.accelerator = create_accelerator(config)
+        self.sampler = StepSampler(
+            len(splits.train),
+            config.batch_size,
+            stage.epochs,
+            config.seed,
+            rank=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+        )
+        self.num_steps = len(self.sampler)
+        self.eval_steps = config.eval_steps or max(1, math.ceil(self.num_steps / 8))
         parameters = [p for p in stage.module.parameters() if p.requires_grad]
         optimizer: Any = torch.optim.AdamW(
             parameters, lr=stage.learning_rate, weight_decay=config.weight_decay
@@ -62,7 +59,7 @@ class Trainer:
             TrainingError: the loss or the norm of the gradients is not finite.
             StoppedBySignal: SIGINT or SIGTERM came; there is a checkpoint.
         """
-        progress, num_steps, folder = self.run.progress, len(self.steps), self.run.checkpoint_folder
+        progress, num_steps, folder = self.run.progress, self.num_steps, self.run.checkpoint_folder
         is_resumed = progress.stage == self.stage.name and (folder / STATE_FILE).is_file()
         steps_done = progress.step if is_resumed else 0
         if is_resumed:
@@ -80,7 +77,7 @@ class Trainer:
                 start_time = time.perf_counter()
                 learning_rate = self.set_learning_rate(step)
                 metrics = self.train_step(step, batches)
-                num_examples, seconds = len(self.steps[step - 1]), time.perf_counter() - start_time
+                num_examples, seconds = self.sampler.step_size(step - 1), time.perf_counter() - start_time
                 metrics[f"{self.splits.unit}/second"] = num_examples / seconds
                 metrics["lr"] = learning_rate
                 if self.stage.reference_cache is not None and step * self.stage.epochs == num_steps:
@@ -96,7 +93,7 @@ class Trainer:
 
     def set_learning_rate(self, step: int) -> float:
         """Set the learning rate of a step, which counts from 1, and return it."""
-        factor = learning_rate_factor(step - 1, len(self.steps), self.config.warmup_ratio)
+        factor = learning_rate_factor(step - 1, self.num_steps, self.config.warmup_ratio)
         for group in self.optimizer.param_groups:
             group["lr"] = self.stage.learning_rate * factor
         return self.stage.learning_rate * factor
@@ -110,7 +107,7 @@ class Trainer:
     def train_step(self, step: int, batches: list[Any]) -> dict[str, float]:
         """Run one optimizer step on this process's micro-batches; the metrics are of all processes."""
         accelerator, stage = self.accelerator, self.stage
-        has_examples = accelerator.process_index < len(self.steps[step - 1])
+        has_examples = accelerator.process_index < self.sampler.step_size(step - 1)
         loss_scale = accelerator.num_processes if has_examples else 0  # DDP takes the mean over processes
 
         def reduce(sums: Tensor) -> Tensor:
@@ -144,7 +141,7 @@ class Trainer:
 
     def evaluate_if_due(self, step: int) -> None:
         """Log eval metrics at both ends and every `eval_steps`, and train metrics at both ends."""
-        is_end = step in (0, len(self.steps))
+        is_end = step in (0, self.num_steps)
         if not is_end and step % self.eval_steps:
             return
         splits = {"eval": self.splits.eval}
@@ -168,12 +165,10 @@ class Trainer:
 
     def create_step_loader(self, steps_done: int) -> DataLoader[Any]:
         """This process's micro-batches of each step that is not done yet."""
-        rank, num_processes = self.accelerator.process_index, self.accelerator.num_processes
-        # A process without an example takes part in reducing gradients with one of loss 0.
-        local_steps = [indices[rank::num_processes] or indices[:1] for indices in self.steps[steps_done:]]
         return DataLoader(
-            local_steps,  # type: ignore[arg-type]
+            self.sampler,  # type: ignore[arg-type]
             batch_size=None,
+            sampler=range(steps_done, self.num_steps),
             collate_fn=self.micro_batch_maker(self.splits.train),
             num_workers=self.config.num_workers,
             worker_init_fn=ignore_signals,
@@ -194,7 +189,7 @@ class Trainer:
             numbers = torch.tensor([number], device=self.accelerator.device)
             number = int(self.accelerator.gather(numbers).max())
         save_steps = self.config.save_steps
-        is_due = save_steps and step % save_steps == 0 and step < len(self.steps) and not is_evaluated
+        is_due = save_steps and step % save_steps == 0 and step < self.num_steps and not is_evaluated
         if number or is_due:
             self.save_checkpoint(step, is_evaluated)
         if number:
@@ -218,14 +213,6 @@ class Trainer:
 
 def create_accelerator(config: TrainConfig) -> Accelerator:
     return Accelerator(mixed_precision=config.precision, cpu=config.cpu)
-
-
-def step_indices(num_examples: int, batch_size: int, epochs: int, seed: int) -> Iterator[list[int]]:
-    """The examples of each step: an epoch takes each example once, in an order that depends on the seed."""
-    for epoch in range(epochs):
-        generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-        order = torch.randperm(num_examples, generator=generator).tolist()
-        yield from (order[start : start + batch_size] for start in range(0, num_examples, batch_size))
 
 
 def learning_rate_factor(step: int, num_steps: int, warmup_ratio: float) -> float:

@@ -52,11 +52,11 @@ def test_plain_prompts_and_the_options_of_the_template(tmp_path, small_model):
     setup = set_up_training(make_config(data, tmp_path / "out", **options))
     assert any("n 8 examples a plain prompt is the user's turn of a dialogue" in note for note in setup.notes)
     decode = setup.pretrained.tokenizer.decode
-    assert decode(setup.splits.train[0].prompt, skip_special_tokens=False).startswith(
+    assert decode(setup.stages[-1].splits.train[0].prompt, skip_special_tokens=False).startswith(
         "<|im_start|>user\n0+0?<|im_end|>"
     )
     plain = set_up_training(make_config(data, tmp_path / "out", as_chat="never", **options))
-    assert decode(plain.splits.train[0].prompt, skip_special_tokens=False) == "<s>0+0?"
+    assert decode(plain.stages[-1].splits.train[0].prompt, skip_special_tokens=False) == "<s>0+0?"
     (tmp_path / "t.jinja").write_text("{{ greeting }}{% for m in messages %}[{{ m.content }}]{% endfor %}")
     other = make_config(
         data,
@@ -65,7 +65,7 @@ def test_plain_prompts_and_the_options_of_the_template(tmp_path, small_model):
         chat_template_kwargs='{"greeting": "Hi"}',
         **options,
     )
-    assert decode(set_up_training(other).splits.train[0].prompt) == "Hi[0+0?]"
+    assert decode(set_up_training(other).stages[-1].splits.train[0].prompt) == "Hi[0+0?]"
 
 
 def test_long_rows_and_the_kind_of_rows(tmp_path):
@@ -73,18 +73,19 @@ def test_long_rows_and_the_kind_of_rows(tmp_path):
     data = write_rows(tmp_path / "a.jsonl", [long, *PAIRS])
     options = {"max_length": 32, "eval_fraction": 0.0}
     cut = set_up_training(make_config(data, tmp_path / "out", max_prompt_length=3, **options))
-    assert max(len(example.prompt) for example in cut.splits.train) == 3 and len(cut.splits.train) == 9
+    prompts = [example.prompt for example in cut.stages[-1].splits.train]
+    assert max(map(len, prompts)) == 3 and len(prompts) == 9
     fitting = make_config(data, tmp_path / "out", on_long="drop", kind="preference", **options)
     dropped = set_up_training(fitting)
-    assert len(dropped.splits.train) == 8
+    assert len(dropped.stages[-1].splits.train) == 8
     assert any("Left out of 9 examples: 1 longer than the maximum." in note for note in dropped.notes)
     with pytest.raises(ValueError, match=r"a\.jsonl, line 1: a row should have at most 32 tokens"):
         set_up_training(make_config(data, tmp_path / "out", on_long="error", **options))
     skipped = make_config(data, tmp_path / "out", on_long="error", on_bad_row="skip", **options)
-    assert len(set_up_training(skipped).splits.train) == 8
-    problem = "--kind should be what --loss learns from, preference, but it is prompt_completion: leave"
-    with pytest.raises(ValueError, match=problem):
-        set_up_training(make_config(data, tmp_path / "out", kind="prompt_completion", **options))
+    assert len(set_up_training(skipped).stages[-1].splits.train) == 8
+    imitated = make_config(data, tmp_path / "out", kind="prompt_completion", epochs=3, **options)
+    (stage,) = set_up_training(imitated).stages
+    assert stage.name == "sft" and {len(one.completions) for one in stage.splits.train} == {1}
     for name, value in (("kind", "pairs"), ("on_bad_row", "warn"), ("as_chat", "yes"), ("on_long", "split")):
         with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} should be .*'{value}': choose"):
             make_config(data, tmp_path / "out", **{name: value})
@@ -103,10 +104,10 @@ def test_the_date_of_a_template_is_that_of_the_first_day(tmp_path, small_model, 
     first.run.open()
     monkeypatch.setattr(run_folder, "date", Later)
     resumed = set_up_training(make_config(data, tmp_path / "out", resume=True, **options))
-    assert resumed.splits.train == first.splits.train
+    assert list(resumed.stages[-1].splits.train) == list(first.stages[-1].splits.train)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["today"] == date.today().isoformat()
     fresh = set_up_training(make_config(data, tmp_path / "new", **options))
-    assert fresh.pretrained.tokenizer.decode(fresh.splits.train[0].prompt).startswith("2031")
+    assert fresh.pretrained.tokenizer.decode(fresh.stages[-1].splits.train[0].prompt).startswith("2031")
 
 
 def test_ids_and_positions_that_the_model_does_not_know(tmp_path, small_model):
@@ -139,7 +140,7 @@ def test_rows_marked_as_test_are_held_out_beside_eval_data(tmp_path):
     rows = [{**row, "split": "validation" if k < 2 else "train"} for k, row in enumerate(PAIRS)]
     data, other = write_rows(tmp_path / "a.jsonl", rows), write_rows(tmp_path / "b.jsonl", PAIRS[4:6])
     setup = set_up_training(make_config(data, tmp_path / "out", eval_data=other))
-    assert [len(setup.splits.train), len(setup.splits.eval)] == [6, 2]
+    assert [len(setup.stages[-1].splits.train), len(setup.stages[-1].splits.eval)] == [6, 2]
     assert "2 rows of --data that are marked as test are left out." in setup.notes
     assert any(
         note.startswith("2 of the 2 eval examples have prompts that are trained on") for note in setup.notes
@@ -149,7 +150,7 @@ def test_rows_marked_as_test_are_held_out_beside_eval_data(tmp_path):
 def test_several_files_are_one_run(tmp_path):
     files = [write_rows(tmp_path / f"{k}.jsonl", PAIRS[k : k + 4]) for k in (0, 4)]
     config = make_config(tuple(map(Path, files)), tmp_path / "out", eval_fraction=0.0)
-    assert len(set_up_training(config).splits.train) == 8
+    assert len(set_up_training(config).stages[-1].splits.train) == 8
     RunFolder(config).open()
     with pytest.raises(ValueError, match="but it had --data"):
         RunFolder(make_config(files[0], tmp_path / "out", eval_fraction=0.0)).check(resume=True)

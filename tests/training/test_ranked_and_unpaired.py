@@ -77,7 +77,9 @@ def test_training_improves_the_metrics(finished):
     assert train_count + eval_metrics[f"{unit}/valid"] == COUNT and before[f"{unit}/valid"] == train_count
     assert (out / "curves.png").stat().st_size > 20_000
     raw = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert all(f"{unit}/second" in record for record in raw if record["part"] == "step")
+    assert all(
+        f"{unit}/second" in record for record in raw if (record["stage"], record["part"]) == ("dpo", "step")
+    )
     if unit == "rows":
         assert {r["rows/chosen"] + r["rows/rejected"] for r in steps} == {r["rows/valid"] for r in steps}
         assert any(record["kl"] != 0 for record in steps)
@@ -225,7 +227,7 @@ def row(**columns):
         ("kto", [row(chosen="a", rejected="b")], ["--ld-alpha", "0.5"], "ld_alpha compares the two sides"),
         ("kto", [row(chosen="a", rejected="b")], ["--wpo"], "wpo weights pairs, and KTO learns from other"),
         ("kto + sft", [row(chosen="a", rejected="b")], [], "KTO and SFT learn from different data"),
-        ("plackettluce", [row(completions=["a", "a"])], [], "--data should hold lists to train on, but"),
+        ("plackettluce", [row(completions=["a", "a"])], [], "--data should hold rows to train on, but"),
     ],
 )
 def test_rows_that_do_not_fit_get_one_sentence(tmp_path, capsys, loss, rows, options, message):

@@ -5,7 +5,7 @@ import torch
 
 from dpo_wrapper.batches import normalize_over_step
 from dpo_wrapper.data import TokenizedExample
-from dpo_wrapper.data.collate import as_document, collate_sft
+from dpo_wrapper.data.collate import collate_sft
 from dpo_wrapper.scoring import token_log_probs as scoring
 from dpo_wrapper.training.stages import SFTModule
 from helpers.models import ZOO
@@ -26,7 +26,7 @@ def test_supervised_tokens_are_groups_of_their_own_below_a_system_prompt(monkeyp
     module = SFTModule(ZOO["xt-rotary"](0)).train()
     module.scorer.share_prefix = share_prefix
     examples = [TokenizedExample((*system, k), ((k, 3), (4,))) for k in range(9, 13)]
-    (batch,) = normalize_over_step([collate_sft([*map(as_document, examples)])])
+    (batch,) = normalize_over_step([collate_sft([example.as_document() for example in examples])])
     loss = module(batch)
     groups = given[-1].groups
     num_entries = 7 + 4 * 3 if share_prefix else 4 * 10

@@ -10,7 +10,7 @@ from dpo_wrapper.batches.sequences import ScoredTreeTokens
 from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.training import stages
 from dpo_wrapper.training.train import train
-from dpo_wrapper.training.trainer import Trainer, learning_rate_factor, step_indices
+from dpo_wrapper.training.trainer import Trainer, learning_rate_factor
 from helpers.runs import (
     assert_metrics_close,
     interrupt_training,
@@ -18,14 +18,6 @@ from helpers.runs import (
     read_metrics,
     train_in_two_processes,
 )
-
-
-def test_every_epoch_takes_each_example_once_and_orders_differ():
-    steps = list(step_indices(10, 4, 2, seed=0))
-    assert [len(step) for step in steps] == [4, 4, 2] * 2
-    first, second = ([index for step in epoch for index in step] for epoch in (steps[:3], steps[3:]))
-    assert sorted(first) == sorted(second) == list(range(10)) and first != second
-    assert steps == list(step_indices(10, 4, 2, seed=0)) != list(step_indices(10, 4, 2, seed=1))
 
 
 def test_the_learning_rate_rises_and_falls():

@@ -1,0 +1,130 @@
+"""The data of a run: tables of tokenized examples, of raw files or of prepared data."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpo_wrapper.data.config import DataConfig
+from dpo_wrapper.data.convert import convert_read
+from dpo_wrapper.data.example_table import ExampleTable, TableRow
+from dpo_wrapper.data.examples import DatasetType
+from dpo_wrapper.data.prepared import PreparedData, is_prepared
+from dpo_wrapper.data.readers import ReadExamples, read_examples
+from dpo_wrapper.data.split import prompt_digest, split_rows
+from dpo_wrapper.data.tokens.encode import tokenize_examples
+from dpo_wrapper.data.tokens.tokenizers import Tokenizer
+from dpo_wrapper.training.config import TrainConfig, flag
+
+Rows = tuple[ExampleTable, NDArray[np.int64]]
+"""A table with indices of some of its rows."""
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What --data or --eval-data names, before the tokenizer is known.
+
+    Attributes:
+        read: the examples of raw files, or None.
+        prepared: prepared data, or None.
+    """
+
+    read: ReadExamples | None
+    prepared: PreparedData | None
+
+    @classmethod
+    def open(cls, paths: Sequence[Path], config: TrainConfig) -> "RunData":
+        """Read raw files, or open prepared data.
+
+        Raises:
+            ValueError: the data cannot be used, or prepared data is given with other data or with other
+                options than it was prepared with.
+        """
+        prepared = [path for path in paths if is_prepared(path)]
+        if not prepared:
+            on_error, kind = config.on_error, config.kind
+            read = read_examples(
+                paths, config.fields, split=config.split, on_error=on_error, kind=kind or "auto"
+            )
+            return cls(convert_read(read, kind, on_error), None)
+        if len(paths) > 1:
+            problem = f"prepared data should be the only --data, but {prepared[0]} is one of {len(paths)}"
+            raise ValueError(f"{problem}: prepare all files into one folder.")
+        data = PreparedData.open(prepared[0])
+        check_data_options(config, data)
+        return cls(None, data)
+
+    @property
+    def dataset_types(self) -> set[DatasetType]:
+        if self.prepared is not None:
+            return set(self.prepared.manifest["dataset_types"])
+        assert self.read is not None
+        return {example.dataset_type for example in self.read.examples}
+
+    @property
+    def today(self) -> date | None:
+        """The date that a template printed into prepared data."""
+        return None if self.prepared is None else self.prepared.template_date
+
+    @property
+    def max_length(self) -> int | None:
+        """The length that prepared data was cut to."""
+        return None if self.prepared is None else self.prepared.manifest["options"]["max_length"]
+
+    def tokenize(self, tokenizer: Tokenizer, config: DataConfig) -> tuple[ExampleTable, list[str]]:
+        """The examples as a table, and sentences on what was left out or not used.
+
+        Raises:
+            ValueError: the tokenizer refuses a row, or it is not the one that the data was prepared with.
+        """
+        if self.prepared is not None:
+            self.prepared.check_tokenizer(tokenizer)
+            return self.prepared.examples, []
+        assert self.read is not None
+        notes = self.read.notes()
+        examples = self.read.examples
+        tokenized = tokenize_examples(
+            examples, tokenizer, **config.tokenize_options, on_error=config.on_error
+        )
+        rows = []
+        for tokens, origin in zip(tokenized.examples, tokenized.origins, strict=True):
+            rows.append(TableRow(tokens, examples[origin].split, prompt_digest(examples[origin])))
+        table = ExampleTable.from_rows(rows)
+        if tokenized.errors:
+            problem = f"{len(tokenized.errors):,} rows could not be tokenized and are left out"
+            notes.append(f"{problem}; the first: {tokenized.errors[0]}")
+        notes += [tokenized.summary()] if tokenized.summary() else []
+        return table, notes
+
+
+TOKENIZER_OPTIONS = ("data", "tokenizer", "chat_template", "chat_template_kwargs")
+"""Options that say what tokenizer a model has, which is compared with that of prepared data."""
+
+
+def check_data_options(config: TrainConfig, data: PreparedData) -> None:
+    """Raise ValueError for options of reading and cutting that are not those of prepared data."""
+    for field in fields(DataConfig):
+        value = getattr(config, field.name)
+        if field.name in TOKENIZER_OPTIONS or value == field.default:
+            continue
+        made = data.manifest["options"].get(field.name)
+        if (list(value) if isinstance(value, tuple) else value) != made:
+            problem = f"{flag(field.name)} should be that of the prepared data, {made}, but it is {value}"
+            raise ValueError(f"{problem}: leave it out, or prepare the data again with it.")
+
+
+def split_table(table: ExampleTable, fraction: float, seed: int) -> tuple[Rows, Rows]:
+    """The rows to train and to evaluate on, as `split_examples` chooses them."""
+    train, test = split_rows(
+        table.column("split").tolist(), table.column("prompt_digest").tolist(), fraction, seed
+    )
+    return (table, np.array(train, np.int64)), (table, np.array(test, np.int64))
+
+
+def count_shared_prompts(train: Rows, eval: Rows) -> int:
+    """Number of the rows to evaluate on whose prompt is one that is trained on."""
+    digests = [table.column("prompt_digest")[rows] for table, rows in (train, eval)]
+    return int(np.isin(digests[1], digests[0]).sum())

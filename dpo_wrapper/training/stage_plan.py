@@ -1,0 +1,135 @@
+"""Which stages a run has, and what each of them is trained on."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpo_wrapper.data.collate import add_kl_completions
+from dpo_wrapper.data.example_table import ExampleTable
+from dpo_wrapper.data.example_view import view_completions, view_preferences
+from dpo_wrapper.data.examples import PREFERENCE_TYPES, DatasetType, TokenizedExample
+from dpo_wrapper.losses import CombinedLoss
+from dpo_wrapper.training.config import STAGES, StageName, TrainConfig, flag
+
+UNITS = {
+    "preference": "pairs",
+    "ranked": "lists",
+    "unpaired_preference": "rows",
+    "prompt_completion": "completions",
+    "language_modeling": "documents",
+}
+"""What examples of each dataset type are called in what is printed and logged."""
+
+SFT_OPTIONS = ("sft_epochs", "sft_learning_rate", "train_on_prompt")
+PRETRAIN_OPTIONS = ("pretrain_epochs", "pretrain_learning_rate")
+DPO_OPTIONS = (
+    "epochs", "learning_rate", "loss", "reference", "reference_dtype", "reference_device", "ranking",
+    "precompute_ref_log_probs", "ref_model_sync_steps", "ref_model_mixup_alpha", "ld_alpha", "wpo",
+)  # fmt: skip
+"""Options that one stage alone reads."""
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Examples to train and to evaluate on; `unit` is what they are: pairs, lists, rows or documents."""
+
+    train: Sequence[TokenizedExample]
+    eval: Sequence[TokenizedExample]
+    unit: str
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage, how long it takes, and what it is trained on."""
+
+    name: StageName
+    epochs: int
+    learning_rate: float
+    splits: Splits
+
+
+def choose_stages(config: TrainConfig, types: Collection[DatasetType]) -> tuple[StageName, ...]:
+    """The stages of a run on data of these types.
+
+    Raises:
+        ValueError: the data holds nothing for a stage, or an option is of a stage that the run has not.
+    """
+    has_preferences = not set(PREFERENCE_TYPES).isdisjoint(types)
+    stages = config.stage
+    if stages is None:
+        learns_best = config.sft_epochs is not None or config.is_new_model  # the best completions first
+        has_sft = (
+            "prompt_completion" in types or (has_preferences and learns_best)
+        ) and config.sft_epochs != 0
+        has_stage: dict[StageName, bool] = {
+            "pretrain": "language_modeling" in types,
+            "sft": has_sft,
+            "dpo": has_preferences,
+        }
+        stages = tuple(stage for stage in STAGES if has_stage[stage])
+    elif "dpo" in stages and not has_preferences:
+        problem = (
+            f"--stage dpo should have preferences, but the data holds {' and '.join(sorted(types))} alone"
+        )
+        raise ValueError(f"{problem}: leave dpo out, or add rows with 'chosen' and 'rejected'.")
+    if not stages:
+        raise ValueError("--sft-epochs should not be 0 for data of prompt_completion alone: leave it out.")
+    options = {"pretrain": PRETRAIN_OPTIONS, "sft": SFT_OPTIONS, "dpo": DPO_OPTIONS}
+    defaults = {field.name: field.default for field in fields(TrainConfig)}
+    for stage, names in options.items():
+        given = [name for name in names if getattr(config, name) != defaults[name]]
+        if stage not in stages and given and not (given == ["sft_epochs"] and config.sft_epochs == 0):
+            has = f"the stages of this run are {', '.join(stages)}"
+            own = f"{stages[-1]}_{given[0]}"
+            remedy = f"give {flag(own)}" if own in defaults else "leave it out"
+            raise ValueError(f"{flag(given[0])} is an option of the stage {stage}, but {has}: {remedy}.")
+    return stages
+
+
+def plan_stages(
+    config: TrainConfig,
+    stages: Sequence[StageName],
+    loss: CombinedLoss,
+    train: tuple[ExampleTable, NDArray[np.int64]],
+    eval: tuple[ExampleTable, NDArray[np.int64]],
+) -> list[StagePlan]:
+    """The stages with their examples.
+
+    Args:
+        loss: of preference training.
+        train, eval: tables with the rows to train and to evaluate on.
+
+    Raises:
+        ExampleError: a row cannot become what the loss learns from.
+    """
+    sft_epochs = config.sft_epochs if config.sft_epochs is not None else (10 if config.is_new_model else 1)
+    schedule: dict[StageName, tuple[int, float]] = {
+        "pretrain": (config.pretrain_epochs, config.peak_pretrain_learning_rate),
+        "sft": (sft_epochs, config.peak_sft_learning_rate),
+        "dpo": (config.epochs, config.peak_learning_rate),
+    }
+    dataset_type: Any = loss.dataset_type
+    learns_prompts = config.train_on_prompt
+    if learns_prompts is None:
+        learns_prompts = config.is_new_model and "pretrain" not in stages
+
+    def view(stage: StageName, table: ExampleTable, rows: NDArray[np.int64]) -> Sequence[TokenizedExample]:
+        if stage == "pretrain":
+            return view_completions(table, rows, "language_modeling", is_document=True)
+        if stage == "sft":
+            return view_completions(table, rows, "prompt_completion", is_document=learns_prompts)
+        examples = view_preferences(table, rows, dataset_type, config.ranking or "all")
+        return add_kl_completions(examples, config.max_length, config.seed)
+
+    types: dict[StageName, Any] = {"pretrain": "language_modeling", "sft": "prompt_completion"}
+    return [
+        StagePlan(
+            stage,
+            *schedule[stage],
+            Splits(view(stage, *train), view(stage, *eval), UNITS[types.get(stage, dataset_type)]),
+        )
+        for stage in stages
+    ]
