@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import dpo_wrapper
+from dpo_wrapper.data.prepare.config import PrepareConfig
 from dpo_wrapper.losses.registry import builtin_losses, losses_table
 from dpo_wrapper.pretrained import PRESETS
 from dpo_wrapper.training.config import TrainConfig
@@ -95,7 +96,8 @@ def test_files_that_are_named_exist(page):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])
 def test_options_that_are_named_exist(page):
-    known = {f"--{name.replace('_', '-')}" for name in TrainConfig.__dataclass_fields__}
+    fields = TrainConfig.__dataclass_fields__ | PrepareConfig.__dataclass_fields__
+    known = {f"--{name.replace('_', '-')}" for name in fields}
     assert set(re.findall(r"`(--[a-z-]+)", PAGES[page])) <= known | {"--help"}
 
 
