@@ -45,3 +45,13 @@ def test_step(tmp_path):
     assert written["results"]["tree"]["seconds"] > 0
     assert written["floor"]["product_rate"] > 0
     assert "dpo_wrapper.cpu_matmul.matmul" in printed
+
+
+@pytest.mark.slow
+def test_prepare(tmp_path):
+    options = "--rows 60 --words 8 --vocab 400"
+    printed, written = run("prepare.py", options, tmp_path / "prepare.json")
+    results = written["results"]
+    assert results["tokens"] > 60 * 16 and results["share_of_tokenizer"] > 0
+    assert results["peak_bytes"][0] > 2**20 and results["reading"]["pairs_per_second"] > 0
+    assert "60 rows" in printed
