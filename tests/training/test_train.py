@@ -95,6 +95,7 @@ def test_the_experts_of_a_mixture_are_balanced(rows, tmp_path):
     base = tmp_path / "base"
     hf("Mixtral", num_local_experts=3, vocab_size=300, max_position_embeddings=128)(0).save_pretrained(base)
     options = {"model": str(base), "tokenizer": "bytes", "learning_rate": 1e-2, "micro_batch_tokens": 300}
+    options["train_on_prompt"] = True
     records = {}
     for coef in (None, 1.0):
         out = tmp_path / str(coef)

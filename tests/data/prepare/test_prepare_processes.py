@@ -154,7 +154,7 @@ SLOW = """
 import time
 from dpo_wrapper.data.prepare.part_maker import PartMaker
 make = PartMaker.make
-PartMaker.make = lambda self, part: (time.sleep(0.5), make(self, part))[1]
+PartMaker.make = lambda self, part: (time.sleep(2), make(self, part))[1]
 """
 
 RUNNING = """
