@@ -41,11 +41,14 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def prepare(config: "PrepareConfig") -> None:
-    from dpo_wrapper.data.prepare.run import prepare_and_report
+    from dpo_wrapper.data.prepare.run import prepare_and_report, preview_prepared
+    from dpo_wrapper.data.prepared import is_prepared
     from dpo_wrapper.data.preview import preview_data
 
     try:
-        if config.out is None:
+        if config.out is None and is_prepared(config.data[0]):
+            preview_prepared(config)
+        elif config.out is None:
             preview_data(config)
         elif prepare_and_report(config) and config.strict:
             sys.exit(3)

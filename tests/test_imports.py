@@ -40,7 +40,7 @@ ALLOWED = {
     "training": f"validation {CORE} dpo data pretrained evaluation",
     "evaluation": "dpo data metrics",
     "export": "pretrained",
-    "cli": "data.prepare data.preview training evaluation export",
+    "cli": "data.prepare data.prepared data.preview training evaluation export",
     "__main__": "cli",
     "__init__": f"{CORE} dpo data",
 }

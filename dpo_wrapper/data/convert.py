@@ -67,6 +67,9 @@ def check_ranking(ranking: Ranking | None, dataset_type: DatasetType, has_lists:
         raise ValueError(f"{problem}: leave the ranking out.")
 
 
+SKIP = ", or leave such rows out (--on-bad-row skip)"
+"""What can be done with rows that a loss has no use for."""
+
 Choice = tuple[tuple[int, ...], bool | None]
 """Indices of completions, and a label if there is but one."""
 
@@ -84,11 +87,11 @@ def choose_completions(
             return [((0,), example.label)]
         if count != 2:
             problem = f"a row should have one completion with a label, but it has a ranked list of {count}"
-            raise ExampleError(f"{problem}: give each a label, or take a loss of lists or pairs.")
+            raise ExampleError(f"{problem}: give each a label, or take a loss of lists or pairs{SKIP}.")
         return [((0,), True), ((1,), False)]
     if example.label is not None:
         problem = "a row should have two completions or more, but it has one with a label"
-        raise ExampleError(f"{problem}: write pairs or ranked lists, or take a loss such as KTO.")
+        raise ExampleError(f"{problem}: write pairs or ranked lists, or take a loss such as KTO{SKIP}.")
     ranks = example.ranks or tuple(range(count))
     if dataset_type == "ranked":
         return [(tuple(k for k in range(count) if ranks[k] not in ranks[:k]), None)]

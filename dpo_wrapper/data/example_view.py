@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo_wrapper.data.convert import Choice, choose_completions
-from dpo_wrapper.data.errors import collect_errors
+from dpo_wrapper.data.errors import ExampleError, OnError, collect_errors
 from dpo_wrapper.data.example_table import DATASET_TYPES, ExampleTable
 from dpo_wrapper.data.examples import DatasetType, Ranking, TokenizedExample
 
@@ -59,12 +59,17 @@ def choose(example: TokenizedExample, indices: Sequence[int], label: bool | None
 
 
 def view_preferences(
-    table: ExampleTable, rows: NDArray[np.int64], dataset_type: DatasetType, ranking: Ranking = "all"
-) -> ExampleView:
-    """The preferences among some rows, converted to what a loss learns from as `convert_examples` does.
+    table: ExampleTable,
+    rows: NDArray[np.int64],
+    dataset_type: DatasetType,
+    ranking: Ranking = "all",
+    *,
+    on_error: OnError = "raise",
+) -> tuple[ExampleView, list[ExampleError]]:
+    """The preferences among some rows, converted as `convert_examples` does, and errors of those skipped.
 
     Raises:
-        ExampleError: a row has a label or a list where the loss has no use for it.
+        ExampleError: a row has a label or a list where the loss has no use for it, and `on_error` is 'raise'.
     """
     types = table.dataset_types[rows]
     rows = rows[types <= UNPAIRED]
@@ -76,16 +81,17 @@ def view_preferences(
         "unpaired_preference": (types == UNPAIRED).all() and not has_margins,
     }
     if is_converted[dataset_type]:
-        return ExampleView(table, rows)
+        return ExampleView(table, rows), []
+    errors: list[ExampleError] = []
     chosen_rows: list[int] = []
     choices: list[Choice] = []
     for row in rows.tolist():
         example = table[row]
-        with collect_errors([], "raise", example.source):
+        with collect_errors(errors, on_error, example.source):
             for choice in choose_completions(example, dataset_type, ranking):
                 chosen_rows.append(row)
                 choices.append(choice)
-    return ExampleView(table, np.array(chosen_rows, np.int64), choices)
+    return ExampleView(table, np.array(chosen_rows, np.int64), choices), errors
 
 
 def view_completions(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_wrapper.data.example_table import ExampleTable
-from dpo_wrapper.data.tokens.tokenizers import Tokenizer
+from dpo_wrapper.data.tokens.tokenizers import ByteTokenizer, Tokenizer
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "dpo_wrapper prepared data"
@@ -75,7 +75,8 @@ class PreparedData:
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raise ValueError unless the tokenizer makes the same tokens, and says of what it differs."""
         made, given = self.manifest["tokenizer"], describe_tokenizer(tokenizer)
-        if made["template"] != given["template"]:
+        has_templates = ByteTokenizer().template_fingerprint() not in (made["template"], given["template"])
+        if has_templates and made["template"] != given["template"]:
             raise ValueError(
                 f"{self.folder} should be prepared with the model's own chat template, but it was made with "
                 f"another, that of '{made['name']}': prepare the data with the model's tokenizer, or give "

@@ -58,16 +58,18 @@ class ReadExamples:
         if self.unused_columns:
             notes.append("Columns that were not used: " + ", ".join(sorted(self.unused_columns)) + ".")
         if count := sum(example.margin is not None for example in self.examples):
-            notes.append(
-                f"{count:,} rows have a margin, which the loss takes as nats by which chosen should win "
-                "(--columns margin= ignores it)."
-            )
+            notes.append(format_margins(count))
         if (side := find_blank_side(self.examples)) is not None:
             notes.append(
                 f"Every {side} completion begins with white space and no other does, which gives them away: "
                 "strip them all."
             )
         return notes
+
+
+def format_margins(count: int) -> str:
+    meaning = "which the loss takes as nats by which chosen should win (--columns margin= ignores it)"
+    return f"{count:,} rows have a margin, {meaning}."
 
 
 def format_ignored_spans(count: int) -> str:
@@ -243,6 +245,9 @@ def read_raw_records(
 
     Lines of JSON are not parsed yet.
     """
+    if split is not None and source.kind not in ("saved", "hub"):
+        problem = f"--split should name a split of a data set that has several, but {source.name} is a file"
+        raise ValueError(f"{problem}: leave it out, and name the files of the split.")
     if source.kind not in (*JSON_LINES, ".json"):
         needed = needed_columns(fields)
         numbers = {fields.weight, fields.margin}

@@ -13,6 +13,9 @@ Record = dict[str, Any]
 
 MAX_COMPLETION_TOKENS = 120
 
+MAX_OPENING_TOKENS = 24
+"""Tokens of a text without a prompt that a model is given to continue."""
+
 PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("loss", "loss (nats)", ("loss",)),
     ("reward accuracy", "fraction", ("rewards/accuracies",)),
@@ -114,15 +117,23 @@ def format_completions(
     example: TokenizedExample,
     max_positions: int | None = None,
 ) -> str:
-    """A prompt, the greedy completion of each model that is not None, and the chosen completion."""
+    """A prompt, the greedy completion of each model that is not None, and the chosen completion.
+
+    Of an example without a prompt the first tokens are one.
+    """
     end_ids = (tokenizer.end_of_turn_id, tokenizer.eos_id)
-    prompt_ids = list(example.prompt)
+    ids = [*example.prompt, *(example.sft_completion or ())]
+    num_prompt = len(example.prompt)
+    if num_prompt < 2:  # nothing but a BOS
+        num_prompt = min(MAX_OPENING_TOKENS, (len(ids) + 1) // 2)
+    prompt_ids, best_ids = ids[:num_prompt], ids[num_prompt:]
     lines = [("prompt", shorten(tokenizer.decode(prompt_ids), keep_end=True))]
     for name, model in models.items():
         if model is not None:
-            ids = generate(model, prompt_ids, MAX_COMPLETION_TOKENS, end_ids, max_positions)
-            lines.append((name, shorten(tokenizer.decode(ids))))
-    lines.append(("chosen", shorten(tokenizer.decode(list(example.sft_completion or ())))))
+            generated = generate(model, prompt_ids, MAX_COMPLETION_TOKENS, end_ids, max_positions)
+            lines.append((name, shorten(tokenizer.decode(generated))))
+    is_preference = len(example.completions) > 1 or example.label is not None
+    lines.append(("chosen" if is_preference else "data", shorten(tokenizer.decode(best_ids))))
     return "\n".join(f"{name:9}  {text}" for name, text in lines)
 
 

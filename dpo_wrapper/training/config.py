@@ -120,7 +120,7 @@ class TrainConfig(DataConfig):
             "ref_model_sync_steps",
         ):
             self._check(name, lambda value: value >= 0, "0 or more")
-        for name in ("batch_size", "micro_batch_tokens", "eval_steps"):
+        for name in ("batch_size", "micro_batch_tokens", "eval_steps", "pretrain_epochs"):
             self._check(name, lambda value: value >= 1, "at least 1")
         for name in ("learning_rate", "sft_learning_rate", "pretrain_learning_rate", "max_grad_norm"):
             self._check(name, lambda value: value > 0 and math.isfinite(value), "a positive number")

@@ -12,6 +12,7 @@ from dpo_wrapper.data.config import DataConfig
 from dpo_wrapper.data.convert import convert_read
 from dpo_wrapper.data.example_table import ExampleTable, TableRow
 from dpo_wrapper.data.examples import DatasetType
+from dpo_wrapper.data.prepare.report_page import format_value
 from dpo_wrapper.data.prepared import PreparedData, is_prepared
 from dpo_wrapper.data.readers import ReadExamples, read_examples
 from dpo_wrapper.data.split import prompt_digest, split_rows
@@ -100,19 +101,21 @@ class RunData:
         return table, notes
 
 
-TOKENIZER_OPTIONS = ("data", "tokenizer", "chat_template", "chat_template_kwargs")
-"""Options that say what tokenizer a model has, which is compared with that of prepared data."""
+OTHER_OPTIONS = ("data", "tokenizer", "chat_template", "chat_template_kwargs", "on_bad_row")
+"""Options that mean something for prepared data too, or whose tokenizer is compared with that of the data."""
 
 
 def check_data_options(config: TrainConfig, data: PreparedData) -> None:
     """Raise ValueError for options of reading and cutting that are not those of prepared data."""
     for field in fields(DataConfig):
         value = getattr(config, field.name)
-        if field.name in TOKENIZER_OPTIONS or value == field.default:
+        if field.name in OTHER_OPTIONS or value == field.default:
             continue
         made = data.manifest["options"].get(field.name)
-        if (list(value) if isinstance(value, tuple) else value) != made:
-            problem = f"{flag(field.name)} should be that of the prepared data, {made}, but it is {value}"
+        given = list(value) if isinstance(value, tuple) else value
+        if given != made:
+            was, now = ("not set" if value in (None, []) else format_value(value) for value in (made, given))
+            problem = f"{flag(field.name)} should be that of the prepared data, {was}, but it is {now}"
             raise ValueError(f"{problem}: leave it out, or prepare the data again with it.")
 
 

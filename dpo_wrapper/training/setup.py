@@ -57,7 +57,9 @@ def set_up_training(config: TrainConfig) -> TrainSetup:
     if "dpo" in stages:
         dataset_type: Any = loss.dataset_type
         check_ranking(config.ranking, dataset_type, bool((train[0].num_completions() > 2).any()))
-    plans = plan_stages(config, stages, loss, train, eval)
+    plans, errors = plan_stages(config, stages, loss, train, eval)
+    if errors:
+        notes.append(f"{len(errors):,} rows are of no use to --loss and are left out; the first: {errors[0]}")
     check_plans(config, loss, plans, [train, eval])
     if "dpo" in stages:
         notes += [

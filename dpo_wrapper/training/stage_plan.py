@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo_wrapper.data.collate import add_kl_completions
+from dpo_wrapper.data.errors import ExampleError
 from dpo_wrapper.data.example_table import ExampleTable
-from dpo_wrapper.data.example_view import view_completions, view_preferences
+from dpo_wrapper.data.example_view import COMPLETION, view_completions, view_preferences
 from dpo_wrapper.data.examples import PREFERENCE_TYPES, DatasetType, TokenizedExample
 from dpo_wrapper.losses import CombinedLoss
 from dpo_wrapper.training.config import STAGES, StageName, TrainConfig, flag
@@ -75,6 +76,8 @@ def choose_stages(config: TrainConfig, types: Collection[DatasetType]) -> tuple[
             f"--stage dpo should have preferences, but the data holds {' and '.join(sorted(types))} alone"
         )
         raise ValueError(f"{problem}: leave dpo out, or add rows with 'chosen' and 'rejected'.")
+    if "sft" in stages and config.sft_epochs == 0:
+        raise ValueError("--sft-epochs should not be 0 if --stage names sft: leave one of the two out.")
     if not stages:
         raise ValueError("--sft-epochs should not be 0 for data of prompt_completion alone: leave it out.")
     options = {"pretrain": PRETRAIN_OPTIONS, "sft": SFT_OPTIONS, "dpo": DPO_OPTIONS}
@@ -95,8 +98,8 @@ def plan_stages(
     loss: CombinedLoss,
     train: tuple[ExampleTable, NDArray[np.int64]],
     eval: tuple[ExampleTable, NDArray[np.int64]],
-) -> list[StagePlan]:
-    """The stages with their examples.
+) -> tuple[list[StagePlan], list[ExampleError]]:
+    """The stages with their examples, and the errors of preferences that are left out.
 
     Args:
         loss: of preference training.
@@ -113,6 +116,9 @@ def plan_stages(
     }
     dataset_type: Any = loss.dataset_type
     learns_prompts = config.train_on_prompt
+    if learns_prompts is not None and (train[0].dataset_types[train[1]] == COMPLETION).any():
+        problem = "--train-on-prompt acts where preferences are imitated, but the data has prompt_completion"
+        raise ValueError(f"{problem} rows of its own: leave it out.")
     if learns_prompts is None:
         learns_prompts = config.is_new_model and "pretrain" not in stages
 
@@ -121,11 +127,14 @@ def plan_stages(
             return view_completions(table, rows, "language_modeling", is_document=True)
         if stage == "sft":
             return view_completions(table, rows, "prompt_completion", is_document=learns_prompts)
-        examples = view_preferences(table, rows, dataset_type, config.ranking or "all")
+        options: dict[str, Any] = {"ranking": config.ranking or "all", "on_error": config.on_error}
+        examples, skipped = view_preferences(table, rows, dataset_type, **options)
+        errors.extend(skipped)
         return add_kl_completions(examples, config.max_length, config.seed)
 
+    errors: list[ExampleError] = []
     types: dict[StageName, Any] = {"pretrain": "language_modeling", "sft": "prompt_completion"}
-    return [
+    plans = [
         StagePlan(
             stage,
             *schedule[stage],
@@ -133,3 +142,4 @@ def plan_stages(
         )
         for stage in stages
     ]
+    return plans, errors

@@ -1,6 +1,7 @@
 """Training on prepared data, which is training on the files that it was made of."""
 
 import json
+from dataclasses import replace
 from datetime import date
 
 import pytest
@@ -73,6 +74,19 @@ def test_two_processes_under_torchrun_report_what_one_does(rows, finished_run, t
     out = tmp_path / "out"
     train_in_two_processes(tmp_path / "script.py", tmp_path / "prepared", out, launch=run_under_torchrun)
     assert_metrics_close(read_metrics(finished_run), read_metrics(out))
+
+
+def test_rows_that_the_loss_has_no_use_for_are_left_out_if_that_is_asked_for(tmp_path):
+    prepare(write_rows(tmp_path / "rows.jsonl", [*LISTS, *LABELS, *PAIRS]), tmp_path / "prepared")
+    options = {"eval_fraction": 0.0, "sft_epochs": 0}
+    for loss, count, left_out in (("sigmoid", 12 + 5 * 2, 9), ("kto", 24 + 9, 5)):
+        config = make_config(tmp_path / "prepared", tmp_path / "out", loss=loss, **options)
+        with pytest.raises(ValueError, match=r"or leave such rows out \(--on-bad-row skip\)"):
+            set_up_training(config)
+        setup = set_up_training(replace(config, on_bad_row="skip"))
+        assert len(setup.stages[-1].splits.train) == count
+        note = f"{left_out} rows are of no use to --loss and are left out"
+        assert any(text.startswith(note) for text in setup.notes)
 
 
 def write_files(folder):
@@ -154,6 +168,16 @@ def test_preferences_alone_are_learned_as_documents_and_as_completions(tmp_path)
             {"stage": ("dpo",), "sft_learning_rate": 1e-3},
             r"--sft-learning-rate is an option of the stage sft",
         ),
+        (
+            SFT,
+            {"train_on_prompt": True, "epochs": 3},
+            r"--train-on-prompt acts where preferences are",
+        ),
+        (
+            PAIRS,
+            {"stage": ("sft",), "sft_epochs": 0, "epochs": 3},
+            r"--sft-epochs should not be 0 if --stage",
+        ),
         (PAIRS, {"pretrain_epochs": 3}, r"--pretrain-epochs is an option of the stage pretrain"),
         (PAIRS, {"stage": ("dpo", "sft")}, r"--stage should name stages in the order pretrain, sft, dpo"),
         (PAIRS, {"stage": ()}, r"--stage should name stages in the order pretrain, sft, dpo"),
@@ -180,7 +204,7 @@ def test_prepared_data_of_another_tokenizer_template_or_option_is_refused(tmp_pa
         return set_up_training(make_config(data, tmp_path / "out", **({"model": str(model)} | options)))
 
     set_up(tmp_path / "prepared")
-    with pytest.raises(ValueError, match=r"the model's own chat template, but it was made with another"):
+    with pytest.raises(ValueError, match=r"the model's own tokenizer, but it was made with another"):
         set_up(tmp_path / "prepared", model="tiny")
     prepare(file, tmp_path / "other", tokenizer=str(model), chat_template=tmp_path / "t.jinja")
     with pytest.raises(ValueError, match=r"the model's own chat template, but it was made with another"):
@@ -261,12 +285,20 @@ def test_three_stages_in_sequence_and_resumed(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "rows"), [("sft", SFT), ("pretrain", DOCUMENTS)])
-def test_one_stage_without_preferences(tmp_path, capsys, name, rows):
+@pytest.mark.parametrize(
+    ("name", "rows", "options"),
+    [
+        ("sft", SFT, ()),
+        ("pretrain", DOCUMENTS, ()),
+        ("pretrain", PAIRS, ("--stage", "pretrain")),
+        ("sft", DOCUMENTS, ("--stage", "sft", "--sft-epochs", "2")),
+    ],
+)
+def test_one_stage_alone(tmp_path, capsys, name, rows, options):
     file = write_rows(tmp_path / "rows.jsonl", rows)
     cli.main(
         ["train", "--data", str(file), "--out", str(tmp_path / "out"), "--batch-size", "2", "--cpu",
-         "--max-length", "64"]
+         "--max-length", "64", *options]
     )  # fmt: skip
     text = capsys.readouterr().out
     assert f"{name}: " in text and "reference" not in text and "loss" in text

@@ -117,7 +117,7 @@ def check_cuts(features: FeatureMap, counts: Counts) -> list[Finding]:
     parts = [count_rows(counts[name], noun) for name, noun in nouns.items() if name in counts]
     fact += f" ({' and '.join(parts)})" if parts else ""
     numbers = {"rows": len(rows), "share": share, **{name: counts[name] for name in nouns if name in counts}}
-    remedy = "raise --max-length, or leave such rows out"
+    remedy = "raise --max-length (or --max-prompt-length), or leave such rows out"
     return [make_finding("cuts", share >= CUT_SHARE, fact, remedy, rows, numbers)]
 
 

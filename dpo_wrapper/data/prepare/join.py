@@ -80,6 +80,7 @@ def join_parts(job: PrepareJob, num_parts: int) -> None:
         "forms": counts.forms,
         "unused_columns": sorted(counts.unused_columns),
         "ignored_spans": counts.num_ignored_spans,
+        "margins": int(np.isfinite(table.column("margin")).sum()) if table.has_values("margin") else 0,
         "findings": [asdict(finding) for finding in findings],
         "files": files,
         "fingerprint": hash_text("".join(file["hash"] for file in files)),

@@ -9,10 +9,11 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dpo_wrapper.data.examples import TokenizedExamples
 from dpo_wrapper.data.lint import Finding, format_findings
 from dpo_wrapper.data.prepare.config import PrepareConfig
 from dpo_wrapper.data.prepare.job import PrepareJob, find_difference
@@ -20,9 +21,9 @@ from dpo_wrapper.data.prepare.join import REFUSED_FILE, REPORT_FILE, join_parts
 from dpo_wrapper.data.prepare.part_maker import read_counts
 from dpo_wrapper.data.prepare.parts import Part, read_parts
 from dpo_wrapper.data.prepare.workers import make_in_workers
-from dpo_wrapper.data.prepared import MANIFEST_FILE, PreparedData, read_manifest
+from dpo_wrapper.data.prepared import MANIFEST_FILE, PreparedData, is_prepared, read_manifest
 from dpo_wrapper.data.preview import print_examples
-from dpo_wrapper.data.readers import format_ignored_spans
+from dpo_wrapper.data.readers import format_ignored_spans, format_margins
 from dpo_wrapper.data.tokens.tokenizers import load_tokenizer
 
 
@@ -54,6 +55,9 @@ def prepare_data(config: PrepareConfig) -> PreparedData | None:
         ValueError, TypeError, OSError, ImportError: one sentence about the setting or the row that is wrong.
     """
     assert config.out is not None
+    if prepared := next(filter(is_prepared, config.data), None):
+        problem = f"--data should be files, but {prepared} is prepared data already"
+        raise ValueError(f"{problem}: train on it, or name the files that it was made of.")
     processes = Processes.from_launcher()
     job = PrepareJob.plan(config)
     if (manifest := read_manifest(config.out)) is not None:
@@ -104,13 +108,21 @@ def prepare_and_report(config: PrepareConfig) -> bool:
     if data is None:
         return False
     if config.preview:
-        tokenizer = load_tokenizer(
-            config.tokenizer or "bytes", **config.tokenizer_options(data.template_date)
-        )
-        print_examples(data.examples, config.preview, tokenizer)
-    print(format_manifest(data.manifest))
+        preview_prepared(replace(config, data=(data.folder,)))
+    else:
+        print(format_manifest(data.manifest))
     print(f"The data is in {data.folder}, and {REPORT_FILE} there shows it.")
     return any(finding["is_problem"] for finding in data.manifest["findings"])
+
+
+def preview_prepared(config: PrepareConfig) -> None:
+    """Print the first examples of prepared data, and what became of the rows that it was made of."""
+    data = PreparedData.open(config.data[0])
+    name = config.tokenizer or data.manifest["tokenizer"]["name"]
+    tokenizer = load_tokenizer(name, **config.tokenizer_options(data.template_date))
+    data.check_tokenizer(tokenizer)
+    print_examples(data.examples, 3 if config.preview is None else config.preview, tokenizer)
+    print(format_manifest(data.manifest))
 
 
 def format_manifest(manifest: Mapping[str, Any]) -> str:
@@ -131,6 +143,10 @@ def format_manifest(manifest: Mapping[str, Any]) -> str:
         lines.append("Columns that were not used: " + ", ".join(manifest["unused_columns"]) + ".")
     if manifest["ignored_spans"]:
         lines.append(format_ignored_spans(manifest["ignored_spans"]))
+    if manifest["margins"]:
+        lines.append(format_margins(manifest["margins"]))
+    cuts = {f"num_{name}": count for name, count in manifest["cuts"].items()}
+    lines += filter(None, [TokenizedExamples([], **cuts).summary()])
     findings = [Finding(**finding) for finding in manifest["findings"]]
     return "\n".join([*lines, format_findings(findings)])
 

@@ -247,6 +247,21 @@ def test_examples_are_shown_beside_the_folder(tmp_path: Path, capsys: pytest.Cap
     text = capsys.readouterr().out
     assert text.startswith("── 1 of 30: a.jsonl, line 1 ──\nprompt    <bos>0+0?\nchosen    ⟦0<eos>⟧\n")
     assert "30 written" in text and "── 2" not in text
+    cli.main(["prepare", "--data", str(tmp_path / "out"), "--preview", "1"])
+    assert capsys.readouterr().out == text.rpartition("The data is in")[0]
+    with pytest.raises(ValueError, match=r"--data should be files, but .*out is prepared data already"):
+        prepare(tmp_path / "out", tmp_path / "again")
+
+
+def test_what_is_read_and_cut_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows: list[dict[str, Any]] = [{**row, "margin": 1.0, "loss_masking_spans": [[0, 1]]} for row in PAIRS]
+    rows += [{"prompt": "a" * 40, "chosen": "b", "rejected": "c"}]
+    file = write_rows(tmp_path / "a.jsonl", rows)
+    cli.main(["prepare", "--data", str(file), "--out", str(tmp_path / "out"), "--max-length", "24"])
+    text = capsys.readouterr().out
+    assert "30 rows have loss_masking_spans, which are ignored" in text
+    assert "30 rows have a margin, which the loss takes as nats" in text
+    assert "Cut to fit: 1 prompt at the front." in text
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
