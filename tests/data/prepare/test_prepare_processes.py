@@ -129,9 +129,7 @@ part_maker.measure_rows = measure_rows
 @pytest.mark.slow
 def test_interrupted_by_the_keyboard_and_not_twice_at_a_time(tmp_path: Path, expected: PreparedData) -> None:
     script = tmp_path / "script.py"
-    script.write_text(
-        SLOW + SCRIPT.replace("prepare_data(PrepareConfig", "import dpo_wrapper.cli\n" + RUNNING)
-    )
+    script.write_text(SLOW + SCRIPT.replace("prepare_data(PrepareConfig", RUNNING))
     command = [sys.executable, script, BUNDLED, tmp_path / "out"]
     options: dict[str, Any] = {"env": {**os.environ, "PYTHONPATH": str(ROOT)}, "text": True}
     first = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, **options)
@@ -158,5 +156,7 @@ PartMaker.make = lambda self, part: (time.sleep(2), make(self, part))[1]
 """
 
 RUNNING = """
+import signal
 import dpo_wrapper.cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
 dpo_wrapper.cli.prepare(PrepareConfig"""
