@@ -132,6 +132,7 @@ def test_optional_libraries_are_imported_where_they_are_used():
     assert not found
 
 
+@pytest.mark.slow
 def test_the_package_alone_loads_no_optional_library():
     libraries = [name for name in OPTIONAL.split() if name != "tqdm"]  # which torch loads
     code = f"import sys, {PACKAGE}; print([name for name in {libraries} if name in sys.modules])"

@@ -106,6 +106,7 @@ def test_splits_that_cannot_be(examples: list[Example], fraction: Any, message: 
         split_examples(examples, fraction)
 
 
+@pytest.mark.slow
 def test_another_process_splits_alike_and_loads_no_extra_library() -> None:
     code = (
         "import sys\n"

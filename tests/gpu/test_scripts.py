@@ -90,6 +90,7 @@ def test_lack_of_memory_fails_no_stage_and_other_errors_do(scripts):
     assert shape_has_failed({"results": {"triton": {"modes": {"frozen": {"failed": "RuntimeError: no"}}}}})
 
 
+@pytest.mark.slow
 def test_nothing_of_a_case_stays_in_memory(scripts, monkeypatch):
     cases, train_step = scripts.training_case, scripts.train_step
     models = []

@@ -178,6 +178,7 @@ for p, expected in zip(dpos[0].policy_model.parameters(), dpos[1].policy_model.p
 """
 
 
+@pytest.mark.slow
 def test_a_given_module_that_is_not_frozen_under_data_parallel(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(DATA_PARALLEL)

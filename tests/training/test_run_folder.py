@@ -239,6 +239,7 @@ def test_settings_that_cannot_be_read_get_a_sentence(rows, tmp_path):
             RunFolder(make_config(rows, tmp_path / "out")).check(resume=True)
 
 
+@pytest.mark.slow
 def test_a_run_without_its_report_makes_it(rows, tmp_path, monkeypatch, capsys):
     def broken(*_):
         raise KilledError
