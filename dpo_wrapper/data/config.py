@@ -3,15 +3,15 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from dpo_wrapper.data.errors import OnError
-from dpo_wrapper.data.examples import DatasetType, Fields
+from dpo_wrapper.data.examples import DATASET_TYPES, DatasetType, Fields
 from dpo_wrapper.data.tokens.encoded import Score
 from dpo_wrapper.data.tokens.options import OnLong, TokenizeOptions
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
-    "kind": (None, *get_args(DatasetType)),
+    "kind": (None, *DATASET_TYPES),
     "on_bad_row": ("error", "skip"),
     "as_chat": ("auto", "always", "never"),
 }

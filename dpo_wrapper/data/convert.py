@@ -1,19 +1,20 @@
 """Examples -> examples of the type that a loss learns from."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
+from dpo_wrapper.data.config import DataConfig
 from dpo_wrapper.data.errors import ExampleError, OnError, check_on_error, collect_errors
 from dpo_wrapper.data.examples import (
     PREFERENCE_TYPES,
     DatasetType,
     Example,
-    Kind,
     Ranking,
     TokenizedExample,
 )
-from dpo_wrapper.data.readers import ReadExamples
+from dpo_wrapper.data.readers import ReadExamples, read_examples
 
 
 def convert_examples(
@@ -49,8 +50,10 @@ def convert_examples(
     return converted, errors
 
 
-def convert_read(read: ReadExamples, kind: Kind | None, on_error: OnError) -> ReadExamples:
-    """What was read, converted to `kind` if that is a type of preferences."""
+def read_and_convert(paths: Sequence[Path], config: DataConfig) -> ReadExamples:
+    """The examples of files, read as a configuration says; preferences are converted if it names a type."""
+    kind, on_error = config.kind, config.on_error
+    read = read_examples(paths, config.fields, split=config.split, on_error=on_error, kind=kind or "auto")
     if kind is None or kind not in PREFERENCE_TYPES:
         return read
     examples, errors = convert_examples(read.examples, kind, on_error=on_error)

@@ -47,9 +47,12 @@ class ExampleTable(Sequence[TokenizedExample]):
         prompt_digest: uint64, equal for equal prompts
     """
 
-    def __init__(self, batches: Iterable[Any], files: Sequence[Path] = ()) -> None:
+    def __init__(
+        self, batches: Iterable[Any], files: Sequence[Path] = (), largest_id: int | None = None
+    ) -> None:
         self.batches = [_BatchArrays(batch) for batch in batches]
         self.files = tuple(files)
+        self._largest_id = largest_id
         self._ends = list(accumulate(len(batch) for batch in self.batches))
 
     @classmethod
@@ -58,15 +61,20 @@ class ExampleTable(Sequence[TokenizedExample]):
         return cls(make_batch(rows[at : at + BATCH_ROWS]) for at in range(0, len(rows), BATCH_ROWS))
 
     @classmethod
-    def open(cls, files: Sequence[Path]) -> "ExampleTable":
-        """A table in Arrow files, mapped into memory. A copy in another process maps them again."""
+    def open(cls, files: Sequence[Path], largest_id: int | None = None) -> "ExampleTable":
+        """A table in Arrow files, mapped into memory. A copy in another process maps them again.
+
+        `largest_id` is that of all rows if it is known, so that not all of them have to be read for it.
+        """
         pa = import_pyarrow()
         readers = [pa.ipc.open_file(pa.memory_map(str(file))) for file in files]
         batches = (reader.get_batch(k) for reader in readers for k in range(reader.num_record_batches))
-        return cls(batches, files)
+        return cls(batches, files, largest_id)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (ExampleTable.open, (self.files,)) if self.files else (ExampleTable, (self.record_batches,))
+        if self.files:
+            return ExampleTable.open, (self.files, self._largest_id)
+        return ExampleTable, (self.record_batches,)
 
     @property
     def record_batches(self) -> list[Any]:
@@ -112,6 +120,8 @@ class ExampleTable(Sequence[TokenizedExample]):
     @cached_property
     def largest_id(self) -> int:
         """The largest token id of all rows; -1 if there are no tokens."""
+        if self._largest_id is not None:
+            return self._largest_id
         arrays = (ids for batch in self.batches for ids in (batch.prompt_ids, batch.ids))
         return max((int(ids.max()) for ids in arrays if len(ids)), default=-1)
 

@@ -65,7 +65,8 @@ class PreparedData:
     @cached_property
     def examples(self) -> ExampleTable:
         """All examples, mapped into memory."""
-        return ExampleTable.open([self.folder / file["name"] for file in self.manifest["files"]])
+        files = [self.folder / file["name"] for file in self.manifest["files"]]
+        return ExampleTable.open(files, self.manifest["largest_id"])
 
     @property
     def template_date(self) -> date:
@@ -92,6 +93,16 @@ class PreparedData:
 def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
     """Hashes of what determines the ids: the tokenizer, and how its chat template writes dialogues."""
     return {"template": tokenizer.template_fingerprint(), "fingerprint": tokenizer.fingerprint()}
+
+
+def as_json_option(value: Any) -> Any:
+    """An option as the manifest has it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def format_option(value: Any) -> str:
+    """An option of the manifest in words."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def is_prepared(path: str | Path) -> bool:

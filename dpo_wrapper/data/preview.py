@@ -6,12 +6,12 @@ from datetime import date
 from itertools import groupby
 from typing import TypeVar
 
-from dpo_wrapper.data.convert import convert_read
+from dpo_wrapper.data.convert import read_and_convert
 from dpo_wrapper.data.examples import Example, TokenizedExample, TokenizedExamples
 from dpo_wrapper.data.prepare.config import PrepareConfig
-from dpo_wrapper.data.readers import ReadExamples, read_examples
+from dpo_wrapper.data.readers import ReadExamples
 from dpo_wrapper.data.tokens.encode import tokenize_examples
-from dpo_wrapper.data.tokens.tokenizers import Tokenizer, load_tokenizer
+from dpo_wrapper.data.tokens.tokenizers import Tokenizer
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
 
@@ -22,11 +22,8 @@ def preview_data(config: PrepareConfig) -> None:
     Raises:
         ValueError, ImportError: one sentence about the setting or the row that is wrong.
     """
-    tokenizer = load_tokenizer(config.tokenizer or "bytes", **config.tokenizer_options(date.today()))
-    read = read_examples(
-        config.data, config.fields, split=config.split, on_error=config.on_error, kind=config.kind or "auto"
-    )
-    read = convert_read(read, config.kind, config.on_error)
+    tokenizer = config.load_tokenizer(date.today())
+    read = read_and_convert(config.data, config)
     tokenized = tokenize_examples(
         read.examples, tokenizer, on_error=config.on_error, **config.tokenize_options
     )

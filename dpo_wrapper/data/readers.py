@@ -5,10 +5,18 @@ import zlib
 from collections import Counter
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from typing import Any
 
 from dpo_wrapper.data.errors import ExampleError, OnError, check_on_error, collect_errors, describe_value
-from dpo_wrapper.data.examples import DEFAULT_FIELDS, DatasetType, Example, Fields, Kind, find_family
+from dpo_wrapper.data.examples import (
+    DATASET_TYPES,
+    DEFAULT_FIELDS,
+    DatasetType,
+    Example,
+    Fields,
+    Kind,
+    find_family,
+)
 from dpo_wrapper.data.files import JSON_LINES, PathLike, Source, find_sources, open_packed
 from dpo_wrapper.data.json_records import RawLine, Record, read_json, read_raw_lines
 from dpo_wrapper.data.rows.comparison import LeftOutError
@@ -232,9 +240,8 @@ class RecordParser:
 
 
 def check_kind(kind: Any) -> None:
-    kinds = get_args(DatasetType)
-    if kind != "auto" and kind not in kinds:
-        known = ", ".join(kinds)
+    if kind != "auto" and kind not in DATASET_TYPES:
+        known = ", ".join(DATASET_TYPES)
         raise ValueError(f"kind should be 'auto' or one of {known}, but it is {kind!r}: choose one of them.")
 
 

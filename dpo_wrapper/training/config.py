@@ -112,7 +112,6 @@ class TrainConfig(DataConfig):
         if isinstance(self.eval_data, (str, Path)):
             object.__setattr__(self, "eval_data", (Path(self.eval_data),))
         for name in (
-            "pretrain_epochs",
             "sft_epochs",
             "epochs",
             "save_steps",

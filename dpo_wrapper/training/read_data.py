@@ -9,12 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo_wrapper.data.config import DataConfig
-from dpo_wrapper.data.convert import convert_read
+from dpo_wrapper.data.convert import read_and_convert
 from dpo_wrapper.data.example_table import ExampleTable, TableRow
 from dpo_wrapper.data.examples import DatasetType
-from dpo_wrapper.data.prepare.report_page import format_value
-from dpo_wrapper.data.prepared import PreparedData, is_prepared
-from dpo_wrapper.data.readers import ReadExamples, read_examples
+from dpo_wrapper.data.prepared import PreparedData, as_json_option, format_option, is_prepared
+from dpo_wrapper.data.readers import ReadExamples
 from dpo_wrapper.data.split import prompt_digest, split_rows
 from dpo_wrapper.data.tokens.encode import tokenize_examples
 from dpo_wrapper.data.tokens.tokenizers import Tokenizer
@@ -46,11 +45,7 @@ class RunData:
         """
         prepared = [path for path in paths if is_prepared(path)]
         if not prepared:
-            on_error, kind = config.on_error, config.kind
-            read = read_examples(
-                paths, config.fields, split=config.split, on_error=on_error, kind=kind or "auto"
-            )
-            return cls(convert_read(read, kind, on_error), None)
+            return cls(read_and_convert(paths, config), None)
         if len(paths) > 1:
             problem = f"prepared data should be the only --data, but {prepared[0]} is one of {len(paths)}"
             raise ValueError(f"{problem}: prepare all files into one folder.")
@@ -112,9 +107,9 @@ def check_data_options(config: TrainConfig, data: PreparedData) -> None:
         if field.name in OTHER_OPTIONS or value == field.default:
             continue
         made = data.manifest["options"].get(field.name)
-        given = list(value) if isinstance(value, tuple) else value
+        given = as_json_option(value)
         if given != made:
-            was, now = ("not set" if value in (None, []) else format_value(value) for value in (made, given))
+            was, now = ("not set" if value in (None, []) else format_option(value) for value in (made, given))
             problem = f"{flag(field.name)} should be that of the prepared data, {was}, but it is {now}"
             raise ValueError(f"{problem}: leave it out, or prepare the data again with it.")
 

@@ -85,7 +85,7 @@ def run_stages(setup: TrainSetup) -> None:
                 run.replace_checkpoint(following.name, 0)
         if accelerator.is_main_process:
             with run.new_model_folder() as folder:
-                save_pretrained(setup.pretrained, [*models.values()][-1] or model, folder)
+                save_pretrained(setup.pretrained, model, folder)
     if accelerator.is_main_process:
         report_results(setup, models)
         run.finish()

@@ -1,9 +1,11 @@
 """Settings of `dpo-wrapper prepare`. The command line is generated from them."""
 
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 from dpo_wrapper.data.config import DataConfig
+from dpo_wrapper.data.tokens.tokenizers import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +23,10 @@ class PrepareConfig(DataConfig):
     """End with exit status 3 if something is wrong with the data."""
     workers: int | None = None
     """Number of worker processes; by default one for each core."""
+
+    def load_tokenizer(self, today: date) -> Tokenizer:
+        """The tokenizer that is named, bytes by default; `today` is the date for templates that print one."""
+        return load_tokenizer(self.tokenizer or "bytes", **self.tokenizer_options(today))
 
     def __post_init__(self) -> None:
         super().__post_init__()

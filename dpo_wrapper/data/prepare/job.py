@@ -13,10 +13,9 @@ from dpo_wrapper.data.examples import DatasetType
 from dpo_wrapper.data.files import JSON_LINES, Source, find_sources, import_pyarrow
 from dpo_wrapper.data.prepare.config import PrepareConfig
 from dpo_wrapper.data.prepare.part_maker import PartMaker, read_counts
-from dpo_wrapper.data.prepared import FORMAT_VERSION, describe_tokenizer
+from dpo_wrapper.data.prepared import FORMAT_VERSION, as_json_option, describe_tokenizer
 from dpo_wrapper.data.readers import RecordParser, read_raw_records
 from dpo_wrapper.data.tokens.options import TokenizeOptions
-from dpo_wrapper.data.tokens.tokenizers import load_tokenizer
 from dpo_wrapper.data.whole_files import hash_file, hash_text
 
 OPTIONS = (
@@ -36,7 +35,6 @@ class PrepareJob:
     Attributes:
         sources: the files.
         families: of the rows of each, as in `RecordParser`.
-        num_rows: of all files, if that is known before they are read.
         identity: what the parts depend on, but for the date that a template prints; part of the manifest.
         today: that date.
     """
@@ -44,7 +42,6 @@ class PrepareJob:
     config: PrepareConfig
     sources: Sequence[Source]
     families: Sequence[DatasetType | None]
-    num_rows: int | None
     identity: Mapping[str, Any]
     today: date
 
@@ -52,7 +49,7 @@ class PrepareJob:
     def plan(cls, config: PrepareConfig) -> "PrepareJob":
         """Look at the files and load the tokenizer; ValueError if either is not as it should be."""
         today = date.today()
-        tokenizer = load_tokenizer(config.tokenizer or "bytes", **config.tokenizer_options(today))
+        tokenizer = config.load_tokenizer(today)
         sources = find_sources(config.data)
         families = [find_first_family(source, config) for source in sources]
         files = [describe_source(source) for source in sources]
@@ -60,12 +57,20 @@ class PrepareJob:
         identity = {
             "version": FORMAT_VERSION,
             "tokenizer": {"name": config.tokenizer or "bytes", **describe_tokenizer(tokenizer)},
-            "options": {name: describe_option(getattr(config, name)) for name in OPTIONS},
+            "options": {name: as_json_option(getattr(config, name)) for name in OPTIONS},
             "input": {"fingerprint": fingerprint, "files": files},
         }
-        counts = [count_rows(source) for source in sources]
-        num_rows = None if None in counts else sum(counts)  # type: ignore[arg-type]
-        return cls(config, sources, families, num_rows, identity, today)
+        return cls(config, sources, families, identity, today)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All options that the result depends on, as the manifest has them."""
+        return {name: as_json_option(getattr(self.config, name)) for name in (*OPTIONS, *LATER_OPTIONS)}
+
+    def count_rows(self) -> int | None:
+        """The rows of all files; None if one would have to be read for that."""
+        counts = [count_rows(source) for source in self.sources]
+        return None if None in counts else sum(filter(None, counts))
 
     @property
     def folder(self) -> Path:
@@ -88,7 +93,7 @@ class PrepareJob:
         config = self.config
         return PartMaker(
             self.folder,
-            load_tokenizer(config.tokenizer or "bytes", **config.tokenizer_options(self.today)),
+            config.load_tokenizer(self.today),
             TokenizeOptions(**config.tokenize_options),
             config.fields,
             config.kind or "auto",
@@ -114,15 +119,9 @@ def find_first_family(source: Source, config: PrepareConfig) -> DatasetType | No
     return parser.family
 
 
-def describe_option(value: Any) -> Any:
-    """An option as JSON has it."""
-    return list(value) if isinstance(value, tuple) else value
-
-
 def find_difference(manifest: Mapping[str, Any], job: PrepareJob) -> str | None:
     """What differs of the data that a manifest describes, in words; None if it is the same."""
-    options = {**job.identity["options"], **{name: getattr(job.config, name) for name in LATER_OPTIONS}}
-    for name, value in options.items():
+    for name, value in job.options.items():
         if (made := manifest["options"].get(name)) != value:
             return f"data prepared with {name.replace('_', '-')} {made} instead of {value}"
     for part, words in (("version", "another version of the format"), ("input", "data of other files")):

@@ -16,7 +16,7 @@ from dpo_wrapper.data.examples import DATASET_TYPES
 from dpo_wrapper.data.files import import_pyarrow
 from dpo_wrapper.data.lint import Finding, find_problems
 from dpo_wrapper.data.lint.near_duplicates import find_first
-from dpo_wrapper.data.prepare.job import LATER_OPTIONS, PrepareJob
+from dpo_wrapper.data.prepare.job import PrepareJob
 from dpo_wrapper.data.prepare.part_maker import PartCounts, part_file, read_counts
 from dpo_wrapper.data.prepare.report_page import write_report
 from dpo_wrapper.data.prepared import FORMAT, MANIFEST_FILE
@@ -67,10 +67,7 @@ def join_parts(job: PrepareJob, num_parts: int) -> None:
         "format": FORMAT,
         "dpo_wrapper": __version__,
         **job.identity,
-        "options": {
-            **job.identity["options"],
-            **{name: getattr(job.config, name) for name in LATER_OPTIONS},
-        },
+        "options": job.options,
         "template": {"date": job.today.isoformat()},
         "dataset_types": count_types(table),
         "counts": {**num_rows, "examples": len(table)},
@@ -87,7 +84,7 @@ def join_parts(job: PrepareJob, num_parts: int) -> None:
     }
     shown = choose_shown(findings, rows.first_examples)
     examples = {row: table[int(rows.first_examples[row])] for row in shown}
-    tokenizer = job.create_maker().tokenizer
+    tokenizer = job.config.load_tokenizer(job.today)
     write_report(folder / REPORT_FILE, manifest, findings, rows.features, examples, tokenizer)
     for file in files:
         flush_to_disk(folder / file["name"])

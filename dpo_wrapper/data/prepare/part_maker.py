@@ -17,7 +17,6 @@ from dpo_wrapper.data.lint import measure_rows
 from dpo_wrapper.data.prepare.parts import Part, RawRow, name_place
 from dpo_wrapper.data.readers import RecordParser
 from dpo_wrapper.data.rows.comparison import LeftOutError, TiedRowError
-from dpo_wrapper.data.split import prompt_digest
 from dpo_wrapper.data.tokens.encode import TokenizedRow, tokenize_row
 from dpo_wrapper.data.tokens.options import TokenizeOptions
 from dpo_wrapper.data.tokens.tokenizers import Tokenizer
@@ -99,15 +98,16 @@ class PartMaker:
             counts.forms += parser.forms
             counts.unused_columns += parser.unused_columns
         counts.missing_columns.update(set.intersection(*(set(one.missing) for one in parsers.values())))
+        arrays = measure_rows(measured)
+        digests = arrays["prompt_digest"].tolist()
         table_rows = [
-            TableRow(piece, example.split, prompt_digest(example))
-            for example, pieces in measured
+            TableRow(piece, example.split, digest)
+            for (example, pieces), digest in zip(measured, digests, strict=True)
             for piece in pieces
         ]
         table = ExampleTable([make_batch(table_rows)])
         counts.longest, counts.largest_id = int(max(table.lengths(), default=0)), table.largest_id
         write_batches(part_file(self.folder, part.number, "arrow"), table.record_batches)
-        arrays = measure_rows(measured)
         arrays["row"] = np.array(row_numbers, np.int32)
         arrays["num_examples"] = np.array([len(pieces) for _, pieces in measured], np.int32)
         np.savez(part_file(self.folder, part.number, "npz"), **arrays)  # type: ignore[arg-type]
@@ -155,12 +155,16 @@ def part_file(folder: Path, number: int, ending: str) -> Path:
     return folder / f"part-{number:06}.{ending}"
 
 
+def is_written(folder: Path, number: int) -> bool:
+    """Whether all files of a part are there: its counts are written last."""
+    return part_file(folder, number, "json").is_file()
+
+
 def read_counts(folder: Path, number: int) -> PartCounts | None:
     """The counts of a part; None if its files are not written yet."""
-    file = part_file(folder, number, "json")
-    if not file.is_file():
+    if not is_written(folder, number):
         return None
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = json.loads(part_file(folder, number, "json").read_text(encoding="utf-8"))
     for name in ("forms", "unused_columns", "missing_columns", "tokens"):
         content[name] = Counter(content[name])
     return PartCounts(**content)

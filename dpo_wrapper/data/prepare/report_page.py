@@ -12,6 +12,7 @@ from dpo_wrapper.data.examples import TokenizedExample
 from dpo_wrapper.data.lint.features import DATASET_TYPES, SPLITS
 from dpo_wrapper.data.lint.findings import FeatureMap, Finding
 from dpo_wrapper.data.prepare.length_figures import draw_lengths
+from dpo_wrapper.data.prepared import format_option
 from dpo_wrapper.data.preview import decode_runs, name_completions
 from dpo_wrapper.data.tokens.tokenizers import Tokenizer
 
@@ -68,14 +69,10 @@ def format_settings(manifest: Mapping[str, Any]) -> str:
         **manifest["options"],
     }
     return "".join(
-        f"<div><dt>{name.replace('_', ' ')}</dt><dd>{escape(format_value(value))}</dd></div>"
+        f"<div><dt>{name.replace('_', ' ')}</dt><dd>{escape(format_option(value))}</dd></div>"
         for name, value in settings.items()
         if value not in (None, False, [])
     )
-
-
-def format_value(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def list_counts(counts: Mapping[str, int]) -> list[tuple[str, int]]:

@@ -18,13 +18,12 @@ from dpo_wrapper.data.lint import Finding, format_findings
 from dpo_wrapper.data.prepare.config import PrepareConfig
 from dpo_wrapper.data.prepare.job import PrepareJob, find_difference
 from dpo_wrapper.data.prepare.join import REFUSED_FILE, REPORT_FILE, join_parts
-from dpo_wrapper.data.prepare.part_maker import read_counts
+from dpo_wrapper.data.prepare.part_maker import is_written
 from dpo_wrapper.data.prepare.parts import Part, read_parts
 from dpo_wrapper.data.prepare.workers import make_in_workers
 from dpo_wrapper.data.prepared import MANIFEST_FILE, PreparedData, is_prepared, read_manifest
 from dpo_wrapper.data.preview import print_examples
 from dpo_wrapper.data.readers import format_ignored_spans, format_margins
-from dpo_wrapper.data.tokens.tokenizers import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def preview_prepared(config: PrepareConfig) -> None:
     """Print the first examples of prepared data, and what became of the rows that it was made of."""
     data = PreparedData.open(config.data[0])
     name = config.tokenizer or data.manifest["tokenizer"]["name"]
-    tokenizer = load_tokenizer(name, **config.tokenizer_options(data.template_date))
+    tokenizer = replace(config, tokenizer=name).load_tokenizer(data.template_date)
     data.check_tokenizer(tokenizer)
     print_examples(data.examples, 3 if config.preview is None else config.preview, tokenizer)
     print(format_manifest(data.manifest))
@@ -182,7 +181,8 @@ def make_parts(job: PrepareJob, processes: Processes) -> int:
                     yield part
 
     is_hidden = processes.rank > 0
-    with tqdm(desc="prepare", unit=" rows", total=job.num_rows, disable=is_hidden, smoothing=0) as progress:
+    total = None if is_hidden else job.count_rows()
+    with tqdm(desc="prepare", unit=" rows", total=total, disable=is_hidden, smoothing=0) as progress:
         workers = job.config.workers or max(1, count_cores() // processes.num_local)
         for count in make_in_workers(job, own_parts(), workers):
             progress.update(count)
@@ -200,7 +200,7 @@ def wait_for_parts(folder: Path, num_parts: int) -> None:
     missing = list(range(num_parts))
     with tqdm(desc="other processes", unit=" parts", total=num_parts, disable=None, delay=1) as progress:
         while True:
-            missing = [number for number in missing if read_counts(folder, number) is None]
+            missing = [number for number in missing if not is_written(folder, number)]
             progress.update(num_parts - len(missing) - progress.n)
             if not missing:
                 return
