@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from dpo_wrapper.data import TokenizedExample, Tokenizer
-from dpo_wrapper.evaluation.generate import generate
+from dpo_wrapper.evaluation.generate import generate, list_end_ids
 
 Record = dict[str, Any]
 
@@ -29,6 +29,7 @@ PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 TABLE_ROWS = (
     ("reward accuracy", "rewards/accuracies", "{:.1%}"),
     ("reward margin", "rewards/margins", "{:.3f}"),
+    ("exact answers", "exact_answers", "{:.1%}"),
     ("loss", "loss", "{:.4f}"),
     ("log-prob of chosen", "logps/chosen", "{:.2f}"),
     ("log-prob of rejected", "logps/rejected", "{:.2f}"),
@@ -121,7 +122,7 @@ def format_completions(
 
     Of an example without a prompt the first tokens are one.
     """
-    end_ids = (tokenizer.end_of_turn_id, tokenizer.eos_id)
+    end_ids = list_end_ids(tokenizer)
     ids = [*example.prompt, *(example.sft_completion or ())]
     num_prompt = len(example.prompt)
     if num_prompt < 2:  # nothing but a BOS
@@ -130,8 +131,9 @@ def format_completions(
     lines = [("prompt", shorten(tokenizer.decode(prompt_ids), keep_end=True))]
     for name, model in models.items():
         if model is not None:
-            generated = generate(model, prompt_ids, MAX_COMPLETION_TOKENS, end_ids, max_positions)
-            lines.append((name, shorten(tokenizer.decode(generated))))
+            options = (MAX_COMPLETION_TOKENS, end_ids)
+            [completion] = generate(model, [prompt_ids], *options, max_positions=max_positions)
+            lines.append((name, shorten(tokenizer.decode(completion))))
     is_preference = len(example.completions) > 1 or example.label is not None
     lines.append(("chosen" if is_preference else "data", shorten(tokenizer.decode(best_ids))))
     return "\n".join(f"{name:9}  {text}" for name, text in lines)

@@ -102,6 +102,10 @@ class TrainConfig(DataConfig):
     """Random seed of the initial weights, the order of the rows and the choice of eval rows."""
     eval_steps: int | None = None
     """Number of steps between evaluations; by default an eighth of all steps."""
+    exact_answers: int = 100
+    """Number of eval prompts that are answered greedily before and after preference training, to see how many
+    answers equal the chosen completion; 0 for none. Answers are compared only where nearly all chosen
+    completions have at most 32 tokens."""
     save_steps: int = 200
     """Number of steps between checkpoints; 0 for none but the one that SIGINT or SIGTERM asks for."""
     resume: bool = False
@@ -117,6 +121,7 @@ class TrainConfig(DataConfig):
             "save_steps",
             "num_workers",
             "ref_model_sync_steps",
+            "exact_answers",
         ):
             self._check(name, lambda value: value >= 0, "0 or more")
         for name in ("batch_size", "micro_batch_tokens", "eval_steps", "pretrain_epochs"):

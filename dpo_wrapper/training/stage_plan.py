@@ -29,6 +29,7 @@ PRETRAIN_OPTIONS = ("pretrain_epochs", "pretrain_learning_rate")
 DPO_OPTIONS = (
     "epochs", "learning_rate", "loss", "reference", "reference_dtype", "reference_device", "ranking",
     "precompute_ref_log_probs", "ref_model_sync_steps", "ref_model_mixup_alpha", "ld_alpha", "wpo",
+    "exact_answers",
 )  # fmt: skip
 """Options that one stage alone reads."""
 

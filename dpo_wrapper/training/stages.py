@@ -15,6 +15,7 @@ from dpo_wrapper.batches import Reduce, SFTBatch, normalize_over_step
 from dpo_wrapper.data.collate import COLLATE_FNS, collate_sft
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.evaluation.evaluate import evaluate
+from dpo_wrapper.evaluation.exact_answers import ExactAnswers
 from dpo_wrapper.log_probs import FusedLoss
 from dpo_wrapper.reference import LogProbCache
 from dpo_wrapper.scoring import Scorer
@@ -33,11 +34,13 @@ class Stage(ABC):
         scorer: computes the log-probs of the model that is trained.
         epochs, learning_rate: number of epochs, and peak learning rate.
         reference_cache: log-probs that the first epoch computes and later ones look up, or None.
+        exact_answers: what the model is asked before and after training, or None.
     """
 
     module: nn.Module
     scorer: Scorer
     reference_cache: LogProbCache | None = None
+    exact_answers: ExactAnswers | None = None
 
     def __init__(self, plan: StagePlan) -> None:
         self.name: StageName = plan.name

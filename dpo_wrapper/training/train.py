@@ -11,6 +11,8 @@ from torch import nn
 
 from dpo_wrapper.data import TokenizedExample, scored_sequences
 from dpo_wrapper.dpo import DPO
+from dpo_wrapper.evaluation.exact_answers import ExactAnswers
+from dpo_wrapper.evaluation.generate import list_end_ids
 from dpo_wrapper.evaluation.report import format_before_and_after, format_completions, plot_curves
 from dpo_wrapper.losses import parse_losses
 from dpo_wrapper.pretrained import rescales_in_eval_mode, save_pretrained
@@ -68,6 +70,7 @@ def run_stages(setup: TrainSetup) -> None:
     accelerator.print(f"{type(model).__name__} with {size}", *notes, sep="\n")
 
     models: dict[str, nn.Module | None] = {}
+    sample = find_sample(setup.stages[-1].splits)
     if run.status == "training":
         for plan, following in zip_longest(setup.stages, setup.stages[1:]):
             if STAGES.index(run.progress.stage) > STAGES.index(plan.name):
@@ -76,6 +79,8 @@ def run_stages(setup: TrainSetup) -> None:
             Trainer(config, run, stage, plan.splits).train()
             if isinstance(stage, DPOStage):
                 models = {"reference": stage.dpo.ref_model, "policy": stage.dpo.policy_model}
+                if stage.exact_answers is not None:
+                    sample = stage.exact_answers.find_learned() or sample
             else:
                 models = {"model": model}
             if following is not None and accelerator.is_main_process:
@@ -87,7 +92,7 @@ def run_stages(setup: TrainSetup) -> None:
             with run.new_model_folder() as folder:
                 save_pretrained(setup.pretrained, model, folder)
     if accelerator.is_main_process:
-        report_results(setup, models)
+        report_results(setup, models, sample)
         run.finish()
     accelerator.wait_for_everyone()
 
@@ -103,7 +108,13 @@ def create_stage(setup: TrainSetup, plan: StagePlan, accelerator: Accelerator) -
     """What `Trainer` runs for a stage, with the model as it is now."""
     model, config = setup.pretrained.model, setup.config
     if plan.name == "dpo":
-        return DPOStage(plan, build_dpo(setup, plan.splits, accelerator), config)
+        stage = DPOStage(plan, build_dpo(setup, plan.splits, accelerator), config)
+        end_ids = list_end_ids(setup.pretrained.tokenizer)
+        answers = ExactAnswers(
+            plan.splits.eval, config.exact_answers, end_ids, setup.pretrained.max_positions
+        )
+        stage.exact_answers = answers if answers.examples else None
+        return stage
     return SFTStage(plan, model, config)
 
 
@@ -150,16 +161,17 @@ def precompute_reference(setup: TrainSetup, splits: Splits, accelerator: Acceler
     return cached
 
 
-def report_results(setup: TrainSetup, models: Mapping[str, nn.Module | None]) -> None:
+def report_results(
+    setup: TrainSetup, models: Mapping[str, nn.Module | None], sample: TokenizedExample | None
+) -> None:
     """Plot the curves; print metrics before and after training, and the models' completions of one prompt."""
     run, plan = setup.run, setup.stages[-1]
     records = [record for record in run.read_records() if record["stage"] == plan.name]
     plot_curves(records, run.path / "curves.png")
     print("\n" + format_before_and_after(records))
-    example = find_sample(plan.splits)
-    if models and example is not None:
+    if models and sample is not None:
         pretrained = setup.pretrained
-        print("\n" + format_completions(pretrained.tokenizer, models, example, pretrained.max_positions))
+        print("\n" + format_completions(pretrained.tokenizer, models, sample, pretrained.max_positions))
     print(f"\nThe model, its metrics and curves.png are in {run.path}")
 
 

@@ -17,6 +17,8 @@ from tqdm import tqdm
 from dpo_wrapper.batches import Reduce
 from dpo_wrapper.data import StepSampler, TokenizedExample
 from dpo_wrapper.metrics import MetricSums
+from dpo_wrapper.models.wrappers import is_sharded
+from dpo_wrapper.pretrained import undo_rescaling
 from dpo_wrapper.training.checkpoint import STATE_FILE, load_checkpoint, write_checkpoint
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.micro_batches import MicroBatches, make_micro_batches
@@ -160,8 +162,21 @@ class Trainer:
                 self.module, [batch.to(self.accelerator.device) for batch in batches], reduce
             )
             if self.accelerator.is_main_process:
+                metrics |= self.measure_exact_answers() if is_end and name == "eval" else {}
                 self.run.log_metrics(self.stage.name, name, step, metrics)
             self.check_finite(step, f"{name} loss", metrics["loss"])
+
+    def measure_exact_answers(self) -> dict[str, float]:
+        """How many prompts the model answers exactly, as a metric; nothing if it is not asked."""
+        answers, model = self.stage.exact_answers, self.stage.scorer.language_model.model
+        if answers is None or is_sharded(model):  # which no process can compute alone
+            return {}
+        total = len(answers.examples)
+        bar = create_progress_bar(self.accelerator, "answers", "prompt", total=total, leave=False)
+        with bar, self.accelerator.autocast():
+            rate = answers.measure_rate(model, progress=bar.update)
+        undo_rescaling(model)
+        return {"exact_answers": rate}
 
     def create_step_loader(self, steps_done: int) -> DataLoader[Any]:
         """This process's micro-batches of each step that is not done yet."""
