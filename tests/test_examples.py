@@ -72,7 +72,7 @@ ANSWERS = {
     r"Join (....) and (....) by a slash\.": "{0}/{1}",
     r"Swap (....) and (....)\.": "{1} and {0}",
     r"Reverse (....), (....), (....)\.": "{2}, {1}, {0}",
-    r"Write (..)/(..)/(....) as an ISO date\.": "{2}-{1}-{0}",
+    r"Write (..) (...) (....) in American order\.": "{1} {0}, {2}",
     r"(....) lives in (....)\. Who\?": "{0}",
     r"(....) lives in (....)\. Where\?": "{1}",
 }
@@ -98,7 +98,9 @@ def test_answers_in_the_bundled_data_are_right():
 def test_a_run_on_the_bundled_data_learns_to_answer_exactly(tmp_path):
     """The first command of the README."""
     train(TrainConfig(data=EXAMPLES / "data", out=tmp_path / "run", cpu=True, save_steps=0))
-    rates = [record["exact_answers"] for record in read_metrics(tmp_path / "run") if "exact_answers" in record]
+    rates = [
+        record["exact_answers"] for record in read_metrics(tmp_path / "run") if "exact_answers" in record
+    ]
     assert rates[0] < 0.5 and rates[1] >= 0.6
 
 

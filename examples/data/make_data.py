@@ -30,6 +30,7 @@ NAMES = """
 CITIES = """
     Baku Bern Bonn Cork Doha Graz Hull Kiel Kobe Lima Linz Lyon Nice Oslo Pisa Riga Rome Suva York
 """
+MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec"
 SIGNS = {"quotes": '""', "brackets": "()", "stars": "**"}
 JOINTS = {"dash": "-", "plus": "+", "slash": "/"}
 
@@ -82,8 +83,8 @@ def reverse(draw: random.Random) -> Task:
 
 
 def date(draw: random.Random) -> Task:
-    day, month, year = f"{draw.randint(1, 28):02}", f"{draw.randint(1, 12):02}", draw.randint(1980, 2029)
-    return f"Write {day}/{month}/{year} as an ISO date.", f"{year}-{month}-{day}", f"{day}-{month}-{year}"
+    day, month, year = draw.randint(10, 28), draw.choice(MONTHS.split()), draw.randint(2020, 2029)
+    return f"Write {day} {month} {year} in American order.", f"{month} {day}, {year}", f"{day} {month} {year}"
 
 
 def extract(draw: random.Random) -> Task:
