@@ -109,7 +109,7 @@ def plan_stages(
     Raises:
         ExampleError: a row cannot become what the loss learns from.
     """
-    sft_epochs = config.sft_epochs if config.sft_epochs is not None else (4 if config.is_new_model else 1)
+    sft_epochs = config.sft_epochs if config.sft_epochs is not None else (5 if config.is_new_model else 1)
     schedule: dict[StageName, tuple[int, float]] = {
         "pretrain": (config.pretrain_epochs, config.peak_pretrain_learning_rate),
         "sft": (sft_epochs, config.peak_sft_learning_rate),
