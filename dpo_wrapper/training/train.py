@@ -19,12 +19,13 @@ from dpo_wrapper.reference.build import ReferenceKind
 from dpo_wrapper.reference.reference import FrozenModel
 from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.training.config import STAGES, TrainConfig
+from dpo_wrapper.training.monitor import create_progress_bar
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.setup import TrainSetup, set_up_training
 from dpo_wrapper.training.stage_plan import Splits, StagePlan
 from dpo_wrapper.training.stages import DPOStage, SFTStage, Stage
 from dpo_wrapper.training.stopping import TrainingError
-from dpo_wrapper.training.trainer import Trainer, create_accelerator, create_progress_bar
+from dpo_wrapper.training.trainer import Trainer, create_accelerator
 
 
 def train(config: TrainConfig) -> RunFolder:

@@ -1,7 +1,6 @@
 """The training loop of one stage, from its beginning or from the run folder's checkpoint."""
 
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -12,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from dpo_wrapper.batches import Reduce
 from dpo_wrapper.data import StepSampler, TokenizedExample
@@ -20,6 +18,8 @@ from dpo_wrapper.metrics import MetricSums
 from dpo_wrapper.training.checkpoint import STATE_FILE, load_checkpoint, write_checkpoint
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.micro_batches import MicroBatches, make_micro_batches
+from dpo_wrapper.training.monitor import Monitor
+from dpo_wrapper.training.optimizer import create_optimizer, learning_rate_factor
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.stage_plan import Splits
 from dpo_wrapper.training.stages import Stage
@@ -45,10 +45,7 @@ class Trainer:
         )
         self.num_steps = len(self.sampler)
         self.eval_steps = config.eval_steps or max(1, math.ceil(self.num_steps / 8))
-        parameters = [p for p in stage.module.parameters() if p.requires_grad]
-        optimizer: Any = torch.optim.AdamW(
-            parameters, lr=stage.learning_rate, weight_decay=config.weight_decay
-        )
+        optimizer: Any = create_optimizer(stage.module, config, stage.learning_rate)
         self.module, self.optimizer = self.accelerator.prepare(stage.module, optimizer)
         self.checkpointed = (self.accelerator, stage.module, self.optimizer, stage.reference_cache)
 
@@ -65,11 +62,9 @@ class Trainer:
         if is_resumed:
             load_checkpoint(folder, *self.checkpointed)
         self.probe_model()
-        label = self.stage.name.upper()
-        with (
-            StopRequest() as stop_request,
-            create_progress_bar(self.accelerator, label, "step", total=num_steps, initial=steps_done) as bar,
-        ):
+        unit = self.splits.unit
+        self.monitor = Monitor(self.run, self.accelerator, self.stage.name, unit, num_steps, steps_done)
+        with StopRequest() as stop_request, self.monitor:
             if not (is_resumed and progress.is_evaluated):
                 self.evaluate_if_due(steps_done)
                 self.save_or_stop(steps_done, stop_request, is_evaluated=True)
@@ -78,14 +73,11 @@ class Trainer:
                 learning_rate = self.set_learning_rate(step)
                 metrics = self.train_step(step, batches)
                 num_examples, seconds = self.sampler.step_size(step - 1), time.perf_counter() - start_time
-                metrics[f"{self.splits.unit}/second"] = num_examples / seconds
+                metrics[f"{unit}/second"] = num_examples / seconds
                 metrics["lr"] = learning_rate
                 if self.stage.reference_cache is not None and step * self.stage.epochs == num_steps:
                     self.stage.reference_cache.gather_from_processes()  # once, after the first epoch
-                if self.accelerator.is_main_process:
-                    self.run.log_metrics(self.stage.name, "step", step, metrics)
-                    bar.set_postfix_str(format_progress(metrics, self.splits.unit), refresh=False)
-                    bar.update()
+                self.monitor.log_step(step, metrics)
                 self.save_or_stop(step, stop_request)
                 self.evaluate_if_due(step)
                 self.save_or_stop(step, stop_request, is_evaluated=True)
@@ -159,8 +151,7 @@ class Trainer:
             metrics = self.stage.evaluate(
                 self.module, [batch.to(self.accelerator.device) for batch in batches], reduce
             )
-            if self.accelerator.is_main_process:
-                self.run.log_metrics(self.stage.name, name, step, metrics)
+            self.monitor.log_evaluation(name, step, metrics)
             self.check_finite(step, f"{name} loss", metrics["loss"])
 
     def create_step_loader(self, steps_done: int) -> DataLoader[Any]:
@@ -213,25 +204,3 @@ class Trainer:
 
 def create_accelerator(config: TrainConfig) -> Accelerator:
     return Accelerator(mixed_precision=config.precision, cpu=config.cpu)
-
-
-def learning_rate_factor(step: int, num_steps: int, warmup_ratio: float) -> float:
-    """Linear rise over the first `warmup_ratio` of the steps, then a cosine to zero."""
-    warmup_steps = math.ceil(num_steps * warmup_ratio)
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, num_steps - warmup_steps)))
-
-
-def create_progress_bar(accelerator: Accelerator, label: str, unit: str, **options: Any) -> tqdm:
-    """The main process's progress bar. In a log file, where each update is a line, updates are rare."""
-    interval = 0.2 if sys.stderr.isatty() else 10.0
-    is_disabled = not accelerator.is_main_process
-    return tqdm(desc=label, unit=unit, mininterval=interval, disable=is_disabled, **options)
-
-
-def format_progress(metrics: dict[str, float], unit: str) -> str:
-    """What the progress bar displays beside the step."""
-    labels = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
-    parts = [f"{label} {metrics[name]:.3f}" for name, label in labels.items() if name in metrics]
-    return ", ".join([*parts, f"{metrics[f'{unit}/second']:.1f} {unit}/s"])

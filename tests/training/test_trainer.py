@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from dpo_wrapper.batches.sequences import ScoredTreeTokens
 from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.training import stages
+from dpo_wrapper.training.optimizer import learning_rate_factor
 from dpo_wrapper.training.train import train
-from dpo_wrapper.training.trainer import Trainer, learning_rate_factor
+from dpo_wrapper.training.trainer import Trainer
 from helpers.runs import (
     assert_metrics_close,
     interrupt_training,

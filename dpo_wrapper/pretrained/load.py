@@ -1,0 +1,32 @@
+"""Load a model with its tokenizer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dpo_wrapper.pretrained.decoder import PRESETS, build_preset, load_decoder
+from dpo_wrapper.pretrained.hugging_face import load_hugging_face
+from dpo_wrapper.pretrained.model import PretrainedModel, read_settings
+
+
+def load_pretrained(
+    name: str, tokenizer_name: str | None, max_length: int, tokenizer_options: Mapping[str, Any] | None = None
+) -> PretrainedModel:
+    """Load or build a model in float32, with its tokenizer.
+
+    Args:
+        name: one of `PRESETS`, which builds a new decoder; a folder that `save_pretrained` wrote; or a
+            Hugging Face causal LM by folder or name.
+        tokenizer_name: as in `load_tokenizer`; None for the model's own (bytes for a new decoder).
+        max_length: maximum sequence length of a new decoder, in tokens.
+        tokenizer_options: as in `load_tokenizer`.
+
+    Raises:
+        ValueError: the folder holds no model, or the model cannot be loaded.
+    """
+    options = tokenizer_options or {}
+    if name in PRESETS:
+        return build_preset(name, tokenizer_name or "bytes", max_length, options)
+    settings = read_settings(name)
+    if "x_transformers" in settings:
+        return load_decoder(name, settings, tokenizer_name, options)
+    return load_hugging_face(name, tokenizer_name or name, options)
