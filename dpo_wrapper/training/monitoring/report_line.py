@@ -1,0 +1,59 @@
+"""The lines that a run prints after some of its steps, and after each evaluation."""
+
+import math
+from collections.abc import Mapping
+
+METRIC_FORMATS = (
+    ("loss", "loss", "{:.4f}"),
+    ("accuracy", "rewards/accuracies", "{:>4.0%}"),
+    ("margin", "rewards/margins", "{:+.3f}"),
+    ("chosen", "kl/chosen", "{:+.2f}"),
+)
+"""Label, metric and format of what both lines say. `kl/chosen` is how the log-prob of chosen has changed."""
+
+
+def format_step_line(
+    stage: str, step: int, num_steps: int, metrics: Mapping[str, float], seconds_left: float
+) -> str:
+    """What the steps since the last line did: their metrics, speed and memory, and the time that is left."""
+    speed = f"{metrics['unique_tokens/second']:,.0f} tokens/s (padded {metrics['padded_tokens/second']:,.0f})"
+    memory = f"{metrics['memory_gb']:.1f} GB"
+    left = f"{format_duration(seconds_left)} left" if step < num_steps else "done"
+    return "  ".join(
+        [format_place(stage, step, num_steps), *format_metrics(metrics), speed, memory, left]
+    ).rstrip()
+
+
+def format_evaluation_line(
+    stage: str, step: int, num_steps: int, split: str, metrics: Mapping[str, float], unit: str, seconds: float
+) -> str:
+    """What an evaluation found; `split` is eval or train."""
+    count = metrics.get(f"{unit}/valid")
+    where = f"on {split}" if count is None else f"on {count:,.0f} {split} {unit}"
+    took = f"({where}, {format_duration(seconds)})"
+    return "  ".join([format_place(stage, step, num_steps), *format_metrics(metrics), took])
+
+
+def format_place(stage: str, step: int, num_steps: int) -> str:
+    return f"{stage} {step:{len(str(num_steps))}}/{num_steps}"
+
+
+def format_metrics(metrics: Mapping[str, float]) -> list[str]:
+    """The metrics that there are, with labels; of supervised training the perplexity too."""
+    parts = [
+        f"{label} {template.format(metrics[name])}"
+        for label, name, template in METRIC_FORMATS
+        if name in metrics
+    ]
+    if "kl/chosen" not in metrics and "logps/chosen" in metrics:
+        parts.append(f"log-prob of chosen {metrics['logps/chosen']:.2f}")
+    if "rewards/margins" not in metrics and metrics["loss"] < 20:
+        parts.append(f"perplexity {math.exp(metrics['loss']):,.2f}")
+    return parts
+
+
+def format_duration(seconds: float) -> str:
+    """Minutes and seconds, as 4:10, or hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
