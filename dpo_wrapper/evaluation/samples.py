@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from dpo_wrapper.data import TokenizedExample, Tokenizer
-from dpo_wrapper.evaluation.generate import generate
+from dpo_wrapper.evaluation.generate import generate, list_end_ids
 
 MAX_COMPLETION_TOKENS = 120
 
@@ -52,11 +52,11 @@ def generate_completions(
     model: nn.Module, prompts: Sequence[SamplePrompt], tokenizer: Tokenizer, max_positions: int | None
 ) -> list[str]:
     """The greedy completion of each prompt."""
-    end_ids = (tokenizer.end_of_turn_id, tokenizer.eos_id)
-    return [
-        tokenizer.decode(generate(model, prompt.ids, MAX_COMPLETION_TOKENS, end_ids, max_positions))
-        for prompt in prompts
-    ]
+    ids = [prompt.ids for prompt in prompts]
+    completions = generate(
+        model, ids, MAX_COMPLETION_TOKENS, list_end_ids(tokenizer), max_positions=max_positions
+    )
+    return [tokenizer.decode(completion) for completion in completions]
 
 
 def format_sample(texts: Mapping[str, str | None], max_chars: int = 300) -> str:
@@ -65,7 +65,7 @@ def format_sample(texts: Mapping[str, str | None], max_chars: int = 300) -> str:
     Of a long prompt the end is shown, of a long completion the beginning.
     """
     return "\n".join(
-        f"{name:9}  {shorten(text, max_chars, keep_end=name == 'prompt')}"
+        f"{name:9}  {shorten(text, max_chars, keep_end=name == 'prompt') or '(empty)'}"
         for name, text in texts.items()
         if text is not None
     )

@@ -38,10 +38,9 @@ class Schedule:
         return step > 0 and (step == self.num_steps or (interval > 0 and step % interval == 0))
 
     def count_due(self, interval: int, step: int) -> int:
-        """How often something of this interval is due after later steps."""
-        if step >= self.num_steps:
-            return 0
-        return 1 + ((self.num_steps - 1) // interval - step // interval if interval else 0)
+        """How often something of this interval is still due, after this step and later ones."""
+        before_end = (self.num_steps - 1) // interval - max(0, step - 1) // interval if interval else 0
+        return 1 + max(0, before_end)
 
 
 def plan_schedule(config: TrainConfig, num_steps: int, num_trained: int, num_eval: int) -> Schedule:

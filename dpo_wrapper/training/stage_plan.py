@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dpo_wrapper.data import StepSampler
 from dpo_wrapper.data.collate import add_kl_completions
 from dpo_wrapper.data.errors import ExampleError
 from dpo_wrapper.data.example_table import ExampleTable
@@ -29,6 +30,7 @@ PRETRAIN_OPTIONS = ("pretrain_epochs", "pretrain_learning_rate")
 DPO_OPTIONS = (
     "epochs", "learning_rate", "loss", "reference", "reference_dtype", "reference_device", "ranking",
     "precompute_ref_log_probs", "ref_model_sync_steps", "ref_model_mixup_alpha", "ld_alpha", "wpo",
+    "exact_answers",
 )  # fmt: skip
 """Options that one stage alone reads."""
 
@@ -50,6 +52,10 @@ class StagePlan:
     epochs: int
     learning_rate: float
     splits: Splits
+
+    def count_steps(self, batch_size: int) -> int:
+        """Number of optimizer steps."""
+        return len(StepSampler(len(self.splits.train), batch_size, self.epochs))
 
 
 def choose_stages(config: TrainConfig, types: Collection[DatasetType]) -> tuple[StageName, ...]:

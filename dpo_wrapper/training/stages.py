@@ -17,6 +17,7 @@ from dpo_wrapper.batches import Reduce, SFTBatch, normalize_over_step
 from dpo_wrapper.data.collate import COLLATE_FNS, collate_sft
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.evaluation.evaluate import evaluate
+from dpo_wrapper.evaluation.exact_answers import ExactAnswers
 from dpo_wrapper.log_probs import FusedLoss
 from dpo_wrapper.reference import LogProbCache
 from dpo_wrapper.reference.reference import ModelReference
@@ -24,7 +25,6 @@ from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.training.config import StageName, TrainConfig
 from dpo_wrapper.training.micro_batches import CollateFn
 from dpo_wrapper.training.stage_plan import StagePlan
-
 
 Progress = Callable[[int], object]
 
@@ -41,6 +41,7 @@ class Stage(ABC):
         reference_cache: log-probs that the first epoch computes and later ones look up, or None.
         has_reference: whether the model is compared with what it was before the first step.
         reference_changes: whether the reference moves while the stage runs.
+        exact_answers: what the model is asked before and after training, or None.
     """
 
     module: nn.Module
@@ -48,6 +49,7 @@ class Stage(ABC):
     reference_cache: LogProbCache | None = None
     has_reference = False
     reference_changes = False
+    exact_answers: ExactAnswers | None = None
 
     def __init__(self, plan: StagePlan) -> None:
         self.name: StageName = plan.name

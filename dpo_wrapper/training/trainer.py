@@ -14,13 +14,19 @@ from torch.utils.data import DataLoader
 
 from dpo_wrapper.batches import Reduce
 from dpo_wrapper.data import StepSampler, TokenizedExample
+from dpo_wrapper.evaluation.samples import format_samples
 from dpo_wrapper.metrics import MetricSums
+from dpo_wrapper.models.wrappers import is_sharded
+from dpo_wrapper.pretrained import PretrainedModel, undo_rescaling
 from dpo_wrapper.training.checkpoint import STATE_FILE, load_checkpoint, write_checkpoint
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.micro_batches import MicroBatches, make_micro_batches
-from dpo_wrapper.training.monitor import Monitor
+from dpo_wrapper.training.monitoring.monitor import Monitor
+from dpo_wrapper.training.monitoring.samples import Samples
+from dpo_wrapper.training.monitoring.trackers import Trackers
 from dpo_wrapper.training.optimizer import create_optimizer, learning_rate_factor
 from dpo_wrapper.training.run_folder import RunFolder
+from dpo_wrapper.training.schedule import plan_schedule
 from dpo_wrapper.training.stage_plan import Splits
 from dpo_wrapper.training.stages import Stage
 from dpo_wrapper.training.stopping import StoppedBySignal, StopRequest, TrainingError, ignore_signals
@@ -28,12 +34,33 @@ from dpo_wrapper.training.stopping import StoppedBySignal, StopRequest, Training
 MAX_TRAIN_EXAMPLES_EVALUATED = 512
 """Number of train examples that are evaluated at both ends of a stage, to see how their log-probs changed."""
 
+MAX_SAMPLE_CHARS = 160
+"""Of a text of a sample that is printed during a stage."""
+
 
 class Trainer:
-    """Trains the module of one stage in place, and writes metrics and checkpoints to the run folder."""
+    """Trains the module of one stage in place, and writes metrics and checkpoints to the run folder.
 
-    def __init__(self, config: TrainConfig, run: RunFolder, stage: Stage, splits: Splits) -> None:
+    Args:
+        pretrained: the model with its tokenizer, for samples.
+        trackers, step_offset: as in `Monitor`.
+        save_model: called after the last step, before the evaluation that follows it.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: RunFolder,
+        stage: Stage,
+        splits: Splits,
+        pretrained: PretrainedModel,
+        trackers: Trackers,
+        step_offset: int = 0,
+        save_model: Callable[[], None] | None = None,
+    ) -> None:
         self.config, self.run, self.stage, self.splits = config, run, stage, splits
+        self.pretrained, self.save_model = pretrained, save_model
+        self.trackers, self.step_offset = trackers, step_offset
         self.accelerator = create_accelerator(config)
         self.sampler = StepSampler(
             len(splits.train),
@@ -44,7 +71,8 @@ class Trainer:
             num_processes=self.accelerator.num_processes,
         )
         self.num_steps = len(self.sampler)
-        self.eval_steps = config.eval_steps or max(1, math.ceil(self.num_steps / 8))
+        num_trained = len(splits.train) * stage.epochs
+        self.schedule = plan_schedule(config, self.num_steps, num_trained, len(splits.eval))
         optimizer: Any = create_optimizer(stage.module, config, stage.learning_rate)
         self.module, self.optimizer = self.accelerator.prepare(stage.module, optimizer)
         self.checkpointed = (self.accelerator, stage.module, self.optimizer, stage.reference_cache)
@@ -62,26 +90,35 @@ class Trainer:
         if is_resumed:
             load_checkpoint(folder, *self.checkpointed)
         self.probe_model()
-        unit = self.splits.unit
-        self.monitor = Monitor(self.run, self.accelerator, self.stage.name, unit, num_steps, steps_done)
+        is_evaluated = is_resumed and progress.is_evaluated
+        self.start_watching(steps_done, steps_done + is_evaluated)
         with StopRequest() as stop_request, self.monitor:
-            if not (is_resumed and progress.is_evaluated):
+            if not is_evaluated:
                 self.evaluate_if_due(steps_done)
                 self.save_or_stop(steps_done, stop_request, is_evaluated=True)
+            start_time = time.perf_counter()
             for step, batches in enumerate(self.create_step_loader(steps_done), start=steps_done + 1):
-                start_time = time.perf_counter()
                 learning_rate = self.set_learning_rate(step)
                 metrics = self.train_step(step, batches)
-                num_examples, seconds = self.sampler.step_size(step - 1), time.perf_counter() - start_time
-                metrics[f"{unit}/second"] = num_examples / seconds
-                metrics["lr"] = learning_rate
+                metrics |= {"lr": learning_rate, "epoch": step * self.stage.epochs / num_steps}
                 if self.stage.reference_cache is not None and step * self.stage.epochs == num_steps:
                     self.stage.reference_cache.gather_from_processes()  # once, after the first epoch
-                self.monitor.log_step(step, metrics)
+                seconds = time.perf_counter() - start_time
+                self.monitor.log_step(step, metrics, self.sampler.step_size(step - 1), seconds)
                 self.save_or_stop(step, stop_request)
                 self.evaluate_if_due(step)
                 self.save_or_stop(step, stop_request, is_evaluated=True)
+                start_time = time.perf_counter()
         self.accelerator.free_memory()
+
+    def start_watching(self, steps_done: int, first_step: int) -> None:
+        """Create what logs the stage; `first_step` is the first step that is not evaluated yet."""
+        watched = (self.run, self.accelerator, self.stage.name, self.splits.unit, self.schedule)
+        self.monitor = Monitor(*watched, steps_done, self.trackers, self.step_offset)
+        self.samples: Samples | None = None
+        if self.accelerator.is_main_process and self.config.samples and not is_sharded(self.stage.model):
+            sampled = (self.run, self.stage, self.splits, self.pretrained)
+            self.samples = Samples(*sampled, self.config.samples, first_step)
 
     def set_learning_rate(self, step: int) -> float:
         """Set the learning rate of a step, which counts from 1, and return it."""
@@ -132,27 +169,61 @@ class Trainer:
             )
 
     def evaluate_if_due(self, step: int) -> None:
-        """Log eval metrics at both ends and every `eval_steps`, and train metrics at both ends."""
-        is_end = step in (0, self.num_steps)
-        if not is_end and step % self.eval_steps:
+        """Log metrics of eval and train, and take samples, where they are due; first, at the end, save."""
+        if step == self.num_steps and self.save_model is not None:
+            self.save_model()
+        is_end = self.schedule.is_end(step)
+        if is_end or self.schedule.is_due(self.schedule.eval_steps, step):
+            splits = {"eval": self.splits.eval}
+            if is_end:
+                splits["train"] = self.splits.train[:MAX_TRAIN_EXAMPLES_EVALUATED]
+            for name, examples in splits.items():
+                if examples:
+                    self.evaluate(step, name, examples)
+        self.sample_if_due(step)
+
+    def evaluate(self, step: int, name: str, examples: Sequence[TokenizedExample]) -> None:
+        """Log the metrics of the examples of a split: all of eval, some of train."""
+        indices = list(range(len(examples)))
+        reduce: Reduce | None = None
+        if len(examples) >= self.accelerator.num_processes:  # or else every process evaluates all of them
+            indices = indices[self.accelerator.process_index :: self.accelerator.num_processes]
+            reduce = self.sum_over_processes
+        batches = self.micro_batch_maker(examples)(indices)
+        label = f"evaluating {name} {self.splits.unit}"
+        with self.monitor.measure(name, label, "batch", len(batches)) as bar:
+            batches_there = [batch.to(self.accelerator.device) for batch in batches]
+            metrics = self.stage.evaluate(self.module, batches_there, reduce, bar.update)
+        if self.accelerator.is_main_process and self.schedule.is_end(step) and name == "eval":
+            metrics |= self.measure_exact_answers()
+        self.monitor.log_evaluation(name, step, metrics, len(examples))
+        self.check_finite(step, f"{name} loss", metrics["loss"])
+
+    def measure_exact_answers(self) -> dict[str, float]:
+        """How many prompts the model answers exactly, as a metric; nothing if it is not asked."""
+        answers, model = self.stage.exact_answers, self.stage.model
+        if answers is None or is_sharded(model):  # which no process can compute alone
+            return {}
+        label = "answering eval prompts"
+        measured = self.monitor.measure("answers", label, "prompt", len(answers.examples))
+        with measured as bar, self.accelerator.autocast():
+            rate = answers.measure_rate(model, progress=bar.update)
+        undo_rescaling(model)
+        return {"exact_answers": rate}
+
+    def sample_if_due(self, step: int) -> None:
+        """Write completions of the same prompts to the run folder, and print them but for the last ones."""
+        if self.samples is None or not self.samples.prompts:
             return
-        splits = {"eval": self.splits.eval}
-        if is_end:
-            splits["train"] = self.splits.train[:MAX_TRAIN_EXAMPLES_EVALUATED]
-        for name, examples in splits.items():
-            if not examples:
-                continue
-            indices = list(range(len(examples)))
-            reduce: Reduce | None = None
-            if len(examples) >= self.accelerator.num_processes:  # or else every process evaluates all of them
-                indices = indices[self.accelerator.process_index :: self.accelerator.num_processes]
-                reduce = self.sum_over_processes
-            batches = self.micro_batch_maker(examples)(indices)
-            metrics = self.stage.evaluate(
-                self.module, [batch.to(self.accelerator.device) for batch in batches], reduce
-            )
-            self.monitor.log_evaluation(name, step, metrics)
-            self.check_finite(step, f"{name} loss", metrics["loss"])
+        needs_start = step == 0 and self.samples.needs_start
+        is_last_stage = self.save_model is not None
+        is_due = self.schedule.is_due(self.schedule.sample_steps, step)
+        if needs_start or (is_due and (self.schedule.sample_steps or is_last_stage)):
+            with self.monitor.measure("sample", "writing samples"), self.accelerator.autocast():
+                records = self.samples.take(step)
+            undo_rescaling(self.stage.model)
+            if 0 < step < self.num_steps:
+                self.monitor.print(f"\n{format_samples(records, MAX_SAMPLE_CHARS)}\n")
 
     def create_step_loader(self, steps_done: int) -> DataLoader[Any]:
         """This process's micro-batches of each step that is not done yet."""
@@ -179,10 +250,11 @@ class Trainer:
         if self.accelerator.num_processes > 1:  # a signal may reach processes in different steps
             numbers = torch.tensor([number], device=self.accelerator.device)
             number = int(self.accelerator.gather(numbers).max())
-        save_steps = self.config.save_steps
-        is_due = save_steps and step % save_steps == 0 and step < self.num_steps and not is_evaluated
+        save_steps = self.schedule.save_steps
+        is_due = save_steps > 0 and not is_evaluated and self.schedule.is_due(save_steps, step)
         if number or is_due:
-            self.save_checkpoint(step, is_evaluated)
+            with self.monitor.measure("save", "writing a checkpoint"):
+                self.save_checkpoint(step, is_evaluated)
         if number:
             raise StoppedBySignal(number)
 
@@ -194,7 +266,8 @@ class Trainer:
         write_checkpoint(self.run.new_checkpoint_folder, *self.checkpointed)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            self.run.replace_checkpoint(self.stage.name, step, is_evaluated)
+            is_trained = step == self.num_steps
+            self.run.replace_checkpoint(self.stage.name, step, is_evaluated, is_trained=is_trained)
 
     def sum_over_processes(self, values: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:  # sums are in float64, which an Apple GPU does not have
@@ -202,5 +275,5 @@ class Trainer:
         return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
 
 
-def create_accelerator(config: TrainConfig) -> Accelerator:
-    return Accelerator(mixed_precision=config.precision, cpu=config.cpu)
+def create_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
+    return Accelerator(mixed_precision=config.precision, cpu=config.cpu, **options)

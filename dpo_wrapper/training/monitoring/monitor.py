@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from dpo_wrapper.metrics import MetricSums
 from dpo_wrapper.training.config import StageName
+from dpo_wrapper.training.monitoring.figure import Figure
 from dpo_wrapper.training.monitoring.memory import measure_peak_memory
 from dpo_wrapper.training.monitoring.report_line import format_evaluation_line, format_step_line
 from dpo_wrapper.training.monitoring.terminal import create_progress_bar, print_line
@@ -49,6 +50,7 @@ class Monitor(AbstractContextManager["Monitor"]):
         self.trackers, self.step_offset = trackers, step_offset
         self.is_main_process = accelerator.is_main_process
         self.time_left = TimeLeft(schedule)
+        self.figure = Figure(run)
         self.forget_steps()
         self.bar = create_progress_bar(
             accelerator, stage.upper(), "step", total=schedule.num_steps, initial=steps_done
@@ -94,13 +96,16 @@ class Monitor(AbstractContextManager["Monitor"]):
             "memory_gb": measure_peak_memory(self.accelerator.device),
         }
 
-    def log_evaluation(self, split: str, step: int, metrics: dict[str, float]) -> None:
-        """Report an evaluation after a step; `split` is eval or train."""
+    def log_evaluation(self, split: str, step: int, metrics: dict[str, float], num_examples: int) -> None:
+        """Report an evaluation after a step on so many examples of a split, eval or train."""
         if self.is_main_process:
             seconds = self.time_left.seconds[split]
             self.log(split, step, metrics | {"seconds": seconds})
-            place = (self.stage, step, self.schedule.num_steps, split)
-            print_line(format_evaluation_line(*place, metrics, self.unit, seconds))
+            place = (self.stage, step, self.schedule.num_steps)
+            where = f"{num_examples:,} {split} {self.unit}"
+            print_line(format_evaluation_line(*place, metrics, where, seconds))
+
+            self.figure.draw_if_cheap()
 
     def log(self, part: str, step: int, metrics: dict[str, float]) -> None:
         values = metrics | {"elapsed_seconds": self.run.elapsed_seconds()}
@@ -112,7 +117,7 @@ class Monitor(AbstractContextManager["Monitor"]):
         """Time something between two steps, and show its progress in a bar of its own.
 
         Args:
-            name: eval, train, save or sample.
+            name: what `TimeLeft` knows it by.
             label: what is done, in words.
             unit, total: of the bar, which is to be updated; without them only the label is seen.
         """

@@ -16,21 +16,18 @@ def format_step_line(
     stage: str, step: int, num_steps: int, metrics: Mapping[str, float], seconds_left: float
 ) -> str:
     """What the steps since the last line did: their metrics, speed and memory, and the time that is left."""
-    speed = f"{metrics['unique_tokens/second']:,.0f} tokens/s (padded {metrics['padded_tokens/second']:,.0f})"
+    unique, padded = metrics["unique_tokens/second"], metrics["padded_tokens/second"]
+    speed = f"{unique:>6,.0f} tokens/s (padded {padded:,.0f})"
     memory = f"{metrics['memory_gb']:.1f} GB"
-    left = f"{format_duration(seconds_left)} left" if step < num_steps else "done"
-    return "  ".join(
-        [format_place(stage, step, num_steps), *format_metrics(metrics), speed, memory, left]
-    ).rstrip()
+    left = f"{format_duration(seconds_left)} left"
+    return "  ".join([format_place(stage, step, num_steps), *format_metrics(metrics), speed, memory, left])
 
 
 def format_evaluation_line(
-    stage: str, step: int, num_steps: int, split: str, metrics: Mapping[str, float], unit: str, seconds: float
+    stage: str, step: int, num_steps: int, metrics: Mapping[str, float], where: str, seconds: float
 ) -> str:
-    """What an evaluation found; `split` is eval or train."""
-    count = metrics.get(f"{unit}/valid")
-    where = f"on {split}" if count is None else f"on {count:,.0f} {split} {unit}"
-    took = f"({where}, {format_duration(seconds)})"
+    """What an evaluation found; `where` says on what, such as 40 eval pairs."""
+    took = f"(on {where}, {seconds:,.1f} s)"
     return "  ".join([format_place(stage, step, num_steps), *format_metrics(metrics), took])
 
 
@@ -48,7 +45,7 @@ def format_metrics(metrics: Mapping[str, float]) -> list[str]:
     if "kl/chosen" not in metrics and "logps/chosen" in metrics:
         parts.append(f"log-prob of chosen {metrics['logps/chosen']:.2f}")
     if "rewards/margins" not in metrics and metrics["loss"] < 20:
-        parts.append(f"perplexity {math.exp(metrics['loss']):,.2f}")
+        parts.append(f"perplexity {math.exp(metrics['loss']):<6,.4g}")
     return parts
 
 

@@ -12,7 +12,8 @@ class TimeLeft:
     """Estimates how long a stage will still take, from the times of its steps and of what happens between.
 
     Attributes:
-        seconds: what each thing but a step took the last time: eval, train (evaluation), save, sample.
+        seconds: what each thing but a step took the last time: eval and train (evaluations), answers (to
+            eval prompts), save, sample.
     """
 
     def __init__(self, schedule: Schedule) -> None:
@@ -24,12 +25,12 @@ class TimeLeft:
         """Seconds from a step to the end of the stage, as far as the times are known."""
         plan = self.schedule
         intervals = {
-            "eval": plan.eval_steps, "train": 0, "save": plan.save_steps, "sample": plan.sample_steps
-        }  # fmt: skip
+            "eval": plan.eval_steps,
+            "train": 0,
+            "answers": 0,
+            "save": plan.save_steps,
+            "sample": plan.sample_steps,
+        }
         steps = (plan.num_steps - step) * sum(self.step_seconds) / max(1, len(self.step_seconds))
-        pauses = (
-            seconds * plan.count_due(intervals[name], step)
-            for name, seconds in self.seconds.items()
-            if name in intervals
-        )
+        pauses = (seconds * plan.count_due(intervals[name], step) for name, seconds in self.seconds.items())
         return steps + sum(pauses)
