@@ -78,8 +78,8 @@ def format_samples(records: Sequence[Mapping[str, Any]], max_chars: int = 300) -
 
 
 def shorten(text: str, max_chars: int = 300, *, keep_end: bool = False) -> str:
-    """The text on one line; of a long text the beginning, or the end."""
-    line = " ".join(text.split())
+    """The text on one line, without what a terminal would obey; of a long text the beginning, or the end."""
+    line = "".join(char if char.isprintable() else "\ufffd" for char in " ".join(text.split()))
     if len(line) <= max_chars:
         return line
     return f"…{line[-max_chars:]}" if keep_end else f"{line[:max_chars]}…"

@@ -13,6 +13,7 @@ from dpo_wrapper.losses import CombinedLoss, parse_losses
 from dpo_wrapper.pretrained import PretrainedModel, load_pretrained
 from dpo_wrapper.reference.build import parse_device
 from dpo_wrapper.training.config import TrainConfig, flag
+from dpo_wrapper.training.monitoring.trackers import check_trackers
 from dpo_wrapper.training.read_data import Rows, RunData, count_shared_prompts, split_table
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.stage_plan import StagePlan, choose_stages, plan_stages
@@ -37,6 +38,7 @@ def set_up_training(config: TrainConfig) -> TrainSetup:
     """
     loss = CombinedLoss(parse_losses(config.loss))
     check_options(config, loss)
+    check_trackers(config.report_to)
     run = RunFolder(config)
     run.check(config.resume)
     data = RunData.open(config.data, config)

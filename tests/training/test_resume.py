@@ -52,6 +52,38 @@ def test_the_running_mean_of_a_loss_resumes(rows, tmp_path, monkeypatch):
     assert seen[3:] == whole[2:]  # step 3 was done once more, from the checkpoint after step 2
 
 
+class KilledError(BaseException):
+    """No handler of the package catches it."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("save_steps", [5, 0])
+def test_the_model_is_saved_before_the_last_evaluation(finished_run, rows, tmp_path, monkeypatch, save_steps):
+    """Killed in this evaluation, a run evaluates again if there is a checkpoint, and is never lost."""
+    evaluate, out = Trainer.evaluate, tmp_path / "out"
+
+    def killed_evaluation(self, step, name, examples):
+        if (self.stage.name, step, name) == ("dpo", self.num_steps, "train"):
+            raise KilledError
+        return evaluate(self, step, name, examples)
+
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(Trainer, "evaluate", killed_evaluation)
+        train(make_config(rows, out, save_steps=save_steps))
+    weights = (finished_run / "model.safetensors").read_bytes()
+    assert (out / "model.safetensors").read_bytes() == weights
+    load_pretrained(str(out), None, 128)
+    steps, train_step = [], Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", lambda *args: steps.append(args) or train_step(*args))
+    train(make_config(rows, out, save_steps=save_steps, resume=True))
+    assert steps == [] and (out / "model.safetensors").read_bytes() == weights
+    log = read_metrics(out)
+    expected = read_metrics(finished_run)
+    assert log == (expected if save_steps else expected[:-1])
+    assert json.loads((out / "run.json").read_text())["status"] == "finished"
+    assert not (out / "checkpoint").exists() and (out / "curves.png").exists()
+
+
 def test_resume_is_refused_with_other_settings(rows, tmp_path):
     with interrupt_training("sft", after_steps=0):
         train(make_config(rows, tmp_path / "out"))

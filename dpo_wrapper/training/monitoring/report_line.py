@@ -44,7 +44,7 @@ def format_metrics(metrics: Mapping[str, float]) -> list[str]:
     ]
     if "kl/chosen" not in metrics and "logps/chosen" in metrics:
         parts.append(f"log-prob of chosen {metrics['logps/chosen']:.2f}")
-    if "rewards/margins" not in metrics and metrics["loss"] < 20:
+    if "rewards/accuracies" not in metrics and metrics["loss"] < 20:
         parts.append(f"perplexity {math.exp(metrics['loss']):<6,.4g}")
     return parts
 
