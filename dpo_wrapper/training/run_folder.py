@@ -7,8 +7,6 @@ that is killed at any moment leaves a folder that it can resume from.
 import json
 import math
 import os
-import shutil
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -18,9 +16,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
-from dpo_wrapper.data.whole_files import write_whole
 from dpo_wrapper.pretrained import RUN_FILE, read_run
 from dpo_wrapper.training.config import STAGES, StageName, TrainConfig, flag
+from dpo_wrapper.training.files import allow_reading, check_writable, remove_folder, write_json
 
 CHANGEABLE_SETTINGS = (
     "resume", "out", "save_steps", "cpu", "logging_steps", "sample_steps", "samples", "report_to", "project",
@@ -257,41 +255,9 @@ class RunFolder:
         remove_folder(self.path / name)
         (self.path / name).mkdir()
         yield self.path / name
-        for file in (self.path / name).iterdir():  # safetensors keeps its files to their owner
-            file.chmod(file.stat().st_mode | (0o666 & ~get_umask()))
+        allow_reading(self.path / name)
 
     def finish(self) -> None:
         """Mark the run as finished, and delete what it would have resumed from."""
         self.set_status("finished")
         remove_folder(self.checkpoint_folder)
-
-
-def check_writable(folder: Path) -> None:
-    """Raise ValueError if `folder` is no folder, or cannot be written or created. Nothing is left behind."""
-    try:
-        existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-        if not existing.is_dir():
-            raise ValueError(f"--out should be a folder, but {existing} is a file: name a new folder.")
-        tempfile.TemporaryFile(dir=existing).close()
-    except OSError as error:
-        raise ValueError(
-            f"--out should be a folder that can be written, but {folder} cannot ({error.strerror}): name "
-            "another."
-        ) from error
-
-
-def get_umask() -> int:
-    """The permissions that new files do not get."""
-    umask = os.umask(0o077)
-    os.umask(umask)
-    return umask
-
-
-def write_json(file: Path, content: Any, indent: int | None = None) -> None:
-    """Write a file completely or not at all."""
-    write_whole(file, json.dumps(content, indent=indent) + "\n")
-
-
-def remove_folder(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)

@@ -1,6 +1,5 @@
 """The training loop of one stage, from its beginning or from the run folder's checkpoint."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -12,30 +11,24 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dpo_wrapper.batches import Reduce
 from dpo_wrapper.data import StepSampler, TokenizedExample
-from dpo_wrapper.evaluation.samples import format_samples
 from dpo_wrapper.metrics import MetricSums
 from dpo_wrapper.models.wrappers import is_sharded
-from dpo_wrapper.pretrained import PretrainedModel, undo_rescaling
+from dpo_wrapper.pretrained import PretrainedModel
 from dpo_wrapper.training.checkpoint import STATE_FILE, load_checkpoint, write_checkpoint
 from dpo_wrapper.training.config import TrainConfig
+from dpo_wrapper.training.evaluator import Evaluator
 from dpo_wrapper.training.micro_batches import MicroBatches, make_micro_batches
 from dpo_wrapper.training.monitoring.monitor import Monitor
 from dpo_wrapper.training.monitoring.samples import Samples
 from dpo_wrapper.training.monitoring.trackers import Trackers
 from dpo_wrapper.training.optimizer import create_optimizer, learning_rate_factor
+from dpo_wrapper.training.processes import sum_over_processes
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.schedule import plan_schedule
 from dpo_wrapper.training.stage_plan import Splits
 from dpo_wrapper.training.stages import Stage
-from dpo_wrapper.training.stopping import StoppedBySignal, StopRequest, TrainingError, ignore_signals
-
-MAX_TRAIN_EXAMPLES_EVALUATED = 512
-"""Number of train examples that are evaluated at both ends of a stage, to see how their log-probs changed."""
-
-MAX_SAMPLE_CHARS = 160
-"""Of a text of a sample that is printed during a stage."""
+from dpo_wrapper.training.stopping import StoppedBySignal, StopRequest, check_finite, ignore_signals
 
 
 class Trainer:
@@ -100,7 +93,7 @@ class Trainer:
             for step, batches in enumerate(self.create_step_loader(steps_done), start=steps_done + 1):
                 learning_rate = self.set_learning_rate(step)
                 metrics = self.train_step(step, batches)
-                metrics |= {"lr": learning_rate, "epoch": step * self.stage.epochs / num_steps}
+                metrics |= {"lr": learning_rate, "epoch": step * self.stage.epochs / len(self.sampler)}
                 if self.stage.reference_cache is not None and step * self.stage.epochs == num_steps:
                     self.stage.reference_cache.gather_from_processes()  # once, after the first epoch
                 seconds = time.perf_counter() - start_time
@@ -115,10 +108,21 @@ class Trainer:
         """Create what logs the stage; `first_step` is the first step that is not evaluated yet."""
         watched = (self.run, self.accelerator, self.stage.name, self.splits.unit, self.schedule)
         self.monitor = Monitor(*watched, steps_done, self.trackers, self.step_offset)
-        self.samples: Samples | None = None
+        samples = None
         if self.accelerator.is_main_process and self.config.samples and not is_sharded(self.stage.model):
             sampled = (self.run, self.stage, self.splits, self.pretrained)
-            self.samples = Samples(*sampled, self.config.samples, first_step)
+            samples = Samples(*sampled, self.config.samples, first_step)
+        self.evaluator = Evaluator(
+            self.accelerator,
+            self.module,
+            self.stage,
+            self.splits,
+            self.schedule,
+            self.monitor,
+            self.micro_batch_maker,
+            samples,
+            samples_end=self.save_model is not None,
+        )
 
     def set_learning_rate(self, step: int) -> float:
         """Set the learning rate of a step, which counts from 1, and return it."""
@@ -140,7 +144,7 @@ class Trainer:
         loss_scale = accelerator.num_processes if has_examples else 0  # DDP takes the mean over processes
 
         def reduce(sums: Tensor) -> Tensor:
-            return self.sum_over_processes(sums * has_examples)
+            return sum_over_processes(accelerator, sums * has_examples)
 
         loss, sums = torch.zeros((), device=accelerator.device), MetricSums()
         batches = stage.normalize_over_step([batch.to(accelerator.device) for batch in batches], reduce)
@@ -152,78 +156,20 @@ class Trainer:
             sums.add(metrics)
         grad_norm = accelerator.clip_grad_norm_(self.module.parameters(), self.config.max_grad_norm)
         total_loss = float(reduce(loss))
-        self.check_finite(step, "loss", total_loss)
+        check_finite(stage.name, step, "loss", total_loss)
         scaler = accelerator.scaler
         if scaler is None or scaler.get_scale() < 1:  # steps that overflow at a larger scale are left out
-            self.check_finite(step, "norm of the gradients", float(grad_norm))
+            check_finite(stage.name, step, "norm of the gradients", float(grad_norm))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         stage.end_step(step, reduce)
         return {"loss": total_loss, **sums.result(reduce), "grad_norm": float(grad_norm)}
 
-    def check_finite(self, step: int, name: str, value: float) -> None:
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"the {name} should be finite, but at step {step} of {self.stage.name} it is {value}: begin "
-                "a new run with a lower learning rate or --max-grad-norm, or look at the rows of this step."
-            )
-
     def evaluate_if_due(self, step: int) -> None:
-        """Log metrics of eval and train, and take samples, where they are due; first, at the end, save."""
+        """Evaluate and sample where that is due; at the end of the stage the model is saved first."""
         if step == self.num_steps and self.save_model is not None:
             self.save_model()
-        is_end = self.schedule.is_end(step)
-        if is_end or self.schedule.is_due(self.schedule.eval_steps, step):
-            splits = {"eval": self.splits.eval}
-            if is_end:
-                splits["train"] = self.splits.train[:MAX_TRAIN_EXAMPLES_EVALUATED]
-            for name, examples in splits.items():
-                if examples:
-                    self.evaluate(step, name, examples)
-        self.sample_if_due(step)
-
-    def evaluate(self, step: int, name: str, examples: Sequence[TokenizedExample]) -> None:
-        """Log the metrics of the examples of a split: all of eval, some of train."""
-        indices = list(range(len(examples)))
-        reduce: Reduce | None = None
-        if len(examples) >= self.accelerator.num_processes:  # or else every process evaluates all of them
-            indices = indices[self.accelerator.process_index :: self.accelerator.num_processes]
-            reduce = self.sum_over_processes
-        batches = self.micro_batch_maker(examples)(indices)
-        label = f"evaluating {name} {self.splits.unit}"
-        with self.monitor.measure(name, label, "batch", len(batches)) as bar:
-            batches_there = [batch.to(self.accelerator.device) for batch in batches]
-            metrics = self.stage.evaluate(self.module, batches_there, reduce, bar.update)
-        if self.accelerator.is_main_process and self.schedule.is_end(step) and name == "eval":
-            metrics |= self.measure_exact_answers()
-        self.monitor.log_evaluation(name, step, metrics, len(examples))
-        self.check_finite(step, f"{name} loss", metrics["loss"])
-
-    def measure_exact_answers(self) -> dict[str, float]:
-        """How many prompts the model answers exactly, as a metric; nothing if it is not asked."""
-        answers, model = self.stage.exact_answers, self.stage.model
-        if answers is None or is_sharded(model):  # which no process can compute alone
-            return {}
-        label = "answering eval prompts"
-        measured = self.monitor.measure("answers", label, "prompt", len(answers.examples))
-        with measured as bar, self.accelerator.autocast():
-            rate = answers.measure_rate(model, progress=bar.update)
-        undo_rescaling(model)
-        return {"exact_answers": rate}
-
-    def sample_if_due(self, step: int) -> None:
-        """Write completions of the same prompts to the run folder, and print them but for the last ones."""
-        if self.samples is None or not self.samples.prompts:
-            return
-        needs_start = step == 0 and self.samples.needs_start
-        is_last_stage = self.save_model is not None
-        is_due = self.schedule.is_due(self.schedule.sample_steps, step)
-        if needs_start or (is_due and (self.schedule.sample_steps or is_last_stage)):
-            with self.monitor.measure("sample", "writing samples"), self.accelerator.autocast():
-                records = self.samples.take(step)
-            undo_rescaling(self.stage.model)
-            if 0 < step < self.num_steps:
-                self.monitor.print(f"\n{format_samples(records, MAX_SAMPLE_CHARS)}\n")
+        self.evaluator.evaluate_if_due(step)
 
     def create_step_loader(self, steps_done: int) -> DataLoader[Any]:
         """This process's micro-batches of each step that is not done yet."""
@@ -268,11 +214,6 @@ class Trainer:
         if self.accelerator.is_main_process:
             is_trained = step == self.num_steps
             self.run.replace_checkpoint(self.stage.name, step, is_evaluated, is_trained=is_trained)
-
-    def sum_over_processes(self, values: Tensor) -> Tensor:
-        if self.accelerator.num_processes == 1:  # sums are in float64, which an Apple GPU does not have
-            return values
-        return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
 
 
 def create_accelerator(config: TrainConfig, **options: Any) -> Accelerator:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dpo_wrapper.pretrained import load_pretrained
+from dpo_wrapper.training.evaluator import Evaluator
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.train import train
 from dpo_wrapper.training.trainer import Trainer
@@ -60,15 +61,15 @@ class KilledError(BaseException):
 @pytest.mark.parametrize("save_steps", [5, 0])
 def test_the_model_is_saved_before_the_last_evaluation(finished_run, rows, tmp_path, monkeypatch, save_steps):
     """Killed in this evaluation, a run evaluates again if there is a checkpoint, and is never lost."""
-    evaluate, out = Trainer.evaluate, tmp_path / "out"
+    evaluate, out = Evaluator.evaluate, tmp_path / "out"
 
     def killed_evaluation(self, step, name, examples):
-        if (self.stage.name, step, name) == ("dpo", self.num_steps, "train"):
+        if (self.stage.name, step, name) == ("dpo", self.schedule.num_steps, "train"):
             raise KilledError
         return evaluate(self, step, name, examples)
 
     with monkeypatch.context() as patch, pytest.raises(KilledError):
-        patch.setattr(Trainer, "evaluate", killed_evaluation)
+        patch.setattr(Evaluator, "evaluate", killed_evaluation)
         train(make_config(rows, out, save_steps=save_steps))
     weights = (finished_run / "model.safetensors").read_bytes()
     assert (out / "model.safetensors").read_bytes() == weights
