@@ -8,6 +8,7 @@ METRIC_FORMATS = (
     ("accuracy", "rewards/accuracies", "{:>4.0%}"),
     ("margin", "rewards/margins", "{:+.3f}"),
     ("chosen", "kl/chosen", "{:+.2f}"),
+    ("exact answers", "exact_answers", "{:.0%}"),
 )
 """Label, metric and format of what both lines say. `kl/chosen` is how the log-prob of chosen has changed."""
 

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
 from dpo_wrapper.training.config import TrainConfig
-from dpo_wrapper.training.run_folder import RunFolder
+from dpo_wrapper.training.run_folder import CHANGEABLE_SETTINGS, RunFolder
 from dpo_wrapper.training.stopping import TrainingError
 
 
@@ -42,6 +42,7 @@ class Trackers(AbstractContextManager["Trackers"]):
         settings = {
             name: value if isinstance(value, (bool, int, float)) else str(value)
             for name, value in run.settings.items()
+            if name not in CHANGEABLE_SETTINGS  # MLflow refuses others when the run is resumed
         }
         name = f"{run.path.absolute().name}-{run.run_id[:6]}"
         options: dict[str, Any] = {
@@ -57,7 +58,7 @@ class Trackers(AbstractContextManager["Trackers"]):
             reason = " ".join(str(error).split()) or type(error).__name__
             raise TrainingError(
                 f"--report-to {' '.join(self.names)} should start its trackers, but one does not ({reason}): "
-                "mend that, or leave it out; the same command with --resume begins."
+                "mend that, or leave it out, and repeat the command with --resume."
             ) from error
 
     def log(self, stage: str, part: str, step: int, values: Mapping[str, float]) -> None:

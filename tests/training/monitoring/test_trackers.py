@@ -57,6 +57,7 @@ def test_trackers_get_finite_values_and_settings(library, tmp_path):
         trackers.log("dpo", "eval", 7, {"loss": 0.25})
     assert library.logged == [(7, {"dpo/loss": 0.5}), (7, {"dpo/eval/loss": 0.25})]
     assert library.settings["batch_size"] == 4 and library.settings["eval_data"] == "None"
+    assert "resume" not in library.settings  # MLflow refuses a setting that has changed
     (options,) = library.started
     assert options["project"] == "tests" and options["name"].startswith("first-")
     assert options["resume"] == "allow"
