@@ -172,7 +172,10 @@ class Rewards:
         length = torch.ones_like(policy, dtype=torch.long) if length is None else length
         values = loss.reward(policy, reference, length)
         epsilon = LAYER_EPSILONS * torch.finfo(dtype).eps + SUM_EPSILONS * torch.finfo(policy.dtype).eps
-        size = policy.abs() if reference is None else torch.hypot(policy, reference)
+        if reference is None or not loss.needs_reference:
+            size = policy.abs()
+        else:
+            size = torch.hypot(policy, reference)
         step = 1e-3 * (1 + policy.abs())  # far above rounding, for the reward's slope
         slope = (values - loss.reward(policy - step, reference, length)).abs() / step
         return cls(values, slope * epsilon * size / length.clamp(min=1).sqrt())
@@ -185,6 +188,12 @@ class Rewards:
         difference = self.values - others.values
         is_tie = difference.abs() <= torch.hypot(self.rounding, others.rounding)
         return torch.where(is_tie, 0.5, (difference > 0).to(difference.dtype))
+
+
+def format_metric(template: str, value: float) -> str:
+    """The value in a format, in which a negative number that is rounded to zero has no sign."""
+    text = template.format(value)
+    return text.lstrip("-") if float(text.rstrip("%")) == 0 else text
 
 
 def mean(values: Float[Tensor, "_"]) -> Float[Tensor, ""]:

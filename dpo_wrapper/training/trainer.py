@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dpo_wrapper.batches import Reduce
 from dpo_wrapper.data import StepSampler, TokenizedExample
-from dpo_wrapper.metrics import MetricSums
+from dpo_wrapper.metrics import MetricSums, format_metric
 from dpo_wrapper.training.checkpoint import STATE_FILE, load_checkpoint, write_checkpoint
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.micro_batches import MicroBatches, make_micro_batches
@@ -233,5 +233,9 @@ def create_progress_bar(accelerator: Accelerator, label: str, unit: str, **optio
 def format_progress(metrics: dict[str, float], unit: str) -> str:
     """What the progress bar displays beside the step."""
     labels = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
-    parts = [f"{label} {metrics[name]:.3f}" for name, label in labels.items() if name in metrics]
+    parts = [
+        f"{label} {format_metric('{:.3f}', metrics[name])}"
+        for name, label in labels.items()
+        if name in metrics
+    ]
     return ", ".join([*parts, f"{metrics[f'{unit}/second']:.1f} {unit}/s"])
