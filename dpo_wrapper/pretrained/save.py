@@ -12,9 +12,9 @@ from dpo_wrapper.pretrained.rescaling import undo_rescaling
 def save_pretrained(pretrained: PretrainedModel, model: nn.Module, folder: Path) -> None:
     """Write `model.safetensors`, `config.json` and the tokenizer; `load_pretrained(folder)` loads them again.
 
-    The weights of an x-transformers decoder keep its names, and its arguments stand in config.json under
-    "x_transformers". A Hugging Face model is saved by its own `save_pretrained`. Of `pretrained` only the
-    tokenizer and the kind of the model are used.
+    The weights of an x-transformers decoder keep its names and their dtype, and its arguments stand in
+    config.json under "x_transformers". A Hugging Face model is saved by its own `save_pretrained`. Of
+    `pretrained` only the tokenizer and the kind of the model are used.
     """
     from safetensors.torch import save_model
 
@@ -24,9 +24,17 @@ def save_pretrained(pretrained: PretrainedModel, model: nn.Module, folder: Path)
         save_model(model, str(folder / WEIGHTS_FILE))
         settings = {
             "x_transformers": pretrained.decoder_args,
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             "tokenizer": "bytes" if pretrained.tokenizer_name == "bytes" else ".",
         }
         (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     else:
         model.save_pretrained(folder)  # type: ignore[operator]
     pretrained.tokenizer.save(folder)
+    let_others_read(folder)
+
+
+def let_others_read(folder: Path) -> None:
+    """Give weights the mode of config.json, by the user's umask: safetensors lets the owner alone read them."""
+    for file in folder.glob("*.safetensors"):
+        file.chmod((folder / CONFIG_FILE).stat().st_mode)

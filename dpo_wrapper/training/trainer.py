@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -91,10 +92,12 @@ class Trainer:
         return self.stage.learning_rate * factor
 
     def probe_model(self) -> None:
-        """Find out how the model takes sequences, which decides how batches of them are made."""
+        """Find out, and say, how the model takes sequences, which decides how batches of them are made."""
         batch = self.stage.collate_fn(self.splits.train[:1]).to(self.accelerator.device)
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="prefixes are not shared")  # which is said below
             self.stage.scorer.check(batch.sequences)
+        self.accelerator.print(f"{self.stage.name}: {self.stage.scorer.explain()}")
 
     def train_step(self, step: int, batches: list[Any]) -> dict[str, float]:
         """Run one optimizer step on this process's micro-batches; the metrics are of all processes."""
