@@ -34,8 +34,8 @@ def build_from_file(
     num_tokens = decoder_args["num_tokens"]
     if not isinstance(num_tokens, int) or num_tokens < tokenizer.vocab_size:
         raise ValueError(
-            f"num_tokens in {name} should be at least {tokenizer.vocab_size}, the vocabulary of the tokenizer "
-            f"{tokenizer_name}, but it is {num_tokens}: leave it out."
+            f"num_tokens in {name} should be at least {tokenizer.vocab_size}, the vocabulary of the "
+            f"tokenizer {tokenizer_name}, but it is {num_tokens}: leave it out."
         )
     return PretrainedModel(try_to_build(name, decoder_args), tokenizer, tokenizer_name, decoder_args)
 
@@ -46,14 +46,15 @@ def read_arguments(name: str) -> dict[str, Any]:
         arguments = json.loads(Path(name).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(
-            f"--model should be a file that can be read, but {name} cannot ({error.strerror}): check the path."
+            f"--model should be a file that can be read, but {name} cannot ({error.strerror}): check the "
+            "path."
         ) from error
     except ValueError as error:
         raise ValueError(f"--model should be valid JSON, but {name} is not ({error}): correct it.") from error
     if not isinstance(arguments, dict) or not isinstance(arguments.get("attn_layers"), dict):
         raise ValueError(
-            f'{name} should hold arguments of x-transformers\' TransformerWrapper with a dict "attn_layers" of '
-            "those of Decoder, but it has no such dict: add it."
+            f"{name} should hold arguments of TransformerWrapper of x-transformers and, as attn_layers, a "
+            "dict of those of Decoder, but it has no such dict: add it."
         )
     return arguments
 

@@ -42,8 +42,8 @@ def load_pretrained(
         return load_hugging_face(name, tokenizer_name, options, dtype, attn_implementation)
     if attn_implementation is not None:
         raise ValueError(
-            "--attn-implementation should be given for a Hugging Face model, but this one is of x-transformers: "
-            "leave it out, and set attn_flash in the decoder's arguments."
+            "--attn-implementation should be given for a Hugging Face model, but this one is of "
+            "x-transformers: leave it out, and set attn_flash in the decoder's arguments."
         )
     if "x_transformers" in settings:
         return load_decoder(name, settings, tokenizer_name, options, dtype)

@@ -35,6 +35,6 @@ def save_pretrained(pretrained: PretrainedModel, model: nn.Module, folder: Path)
 
 
 def let_others_read(folder: Path) -> None:
-    """Give weights the mode of config.json, by the user's umask: safetensors lets the owner alone read them."""
+    """Give weights the mode of config.json, by the user's umask; safetensors lets only their owner read."""
     for file in folder.glob("*.safetensors"):
         file.chmod((folder / CONFIG_FILE).stat().st_mode)

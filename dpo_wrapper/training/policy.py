@@ -83,8 +83,8 @@ def check_trained_dtype(model: nn.Module, config: TrainConfig) -> list[str]:
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
     if torch.float16 in dtypes:
         raise ValueError(
-            "--dtype should be float16 for weights that do not train alone, for squares of gradients are 0 in "
-            "it: give --dtype bfloat16, or --precision fp16 with weights in float32."
+            "--dtype float16 should be for weights that do not train, for AdamW's squares of gradients are 0 "
+            "in it: give --dtype bfloat16, or --precision fp16 with weights in float32."
         )
     if torch.bfloat16 not in dtypes:
         return []

@@ -1,6 +1,7 @@
 """Train a model on a file of preferences: `train(TrainConfig(data = ...))`."""
 
 import errno
+import warnings
 from collections.abc import Mapping
 from itertools import zip_longest
 
@@ -47,7 +48,9 @@ def run_training(setup: TrainSetup) -> RunFolder:
         StoppedBySignal: SIGINT or SIGTERM came during training; there is a checkpoint.
     """
     try:
-        run_stages(setup)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="prefixes are not shared")  # which `Trainer` prints
+            run_stages(setup)
     except (OSError, SafetensorError) as error:
         out = setup.run.path
         is_full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)

@@ -2,7 +2,6 @@
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -94,9 +93,11 @@ class Trainer:
     def probe_model(self) -> None:
         """Find out, and say, how the model takes sequences, which decides how batches of them are made."""
         batch = self.stage.collate_fn(self.splits.train[:1]).to(self.accelerator.device)
-        with self.accelerator.autocast(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="prefixes are not shared")  # which is said below
-            self.stage.scorer.check(batch.sequences)
+        try:
+            with self.accelerator.autocast():
+                self.stage.scorer.check(batch.sequences)
+        except (TypeError, ValueError) as error:  # a model that the probe refuses
+            raise TrainingError(str(error)) from error
         self.accelerator.print(f"{self.stage.name}: {self.stage.scorer.explain()}")
 
     def train_step(self, step: int, batches: list[Any]) -> dict[str, float]:

@@ -26,15 +26,15 @@ class ModelOptions(Options):
     """Attention of a Hugging Face model, by transformers' names: eager, sdpa, flex_attention,
     flash_attention_2 and others. By default transformers chooses."""
     share_prefix: Literal["auto", "always", "never"] = "auto"
-    """Whether prefixes that sequences share are computed once, and no padding. auto does so where a trial gives
-    the log-probs of padded rows; always stops where it does not; never pads."""
+    """Whether prefixes that sequences share are computed once, and no padding. auto does so where a trial
+    gives the log-probs of padded rows, and always refuses other models; never pads."""
     gradient_checkpointing: bool = False
     """Compute the layers of a Hugging Face model again in the backward pass: less memory, more time."""
     torch_compile: bool = False
     """Compile the feed-forward layers, and with --share-prefix never the attention layers too, which would
     be broken up by prefix trees. Compiling takes a minute or two when the run starts."""
     freeze: tuple[str, ...] = ()
-    """Regular expressions of the names of parameters that do not train, such as embed or 'layers\\.[0-5]\\.'."""
+    """Regular expressions of the names of parameters that do not train, such as embed or layers[.][0-5][.]."""
 
     def __post_init__(self) -> None:
         if isinstance(self.freeze, str):
