@@ -34,7 +34,7 @@ class ModelOptions(Options):
     """Compile the feed-forward layers, and with --share-prefix never the attention layers too, which would
     be broken up by prefix trees. Compiling takes a minute or two when the run starts."""
     freeze: tuple[str, ...] = ()
-    """Regular expressions of the names of parameters that do not train, such as embed or layers[.][0-5][.]."""
+    """Regular expressions of names of parameters that do not train, such as embed or layers[.][0-5][.]."""
 
     def __post_init__(self) -> None:
         if isinstance(self.freeze, str):
