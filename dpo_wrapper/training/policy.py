@@ -9,6 +9,7 @@ from accelerate import PartialState
 from torch import nn
 
 from dpo_wrapper.models import language_model
+from dpo_wrapper.pretrained import rescales_in_eval_mode
 from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.training.config import TrainConfig
 
@@ -111,7 +112,8 @@ def enable_checkpointing(model: nn.Module) -> None:
 def check_sharing(model: nn.Module) -> None:
     """Raise ValueError if prefixes cannot be shared, which on some devices turns out in training alone."""
     try:
-        Scorer(model, share_prefix=True).find_probe(next(model.parameters()).device)
+        scorer = Scorer(model, share_prefix=True, is_eval=not rescales_in_eval_mode(model))
+        scorer.find_probe(next(model.parameters()).device)
     except ValueError as error:
         raise ValueError(str(error).replace("share_prefix = 'auto'", "--share-prefix auto")) from error
 
