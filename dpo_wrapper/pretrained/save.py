@@ -7,6 +7,7 @@ from torch import nn
 
 from dpo_wrapper.pretrained.model import CONFIG_FILE, WEIGHTS_FILE, PretrainedModel
 from dpo_wrapper.pretrained.rescaling import undo_rescaling
+from dpo_wrapper.tensor_files import apply_umask
 
 
 def save_pretrained(pretrained: PretrainedModel, model: nn.Module, folder: Path) -> None:
@@ -31,10 +32,5 @@ def save_pretrained(pretrained: PretrainedModel, model: nn.Module, folder: Path)
     else:
         model.save_pretrained(folder)  # type: ignore[operator]
     pretrained.tokenizer.save(folder)
-    let_others_read(folder)
-
-
-def let_others_read(folder: Path) -> None:
-    """Give weights the mode of config.json, by the user's umask; safetensors lets only their owner read."""
     for file in folder.glob("*.safetensors"):
-        file.chmod((folder / CONFIG_FILE).stat().st_mode)
+        apply_umask(file)

@@ -16,9 +16,6 @@ from dpo_wrapper.training.config import TrainConfig
 FEED_FORWARD = re.compile(r"(MLP|FeedForward|FFN)$", re.IGNORECASE)
 """Names of classes of feed-forward layers."""
 
-ATTENTION = re.compile(r"Attention$")
-"""The same of attention layers."""
-
 
 def resolve_dtype(config: TrainConfig, trains_base: bool = True) -> torch.dtype | None:
     """The dtype to load the model's own weights in; None for the one that they are stored in.
@@ -46,7 +43,7 @@ def set_up_policy(model: nn.Module, config: TrainConfig) -> list[str]:
     if config.share_prefix == "always":
         check_sharing(model)
     if config.torch_compile:
-        notes.append(f"compiled: {compile_layers(model, config)} layers")
+        notes.append(f"compiled: {compile_layers(model)} feed-forward layers")
     return notes
 
 
@@ -118,13 +115,12 @@ def check_sharing(model: nn.Module) -> None:
         raise ValueError(str(error).replace("share_prefix = 'auto'", "--share-prefix auto")) from error
 
 
-def compile_layers(model: nn.Module, config: TrainConfig) -> int:
-    """Compile layers in place, which changes no names of weights; returns how many.
+def compile_layers(model: nn.Module) -> int:
+    """Compile feed-forward layers in place, which changes no names of weights; returns how many.
 
-    Attention layers are compiled where no prefix tree breaks them up.
+    Attention is not compiled: a prefix tree would break it up, and torch would compile it for each layer.
     """
-    kinds = [FEED_FORWARD] if config.prefix_sharing else [FEED_FORWARD, ATTENTION]
-    layers = list(find_layers(language_model(model).called_module, kinds))
+    layers = list(find_feed_forward(language_model(model).called_module))
     if not layers:
         raise ValueError(
             "--torch-compile should be given for a model with feed-forward layers of their own class, but "
@@ -135,10 +131,10 @@ def compile_layers(model: nn.Module, config: TrainConfig) -> int:
     return len(layers)
 
 
-def find_layers(module: nn.Module, kinds: Sequence[re.Pattern[str]]) -> Iterator[nn.Module]:
-    """The outermost modules whose class has a name of these kinds."""
+def find_feed_forward(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost feed-forward layers, by the names of their classes."""
     for child in module.children():
-        if any(kind.search(type(child).__name__) for kind in kinds):
+        if FEED_FORWARD.search(type(child).__name__):
             yield child
         else:
-            yield from find_layers(child, kinds)
+            yield from find_feed_forward(child)

@@ -133,7 +133,7 @@ def build_dpo(setup: TrainSetup, splits: Splits, accelerator: Accelerator) -> DP
         share_prefix=config.prefix_sharing,
     )
     if config.torch_compile and dpo.ref_model is not None:
-        compile_layers(dpo.ref_model, config)  # a copy is not compiled, and should round as the policy does
+        compile_layers(dpo.ref_model)  # a copy is not compiled, and should round as the policy does
     return dpo
 
 

@@ -31,8 +31,7 @@ class ModelOptions(Options):
     gradient_checkpointing: bool = False
     """Compute the layers of a Hugging Face model again in the backward pass: less memory, more time."""
     torch_compile: bool = False
-    """Compile the feed-forward layers, and with --share-prefix never the attention layers too, which would
-    be broken up by prefix trees. Compiling takes a minute or two when the run starts."""
+    """Compile the feed-forward layers, which takes a minute or two when the run starts."""
     freeze: tuple[str, ...] = ()
     """Regular expressions of names of parameters that do not train, such as embed or layers[.][0-5][.]."""
 
