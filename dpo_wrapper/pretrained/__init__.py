@@ -1,6 +1,7 @@
 """Load and save a model with its tokenizer, in a form that the model's own library can load."""
 
 from dpo_wrapper.pretrained.decoder import PRESETS
+from dpo_wrapper.pretrained.decoder_file import is_decoder_file
 from dpo_wrapper.pretrained.load import load_pretrained
 from dpo_wrapper.pretrained.model import RUN_FILE, PretrainedModel, read_run
 from dpo_wrapper.pretrained.rescaling import rescales_in_eval_mode, undo_rescaling
@@ -10,6 +11,7 @@ __all__ = [
     "PRESETS",
     "RUN_FILE",
     "PretrainedModel",
+    "is_decoder_file",
     "load_pretrained",
     "read_run",
     "rescales_in_eval_mode",

@@ -13,6 +13,7 @@ from dpo_wrapper.losses import CombinedLoss, parse_losses
 from dpo_wrapper.pretrained import PretrainedModel, load_pretrained
 from dpo_wrapper.reference.build import parse_device
 from dpo_wrapper.training.config import TrainConfig, flag
+from dpo_wrapper.training.policy import resolve_dtype, set_up_policy
 from dpo_wrapper.training.read_data import Rows, RunData, count_shared_prompts, split_table
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.stage_plan import StagePlan, choose_stages, plan_stages
@@ -51,8 +52,12 @@ def set_up_training(config: TrainConfig) -> TrainSetup:
         config.tokenizer,
         config.max_length,
         config.tokenizer_options(run.today),
+        dtype=resolve_dtype(config),
+        attn_implementation=config.attn_implementation,
     )
+    policy_notes = set_up_policy(pretrained.model, config)
     train, eval, notes = tokenize_splits(data, eval_data, pretrained, config)
+    notes = policy_notes + notes
     check_model(pretrained, [train, eval])
     if "dpo" in stages:
         dataset_type: Any = loss.dataset_type

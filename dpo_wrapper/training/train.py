@@ -1,6 +1,7 @@
 """Train a model on a file of preferences: `train(TrainConfig(data = ...))`."""
 
 import errno
+import warnings
 from collections.abc import Mapping
 from itertools import zip_longest
 
@@ -20,6 +21,7 @@ from dpo_wrapper.reference.reference import FrozenModel
 from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.training.config import STAGES, TrainConfig
 from dpo_wrapper.training.monitor import create_progress_bar
+from dpo_wrapper.training.policy import compile_layers
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.setup import TrainSetup, set_up_training
 from dpo_wrapper.training.stage_plan import Splits, StagePlan
@@ -46,7 +48,9 @@ def run_training(setup: TrainSetup) -> RunFolder:
         StoppedBySignal: SIGINT or SIGTERM came during training; there is a checkpoint.
     """
     try:
-        run_stages(setup)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="prefixes are not shared")  # which `Trainer` prints
+            run_stages(setup)
     except (OSError, SafetensorError) as error:
         out = setup.run.path
         is_full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
@@ -115,7 +119,7 @@ def build_dpo(setup: TrainSetup, splits: Splits, accelerator: Accelerator) -> DP
     reference: ReferenceKind | CachedReference = "copy" if needs_copy else config.reference
     if config.precompute_ref_log_probs:
         reference = precompute_reference(setup, splits, accelerator)
-    return DPO(
+    dpo = DPO(
         model,
         loss=parse_losses(config.loss),
         reference=reference,
@@ -126,7 +130,11 @@ def build_dpo(setup: TrainSetup, splits: Splits, accelerator: Accelerator) -> DP
         wpo=config.wpo,
         disable_dropout=not rescales_in_eval_mode(model),
         router_aux_loss_coef=config.router_aux_loss_coef,
+        share_prefix=config.prefix_sharing,
     )
+    if config.torch_compile and dpo.ref_model is not None:
+        compile_layers(dpo.ref_model)  # a copy is not compiled, and should round as the policy does
+    return dpo
 
 
 def precompute_reference(setup: TrainSetup, splits: Splits, accelerator: Accelerator) -> CachedReference:
@@ -135,7 +143,7 @@ def precompute_reference(setup: TrainSetup, splits: Splits, accelerator: Acceler
     model.to(accelerator.device)
     per_token = config.ld_alpha < 1
     cached = CachedReference(per_token=per_token)
-    scorer = Scorer(model, share_prefix="auto")
+    scorer = Scorer(model, share_prefix=config.prefix_sharing)
     first = scored_sequences(splits.train[:1], config.micro_batch_tokens)[0]
     with accelerator.autocast():
         is_padded = scorer.check(first.to(accelerator.device)).tree is None
