@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from dpo_wrapper.batches import Reduce
 from dpo_wrapper.data import StepSampler, TokenizedExample
-from dpo_wrapper.metrics import MetricSums, format_metric
+from dpo_wrapper.metrics import MetricSums
 from dpo_wrapper.training.checkpoint import STATE_FILE, load_checkpoint, write_checkpoint
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.micro_batches import MicroBatches, make_micro_batches
