@@ -141,7 +141,7 @@ class HuggingFaceModel(LanguageModel):
     def layer_list(self) -> nn.ModuleList:
         """The list of decoder layers; an empty one where no list, or more than one, is as long as it."""
         count = getattr(self.text_config, "num_hidden_layers", None)
-        named = self.inner.base_model.named_modules()
+        named = self.inner.named_modules()
         lists = {name: m for name, m in named if isinstance(m, nn.ModuleList) and len(m) == count}
         outermost = [m for name, m in lists.items() if not any(name.startswith(f"{n}.") for n in lists)]
         return outermost[0] if len(outermost) == 1 else nn.ModuleList()

@@ -35,7 +35,7 @@ class DecoderLayer:
 
 
 class _Thread(threading.local):
-    """What one thread calls instead of modules, by their ids, with the module's own call as first argument."""
+    """What one thread calls instead of modules, by their ids; its first argument is the module's own call."""
 
     calls: Mapping[int, Call] = {}
 
