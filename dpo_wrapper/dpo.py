@@ -197,5 +197,4 @@ class DPO(ReferenceOwner):
 
     def explain(self) -> str:
         """Which paths are in use and why not the others, in plain words; known after the first call."""
-        reference = self.reference.explain() + self.lower_layers.explanation
-        return f"policy: {self.policy.explain()}\nreference: {reference}{compile_note(self)}"
+        return f"policy: {self.policy.explain()}\nreference: {self.explain_reference()}{compile_note(self)}"

@@ -96,8 +96,9 @@ def as_leaves(output: Any) -> Any:
 @contextmanager
 def replaced_calls(calls: Mapping[nn.Module, Call]) -> Iterator[None]:
     """In this thread call something else instead of these modules inside this context."""
-    for module in calls:
-        install_call(type(module))
+    module_class: Any
+    for module_class in map(type, calls):
+        install_call(module_class)
     before = _thread.calls
     _thread.calls = {id(module): call for module, call in calls.items()}
     try:

@@ -54,9 +54,7 @@ class XTransformersModel(LanguageModel):
         return run_pass(self.model, forward, as_attention_tree(self.net, layout))
 
     def decoder_layers(self) -> list[DecoderLayer]:
-        layers: Any = (
-            self.net.attn_layers.layers
-        )  # attention and feed-forward in turn, with norms and residual
+        layers: Any = self.net.attn_layers.layers  # each a list of norms, attention or feed-forward, residual
         return [DecoderLayer(layer, layer[2], {layer[1]: skip_block}) for layer in layers]
 
     def why_own_forward(self) -> str | None:

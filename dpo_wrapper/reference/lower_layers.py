@@ -28,18 +28,19 @@ class LowerLayers:
 
     These are the lowest layers without trained parameters, adapters and hooks, whose weights are the same
     memory in both. The reference's pass over the same sequences records the hidden states behind them. A
-    trial in each state of the policy shows first whether log-probs and gradients are those of a whole pass.
+    trial in each state of the policy tells first whether log-probs and gradients are those of a whole pass.
 
     Attributes:
         policy, reference: the policy's scorer, and the reference.
         disable_dropout: as in `DPO`.
-        reasons: by the policy's state and the number of common layers, why a whole pass is needed, or None.
+        reasons: by the policy's state, its probe and the number of common layers, why a whole pass is
+            needed; None if it is not.
         explanation: how the latest batch was computed, in plain words.
     """
 
     def __init__(self, policy: Scorer, reference: Reference, disable_dropout: bool) -> None:
         self.policy, self.reference, self.disable_dropout = policy, reference, disable_dropout
-        self.reasons: dict[tuple[ProbeKey, int], str | None] = {}
+        self.reasons: dict[tuple[ProbeKey, Probe, int], str | None] = {}
         self.explanation = ""
 
     @contextmanager
@@ -96,22 +97,22 @@ class LowerLayers:
         return None
 
     def gives_equal_results(self, record: LayerRecord, device: torch.device) -> bool:
-        """Whether a pass that starts from a record gives what a whole pass does, by a trial in a new state."""
+        """Whether a pass that starts from a record gives what a whole one does; new states are tried."""
         assert isinstance(self.reference, ModelReference)
+        model, count = self.policy.language_model, len(record.replayed)
         with probing_lock:
             probe, reference_probe = self.policy.find_probe(device), self.reference.scorer.probe
-            key = ProbeKey.of_model(self.policy.language_model, device)
-            count = len(record.replayed)
-            if (key, count) not in self.reasons:
-                reason = self.why_results_differ(record, probe, key.trains is not None)
-                self.reasons |= {(key, count): reason, (key.without_gradients(), count): reason}
-        reason = self.reasons[key, count]
+            with torch.enable_grad():  # what trains says, without gradients too, where policies may differ
+                key = ProbeKey.of_model(model, device)
+            state = (key, probe, count)
+            if state not in self.reasons:
+                self.reasons[state] = self.why_results_differ(record, probe, key.trains is not None)
+        reason = self.reasons[state]
         if reference_probe is None or reference_probe.tree != probe.tree:
             reason = "the two are computed over different trees"
-        total, name = len(self.policy.language_model.decoder_layers()), self.policy.language_model.layer_name
-        layers = f"{name}s 0 to {count - 1}" if count > 1 else f"{name} 0"
-        shared = f"; {layers} of {total} {'are' if count > 1 else 'is'} computed once for both"
-        self.explanation = shared if reason is None else explain_whole_passes(reason)
+        name, total = model.layer_name, len(model.decoder_layers())
+        layers = f"{name} 0 of {total} is" if count == 1 else f"{name}s 0 to {count - 1} of {total} are"
+        self.explanation = explain_whole_passes(reason) if reason else f"; {layers} computed once for both"
         return reason is None
 
     def why_results_differ(self, record: LayerRecord, probe: Probe, needs_grad: bool) -> str | None:

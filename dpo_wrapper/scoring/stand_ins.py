@@ -23,8 +23,8 @@ def stand_in_parameters(model: nn.Module, replaces_frozen: bool = True) -> Itera
 
     So a backward pass leaves gradients on the aliases alone, and runs no hooks of the parameters, such as
     DistributedDataParallel's. A branch that starts at zero (a zero-initialized projection, a LoRA factor)
-    would hide what it does. Sharded parameters and those without data stay as they are, and frozen ones unless
-    `replaces_frozen`.
+    would hide what it does. Sharded parameters and those without data stay as they are; so do frozen ones
+    unless `replaces_frozen`.
     """
     replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
     stand_ins: dict[int, nn.Parameter] = {}

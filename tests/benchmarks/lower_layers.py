@@ -89,11 +89,8 @@ def main() -> int:
     copied = ("dim", "depth", "adapted", "vocab", "runs", "threads", "seed")
     more = ("--lengths", json.dumps([of.system, of.pairs]))
     results = take_turns(Path(__file__), list(NAMES), args, copied, *more, HF_HUB_OFFLINE="1")
-    print(
-        "{:<30} {:>8} {:>8} {:>6} {:>8} {:>14}".format(
-            "", "seconds", "best", "ratio", "peak MB", "gradient norm"
-        )
-    )
+    head = ("", "seconds", "best", "ratio", "peak MB", "gradient norm")
+    print("{:<30} {:>8} {:>8} {:>6} {:>8} {:>14}".format(*head))
     for name, result in results.items():
         if "seconds" not in result:
             print(f"{NAMES[name]:<30} {why_not(result)}")

@@ -312,3 +312,27 @@ def test_randomness_that_eval_mode_leaves():
     dpo = DPO(policy, share_prefix=False)
     dpo(**arguments(CASES[0]))
     assert "its log-probs would differ" in dpo.explain()
+
+
+@pytest.mark.filterwarnings("ignore:all logits", "ignore:prefixes are not shared")
+def test_a_learned_prompt_below_the_layers():
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, token_dim=16)
+    policy = peft.get_peft_model(FAMILIES["llama"](0).double(), config)
+    assert "for what is below them trains" in explain_after_call(move_policy(DPO(policy)))
+
+
+def test_autocast():
+    dpo = move_policy(DPO(upper_lora(FAMILIES["llama"]).float()))
+    assert_same_results(dpo)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_results(dpo)
+
+
+def test_evaluation_first_and_an_embedding_that_moves_afterwards():
+    """Policy and reference are equal at the start, but what is below their common layers will differ."""
+    dpo = DPO(freeze_lower(FAMILIES["llama"](0), ("model.layers.",)))
+    with torch.no_grad():
+        dpo(**arguments(CASES[0]))
+    move_policy(dpo)
+    assert "for what is below them trains" in explain_after_call(dpo)
