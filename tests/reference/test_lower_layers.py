@@ -1,8 +1,6 @@
 """Lower layers that policy and reference have in common run once, and nothing else changes by it."""
 
 import contextlib
-import gc
-import weakref
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -12,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dpo_wrapper import DPO, RankedBatch, UnpairedBatch
-from dpo_wrapper.losses import KTO, PlackettLuce
+from dpo_wrapper.losses import KTO, PairLogProbs, PlackettLuce
 from dpo_wrapper.models.lower_layers import LayerRecord
+from dpo_wrapper.prefix_tree import PrefixSharingError
 from dpo_wrapper.reference.lower_layers import LowerLayers
 from helpers.adapters import lora
 from helpers.dpo_calls import arguments, nudged
@@ -214,20 +213,46 @@ def test_micro_batches_and_evaluation_in_turns():
         assert_same_results(dpo, case)
 
 
-def test_what_is_recorded_is_freed():
-    records: list[Any] = []
+def test_what_is_recorded_is_freed_after_the_pass_of_the_policy():
+    records: list[LayerRecord] = []
     init = LayerRecord.__init__
 
     def note(record: LayerRecord, *args: Any) -> None:
         init(record, *args)
-        records.append(weakref.ref(record))
+        records.append(record)
 
-    dpo = DPO(upper_lora(FAMILIES["llama"]))
+    def loss(log_probs: PairLogProbs) -> Tensor:
+        outputs.append([record.output for record in records])
+        return -log_probs.chosen
+
+    outputs: list[list[Any]] = []
+    dpo = DPO(upper_lora(FAMILIES["llama"]), loss=loss, reference="adapter")
     with mock.patch.object(LayerRecord, "__init__", note):
-        loss = dpo(**arguments(CASES[1]))
-    gc.collect()
-    assert records and all(record() is None or record().output is None for record in records)
-    loss.backward()
+        dpo(**arguments(CASES[1]))
+        assert ONCE in dpo.explain()
+        records.clear()
+        dpo(**arguments(CASES[1]))
+    assert len(records) == 1 and outputs[1:] == [[None]]
+
+
+def test_a_policy_that_gives_the_tree_up():
+    policy = upper_lora(FAMILIES["llama"])
+    dpo = move_policy(DPO(policy, reference="copy", share_prefix="auto"))
+    assert_same_results(dpo)
+    layer, has_run = policy.base_model.model.model.layers[3], []
+
+    def refuse_once(*args: Any, own: Any = layer.forward, **kwargs: Any) -> Any:
+        if not has_run:
+            has_run.append(True)
+            raise PrefixSharingError("it has changed")
+        return own(*args, **kwargs)
+
+    layer.forward = refuse_once
+    with pytest.warns(UserWarning, match="no longer shared"):
+        results = loss_and_gradients(dpo, CASES[1])
+    with whole_passes():
+        assert_close(results, loss_and_gradients(dpo, CASES[1]), 1e-12)
+    assert_same_results(dpo, expected="for the two are computed over different trees")
 
 
 def test_layers_that_all_have_an_adapter():
