@@ -26,6 +26,7 @@ from dpo_wrapper.data import (
     split_examples,
     tokenize_examples,
 )
+from dpo_wrapper.evaluation.evaluate import evaluate
 from dpo_wrapper.metrics import MetricSums
 
 DATA = Path(__file__).parent / "data" / "preferences.jsonl"
@@ -67,15 +68,11 @@ class PreferenceTrainer(Trainer):
             self.metric_sums = MetricSums()
         super().log(logs, *args)
 
-    @torch.no_grad()
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **options):
         self.wrapped_dpo.eval()  # training_step calls train()
-        sums = MetricSums()
-        for inputs in dataloader:
-            sums.add(self.wrapped_dpo(**inputs, return_metrics=True)[1])
-            self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        means = sums.result(self.sum_over_processes)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        batches = [inputs["preferred_seq"] for inputs in dataloader]
+        metrics = evaluate(self.wrapped_dpo, batches, self.sum_over_processes)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))
 
 
@@ -93,7 +90,12 @@ def main(
     set_seed(0)
     tokenizer = load_tokenizer(model or "bytes")
     if model is None:
-        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+        sizes = {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        }
         config = LlamaConfig(vocab_size=tokenizer.vocab_size, tie_word_embeddings=True, **sizes)
         policy = LlamaForCausalLM(config)
     else:

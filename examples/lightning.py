@@ -72,7 +72,9 @@ def main(
     checkpoint = pl.callbacks.ModelCheckpoint(out, save_last=True)  # of policy, reference and optimizer
     # accumulate_grad_batches takes the mean over micro-batches: exact if all have as many pairs
     trainer = pl.Trainer(max_epochs=epochs, default_root_dir=out, callbacks=[checkpoint])
-    trainer.fit(LitDPO(dpo, learning_rate), train, evaluation, ckpt_path=out / "last.ckpt" if resume else None)
+    trainer.fit(
+        LitDPO(dpo, learning_rate), train, evaluation, ckpt_path=out / "last.ckpt" if resume else None
+    )
     save_pretrained(pretrained, dpo.policy_model, out / "model")
     return trainer
 
