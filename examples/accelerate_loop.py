@@ -6,6 +6,7 @@ torchrun --nproc_per_node 2 examples/accelerate_loop.py --out runs/accelerate
 
 from contextlib import nullcontext
 from functools import partial
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +33,8 @@ def main(
     out: Path | None = None,
     batch_size: int = 16,
     micro_batch_size: int = 4,
-    epochs: int = 2,
+    steps: int = 30,
+    learning_rate: float = 1e-3,
     precision: Literal["no", "bf16", "fp16"] = "no",
 ) -> list[dict[str, float]]:
     """Train on the bundled preferences in a loop with accelerate; returns the metrics of each step.
@@ -42,7 +44,8 @@ def main(
         out: folder that the trained model is saved in.
         batch_size: pairs of an optimizer step, over all processes.
         micro_batch_size: pairs of a forward pass.
-        epochs: passes over the data.
+        steps: number of optimizer steps.
+        learning_rate: of AdamW; a pretrained model wants about 1e-6.
         precision: of the forward passes.
     """
     # without `cpu=True` accelerate lets processes on CPUs train apart from each other
@@ -60,24 +63,24 @@ def main(
         drop_last=True,
     )
     dpo = DPO(pretrained.model, loss=[(Sigmoid(beta=0.1), 1.0), (SFT(), 1.0)])
-    optimizer = torch.optim.AdamW(pretrained.model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(pretrained.model.parameters(), lr=learning_rate)
     module, optimizer, loader = accelerator.prepare(dpo, optimizer, loader)
     history = []
-    for _ in range(epochs):
-        for step_batches in loader:
-            sums = MetricSums()
-            batches = dpo.normalize_over_step(step_batches, reduce)  # their losses add up to the step's
-            for batch in batches:
-                with nullcontext() if batch is batches[-1] else accelerator.no_sync(module):
-                    loss, metrics = module(batch, return_metrics=True)
-                    # DistributedDataParallel takes the mean over processes
-                    accelerator.backward(loss * accelerator.num_processes)
-                sums.add(metrics)
-            optimizer.step()
-            optimizer.zero_grad()
-            history.append(sums.result(lambda values: reduce(values.to(accelerator.device))))
-            shown = "loss {loss:.3f}, accuracy {rewards/accuracies:.2f}".format_map(history[-1])
-            accelerator.print(f"step {len(history)}: {shown}")
+    epochs = chain.from_iterable(repeat(loader))
+    for step_batches in islice(epochs, steps):
+        sums = MetricSums()
+        batches = dpo.normalize_over_step(step_batches, reduce)  # their losses add up to the step's
+        for batch in batches:
+            with nullcontext() if batch is batches[-1] else accelerator.no_sync(module):
+                loss, metrics = module(batch, return_metrics=True)
+                # DistributedDataParallel takes the mean over processes
+                accelerator.backward(loss * accelerator.num_processes)
+            sums.add(metrics)
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(sums.result(lambda values: reduce(values.to(accelerator.device))))
+        shown = "loss {loss:.3f}, accuracy {rewards/accuracies:.2f}".format_map(history[-1])
+        accelerator.print(f"step {len(history)}: {shown}")
     if out is not None and accelerator.is_main_process:
         save_pretrained(pretrained, dpo.policy_model, out)
     accelerator.end_training()

@@ -70,6 +70,7 @@ class PreferenceTrainer(Trainer):
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **options):
         self.wrapped_dpo.eval()  # training_step calls train()
+        # several processes: accelerate repeats rows to fill the last batch
         batches = [inputs["preferred_seq"] for inputs in dataloader]
         metrics = evaluate(self.wrapped_dpo, batches, self.sum_over_processes)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
@@ -77,7 +78,11 @@ class PreferenceTrainer(Trainer):
 
 
 def main(
-    model: str | None = None, out: Path = Path("runs/hf_trainer"), steps: int = 60, resume: bool = False
+    model: str | None = None,
+    out: Path = Path("runs/hf_trainer"),
+    steps: int = 60,
+    learning_rate: float = 1e-3,
+    resume: bool = False,
 ) -> Trainer:
     """Train a Hugging Face model on the bundled preferences with transformers' Trainer.
 
@@ -85,18 +90,15 @@ def main(
         model: a causal LM by folder or name; without one a small Llama with tied weights is built.
         out: folder of the checkpoints and of the trained model.
         steps: number of optimizer steps.
+        learning_rate: peak of the schedule; a pretrained model wants about 1e-6.
         resume: continue from the last checkpoint in the folder.
     """
     set_seed(0)
     tokenizer = load_tokenizer(model or "bytes")
     if model is None:
-        sizes = {
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-        }
-        config = LlamaConfig(vocab_size=tokenizer.vocab_size, tie_word_embeddings=True, **sizes)
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+        sizes |= {"num_attention_heads": 4, "vocab_size": tokenizer.vocab_size}
+        config = LlamaConfig(tie_word_embeddings=True, **sizes)
         policy = LlamaForCausalLM(config)
     else:
         policy = AutoModelForCausalLM.from_pretrained(model)
@@ -105,7 +107,7 @@ def main(
     args = TrainingArguments(
         out,
         max_steps=steps,
-        learning_rate=1e-3,
+        learning_rate=learning_rate,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
         logging_steps=5,

@@ -53,7 +53,7 @@ def main(
         model: tiny, small or medium (a new decoder), or a Hugging Face model by folder or name.
         out: folder of the checkpoint, and of the trained model in `model/`.
         epochs: passes over the data.
-        learning_rate: of AdamW.
+        learning_rate: of AdamW; a pretrained model wants about 1e-6.
         resume: continue from the last checkpoint in the folder.
     """
     pl.seed_everything(0)

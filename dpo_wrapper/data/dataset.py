@@ -32,7 +32,7 @@ class PreferenceDataset(Dataset[dict[str, Any]]):
     From a file to the loss:
 
         dataset = PreferenceDataset.from_file("pairs.jsonl", tokenizer="bytes", max_length=256)
-        loader = DataLoader(dataset, batch_size=8, shuffle=True, collate_fn=PreferenceCollator(dataset.pad_id))
+        loader = DataLoader(dataset, batch_size=8, collate_fn=PreferenceCollator(dataset.pad_id))
         for batch in loader:
             loss = dpo(**batch)
 
