@@ -127,6 +127,7 @@ def main(
     )
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
+    tokenizer.save(out)
     return trainer
 
 
