@@ -72,6 +72,7 @@ class DPO(ReferenceOwner):
         disable_dropout: bool = True,
         router_aux_loss_coef: float | None = None,
     ) -> None:
+        """Put a policy beside its reference; `help(DPO)` describes the arguments."""
         super().__init__()
         validation.check_share_prefix(share_prefix)
         self.loss = CombinedLoss(Sigmoid(beta) if loss is None else loss)
