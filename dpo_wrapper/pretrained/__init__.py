@@ -1,5 +1,14 @@
 """Load and save a model with its tokenizer, in a form that the model's own library can load."""
 
+from dpo_wrapper.pretrained.adapter import (
+    AdapterOrigin,
+    find_base,
+    import_peft,
+    is_adapter_folder,
+    load_adapter,
+    merge_adapter,
+    absolute_name,
+)
 from dpo_wrapper.pretrained.decoder import PRESETS
 from dpo_wrapper.pretrained.load import load_pretrained
 from dpo_wrapper.pretrained.model import RUN_FILE, PretrainedModel, read_run
@@ -9,7 +18,14 @@ from dpo_wrapper.pretrained.save import save_pretrained
 __all__ = [
     "PRESETS",
     "RUN_FILE",
+    "AdapterOrigin",
     "PretrainedModel",
+    "absolute_name",
+    "find_base",
+    "import_peft",
+    "is_adapter_folder",
+    "load_adapter",
+    "merge_adapter",
     "load_pretrained",
     "read_run",
     "rescales_in_eval_mode",

@@ -8,6 +8,7 @@ import tyro
 
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.options.data import DataOptions
+from dpo_wrapper.training.options.lora import LoraOptions
 from dpo_wrapper.training.options.loss import LossOptions
 from dpo_wrapper.training.options.model import ModelOptions
 from dpo_wrapper.training.options.optimization import OptimizationOptions
@@ -20,6 +21,7 @@ class TrainArguments:
 
     data: DataOptions
     model: ModelOptions
+    lora: LoraOptions
     loss: LossOptions
     optimization: OptimizationOptions
     output: OutputOptions

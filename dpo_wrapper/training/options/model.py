@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from dpo_wrapper.pretrained import PRESETS
 from dpo_wrapper.training.options.base import Options
 
 
@@ -11,9 +10,5 @@ class ModelOptions(Options):
     """Which model is trained, and how it is loaded and run."""
 
     model: str = "tiny"
-    """tiny, small or medium (a new x-transformers decoder), a run folder, or a Hugging Face model by folder
-    or name."""
-
-    @property
-    def is_new_model(self) -> bool:
-        return self.model in PRESETS
+    """tiny, small or medium (a new x-transformers decoder), a run folder, the folder of an adapter, or a
+    Hugging Face model by folder or name."""
