@@ -10,7 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from dpo_wrapper.data.tokens.tokenizers import has_tokenizer
-from dpo_wrapper.pretrained.converted_adapter import as_plain_lora
+from dpo_wrapper.pretrained.converted_adapter import (
+    as_plain_lora,
+    split_plain_lora,
+    take_out_of_base,
+)
 from dpo_wrapper.pretrained.model import PretrainedModel, check_finished
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -35,7 +39,7 @@ class AdapterOrigin:
 
     @property
     def parent(self) -> str:
-        """What PEFT calls the name of the base: the adapter that was merged last or, without one, the base."""
+        """The name that PEFT notes as the base: of the adapter that was merged last, or else of the base."""
         return self.merged[-1] if self.merged else self.base
 
 
@@ -69,8 +73,8 @@ def find_base(folder: str | Path) -> str:
         )
     if Path(base).is_absolute() and not Path(base).exists():
         raise ValueError(
-            f"the base of the adapter in {folder} should be in {base}, but there is nothing: give --model BASE "
-            f"--adapter {folder}."
+            f"the base of the adapter in {folder} should be in {base}, but there is nothing: give --model "
+            f"BASE --adapter {folder}."
         )
     return str(base)
 
@@ -95,6 +99,32 @@ def load_adapter(folder: str | Path, base: PretrainedModel, base_name: str) -> P
     origin = base.adapter or AdapterOrigin(absolute_name(base_name))
     model = import_peft().PeftModel.from_pretrained(base.model, str(folder), is_trainable=True)
     return replace(base, model=model, adapter=replace(origin, folder=str(Path(folder).absolute())))
+
+
+def remember_initial_factors(pretrained: PretrainedModel) -> PretrainedModel:
+    """A model whose adapter was just made from a part of the base's weights, with a copy of its factors."""
+    assert pretrained.adapter is not None
+    state = import_peft().get_peft_model_state_dict(pretrained.model, save_embedding_layers=False)
+    initial = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+    return replace(pretrained, adapter=replace(pretrained.adapter, initial=initial))
+
+
+def load_converted_adapter(folder: str | Path, base: PretrainedModel, lora_config: Any) -> PretrainedModel:
+    """What `save_adapter` has converted, as it was in training: its own rank, on what is left of the base.
+
+    `lora_config` is PEFT's configuration that the adapter was made with.
+    """
+    from safetensors.torch import load_file
+
+    peft = import_peft()
+    assert base.adapter is not None
+    trained, initial = split_plain_lora(load_file(Path(folder) / ADAPTER_WEIGHTS))
+    lora_config = deepcopy(lora_config)
+    lora_config.init_lora_weights = True
+    model = peft.get_peft_model(base.model, lora_config)
+    take_out_of_base(model, initial)
+    peft.set_peft_model_state_dict(model, trained)
+    return replace(base, model=model, adapter=replace(base.adapter, initial=initial))
 
 
 def merge_adapter(pretrained: PretrainedModel) -> PretrainedModel:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 
-
 def as_plain_lora(
     state: Mapping[str, Tensor], initial: Mapping[str, Tensor], config: Any
 ) -> tuple[dict[str, Tensor], Any]:
@@ -23,8 +22,8 @@ def as_plain_lora(
         plain[name] = torch.cat([tensor, sign * initial[name].to(tensor)], dim=axis)
     config = deepcopy(config)
     config.init_lora_weights = True
-    config.r *= 2
     config.lora_alpha *= 2**0.5 if config.use_rslora else 2  # so that the scale stays
+    config.r *= 2
     return plain, config
 
 

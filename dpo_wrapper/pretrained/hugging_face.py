@@ -11,12 +11,13 @@ from dpo_wrapper.pretrained.model import PretrainedModel
 
 
 def load_hugging_face(
-    name: str, tokenizer_name: str, tokenizer_options: Mapping[str, Any]
+    name: str, tokenizer_name: str, tokenizer_options: Mapping[str, Any], quantization_config: Any = None
 ) -> PretrainedModel:
     from transformers import AutoModelForCausalLM
 
+    options = {} if quantization_config is None else {"quantization_config": quantization_config}
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(

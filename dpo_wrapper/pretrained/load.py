@@ -10,7 +10,11 @@ from dpo_wrapper.pretrained.model import PretrainedModel, read_settings
 
 
 def load_pretrained(
-    name: str, tokenizer_name: str | None, max_length: int, tokenizer_options: Mapping[str, Any] | None = None
+    name: str,
+    tokenizer_name: str | None,
+    max_length: int,
+    tokenizer_options: Mapping[str, Any] | None = None,
+    quantization_config: Any = None,
 ) -> PretrainedModel:
     """Load or build a model in float32, with its tokenizer.
 
@@ -21,6 +25,7 @@ def load_pretrained(
         tokenizer_name: as in `load_tokenizer`; None for the model's own (bytes for a new decoder).
         max_length: maximum sequence length of a new decoder, in tokens.
         tokenizer_options: as in `load_tokenizer`.
+        quantization_config: how transformers quantizes a Hugging Face model, whose weights cannot train then.
 
     Raises:
         ValueError: the folder holds no model, or the model cannot be loaded.
@@ -31,9 +36,16 @@ def load_pretrained(
         return build_preset(name, tokenizer_name or "bytes", max_length, options)
     if is_adapter_folder(name):
         base_name = find_base(name)
-        base = load_pretrained(base_name, tokenizer_name or own_tokenizer(name), max_length, options)
+        base = load_pretrained(
+            base_name, tokenizer_name or own_tokenizer(name), max_length, options, quantization_config
+        )
         return load_adapter(name, base, base_name)
     settings = read_settings(name)
+    if quantization_config is not None and "x_transformers" in settings:
+        raise ValueError(
+            f"--load-in-4bit should be given with a Hugging Face model, but {name} is one of x-transformers: "
+            "leave it out."
+        )
     if "x_transformers" in settings:
         return load_decoder(name, settings, tokenizer_name, options)
-    return load_hugging_face(name, tokenizer_name or name, options)
+    return load_hugging_face(name, tokenizer_name or name, options, quantization_config)

@@ -38,7 +38,7 @@ class PretrainedModel:
         """The number of token ids that the model has an embedding for."""
         if self.decoder_args is not None:
             return int(self.decoder_args["num_tokens"])
-        return int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+        return len(self.model.get_input_embeddings().weight)  # type: ignore[operator]
 
     @property
     def max_positions(self) -> int | None:

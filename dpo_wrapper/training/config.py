@@ -3,7 +3,6 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dpo_wrapper.pretrained import PRESETS
 from dpo_wrapper.training.options.base import Options, flag
 from dpo_wrapper.training.options.data import DataOptions
 from dpo_wrapper.training.options.lora import LoraOptions
@@ -39,8 +38,8 @@ class TrainConfig(DataOptions, ModelOptions, LoraOptions, LossOptions, Optimizat
             check_group(self)
         if self.lora and self.is_new_model:
             raise ValueError(
-                f"--lora should adapt a trained model, but --model {self.model} is a new one: train it first, "
-                "and give its run folder as --model."
+                f"--lora should adapt a trained model, but --model {self.model} is a new one: train it "
+                "first, and give its run folder as --model."
             )
 
     @classmethod
@@ -54,7 +53,7 @@ class TrainConfig(DataOptions, ModelOptions, LoraOptions, LossOptions, Optimizat
 
     @property
     def is_new_model(self) -> bool:
-        return self.model in PRESETS and self.adapter is None
+        return self.adapter is None and super().is_new_model
 
     @property
     def peak_sft_learning_rate(self) -> float:

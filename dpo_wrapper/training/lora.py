@@ -3,12 +3,16 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from dpo_wrapper.pretrained import (
+    ADAPTER_CONFIG,
+    PRESETS,
     AdapterOrigin,
     PretrainedModel,
     absolute_name,
@@ -16,10 +20,12 @@ from dpo_wrapper.pretrained import (
     import_peft,
     is_adapter_folder,
     load_adapter,
+    load_converted_adapter,
     load_pretrained,
     merge_adapter,
+    own_tokenizer,
+    remember_initial_factors,
 )
-from dpo_wrapper.pretrained.decoder import PRESETS
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.options.lora import parse_layers
 
@@ -31,62 +37,104 @@ IN_A_BLOCK = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
 
 
 def name_adapter(config: TrainConfig) -> TrainConfig:
-    """The settings with `adapter` in place of a `model` that is the folder of an adapter to continue."""
-    if config.lora or config.adapter is not None or not is_adapter_folder(config.model):
-        return config
-    return replace(config, adapter=Path(config.model), model=find_base(config.model))
+    """The settings with `adapter` and `model` filled in where one of them names the other.
+
+    `--model` with the folder of an adapter continues that adapter, and an adapter names its base.
+
+    Raises:
+        ValueError: there is no adapter in the folder, or nothing that --load-in-4bit would train.
+    """
+    if not config.lora and config.adapter is None and is_adapter_folder(config.model):
+        config = replace(config, adapter=Path(config.model), model=find_base(config.model))
+    if config.adapter is not None and not is_adapter_folder(config.adapter):
+        raise ValueError(
+            f"--adapter should be the folder of an adapter, but {config.adapter} holds no {ADAPTER_CONFIG}: "
+            "name the folder that PEFT or a run with --lora wrote."
+        )
+    if config.adapter is not None and config.model in PRESETS:
+        config = replace(config, model=find_base(config.adapter))
+    if config.load_in_4bit and not config.lora and config.adapter is None:
+        raise ValueError(
+            "--load-in-4bit should be given with an adapter, for weights in 4 bits do not train, but there "
+            "is none: add --lora, or leave it out."
+        )
+    return config
 
 
 def load_policy(
-    config: TrainConfig, stage_folder: str | None, tokenizer_options: Mapping[str, Any]
+    config: TrainConfig, stage_folder: str | None, tokenizer_options: Mapping[str, Any], **options: Any
 ) -> PretrainedModel:
     """The model that a run trains, with its adapter if it has one.
 
     Args:
+        config: as `name_adapter` returns it.
         stage_folder: the model after a stage of a run that is resumed; None at the beginning of a run.
+        tokenizer_options, options: as in `load_pretrained`.
 
     Raises:
         ValueError: the model cannot be loaded, or an option of LoRA does not fit it.
         ImportError: peft is missing.
     """
-    name = config.model
-    if config.adapter is not None and name in PRESETS:
-        name = find_base(config.adapter)
+
+    def load(name: str, tokenizer_name: str | None) -> PretrainedModel:
+        return load_pretrained(name, tokenizer_name, config.max_length, tokenizer_options, **options)
+
     if not config.lora and config.adapter is None:
-        return load_pretrained(stage_folder or name, config.tokenizer, config.max_length, tokenizer_options)
+        return load(stage_folder or config.model, config.tokenizer)
     import_peft()
-    base = load_pretrained(name, config.tokenizer, config.max_length, tokenizer_options)
+    if config.load_in_4bit:
+        options["quantization_config"] = quantize_to_4bit(config)
     if config.adapter is not None:
-        pretrained = load_adapter(stage_folder or config.adapter, base, name)
-        assert pretrained.adapter is not None
-        origin = replace(pretrained.adapter, folder=str(Path(config.adapter).absolute()))
-        return replace(pretrained, adapter=origin)
-    base = merge_adapter(base)
-    base = replace(base, adapter=base.adapter or AdapterOrigin(absolute_name(name)))
-    return add_lora(base, config) if stage_folder is None else load_adapter(stage_folder, base, name)
+        base = load(config.model, config.tokenizer or own_tokenizer(config.adapter))
+        adapted = load_adapter(stage_folder or config.adapter, base, config.model)
+        assert adapted.adapter is not None
+        return replace(adapted, adapter=replace(adapted.adapter, folder=absolute_name(str(config.adapter))))
+    base = merge_adapter(load(config.model, config.tokenizer))
+    base = replace(base, adapter=base.adapter or AdapterOrigin(absolute_name(config.model)))
+    lora_config = make_lora_config(base, config)
+    if stage_folder is None:
+        adapted = replace(base, model=import_peft().get_peft_model(base.model, lora_config))
+        return remember_initial_factors(adapted) if config.changes_base_weights else adapted
+    if config.changes_base_weights:
+        return load_converted_adapter(stage_folder, base, lora_config)
+    adapted = load_adapter(stage_folder, base, config.model)
+    return replace(adapted, adapter=base.adapter)
 
 
-def add_lora(base: PretrainedModel, config: TrainConfig) -> PretrainedModel:
-    """The model with a new LoRA adapter; ValueError if an option does not fit the model."""
-    peft = import_peft()
-    model = base.model
-    candidates = find_layers(model)
-    targets = choose_targets(model, candidates, config.lora_targets)
-    layers = choose_layers(candidates, config.lora_layers)
-    alpha = config.lora_alpha or (8 if config.use_rslora else 2 * config.lora_r)
-    lora_config = peft.LoraConfig(
+def quantize_to_4bit(config: TrainConfig) -> Any:
+    """How transformers loads a base in 4 bits; an error in one sentence where it cannot be computed."""
+    if config.cpu or not torch.cuda.is_available():
+        why = "--cpu is given" if config.cpu else "there is none"
+        raise ValueError(
+            f"--load-in-4bit should be given on a machine with a CUDA device, but {why}: leave it out."
+        )
+    if find_spec("bitsandbytes") is None:
+        raise ImportError("--load-in-4bit needs bitsandbytes, which is missing: pip install bitsandbytes.")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32 if config.precision == "no" else torch.bfloat16,
+    )
+
+
+def make_lora_config(base: PretrainedModel, config: TrainConfig) -> Any:
+    """PEFT's configuration of a new adapter; ValueError if an option does not fit the model."""
+    candidates = find_layers(base.model)
+    return import_peft().LoraConfig(
         r=config.lora_r,
-        lora_alpha=alpha,
+        lora_alpha=config.lora_alpha or (8 if config.use_rslora else 2 * config.lora_r),
         lora_dropout=config.lora_dropout,
-        target_modules=targets,
-        layers_to_transform=layers,
+        target_modules=choose_targets(base.model, candidates, config.lora_targets),
+        layers_to_transform=choose_layers(candidates, config.lora_layers),
         init_lora_weights=True if config.lora_init == "default" else config.lora_init,
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in candidates.values()),
         task_type=None if base.decoder_args is not None else "CAUSAL_LM",
     )
-    return replace(base, model=peft.get_peft_model(model, lora_config))
 
 
 def find_layers(model: nn.Module) -> dict[str, nn.Module]:

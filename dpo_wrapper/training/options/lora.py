@@ -86,8 +86,8 @@ class LoraOptions(Options):
             )
         if self.changes_base_weights and self.use_dora:
             raise ValueError(
-                f"--use-dora should be left out with --lora-init {init}, but it is given: their adapter cannot "
-                "be converted to one for the base as it is."
+                f"--use-dora should be left out with --lora-init {init}, but it is given: leave one of them "
+                "out, for their adapter cannot be converted to one for the base as it is."
             )
         if self.load_in_4bit and init not in ("default", "gaussian", "orthogonal"):
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from dpo_wrapper.pretrained import PRESETS
 from dpo_wrapper.training.options.base import Options
 
 
@@ -12,3 +13,7 @@ class ModelOptions(Options):
     model: str = "tiny"
     """tiny, small or medium (a new x-transformers decoder), a run folder, the folder of an adapter, or a
     Hugging Face model by folder or name."""
+
+    @property
+    def is_new_model(self) -> bool:
+        return self.model in PRESETS
