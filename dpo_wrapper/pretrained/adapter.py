@@ -1,7 +1,9 @@
 """Load and save adapters in PEFT's format: an adapter beside the name of the base that it stands on."""
 
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,6 +56,20 @@ def import_peft() -> Any:
     return peft
 
 
+def make_peft_model(model: nn.Module, lora_config: Any) -> nn.Module:
+    """The model with a new adapter, which alone trains."""
+    with without_deprecations():
+        return import_peft().get_peft_model(model, lora_config)
+
+
+@contextmanager
+def without_deprecations() -> Iterator[None]:
+    """Say nothing of what PEFT calls in transformers and should not."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
 def is_adapter_folder(name: str | Path) -> bool:
     return (Path(name) / ADAPTER_CONFIG).is_file()
 
@@ -97,7 +113,8 @@ def load_adapter(folder: str | Path, base: PretrainedModel, base_name: str) -> P
     check_finished(Path(folder))
     base = merge_adapter(base)
     origin = base.adapter or AdapterOrigin(absolute_name(base_name))
-    model = import_peft().PeftModel.from_pretrained(base.model, str(folder), is_trainable=True)
+    with without_deprecations():
+        model = import_peft().PeftModel.from_pretrained(base.model, str(folder), is_trainable=True)
     return replace(base, model=model, adapter=replace(origin, folder=str(Path(folder).absolute())))
 
 
@@ -121,7 +138,7 @@ def load_converted_adapter(folder: str | Path, base: PretrainedModel, lora_confi
     trained, initial = split_plain_lora(load_file(Path(folder) / ADAPTER_WEIGHTS))
     lora_config = deepcopy(lora_config)
     lora_config.init_lora_weights = True
-    model = peft.get_peft_model(base.model, lora_config)
+    model = make_peft_model(base.model, lora_config)
     take_out_of_base(model, initial)
     peft.set_peft_model_state_dict(model, trained)
     return replace(base, model=model, adapter=replace(base.adapter, initial=initial))

@@ -1,39 +1,30 @@
 """Load the model that a run trains, with the adapter that its options ask for."""
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from accelerate import PartialState
 
-from dpo_wrapper.pretrained import (
+from dpo_wrapper.pretrained import PRESETS, AdapterOrigin, PretrainedModel, load_pretrained
+from dpo_wrapper.pretrained.adapter import (
     ADAPTER_CONFIG,
-    PRESETS,
-    AdapterOrigin,
-    PretrainedModel,
     absolute_name,
     find_base,
     import_peft,
     is_adapter_folder,
     load_adapter,
     load_converted_adapter,
-    load_pretrained,
+    make_peft_model,
     merge_adapter,
     own_tokenizer,
     remember_initial_factors,
 )
 from dpo_wrapper.training.config import TrainConfig
-from dpo_wrapper.training.options.lora import parse_layers
-
-MODELS_WITH_KERNELS = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
-"""Types of transformers' models whose kernels read the weight of `out_proj` without calling the layer."""
-
-IN_A_BLOCK = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
-"""The name of a module in a block, whose number is the first in it, as PEFT counts them."""
+from dpo_wrapper.training.lora_targets import choose_layers, choose_targets, find_layers
 
 
 def name_adapter(config: TrainConfig) -> TrainConfig:
@@ -53,6 +44,11 @@ def name_adapter(config: TrainConfig) -> TrainConfig:
         )
     if config.adapter is not None and config.model in PRESETS:
         config = replace(config, model=find_base(config.adapter))
+    if config.load_in_4bit and config.lora and is_adapter_folder(config.model):
+        raise ValueError(
+            f"--load-in-4bit should be given with a model without an adapter, but {config.model} holds one, "
+            "and weights in 4 bits cannot take it in: merge it, save the result, and give that as --model."
+        )
     if config.load_in_4bit and not config.lora and config.adapter is None:
         raise ValueError(
             "--load-in-4bit should be given with an adapter, for weights in 4 bits do not train, but there "
@@ -93,7 +89,7 @@ def load_policy(
     base = replace(base, adapter=base.adapter or AdapterOrigin(absolute_name(config.model)))
     lora_config = make_lora_config(base, config)
     if stage_folder is None:
-        adapted = replace(base, model=import_peft().get_peft_model(base.model, lora_config))
+        adapted = replace(base, model=make_peft_model(base.model, lora_config))
         return remember_initial_factors(adapted) if config.changes_base_weights else adapted
     if config.changes_base_weights:
         return load_converted_adapter(stage_folder, base, lora_config)
@@ -108,6 +104,7 @@ def quantize_to_4bit(config: TrainConfig) -> Any:
         raise ValueError(
             f"--load-in-4bit should be given on a machine with a CUDA device, but {why}: leave it out."
         )
+    PartialState()  # each process loads to its own device
     if find_spec("bitsandbytes") is None:
         raise ImportError("--load-in-4bit needs bitsandbytes, which is missing: pip install bitsandbytes.")
     from transformers import BitsAndBytesConfig
@@ -135,99 +132,3 @@ def make_lora_config(base: PretrainedModel, config: TrainConfig) -> Any:
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in candidates.values()),
         task_type=None if base.decoder_args is not None else "CAUSAL_LM",
     )
-
-
-def find_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers of a model that LoRA can adapt, by name."""
-    kinds = (nn.Linear, nn.Embedding)
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, kinds) or type(module).__name__ == "Conv1D"
-    }
-
-
-def choose_targets(
-    model: nn.Module, candidates: Mapping[str, nn.Module], wanted: tuple[str, ...] | None
-) -> list[str] | str:
-    """The target modules as PEFT takes them; ValueError if a name matches no layer."""
-    if wanted is None:
-        return shorten_names(find_block_layers(model, candidates), model)
-    if len(wanted) == 1 and re.search(r"[\\*+?|()\[\]^$]", wanted[0]):
-        matched = {name for name in candidates if re.fullmatch(wanted[0], name)}
-        check_targets(model, candidates, wanted[0], matched)
-        return wanted[0]
-    for target in wanted:
-        matched = {name for name in candidates if f".{name}".endswith(f".{target}")}
-        check_targets(model, candidates, target, matched)
-    return list(wanted)
-
-
-def find_block_layers(model: Any, candidates: Mapping[str, nn.Module]) -> list[str]:
-    """The names of the linear layers in the blocks of the part of a model that reads text."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    inside = {id(module) for module in (decoder or model).modules()}
-    has_kernels = getattr(getattr(model, "config", None), "model_type", None) in MODELS_WITH_KERNELS
-    names = [
-        name
-        for name, module in candidates.items()
-        if id(module) in inside and IN_A_BLOCK.match(name) and not isinstance(module, nn.Embedding)
-        if not (has_kernels and name.endswith("out_proj"))
-    ]
-    if not names:
-        raise ValueError(
-            f"--lora should find linear layers in numbered blocks, but {type(model).__name__} has none: name "
-            f"layers by --lora-targets; it has {', '.join(name_kinds(candidates)) or 'none'}."
-        )
-    return names
-
-
-def shorten_names(names: Iterable[str], model: nn.Module) -> list[str]:
-    """The shortest ends of the names, in dotted parts, that no other module of the model ends with."""
-    chosen = set(names)
-    others = [f".{name}" for name, _ in model.named_modules() if name not in chosen]
-    ends = set()
-    for name in chosen:
-        parts = name.split(".")
-        possible = (".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1))
-        ends.add(next(end for end in possible if not any(o.endswith(f".{end}") for o in others)))
-    return sorted(ends)
-
-
-def check_targets(
-    model: Any, candidates: Mapping[str, nn.Module], target: str, matched: Iterable[str]
-) -> None:
-    names = list(matched)
-    if not names:
-        raise ValueError(
-            f"--lora-targets should name layers of the model, but {target} matches none: it has "
-            f"{', '.join(name_kinds(candidates))}."
-        )
-    weights = [id(module.weight) for module in candidates.values()]
-    for name in names:
-        if weights.count(id(candidates[name].weight)) > 1:
-            raise ValueError(
-                f"--lora-targets should name layers with weights of their own, but {name} shares its weight "
-                "(tied embeddings), which an adapter would part: leave it out."
-            )
-
-
-def name_kinds(candidates: Iterable[str]) -> list[str]:
-    """The names of layers without the numbers of their blocks."""
-    kinds = [re.sub(r"^.*?\.\d+\.", "", name) if IN_A_BLOCK.match(name) else name for name in candidates]
-    return list(dict.fromkeys(kinds))
-
-
-def choose_layers(candidates: Iterable[str], wanted: str | None) -> list[int] | None:
-    """The numbers of the blocks to adapt, None for all; ValueError if the model has one of them not."""
-    layers = None if wanted is None else parse_layers(wanted)
-    if layers is None:
-        return None
-    present = sorted({int(found["index"]) for name in candidates if (found := IN_A_BLOCK.match(name))})
-    if missing := [number for number in layers if number not in present]:
-        last = f"has blocks {present[0]} to {present[-1]}" if present else "has no numbered blocks"
-        raise ValueError(
-            f"--lora-layers should be numbers of the model's blocks, but {missing[0]} is none of them: the "
-            f"model {last}."
-        )
-    return layers
