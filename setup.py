@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 train = [
     "accelerate>=1.2",
     "matplotlib>=3.8",
+    "peft>=0.18",
     "pyarrow>=15",
     "safetensors>=0.4.3",
     "tokenizers>=0.22",
@@ -51,7 +52,6 @@ setup(
             *train,
             "hypothesis>=6.100",
             "mypy>=1.18",
-            "peft>=0.18",
             "pytest>=8",
             "pytest-xdist>=3.6.1",
             "pytorch-lightning>=2.6",

@@ -1,5 +1,6 @@
 """Load and save a model with its tokenizer, in a form that the model's own library can load."""
 
+from dpo_wrapper.pretrained.adapter import AdapterOrigin
 from dpo_wrapper.pretrained.decoder import PRESETS
 from dpo_wrapper.pretrained.decoder_file import is_decoder_file
 from dpo_wrapper.pretrained.load import load_pretrained
@@ -10,6 +11,7 @@ from dpo_wrapper.pretrained.save import save_pretrained
 __all__ = [
     "PRESETS",
     "RUN_FILE",
+    "AdapterOrigin",
     "PretrainedModel",
     "is_decoder_file",
     "load_pretrained",

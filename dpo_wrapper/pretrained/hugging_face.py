@@ -18,6 +18,7 @@ def load_hugging_face(
     tokenizer_options: Mapping[str, Any],
     dtype: torch.dtype | None,
     attn_implementation: str | None,
+    quantization_config: Any = None,
 ) -> PretrainedModel:
     """The model and its tokenizer; arguments as in `load_pretrained`."""
     try:
@@ -31,6 +32,8 @@ def load_hugging_face(
     options: dict[str, Any] = {"dtype": dtype or "auto"}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
     try:
         check_quantization(name, AutoConfig.from_pretrained(files))
         model = AutoModelForCausalLM.from_pretrained(files, **options)

@@ -17,8 +17,8 @@ class ModelOptions(Options):
 
     model: str = "tiny"
     """tiny, small or medium (a new x-transformers decoder), a .json file of the arguments of another new one
-    (of TransformerWrapper, with attn_layers for Decoder), a run folder, or a Hugging Face model by folder or
-    name."""
+    (of TransformerWrapper, with attn_layers for Decoder), a run folder, the folder of an adapter, or a
+    Hugging Face model by folder or name."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the weights. auto: float32 for weights that train and on the CPU; on an accelerator, frozen
     weights below an adapter keep the dtype that they are stored in."""
