@@ -6,6 +6,7 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate.utils import set_seed
 
 from dpo_wrapper.data import check_ranking
@@ -13,6 +14,7 @@ from dpo_wrapper.losses import CombinedLoss, parse_losses
 from dpo_wrapper.pretrained import PretrainedModel, load_pretrained
 from dpo_wrapper.reference.build import parse_device
 from dpo_wrapper.training.config import TrainConfig, flag
+from dpo_wrapper.training.optimizer import create_optimizer, create_schedule, find_optimizer
 from dpo_wrapper.training.read_data import Rows, RunData, count_shared_prompts, split_table
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.stage_plan import StagePlan, choose_stages, plan_stages
@@ -61,6 +63,9 @@ def set_up_training(config: TrainConfig) -> TrainSetup:
     if errors:
         notes.append(f"{len(errors):,} rows are of no use to --loss and are left out; the first: {errors[0]}")
     check_plans(config, loss, plans, [train, eval])
+    for plan in plans:
+        create_schedule(config, plan.learning_rate, num_steps=100)
+        create_optimizer(pretrained.model, config, plan.learning_rate, torch.device("cpu"))
     if "dpo" in stages:
         notes += [
             f"{type(term).__name__} compares the pairs of one forward pass with one another: raise "
@@ -87,6 +92,11 @@ def check_options(config: TrainConfig, loss: CombinedLoss) -> None:
         raise ValueError(f"{flags[0]} needs a reference, but {why}: leave it out.")
     if config.reference_device is not None:
         parse_device(config.reference_device)
+    if config.precision == "fp16" and (config.cpu or not torch.cuda.is_available()):
+        raise ValueError(
+            "--precision fp16 should run on CUDA, but this run does not: give --precision bf16 or no."
+        )
+    find_optimizer(config.optimizer)
 
 
 def tokenize_splits(

@@ -65,7 +65,7 @@ def run_stages(setup: TrainSetup) -> None:
         run.open()
     accelerator.wait_for_everyone()
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
-    notes = (*map(describe_plan, setup.stages), *setup.notes, *run.notes)
+    notes = (*(describe_plan(plan, config) for plan in setup.stages), *setup.notes, *run.notes)
     accelerator.print(f"{type(model).__name__} with {size}", *notes, sep="\n")
 
     models: dict[str, nn.Module | None] = {}
@@ -93,11 +93,12 @@ def run_stages(setup: TrainSetup) -> None:
     accelerator.wait_for_everyone()
 
 
-def describe_plan(plan: StagePlan) -> str:
+def describe_plan(plan: StagePlan, config: TrainConfig) -> str:
     """What a stage is trained on, in words."""
     splits = plan.splits
     examples = f"{len(splits.train):,} train and {len(splits.eval):,} eval {splits.unit}"
-    return f"{plan.name}: {examples}, {plan.epochs} epoch{'s' * (plan.epochs != 1)}"
+    limit = "" if config.max_steps is None else f", at most {config.max_steps} steps"
+    return f"{plan.name}: {examples}, {plan.epochs} epoch{'s' * (plan.epochs != 1)}{limit}"
 
 
 def create_stage(setup: TrainSetup, plan: StagePlan, accelerator: Accelerator) -> Stage:

@@ -19,7 +19,7 @@ from dpo_wrapper.training.checkpoint import STATE_FILE, load_checkpoint, write_c
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.micro_batches import MicroBatches, make_micro_batches
 from dpo_wrapper.training.monitor import Monitor
-from dpo_wrapper.training.optimizer import create_optimizer, learning_rate_factor
+from dpo_wrapper.training.optimizer import create_optimizer, create_schedule
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.stage_plan import Splits
 from dpo_wrapper.training.stages import Stage
@@ -43,9 +43,10 @@ class Trainer:
             rank=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
         )
-        self.num_steps = len(self.sampler)
+        self.num_steps = min(len(self.sampler), config.max_steps or len(self.sampler))
         self.eval_steps = config.eval_steps or max(1, math.ceil(self.num_steps / 8))
-        optimizer: Any = create_optimizer(stage.module, config, stage.learning_rate)
+        self.rate_of_step = create_schedule(config, stage.learning_rate, self.num_steps)
+        optimizer: Any = create_optimizer(stage.module, config, stage.learning_rate, self.accelerator.device)
         self.module, self.optimizer = self.accelerator.prepare(stage.module, optimizer)
         self.checkpointed = (self.accelerator, stage.module, self.optimizer, stage.reference_cache)
 
@@ -75,7 +76,7 @@ class Trainer:
                 num_examples, seconds = self.sampler.step_size(step - 1), time.perf_counter() - start_time
                 metrics[f"{unit}/second"] = num_examples / seconds
                 metrics["lr"] = learning_rate
-                if self.stage.reference_cache is not None and step * self.stage.epochs == num_steps:
+                if self.stage.reference_cache is not None and step * self.stage.epochs == len(self.sampler):
                     self.stage.reference_cache.gather_from_processes()  # once, after the first epoch
                 self.monitor.log_step(step, metrics)
                 self.save_or_stop(step, stop_request)
@@ -85,10 +86,10 @@ class Trainer:
 
     def set_learning_rate(self, step: int) -> float:
         """Set the learning rate of a step, which counts from 1, and return it."""
-        factor = learning_rate_factor(step - 1, self.num_steps, self.config.warmup_ratio)
+        learning_rate = self.rate_of_step(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.stage.learning_rate * factor
-        return self.stage.learning_rate * factor
+            group["lr"] = learning_rate
+        return learning_rate
 
     def probe_model(self) -> None:
         """Find out how the model takes sequences, which decides how batches of them are made."""
