@@ -64,6 +64,12 @@ def set_up_training(config: TrainConfig) -> TrainSetup:
         notes.append(f"{len(errors):,} rows are of no use to --loss and are left out; the first: {errors[0]}")
     check_plans(config, loss, plans, [train, eval])
     for plan in plans:
+        if config.compares_evaluations and not len(plan.splits.eval):
+            name = "keep_best" if config.keep_best else "early_stopping_patience"
+            raise ValueError(
+                f"{flag(name)} needs {plan.splits.unit} to evaluate on, but there are none: give --eval-data "
+                "or a larger --eval-fraction."
+            )
         create_schedule(config, plan.learning_rate, num_steps=100)
         create_optimizer(pretrained.model, config, plan.learning_rate, torch.device("cpu"))
     if "dpo" in stages:
