@@ -71,7 +71,7 @@ def run_stages(setup: TrainSetup) -> None:
     if accelerator.is_main_process:
         run.open()
     accelerator.wait_for_everyone()
-    notes = (*map(describe_plan, setup.stages), *setup.notes, *run.notes)
+    notes = (*(describe_plan(plan, config) for plan in setup.stages), *setup.notes, *run.notes)
     accelerator.print(describe_size(model), *notes, sep="\n")
 
     models: dict[str, nn.Module | None] = {}
@@ -130,11 +130,12 @@ def report_reference(setup: TrainSetup, dpo: DPO, accelerator: Accelerator) -> N
         setup.run.note_reference(sentence)
 
 
-def describe_plan(plan: StagePlan) -> str:
+def describe_plan(plan: StagePlan, config: TrainConfig) -> str:
     """What a stage is trained on, in words."""
     splits = plan.splits
     examples = f"{len(splits.train):,} train and {len(splits.eval):,} eval {splits.unit}"
-    return f"{plan.name}: {examples}, {plan.epochs} epoch{'s' * (plan.epochs != 1)}"
+    limit = "" if config.max_steps is None else f", at most {config.max_steps} steps"
+    return f"{plan.name}: {examples}, {plan.epochs} epoch{'s' * (plan.epochs != 1)}{limit}"
 
 
 def create_stage(setup: TrainSetup, plan: StagePlan, accelerator: Accelerator) -> Stage:
