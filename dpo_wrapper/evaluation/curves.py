@@ -44,10 +44,12 @@ LOSS = Series("loss", "loss", "C0")
 
 PREFERENCE_PANELS = (
     Panel("reward accuracy", "fraction", (Series("accuracy", "rewards/accuracies", "C0"),), level=0.5),
-    Panel("reward margin", "nats", (Series("margin", "rewards/margins", "C0"),), level=0.0),
+    Panel(
+        "reward margin", "chosen − rejected, nats", (Series("margin", "rewards/margins", "C0"),), level=0.0
+    ),
     Panel(
         "rewards",
-        "β · (policy − reference), nats",
+        "nats, as the loss scales them",
         (Series("chosen", "rewards/chosen", "C2"), Series("rejected", "rewards/rejected", "C3")),
         level=0.0,
     ),

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from dpo_wrapper.metrics import format_metric
+
 Record = dict[str, Any]
 
 TABLE_ROWS = (
@@ -34,7 +36,9 @@ def format_before_and_after(records: Sequence[Record]) -> str:
     for label, metric, template in TABLE_ROWS:
         if any(metric in record for _, record in columns):
             values = [record.get(metric) for _, record in columns]
-            rows.append([label, *("-" if value is None else template.format(value) for value in values)])
+            rows.append(
+                [label, *("-" if value is None else format_metric(template, value) for value in values)]
+            )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for label, *cells in rows:

@@ -55,19 +55,36 @@ class Evaluator:
 
     def evaluate_if_due(self, step: int) -> dict[str, float] | None:
         """Evaluate and sample where that is due; returns the metrics of eval, if it was evaluated."""
-        metrics = None
         is_end = self.schedule.is_end(step)
+        metrics = None
         if is_end or self.schedule.is_due(self.schedule.eval_steps, step):
-            if self.splits.eval:
-                metrics = self.evaluate(step, "eval", self.splits.eval)
-            if is_end:
-                self.evaluate(step, "train", self.splits.train[:MAX_TRAIN_EXAMPLES_EVALUATED])
+            metrics = self.evaluate_splits(step, is_end)
         if self.are_samples_due(step):
-            self.sample(step)
+            self.sample(step, is_end)
         return metrics
 
-    def evaluate(self, step: int, name: str, examples: Sequence[TokenizedExample]) -> dict[str, float]:
-        """Log and return the metrics of the examples of a split."""
+    def evaluate_end(self, step: int) -> None:
+        """Evaluate and sample as after the last step, where a stage stops early or takes other weights."""
+        self.evaluate_splits(step, is_end=True)
+        if self.are_samples_due(self.schedule.num_steps):
+            self.sample(step, is_end=True)
+
+    def evaluate_splits(self, step: int, is_end: bool) -> dict[str, float] | None:
+        """Log metrics of eval and, at an end of the stage, of train; returns those of eval."""
+        metrics = None
+        if self.splits.eval:
+            metrics = self.evaluate(step, "eval", self.splits.eval, asks=is_end)
+        if is_end:
+            self.evaluate(step, "train", self.splits.train[:MAX_TRAIN_EXAMPLES_EVALUATED])
+        return metrics
+
+    def evaluate(
+        self, step: int, name: str, examples: Sequence[TokenizedExample], asks: bool = False
+    ) -> dict[str, float]:
+        """Log and return the metrics of the examples of a split.
+
+        `asks` says whether the model is asked for exact answers as well.
+        """
         indices = list(range(len(examples)))
         reduce: Reduce | None = None
         if len(examples) >= self.accelerator.num_processes:  # or else every process evaluates all of them
@@ -78,7 +95,7 @@ class Evaluator:
         with self.monitor.measure(name, label, "batch", len(batches)) as bar:
             batches_there = [batch.to(self.accelerator.device) for batch in batches]
             metrics = self.stage.evaluate(self.module, batches_there, reduce, bar.update)
-        if self.accelerator.is_main_process and self.schedule.is_end(step) and name == "eval":
+        if asks and self.accelerator.is_main_process:
             metrics |= self.measure_exact_answers()
         self.monitor.log_evaluation(name, step, metrics, len(examples))
         check_finite(self.stage.name, step, f"{name} loss", metrics["loss"])
@@ -104,11 +121,11 @@ class Evaluator:
         is_due = self.schedule.is_due(interval, step) and (interval > 0 or self.samples_end)
         return is_due or (step == 0 and self.samples.needs_start)
 
-    def sample(self, step: int) -> None:
+    def sample(self, step: int, is_end: bool) -> None:
         """Write completions of the same prompts to the run folder, and print them but for the last ones."""
         assert self.samples is not None
         with self.monitor.measure("sample", "writing samples"), self.accelerator.autocast():
             records = self.samples.take(step)
         undo_rescaling(self.stage.model)
-        if 0 < step < self.schedule.num_steps:
+        if not is_end:
             self.monitor.print(f"\n{format_samples(records, MAX_SAMPLE_CHARS)}\n")

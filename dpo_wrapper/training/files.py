@@ -24,17 +24,17 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
-def allow_reading(folder: Path) -> None:
-    """Give files the permissions that new ones have: safetensors keeps its own to their owner."""
-    umask = os.umask(0o077)
-    os.umask(umask)
-    for file in folder.iterdir():
-        file.chmod(file.stat().st_mode | (0o666 & ~umask))
-
-
 def write_json(file: Path, content: Any, indent: int | None = None) -> None:
     """Write a file completely or not at all."""
     write_whole(file, json.dumps(content, indent=indent) + "\n")
+
+
+def link_file(file: Path, name: Path) -> None:
+    """Give a file a second name; a copy has it where the file system knows no links."""
+    try:
+        os.link(file, name)
+    except OSError:
+        shutil.copyfile(file, name)
 
 
 def remove_folder(folder: Path) -> None:

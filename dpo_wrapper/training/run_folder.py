@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from dpo_wrapper.pretrained import RUN_FILE, read_run
 from dpo_wrapper.training.config import STAGES, StageName, TrainConfig, flag
-from dpo_wrapper.training.files import allow_reading, check_writable, remove_folder, write_json
+from dpo_wrapper.training.files import check_writable, link_file, remove_folder, write_json
 
 CHANGEABLE_SETTINGS = (
     "resume", "out", "save_steps", "cpu", "logging_steps", "sample_steps", "samples", "report_to", "project",
@@ -52,6 +52,7 @@ class RunFolder:
         status: whether the model is saved, and reported.
         run_id: what trackers know the run by.
         today: the day on which the run began, which chat templates may print.
+        reference: what the reference is, in words; None until preference training begins.
         notes: what a person should know of a run that is resumed.
     """
 
@@ -61,6 +62,7 @@ class RunFolder:
         self.metrics_file = self.path / "metrics.jsonl"
         self.samples_file = self.path / "samples.jsonl"
         self.checkpoint_folder = self.path / "checkpoint"
+        self.best_file = self.path / "best.safetensors"
         self.new_checkpoint_folder = self.path / "checkpoint.new"
         self.old_checkpoint_folder = self.path / "checkpoint.old"
         self.settings = json.loads(json.dumps(asdict(config), default=str))
@@ -69,6 +71,7 @@ class RunFolder:
         self.run_id = uuid.uuid4().hex
         self.today = date.today()
         self.start_time = time.monotonic()
+        self.reference: str | None = None
         self.notes: list[str] = []
 
     def check(self, resume: bool) -> None:
@@ -100,6 +103,7 @@ class RunFolder:
         before, self.status = run["settings"], run["status"]
         self.today = date.fromisoformat(run.get("today", self.today.isoformat()))
         self.run_id = run.get("run_id", self.run_id)
+        self.reference = run.get("reference")
         changed = ", ".join(
             f"{flag(name)} {before.get(name)}"
             for name, value in self.settings.items()
@@ -141,6 +145,9 @@ class RunFolder:
             remove_folder(folder)
         if self.needs_training:
             self._cut_log()
+            self.best_file.unlink(missing_ok=True)
+            if (kept := self.checkpoint_folder / self.best_file.name).exists():
+                link_file(kept, self.best_file)
         self.start_time = time.monotonic() - self._last_elapsed_seconds()
 
     def elapsed_seconds(self) -> float:
@@ -183,9 +190,14 @@ class RunFolder:
             "status": status,
             "run_id": self.run_id,
             "today": self.today.isoformat(),
-            "settings": self.settings,
+            "reference": self.reference,
         }
-        write_json(self.run_file, content, indent=2)
+        write_json(self.run_file, content | {"settings": self.settings}, indent=2)
+
+    def note_reference(self, sentence: str) -> None:
+        """Write what the reference is, in words, beside the settings."""
+        self.reference = sentence
+        self.set_status(self.status)
 
     def log_metrics(self, stage: str, part: str, step: int, values: dict[str, float]) -> None:
         """Append one line to the log; `part` is "step" for a training step, or the split evaluated on.
@@ -214,6 +226,8 @@ class RunFolder:
     ) -> None:
         """Put the new, complete checkpoint in the place of the previous one, which is kept until then."""
         self.progress = Progress(stage, step, self.metrics_file.stat().st_size, is_evaluated, is_trained)
+        if self.best_file.exists():
+            link_file(self.best_file, self.new_checkpoint_folder / self.best_file.name)
         write_json(self.new_checkpoint_folder / "progress.json", asdict(self.progress))
         remove_folder(self.old_checkpoint_folder)
         if self.checkpoint_folder.exists():
@@ -255,9 +269,9 @@ class RunFolder:
         remove_folder(self.path / name)
         (self.path / name).mkdir()
         yield self.path / name
-        allow_reading(self.path / name)
 
     def finish(self) -> None:
         """Mark the run as finished, and delete what it would have resumed from."""
         self.set_status("finished")
         remove_folder(self.checkpoint_folder)
+        self.best_file.unlink(missing_ok=True)

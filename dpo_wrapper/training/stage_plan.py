@@ -53,9 +53,10 @@ class StagePlan:
     learning_rate: float
     splits: Splits
 
-    def count_steps(self, batch_size: int) -> int:
-        """Number of optimizer steps."""
-        return len(StepSampler(len(self.splits.train), batch_size, self.epochs))
+    def count_steps(self, config: TrainConfig) -> int:
+        """Maximum number of optimizer steps."""
+        num_steps = len(StepSampler(len(self.splits.train), config.batch_size, self.epochs))
+        return min(num_steps, config.max_steps or num_steps)
 
 
 def choose_stages(config: TrainConfig, types: Collection[DatasetType]) -> tuple[StageName, ...]:

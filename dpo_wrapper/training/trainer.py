@@ -15,20 +15,33 @@ from dpo_wrapper.data import StepSampler, TokenizedExample
 from dpo_wrapper.metrics import MetricSums
 from dpo_wrapper.models.wrappers import is_sharded
 from dpo_wrapper.pretrained import PretrainedModel
-from dpo_wrapper.training.checkpoint import STATE_FILE, load_checkpoint, write_checkpoint
+from dpo_wrapper.training.best_model import BestEvaluation, load_best, save_best
+from dpo_wrapper.training.checkpoint import (
+    STATE_FILE,
+    FrozenWeights,
+    describe_checkpoint,
+    load_checkpoint,
+    write_checkpoint,
+)
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.evaluator import Evaluator
 from dpo_wrapper.training.micro_batches import MicroBatches, make_micro_batches
 from dpo_wrapper.training.monitoring.monitor import Monitor
 from dpo_wrapper.training.monitoring.samples import Samples
 from dpo_wrapper.training.monitoring.trackers import Trackers
-from dpo_wrapper.training.optimizer import create_optimizer, learning_rate_factor
+from dpo_wrapper.training.optimizer import create_optimizer, create_schedule
 from dpo_wrapper.training.processes import sum_over_processes
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.schedule import plan_schedule
 from dpo_wrapper.training.stage_plan import Splits
 from dpo_wrapper.training.stages import Stage
-from dpo_wrapper.training.stopping import StoppedBySignal, StopRequest, check_finite, ignore_signals
+from dpo_wrapper.training.stopping import (
+    StoppedBySignal,
+    StopRequest,
+    TrainingError,
+    check_finite,
+    ignore_signals,
+)
 
 
 class Trainer:
@@ -63,12 +76,15 @@ class Trainer:
             rank=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
         )
-        self.num_steps = len(self.sampler)
-        num_trained = len(splits.train) * stage.epochs
+        self.num_steps = min(len(self.sampler), config.max_steps or len(self.sampler))
+        num_trained = min(len(splits.train) * stage.epochs, self.num_steps * config.batch_size)
         self.schedule = plan_schedule(config, self.num_steps, num_trained, len(splits.eval))
-        optimizer: Any = create_optimizer(stage.module, config, stage.learning_rate)
+        self.rate_of_step = create_schedule(config, stage.learning_rate, self.num_steps)
+        optimizer: Any = create_optimizer(stage.module, config, stage.learning_rate, self.accelerator.device)
         self.module, self.optimizer = self.accelerator.prepare(stage.module, optimizer)
-        self.checkpointed = (self.accelerator, stage.module, self.optimizer, stage.reference_cache)
+        frozen = FrozenWeights(stage.module)
+        self.has_saved = False  # a checkpoint, of which the size is said once
+        self.checkpointed = (self.accelerator, frozen, self.optimizer, stage.reference_cache)
 
     def train(self) -> None:
         """Run the steps that are not done yet; eval metrics are logged before, during and after.
@@ -77,7 +93,7 @@ class Trainer:
             TrainingError: the loss or the norm of the gradients is not finite.
             StoppedBySignal: SIGINT or SIGTERM came; there is a checkpoint.
         """
-        progress, num_steps, folder = self.run.progress, self.num_steps, self.run.checkpoint_folder
+        progress, folder = self.run.progress, self.run.checkpoint_folder
         is_resumed = progress.stage == self.stage.name and (folder / STATE_FILE).is_file()
         steps_done = progress.step if is_resumed else 0
         if is_resumed:
@@ -85,23 +101,11 @@ class Trainer:
         self.probe_model()
         is_evaluated = is_resumed and progress.is_evaluated
         self.start_watching(steps_done, steps_done + is_evaluated)
-        with StopRequest() as stop_request, self.monitor:
-            if not is_evaluated:
-                self.evaluate_if_due(steps_done)
-                self.save_or_stop(steps_done, stop_request, is_evaluated=True)
-            start_time = time.perf_counter()
-            for step, batches in enumerate(self.create_step_loader(steps_done), start=steps_done + 1):
-                learning_rate = self.set_learning_rate(step)
-                metrics = self.train_step(step, batches)
-                metrics |= {"lr": learning_rate, "epoch": step * self.stage.epochs / len(self.sampler)}
-                if self.stage.reference_cache is not None and step * self.stage.epochs == num_steps:
-                    self.stage.reference_cache.gather_from_processes()  # once, after the first epoch
-                seconds = time.perf_counter() - start_time
-                self.monitor.log_step(step, metrics, self.sampler.step_size(step - 1), seconds)
-                self.save_or_stop(step, stop_request)
-                self.evaluate_if_due(step)
-                self.save_or_stop(step, stop_request, is_evaluated=True)
-                start_time = time.perf_counter()
+        records = self.run.read_records() if is_resumed and self.config.compares_evaluations else []
+        self.best = BestEvaluation(self.config.best_metric, self.stage.name, records)
+        with self.monitor:
+            last_step = self.run_steps(steps_done, is_evaluated)
+            self.end_with_best(last_step)
         self.accelerator.free_memory()
 
     def start_watching(self, steps_done: int, first_step: int) -> None:
@@ -124,18 +128,73 @@ class Trainer:
             samples_end=self.save_model is not None,
         )
 
+    def run_steps(self, steps_done: int, is_evaluated: bool) -> int:
+        """Run the steps that are not done yet, with what is due after each; returns the last one.
+
+        `is_evaluated` says whether the evaluation after the last of `steps_done` is logged.
+        """
+        with StopRequest() as stop_request:
+            if not is_evaluated:
+                self.evaluate_if_due(steps_done)
+                self.save_or_stop(steps_done, stop_request, is_evaluated=True)
+            start_time = time.perf_counter()
+            for step, batches in enumerate(self.create_step_loader(steps_done), start=steps_done + 1):
+                if self.stops_early():
+                    return step - 1
+                learning_rate = self.set_learning_rate(step)
+                metrics = self.train_step(step, batches)
+                metrics |= {"lr": learning_rate, "epoch": step * self.stage.epochs / len(self.sampler)}
+                if self.stage.reference_cache is not None and step * self.stage.epochs == len(self.sampler):
+                    self.stage.reference_cache.gather_from_processes()  # once, after the first epoch
+                seconds = time.perf_counter() - start_time
+                self.monitor.log_step(step, metrics, self.sampler.step_size(step - 1), seconds)
+                self.save_or_stop(step, stop_request)
+                self.evaluate_if_due(step)
+                self.save_or_stop(step, stop_request, is_evaluated=True)
+                start_time = time.perf_counter()
+        return self.num_steps
+
+    def stops_early(self) -> bool:
+        """Whether too many evaluations in a row were no better than the best one."""
+        patience = self.config.early_stopping_patience
+        return patience is not None and self.best.num_worse >= patience
+
+    def end_with_best(self, last_step: int) -> None:
+        """Take the weights of the best evaluation, if that is asked for, and log how the stage ends."""
+        is_early = last_step < self.num_steps
+        if is_early:
+            self.monitor.print(
+                f"{self.stage.name} stops after step {last_step} of {self.num_steps}: "
+                f"{self.best.num_worse} evaluations were no better than {self.best}."
+            )
+            if self.schedule.save_steps:
+                self.save_checkpoint(last_step, is_evaluated=True, is_trained=True)
+        takes_best = self.config.keep_best and self.best.step != last_step
+        if takes_best:
+            self.accelerator.wait_for_everyone()
+            load_best(self.stage.model, self.run.best_file)
+            self.monitor.print(f"{self.stage.name} ends with the weights after {self.best}.")
+        if is_early or takes_best:
+            if self.save_model is not None:
+                self.save_model()
+            self.evaluator.evaluate_end(last_step)
+
     def set_learning_rate(self, step: int) -> float:
         """Set the learning rate of a step, which counts from 1, and return it."""
-        factor = learning_rate_factor(step - 1, self.num_steps, self.config.warmup_ratio)
+        learning_rate = self.rate_of_step(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.stage.learning_rate * factor
-        return self.stage.learning_rate * factor
+            group["lr"] = learning_rate
+        return learning_rate
 
     def probe_model(self) -> None:
-        """Find out how the model takes sequences, which decides how batches of them are made."""
+        """Find out, and say, how the model takes sequences, which decides how batches of them are made."""
         batch = self.stage.collate_fn(self.splits.train[:1]).to(self.accelerator.device)
-        with self.accelerator.autocast():
-            self.stage.scorer.check(batch.sequences)
+        try:
+            with self.accelerator.autocast():
+                self.stage.scorer.check(batch.sequences)
+        except (TypeError, ValueError) as error:  # a model that the probe refuses
+            raise TrainingError(str(error)) from error
+        self.accelerator.print(f"{self.stage.name}: {self.stage.scorer.explain()}", flush=True)
 
     def train_step(self, step: int, batches: list[Any]) -> dict[str, float]:
         """Run one optimizer step on this process's micro-batches; the metrics are of all processes."""
@@ -169,7 +228,15 @@ class Trainer:
         """Evaluate and sample where that is due; at the end of the stage the model is saved first."""
         if step == self.num_steps and self.save_model is not None:
             self.save_model()
-        self.evaluator.evaluate_if_due(step)
+        metrics = self.evaluator.evaluate_if_due(step)
+        if metrics is not None and self.config.compares_evaluations:
+            self.compare_evaluation(step, metrics)
+
+    def compare_evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Note whether an evaluation is the best of the stage, and keep the weights of the best."""
+        is_best = self.best.observe(step, metrics)
+        if is_best and self.config.keep_best and self.accelerator.is_main_process:
+            save_best(self.stage.model, self.run.best_file)
 
     def create_step_loader(self, steps_done: int) -> DataLoader[Any]:
         """This process's micro-batches of each step that is not done yet."""
@@ -199,21 +266,23 @@ class Trainer:
         save_steps = self.schedule.save_steps
         is_due = save_steps > 0 and not is_evaluated and self.schedule.is_due(save_steps, step)
         if number or is_due:
-            with self.monitor.measure("save", "writing a checkpoint"):
-                self.save_checkpoint(step, is_evaluated)
+            self.save_checkpoint(step, is_evaluated, is_trained=step == self.num_steps)
         if number:
             raise StoppedBySignal(number)
 
-    def save_checkpoint(self, step: int, is_evaluated: bool) -> None:
+    def save_checkpoint(self, step: int, is_evaluated: bool, is_trained: bool) -> None:
         """Write a checkpoint; the previous one stays until it is complete."""
         if self.accelerator.is_main_process:
             self.run.create_new_checkpoint()
         self.accelerator.wait_for_everyone()
-        write_checkpoint(self.run.new_checkpoint_folder, *self.checkpointed)
+        with self.monitor.measure("save", "writing a checkpoint"):
+            write_checkpoint(self.run.new_checkpoint_folder, *self.checkpointed)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            is_trained = step == self.num_steps
             self.run.replace_checkpoint(self.stage.name, step, is_evaluated, is_trained=is_trained)
+            if not self.has_saved:
+                self.monitor.print(describe_checkpoint(self.run.checkpoint_folder, self.config.save_steps))
+            self.has_saved = True
 
 
 def create_accelerator(config: TrainConfig, **options: Any) -> Accelerator:

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping
 
+from dpo_wrapper.metrics import format_metric
+
 METRIC_FORMATS = (
     ("loss", "loss", "{:.4f}"),
     ("accuracy", "rewards/accuracies", "{:>4.0%}"),
@@ -39,7 +41,7 @@ def format_place(stage: str, step: int, num_steps: int) -> str:
 def format_metrics(metrics: Mapping[str, float]) -> list[str]:
     """The metrics that there are, with labels; of supervised training the perplexity too."""
     parts = [
-        f"{label} {template.format(metrics[name])}"
+        f"{label} {format_metric(template, metrics[name])}"
         for label, name, template in METRIC_FORMATS
         if name in metrics
     ]

@@ -69,7 +69,8 @@ class Samples:
                 self.prompts, self.reference_completions, policy, strict=True
             )
         ]
-        self.records += new
+        place = (self.stage.name, step)  # of which there are samples if other weights are taken at the end
+        self.records = [one for one in self.records if (one["stage"], one["step"]) != place] + new
         lines = [json.dumps(record, ensure_ascii=False) for record in self.records]
         write_whole(self.run.samples_file, "\n".join(lines) + "\n")
         return new
