@@ -68,8 +68,8 @@ def test_plain_peft_loads_the_adapter_on_the_base_as_it_is(rows, tmp_path, llama
     ours = load_pretrained(str(tmp_path / "out"), None, 128)
     torch.testing.assert_close(logits_of(ours.model), trained, rtol=1e-4, atol=1e-4)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "byte_tokenizer.json", "curves.png",
-        "metrics.jsonl", "run.json",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "byte_tokenizer.json", "curves.png",
+        "metrics.jsonl", "run.json", "samples.jsonl",
     }  # fmt: skip
     first = read_metrics(tmp_path / "out")[0]
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-4)
