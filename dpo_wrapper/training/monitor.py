@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from dpo_wrapper.training.config import StageName
+from dpo_wrapper.training.explanations import Explanations
 from dpo_wrapper.training.run_folder import RunFolder
 
 
@@ -33,6 +34,9 @@ class Monitor(AbstractContextManager["Monitor"]):
     ) -> None:
         self.run, self.stage, self.unit, self.num_steps = run, stage, unit, num_steps
         self.is_main_process = accelerator.is_main_process
+        if self.is_main_process:
+            records = [record for record in run.read_records() if record["stage"] == stage]
+            self.explanations = Explanations(run.explanations_file, run.settings, num_steps, records)
         self.bar = create_progress_bar(
             accelerator, stage.upper(), "step", total=num_steps, initial=steps_done
         )
@@ -43,11 +47,18 @@ class Monitor(AbstractContextManager["Monitor"]):
             self.run.log_metrics(self.stage, "step", step, metrics)
             self.bar.set_postfix_str(format_progress(metrics, self.unit), refresh=False)
             self.bar.update()
+            self.explain("step", step, metrics)
 
     def log_evaluation(self, split: str, step: int, metrics: dict[str, float]) -> None:
         """Report an evaluation after a step; `split` is eval or train."""
         if self.is_main_process:
             self.run.log_metrics(self.stage, split, step, metrics)
+            self.explain(split, step, metrics)
+
+    def explain(self, part: str, step: int, metrics: dict[str, float]) -> None:
+        """Print what the metrics mean, where it is worth saying and was not said before."""
+        for sentence in self.explanations.observe(self.stage, part, step, metrics):
+            self.print(sentence)
 
     def print(self, text: str) -> None:
         """Print text above the progress bar."""

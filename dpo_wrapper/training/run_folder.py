@@ -55,6 +55,7 @@ class RunFolder:
         self.run_file = self.path / RUN_FILE
         self.metrics_file = self.path / "metrics.jsonl"
         self.checkpoint_folder = self.path / "checkpoint"
+        self.explanations_file = self.path / "explanations.jsonl"
         self.best_file = self.path / "best.safetensors"
         self.new_checkpoint_folder = self.path / "checkpoint.new"
         self.old_checkpoint_folder = self.path / "checkpoint.old"
