@@ -16,7 +16,8 @@ SETTINGS = {"loss": "sigmoid(beta=0.1)", "ld_alpha": 1.0, "max_grad_norm": 1.0}
 
 STEP = {
     "loss": 0.5, "rewards/margins": 1.0, "rewards/accuracies": 0.9, "logps/chosen": -20.0,
-    "logps/rejected": -30.0, "kl/chosen": -1.0, "length/chosen": 10.0, "length/rejected": 10.0, "grad_norm": 2.0, "lr": 1e-5,
+    "logps/rejected": -30.0, "kl/chosen": -1.0,
+    "length/chosen": 10.0, "length/rejected": 10.0, "grad_norm": 2.0, "lr": 1e-5,
     "pairs/valid": 16,
 }  # fmt: skip
 """Metrics of which nothing is to be said."""
