@@ -10,6 +10,7 @@ import tyro
 
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.options.data import DataOptions
+from dpo_wrapper.training.options.lora import LoraOptions
 from dpo_wrapper.training.options.loss import LossOptions
 from dpo_wrapper.training.options.model import ModelOptions
 from dpo_wrapper.training.options.optimization import OptimizationOptions
@@ -32,6 +33,7 @@ class TrainArguments:
     """Print all options with their values, as a recipe, and train nothing."""
     data: DataOptions
     model: ModelOptions
+    lora: LoraOptions
     loss: LossOptions
     optimization: OptimizationOptions
     output: OutputOptions

@@ -5,6 +5,7 @@ from typing import Any
 
 from dpo_wrapper.training.options.base import Options, flag
 from dpo_wrapper.training.options.data import DataOptions
+from dpo_wrapper.training.options.lora import LoraOptions
 from dpo_wrapper.training.options.loss import LossOptions
 from dpo_wrapper.training.options.model import ModelOptions
 from dpo_wrapper.training.options.optimization import STAGES, OptimizationOptions, StageName
@@ -15,6 +16,7 @@ __all__ = ["GROUPS", "STAGES", "StageName", "TrainConfig", "flag"]
 GROUPS: dict[str, type[Options]] = {
     "data": DataOptions,
     "model": ModelOptions,
+    "lora": LoraOptions,
     "loss": LossOptions,
     "optimization": OptimizationOptions,
     "output": OutputOptions,
@@ -23,7 +25,7 @@ GROUPS: dict[str, type[Options]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(DataOptions, ModelOptions, LossOptions, OptimizationOptions, OutputOptions):
+class TrainConfig(DataOptions, ModelOptions, LoraOptions, LossOptions, OptimizationOptions, OutputOptions):
     """Train a language model on human preferences: read them from a file, write the model to a folder.
 
     Raises:
@@ -34,6 +36,11 @@ class TrainConfig(DataOptions, ModelOptions, LossOptions, OptimizationOptions, O
         for group in GROUPS.values():
             check_group: Any = vars(group).get("__post_init__", lambda config: None)
             check_group(self)
+        if self.lora and self.is_new_model:
+            raise ValueError(
+                f"--lora should adapt a trained model, but --model {self.model} is a new one: train it "
+                "first, and give its run folder as --model."
+            )
 
     @classmethod
     def from_groups(cls, groups: Any) -> "TrainConfig":
@@ -43,6 +50,10 @@ class TrainConfig(DataOptions, ModelOptions, LossOptions, OptimizationOptions, O
             group = getattr(groups, name)
             options |= {field.name: getattr(group, field.name) for field in fields(group)}
         return cls(**options)
+
+    @property
+    def is_new_model(self) -> bool:
+        return self.adapter is None and super().is_new_model
 
     @property
     def peak_sft_learning_rate(self) -> float:

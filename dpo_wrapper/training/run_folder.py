@@ -47,6 +47,7 @@ class RunFolder:
         progress: the beginning of the run, or its latest checkpoint.
         status: whether the model is saved, and reported.
         today: the day on which the run began, which chat templates may print.
+        reference: what the reference is, in words; None until preference training begins.
         notes: what a person should know of a run that is resumed.
     """
 
@@ -63,6 +64,7 @@ class RunFolder:
         self.progress = Progress()
         self.status: RunStatus = "training"
         self.today = date.today()
+        self.reference: str | None = None
         self.notes: list[str] = []
 
     def check(self, resume: bool) -> None:
@@ -93,6 +95,7 @@ class RunFolder:
             )
         before, self.status = run["settings"], run["status"]
         self.today = date.fromisoformat(run.get("today", self.today.isoformat()))
+        self.reference = run.get("reference")
         changed = ", ".join(
             f"{flag(name)} {before.get(name)}"
             for name, value in self.settings.items()
@@ -158,8 +161,13 @@ class RunFolder:
     def set_status(self, status: RunStatus) -> None:
         """Write the settings, and whether the model is saved and reported."""
         self.status = status
-        content = {"status": status, "today": self.today.isoformat(), "settings": self.settings}
-        write_json(self.run_file, content, indent=2)
+        content = {"status": status, "today": self.today.isoformat(), "reference": self.reference}
+        write_json(self.run_file, content | {"settings": self.settings}, indent=2)
+
+    def note_reference(self, sentence: str) -> None:
+        """Write what the reference is, in words, beside the settings."""
+        self.reference = sentence
+        self.set_status(self.status)
 
     def log_metrics(self, stage: str, part: str, step: int, values: dict[str, float]) -> None:
         """Append one line to the log; `part` is "step" for a training step, or the split evaluated on.

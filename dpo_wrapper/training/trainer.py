@@ -135,10 +135,14 @@ class Trainer:
         return learning_rate
 
     def probe_model(self) -> None:
-        """Find out how the model takes sequences, which decides how batches of them are made."""
+        """Find out, and say, how the model takes sequences, which decides how batches of them are made."""
         batch = self.stage.collate_fn(self.splits.train[:1]).to(self.accelerator.device)
-        with self.accelerator.autocast():
-            self.stage.scorer.check(batch.sequences)
+        try:
+            with self.accelerator.autocast():
+                self.stage.scorer.check(batch.sequences)
+        except (TypeError, ValueError) as error:  # a model that the probe refuses
+            raise TrainingError(str(error)) from error
+        self.accelerator.print(f"{self.stage.name}: {self.stage.scorer.explain()}")
 
     def train_step(self, step: int, batches: list[Any]) -> dict[str, float]:
         """Run one optimizer step on this process's micro-batches; the metrics are of all processes."""
