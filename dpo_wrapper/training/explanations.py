@@ -22,10 +22,10 @@ a few hundredths are of no concern.
 """
 
 KL_LIMIT = 0.5
-"""Nats per token between policy and reference on chosen completions: e^0.5 = 1.6 times as likely.
+"""Nats per token between policy and reference on chosen completions: a factor of 1.6 in probability.
 
-Beyond some distance a policy gets worse while its rewards grow (Gao 2022, arXiv 2210.10760; for losses without
-a reward model Rafailov 2024, arXiv 2406.02900).
+Beyond some distance a policy gets worse while its rewards grow (Gao 2022, arXiv 2210.10760; for losses
+without a reward model Rafailov 2024, arXiv 2406.02900).
 """
 
 LENGTH_RATIO = 1.5
