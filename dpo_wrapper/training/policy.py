@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -92,7 +93,7 @@ def check_trained_dtype(model: nn.Module, config: TrainConfig) -> list[str]:
     ]
 
 
-def enable_checkpointing(model: nn.Module) -> None:
+def enable_checkpointing(model: Any) -> None:
     """Have the layers of a model of transformers run again in backward."""
     problem = "--gradient-checkpointing should be given for a model that can compute its layers again"
     if not hasattr(model, "gradient_checkpointing_enable"):

@@ -240,11 +240,11 @@ def test_a_model_that_the_probe_refuses_stops_with_a_sentence(rows, tmp_path, ll
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["tiny", "llama"])
 def test_a_run_with_these_options_resumes_to_the_same_result(rows, tmp_path, llama, model):
-    options = {"dtype": "bfloat16", "freeze": ("token_emb",), "share_prefix": "never"}
+    options: dict = {"dtype": "bfloat16", "freeze": ("token_emb",), "share_prefix": "never"}
     if model == "llama":
         checkpointing = {"gradient_checkpointing": True, "attn_implementation": "eager"}
         options |= llama | checkpointing | {"freeze": ("embed_tokens", r"layers\.0\.self_attn")}
-    options = SMALL | options | {"sft_epochs": 1, "learning_rate": 1e-3}
+    options |= SMALL | {"sft_epochs": 1, "learning_rate": 1e-3}
     train(make_config(rows, tmp_path / "whole", **options))
     config = make_config(rows, tmp_path / "out", **(options | {"save_steps": 1}))
     with interrupt_training("dpo", after_steps=2):
