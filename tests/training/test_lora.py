@@ -125,21 +125,21 @@ def test_an_adapter_is_continued_and_its_reference_is_the_adapter_as_it_was(
 
 
 @pytest.mark.slow
-def test_a_new_adapter_on_an_older_one_is_merged_after_it(rows, tmp_path, llama, capsys):
-    from transformers import AutoModelForCausalLM
-
+@pytest.mark.parametrize("save_base", [save_llama, save_decoder])
+def test_a_new_adapter_on_an_older_one_is_merged_after_it(rows, tmp_path, capsys, save_base):
+    base_folder = save_base(tmp_path / "base")
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
-    train(make_lora_config(rows, first, llama))
+    train(make_lora_config(rows, first, base_folder))
     train(make_lora_config(rows, second, first))
     setup = set_up_training(make_lora_config(rows, third, second))
     run_training(setup)
     out = capsys.readouterr().out
-    base = f"({llama}, {first} merged into it, {second} merged into it)"
-    assert f"reference: the base model {base} with the adapter switched off." in out
-    order = f"merge {first} into {llama}, then {second} into the result, then {third} into the result."
+    merged = f"({base_folder}, {first} merged into it, {second} merged into it)"
+    assert f"reference: the base model {merged} with the adapter switched off." in out
+    order = f"merge {first} into {base_folder}, then {second} into the result, then {third} into the result."
     assert f"afterwards: {order}" in out
 
-    model = AutoModelForCausalLM.from_pretrained(llama)
+    model = load_pretrained(str(base_folder), None, 128).model
     for folder in (first, second, third):
         model = peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
     trained = logits_of(setup.pretrained.model)

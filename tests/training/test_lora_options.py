@@ -65,6 +65,20 @@ def test_what_does_not_fit_the_model_is_refused(rows, tmp_path, llama):
         set_up(load_in_4bit=True)
 
 
+def test_what_four_bits_need_is_named(rows, tmp_path, llama, monkeypatch):
+    def set_up(**options):
+        config = make_lora_config(rows, tmp_path / "out", llama, load_in_4bit=True, **options)
+        set_up_training(config)
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="on a machine with a CUDA device, but there is none: leave it out"):
+        set_up(cpu=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("dpo_wrapper.training.lora.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="bitsandbytes, which is missing: pip install bitsandbytes"):
+        set_up(cpu=False)
+
+
 def test_a_missing_peft_is_named(rows, tmp_path, llama, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match="peft, but it is missing: pip install peft"):
