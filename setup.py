@@ -54,6 +54,7 @@ setup(
             "mypy>=1.18",
             "pytest>=8",
             "pytest-xdist>=3.6.1",
+            "pytorch-lightning>=2.6",
             "ruff>=0.14.9",
             'triton>=3.5; platform_system == "Linux"',
             'trl>=1.16; python_version >= "3.11"',

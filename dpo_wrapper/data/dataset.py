@@ -29,6 +29,16 @@ class PreferenceDataset(Dataset[dict[str, Any]]):
     trailing run of `pad_id` is padding, all of it. With `pad_to` every item has the same width, and torch's
     default collate makes batches of them.
 
+    From a file to the loss:
+
+        dataset = PreferenceDataset.from_file("pairs.jsonl", tokenizer="bytes", max_length=256)
+        loader = DataLoader(dataset, batch_size=8, collate_fn=PreferenceCollator(dataset.pad_id))
+        for batch in loader:
+            loss = dpo(**batch)
+
+    `DataLoader(dataset.examples, collate_fn=dpo_wrapper.data.collate_preference)` gives `PreferenceBatch`es,
+    for `dpo(batch)` and `dpo.normalize_over_step`.
+
     Args:
         examples: of two completions each, the better first.
         pad_id: the filler.

@@ -2,6 +2,7 @@
 
 from dpo_wrapper.pretrained.adapter import AdapterOrigin
 from dpo_wrapper.pretrained.decoder import PRESETS
+from dpo_wrapper.pretrained.decoder_file import is_decoder_file
 from dpo_wrapper.pretrained.load import load_pretrained
 from dpo_wrapper.pretrained.model import RUN_FILE, PretrainedModel, read_run
 from dpo_wrapper.pretrained.rescaling import rescales_in_eval_mode, undo_rescaling
@@ -12,6 +13,7 @@ __all__ = [
     "RUN_FILE",
     "AdapterOrigin",
     "PretrainedModel",
+    "is_decoder_file",
     "load_pretrained",
     "read_run",
     "rescales_in_eval_mode",

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from dpo_wrapper.data.tokens.tokenizers import load_tokenizer
@@ -47,16 +48,31 @@ def build_decoder(decoder_args: dict[str, Any]) -> nn.Module:
     return TransformerWrapper(**{**decoder_args, "attn_layers": Decoder(**decoder_args["attn_layers"])})
 
 
+def cast_decoder(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast a decoder in place, but for the frequencies of rotary positions, which would move positions."""
+    kept = [module for module in model.modules() if type(module).__name__ == "RotaryEmbedding"]
+    buffers = [(module, name, buffer) for module in kept for name, buffer in module.named_buffers()]
+    model.to(dtype)
+    for module, name, buffer in buffers:
+        module.register_buffer(name, buffer)
+    return model
+
+
 def load_decoder(
-    folder: str, settings: dict[str, Any], tokenizer_name: str | None, tokenizer_options: Mapping[str, Any]
+    folder: str,
+    settings: dict[str, Any],
+    tokenizer_name: str | None,
+    tokenizer_options: Mapping[str, Any],
+    dtype: torch.dtype | None,
 ) -> PretrainedModel:
-    """The x-transformers decoder in a folder that `save_pretrained` wrote."""
+    """The x-transformers decoder in a folder that `save_pretrained` wrote; dtype None for the stored one."""
     from safetensors.torch import load_model
 
     tokenizer_name = tokenizer_name or settings["tokenizer"]
     if tokenizer_name == settings["tokenizer"] == ".":
         tokenizer_name = folder
-    model = build_decoder(settings["x_transformers"])
+    dtype = dtype or getattr(torch, settings.get("dtype", "float32"))
+    model = cast_decoder(build_decoder(settings["x_transformers"]), dtype)
     load_model(model, Path(folder) / WEIGHTS_FILE)
     tokenizer = load_tokenizer(tokenizer_name, **tokenizer_options)
     return PretrainedModel(model, tokenizer, tokenizer_name, settings["x_transformers"])

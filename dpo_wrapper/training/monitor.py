@@ -49,6 +49,11 @@ class Monitor(AbstractContextManager["Monitor"]):
         if self.is_main_process:
             self.run.log_metrics(self.stage, split, step, metrics)
 
+    def print(self, text: str) -> None:
+        """Print text above the progress bar."""
+        if self.is_main_process:
+            tqdm.write(text)
+
     def __exit__(self, *_: object) -> None:
         self.bar.close()
 

@@ -56,6 +56,7 @@ class RunFolder:
         self.run_file = self.path / RUN_FILE
         self.metrics_file = self.path / "metrics.jsonl"
         self.checkpoint_folder = self.path / "checkpoint"
+        self.best_file = self.path / "best.safetensors"
         self.new_checkpoint_folder = self.path / "checkpoint.new"
         self.old_checkpoint_folder = self.path / "checkpoint.old"
         self.settings = json.loads(json.dumps(asdict(config), default=str))
@@ -130,6 +131,9 @@ class RunFolder:
             remove_folder(folder)
         if self.status == "training":
             self._cut_log()
+            self.best_file.unlink(missing_ok=True)
+            if (kept := self.checkpoint_folder / self.best_file.name).exists():
+                link_file(kept, self.best_file)
 
     def _cut_log(self) -> None:
         """Take from the log what came after the checkpoint: it will be logged again."""
@@ -184,6 +188,8 @@ class RunFolder:
     def replace_checkpoint(self, stage: StageName, step: int, is_evaluated: bool = False) -> None:
         """Put the new, complete checkpoint in the place of the previous one, which is kept until then."""
         self.progress = Progress(stage, step, self.metrics_file.stat().st_size, is_evaluated)
+        if self.best_file.exists():
+            link_file(self.best_file, self.new_checkpoint_folder / self.best_file.name)
         write_json(self.new_checkpoint_folder / "progress.json", asdict(self.progress))
         remove_folder(self.old_checkpoint_folder)
         if self.checkpoint_folder.exists():
@@ -230,6 +236,7 @@ class RunFolder:
         """Mark the run as finished, and delete what it would have resumed from."""
         self.set_status("finished")
         remove_folder(self.checkpoint_folder)
+        self.best_file.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path) -> None:
@@ -249,6 +256,14 @@ def check_writable(folder: Path) -> None:
 def write_json(file: Path, content: Any, indent: int | None = None) -> None:
     """Write a file completely or not at all."""
     write_whole(file, json.dumps(content, indent=indent) + "\n")
+
+
+def link_file(file: Path, name: Path) -> None:
+    """Give a file a second name; a copy has it where the file system knows no links."""
+    try:
+        os.link(file, name)
+    except OSError:
+        shutil.copyfile(file, name)
 
 
 def remove_folder(folder: Path) -> None:

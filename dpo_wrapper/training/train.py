@@ -1,6 +1,7 @@
 """Train a model on a file of preferences: `train(TrainConfig(data = ...))`."""
 
 import errno
+import warnings
 from collections.abc import Mapping
 from itertools import zip_longest
 from typing import Any
@@ -22,6 +23,7 @@ from dpo_wrapper.reference.reference import FrozenModel
 from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.training.config import STAGES, TrainConfig
 from dpo_wrapper.training.monitor import create_progress_bar
+from dpo_wrapper.training.policy import compile_layers
 from dpo_wrapper.training.reference_words import describe_merging, describe_reference
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.setup import TrainSetup, set_up_training
@@ -49,7 +51,9 @@ def run_training(setup: TrainSetup) -> RunFolder:
         StoppedBySignal: SIGINT or SIGTERM came during training; there is a checkpoint.
     """
     try:
-        run_stages(setup)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="prefixes are not shared")  # which `Trainer` prints
+            run_stages(setup)
     except (OSError, SafetensorError) as error:
         out = setup.run.path
         is_full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
@@ -67,7 +71,7 @@ def run_stages(setup: TrainSetup) -> None:
     if accelerator.is_main_process:
         run.open()
     accelerator.wait_for_everyone()
-    notes = (*map(describe_plan, setup.stages), *setup.notes, *run.notes)
+    notes = (*(describe_plan(plan, config) for plan in setup.stages), *setup.notes, *run.notes)
     accelerator.print(describe_size(model), *notes, sep="\n")
 
     models: dict[str, nn.Module | None] = {}
@@ -126,11 +130,12 @@ def report_reference(setup: TrainSetup, dpo: DPO, accelerator: Accelerator) -> N
         setup.run.note_reference(sentence)
 
 
-def describe_plan(plan: StagePlan) -> str:
+def describe_plan(plan: StagePlan, config: TrainConfig) -> str:
     """What a stage is trained on, in words."""
     splits = plan.splits
     examples = f"{len(splits.train):,} train and {len(splits.eval):,} eval {splits.unit}"
-    return f"{plan.name}: {examples}, {plan.epochs} epoch{'s' * (plan.epochs != 1)}"
+    limit = "" if config.max_steps is None else f", at most {config.max_steps} steps"
+    return f"{plan.name}: {examples}, {plan.epochs} epoch{'s' * (plan.epochs != 1)}{limit}"
 
 
 def create_stage(setup: TrainSetup, plan: StagePlan, accelerator: Accelerator) -> Stage:
@@ -148,7 +153,7 @@ def build_dpo(setup: TrainSetup, splits: Splits, accelerator: Accelerator) -> DP
     reference: ReferenceKind | CachedReference = "copy" if needs_copy else config.reference
     if config.precompute_ref_log_probs:
         reference = precompute_reference(setup, splits, accelerator)
-    return DPO(
+    dpo = DPO(
         model,
         loss=parse_losses(config.loss),
         reference=reference,
@@ -159,7 +164,11 @@ def build_dpo(setup: TrainSetup, splits: Splits, accelerator: Accelerator) -> DP
         wpo=config.wpo,
         disable_dropout=not (config.lora_dropout or rescales_in_eval_mode(model)),
         router_aux_loss_coef=config.router_aux_loss_coef,
+        share_prefix=config.prefix_sharing,
     )
+    if config.torch_compile and dpo.ref_model is not None:
+        compile_layers(dpo.ref_model)  # a copy is not compiled, and should round as the policy does
+    return dpo
 
 
 def precompute_reference(setup: TrainSetup, splits: Splits, accelerator: Accelerator) -> CachedReference:
@@ -168,7 +177,7 @@ def precompute_reference(setup: TrainSetup, splits: Splits, accelerator: Acceler
     model.to(accelerator.device)
     per_token = config.ld_alpha < 1
     cached = CachedReference(per_token=per_token)
-    scorer = Scorer(model, share_prefix="auto")
+    scorer = Scorer(model, share_prefix=config.prefix_sharing)
     first = scored_sequences(splits.train[:1], config.micro_batch_tokens)[0]
     with accelerator.autocast():
         is_padded = scorer.check(first.to(accelerator.device)).tree is None

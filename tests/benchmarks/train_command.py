@@ -267,7 +267,7 @@ def report(results: dict[str, dict[str, Any]]) -> None:
         if "first_epoch" not in result:
             print(f"{NAMES[name]:<48} {why_not(result)}")
             continue
-        cells = []
+        cells: list[Any] = []
         for key in ("first_epoch", "later_epochs", "peak_mb"):
             value, own = result[key], ours.get(key)
             cells += [value or 0.0, f"{value / own:.2f}" if value and own else ""]

@@ -96,6 +96,11 @@ class LoraOptions(Options):
             )
 
     @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter alone trains, and not the model's own weights."""
+        return self.lora or self.adapter is not None
+
+    @property
     def changes_base_weights(self) -> bool:
         """Whether the initialisation takes what the adapter starts with out of the weights of the base."""
         return self.lora_init.startswith(("pissa", "olora"))
