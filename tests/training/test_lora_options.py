@@ -154,3 +154,12 @@ def test_the_numbers_of_layers():
     assert choose_layers(["model.layers.3.q_proj", "lm_head"], "3") == [3]
     with pytest.raises(ValueError, match="has no numbered blocks"):
         choose_layers(["lm_head"], "3")
+
+
+def test_the_default_rate_of_an_adapter_falls_with_the_number_of_steps(tmp_path):
+    config = TrainConfig(data=tmp_path / "rows.jsonl", model="folder", lora=True)
+    rates = [config.peak_learning_rate("dpo", num_steps) for num_steps in (1, 6, 20, 80, 2000, 10**6)]
+    assert rates == pytest.approx([5e-4, 5e-4, 5e-4, 2.5e-4, 5e-5, 5e-5])
+    assert config.peak_learning_rate("sft", 80) == config.peak_learning_rate("pretrain", 80) == 2e-4
+    given = TrainConfig(data=tmp_path / "rows.jsonl", model="folder", lora=True, learning_rate=1e-3)
+    assert given.peak_learning_rate("dpo", 80) == 1e-3
