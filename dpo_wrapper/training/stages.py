@@ -5,6 +5,7 @@ update however a step is split.
 """
 
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from dpo_wrapper.data.collate import COLLATE_FNS, collate_sft
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.evaluation.evaluate import evaluate
 from dpo_wrapper.log_probs import FusedLoss
+from dpo_wrapper.models.eval_mode import eval_mode
 from dpo_wrapper.reference import LogProbCache
 from dpo_wrapper.scoring import Scorer, SharePrefix
 from dpo_wrapper.training.config import StageName, TrainConfig
@@ -131,6 +133,7 @@ class DPOStage(Stage):
     def __init__(self, plan: StagePlan, dpo: DPO, config: TrainConfig) -> None:
         super().__init__(plan)
         self.sync_steps, self.mixup_alpha = config.ref_model_sync_steps, config.ref_model_mixup_alpha
+        self.has_dropout = config.lora_dropout > 0
         self.dpo = self.module = dpo
         self.scorer = dpo.policy
         self.reference_cache = dpo.reference.cache
@@ -144,6 +147,8 @@ class DPOStage(Stage):
         return self.dpo.normalize_over_step(batches, reduce)
 
     def micro_batch_loss(self, module: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.has_dropout:
+            self.dpo.policy_model.train()
         return module(batch, return_metrics=True)
 
     def end_step(self, step: int, reduce: Reduce) -> None:
@@ -152,4 +157,5 @@ class DPOStage(Stage):
             self.dpo.sync_reference(self.mixup_alpha)
 
     def evaluate(self, module: nn.Module, batches: list[Any], reduce: Reduce | None) -> dict[str, float]:
-        return evaluate(module, batches, reduce)
+        with eval_mode(self.dpo.policy_model) if self.has_dropout else nullcontext():
+            return evaluate(module, batches, reduce)

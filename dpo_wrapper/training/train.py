@@ -135,7 +135,8 @@ def describe_plan(plan: StagePlan, config: TrainConfig) -> str:
     splits = plan.splits
     examples = f"{len(splits.train):,} train and {len(splits.eval):,} eval {splits.unit}"
     limit = "" if config.max_steps is None else f", at most {config.max_steps} steps"
-    return f"{plan.name}: {examples}, {plan.epochs} epoch{'s' * (plan.epochs != 1)}{limit}"
+    epochs = f"{plan.epochs} epoch{'s' * (plan.epochs != 1)}"
+    return f"{plan.name}: {examples}, {epochs}{limit}, learning rate {plan.learning_rate:.2g}"
 
 
 def create_stage(setup: TrainSetup, plan: StagePlan, accelerator: Accelerator) -> Stage:
