@@ -392,3 +392,25 @@ def test_other_threads_run_whole_passes():
     run()
     assert not torch.equal(outputs[1], outputs[0])
     assert torch.equal(outputs[2], outputs[0]) and torch.equal(outputs[3], outputs[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["feed-forwards", "layers", "all"])
+def test_compiled_parts(part):
+    torch._dynamo.reset()
+    policy = upper_lora(FAMILIES["llama"])
+    base = policy.get_base_model().model
+    parts = {"all": [base], "layers": base.layers, "feed-forwards": [layer.mlp for layer in base.layers]}
+    for module in parts[part]:
+        module.compile(backend="aot_eager")
+    dpo = move_policy(DPO(policy, share_prefix=False))
+    reason = "for they are compiled together"
+    assert_same_results(dpo, expected=reason if part == "all" else "layers 0 to 1 of 4 are computed once")
+    torch._dynamo.reset()
+
+
+def test_layers_that_accelerate_moves():
+    hooks = pytest.importorskip("accelerate.hooks")
+    policy = upper_lora(FAMILIES["llama"])
+    hooks.add_hook_to_module(policy.get_base_model().model.layers[3], hooks.AlignDevicesHook("cpu"))
+    assert "for accelerate has spread it over devices" in explain_after_call(DPO(policy))
