@@ -8,9 +8,11 @@ import torch
 from torch import Generator
 
 from dpo_wrapper import DPO, PreferenceBatch, sequence_log_probs
+from dpo_wrapper.evaluation.report import format_before_and_after
 from dpo_wrapper.losses import (
     KTO,
     SFT,
+    Loss,
     PairLogProbs,
     PlackettLuce,
     RankedLogProbs,
@@ -19,15 +21,17 @@ from dpo_wrapper.losses import (
     UnpairedLogProbs,
 )
 from dpo_wrapper.metrics import format_metric, pair_metrics, ranked_metrics, unpaired_metrics
+from dpo_wrapper.training.trainer import format_progress
 from helpers.batches import random_batch
 from helpers.dpo_calls import arguments
 from helpers.models import ZOO
 
+LN2 = math.log(2)
 F32, BF16 = torch.finfo(torch.float32).eps, torch.finfo(torch.bfloat16).eps
 
 
-def accuracy(pairs: PairLogProbs, dtype: torch.dtype = torch.float32, loss=Sigmoid(0.1)) -> float:
-    return pair_metrics(pairs, loss, dtype)["rewards/accuracies"].item()
+def accuracy(pairs: PairLogProbs, dtype: torch.dtype = torch.float32, loss: Loss | None = None) -> float:
+    return pair_metrics(pairs, loss or Sigmoid(0.1), dtype)["rewards/accuracies"].item()
 
 
 def pair_of_log_ratios(chosen: float, rejected: float = 0.0) -> PairLogProbs:
@@ -128,3 +132,10 @@ def test_a_loss_without_rewards_reports_none():
 )
 def test_a_zero_has_no_sign(template: str, value: float, text: str):
     assert format_metric(template, value) == text
+
+
+def test_a_run_prints_its_first_margin_without_a_sign():
+    metrics = {"loss": LN2, "rewards/margins": -1e-9, "rewards/accuracies": 0.5, "pairs/second": 1.0}
+    assert format_progress(metrics, "pairs") == "loss 0.693, margin 0.000, accuracy 0.500, 1.0 pairs/s"
+    table = format_before_and_after([metrics | {"part": "eval"}])
+    assert "reward margin" in table and "0.000" in table and "-0.000" not in table
