@@ -85,10 +85,9 @@ def pair_metrics(pairs: PairLogProbs, loss: Loss | None, dtype: torch.dtype) -> 
 
 
 def ranked_metrics(lists: RankedLogProbs, loss: Loss | None, dtype: torch.dtype) -> Metrics:
-    is_real = lists.is_real
-    rewards = (
-        None if loss is None else Rewards.compute(loss, lists.policy, lists.reference, lists.length, dtype)
-    )
+    is_real, rewards = lists.is_real, None
+    if loss is not None:
+        rewards = Rewards.compute(loss, lists.policy, lists.reference, lists.length, dtype)
     rank = torch.arange(is_real.shape[1], device=is_real.device)
     is_best = rank == is_real.int().argmax(dim=-1, keepdim=True)  # the first with a scored token
     sides = (is_best, is_real & ~is_best)
@@ -234,7 +233,7 @@ class MetricSums:
             name: value if name in COUNTS else value / max(1.0, sums[count_name(name, sums)])
             for name, value in sums.items()
         }
-        if all(side in result for side in SIDE_COUNTS):
+        if "rewards/margins" in result and all(side in result for side in SIDE_COUNTS):
             result["rewards/margins"] = result["rewards/chosen"] - result["rewards/rejected"]
         return result
 

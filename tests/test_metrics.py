@@ -20,7 +20,7 @@ from dpo_wrapper.losses import (
     SimPO,
     UnpairedLogProbs,
 )
-from dpo_wrapper.metrics import format_metric, pair_metrics, ranked_metrics, unpaired_metrics
+from dpo_wrapper.metrics import MetricSums, format_metric, pair_metrics, ranked_metrics, unpaired_metrics
 from dpo_wrapper.training.trainer import format_progress
 from helpers.batches import random_batch
 from helpers.dpo_calls import arguments
@@ -109,6 +109,17 @@ def test_the_narrowest_dtype_of_policy_and_reference_decides(reference_dtype, ex
         metrics = dpo(batch, ref_log_probs=(chosen - 1e-3, rejected), return_metrics=True)[1]
     assert metrics["rewards/accuracies"] == expected
     assert metrics["rewards/margins"].item() == pytest.approx(1e-4, rel=0.1)
+
+
+def test_lists_and_rows_may_have_no_rewards():
+    policy, label = torch.tensor([-1.0, -2.0]), torch.tensor([True, False])
+    lists = RankedLogProbs(policy[None], None, torch.ones(1, 2).bool())
+    rows = UnpairedLogProbs(policy, None, label, torch.tensor(0.0))
+    for metrics in (ranked_metrics(lists, None, torch.float32), unpaired_metrics(rows, None, torch.float32)):
+        sums = MetricSums()
+        sums.add(metrics | {"rows/valid": torch.tensor(2.0)})
+        assert sums.result()["logps/chosen"] == -1.0
+        assert not any(name.startswith("rewards/") for name in sums.result())
 
 
 def test_a_loss_without_rewards_reports_none():
