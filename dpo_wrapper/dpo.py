@@ -72,6 +72,7 @@ class DPO(ReferenceOwner):
         disable_dropout: bool = True,
         router_aux_loss_coef: float | None = None,
     ) -> None:
+        """Put a policy beside its reference; `help(DPO)` describes the arguments."""
         super().__init__()
         validation.check_share_prefix(share_prefix)
         self.loss = CombinedLoss(Sigmoid(beta) if loss is None else loss)
@@ -131,9 +132,10 @@ class DPO(ReferenceOwner):
         masks = (prompt_mask, seq_mask, preferred_seq_mask, unpreferred_seq_mask)
         batch = self.as_batch(preferred_seq, unpreferred_seq, *masks, pair_weights, margins)
         is_given = ref_log_probs is not None
-        reference = batch.given_log_probs(ref_log_probs) if is_given else self.reference(batch.sequences)
+        with self.lower_layers.recording() as record:
+            reference = batch.given_log_probs(ref_log_probs) if is_given else self.reference(batch.sequences)
         extras, fused_loss = ("log_sum_p2",) if self.wpo else (), self.fused_loss(batch, reference)
-        with self.policy_mode():
+        with self.policy_mode(), self.lower_layers.replaying(record, batch.sequences):
             policy = self.policy(batch.sequences, extras, fused_loss)
         log_probs = batch.log_probs(policy, reference)
         losses = self.loss(log_probs)
@@ -173,9 +175,10 @@ class DPO(ReferenceOwner):
     @torch.no_grad()
     def kl_sums(self, batch: UnpairedBatch) -> Float[Tensor, "2"]:
         """What a batch adds to its step's KL estimate: the sum of log-ratios in nats, and their number."""
-        with self.policy_mode():
+        with self.lower_layers.recording() as record:
+            reference = self.reference(batch.kl_sequences)
+        with self.policy_mode(), self.lower_layers.replaying(record, batch.kl_sequences):
             ratios = self.policy(batch.kl_sequences).sums
-        reference = self.reference(batch.kl_sequences)
         ratios = ratios if reference is None else ratios - reference.sums
         is_counted = batch.kl_sequences.length > 0
         return torch.stack([ratios.where(is_counted, 0.0).sum(), is_counted.sum().to(ratios.dtype)])
@@ -197,4 +200,4 @@ class DPO(ReferenceOwner):
 
     def explain(self) -> str:
         """Which paths are in use and why not the others, in plain words; known after the first call."""
-        return f"policy: {self.policy.explain()}\nreference: {self.reference.explain()}" + compile_note(self)
+        return f"policy: {self.policy.explain()}\nreference: {self.explain_reference()}{compile_note(self)}"

@@ -17,7 +17,7 @@ from dpo_wrapper.dpo import DPO
 from dpo_wrapper.evaluation.evaluate import evaluate
 from dpo_wrapper.log_probs import FusedLoss
 from dpo_wrapper.reference import LogProbCache
-from dpo_wrapper.scoring import Scorer
+from dpo_wrapper.scoring import Scorer, SharePrefix
 from dpo_wrapper.training.config import StageName, TrainConfig
 from dpo_wrapper.training.micro_batches import CollateFn
 from dpo_wrapper.training.stage_plan import StagePlan
@@ -67,14 +67,19 @@ class Stage(ABC):
 class SFTModule(nn.Module):
     """Supervised loss: minus the mean log-prob of the scored tokens, in nats per token.
 
-    `router_aux_loss_coef` is that of `DPO`.
+    `router_aux_loss_coef` and `share_prefix` are those of `DPO`.
     """
 
-    def __init__(self, model: nn.Module, router_aux_loss_coef: float | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        router_aux_loss_coef: float | None = None,
+        share_prefix: SharePrefix = "auto",
+    ) -> None:
         super().__init__()
         self.model = model
         self.scorer = Scorer(
-            model, share_prefix="auto", is_eval=False, router_aux_loss_coef=router_aux_loss_coef
+            model, share_prefix=share_prefix, is_eval=False, router_aux_loss_coef=router_aux_loss_coef
         )
 
     def forward(self, batch: SFTBatch) -> Tensor:
@@ -101,7 +106,7 @@ class SFTStage(Stage):
 
     def __init__(self, plan: StagePlan, model: nn.Module, config: TrainConfig) -> None:
         super().__init__(plan)
-        self.module = SFTModule(model, config.router_aux_loss_coef)
+        self.module = SFTModule(model, config.router_aux_loss_coef, config.prefix_sharing)
         self.scorer = self.module.scorer
 
     @property

@@ -92,7 +92,7 @@ def run_in_two_processes(script, *arguments):
 
 
 def run_under_torchrun(script, *arguments, **variables):
-    """A script in the two processes that `torch.distributed.run` starts."""
+    """A script in the two processes that `torch.distributed.run` starts; returns what they print."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         list(map(str, [sys.executable, *launch, script, *arguments])),
@@ -101,6 +101,7 @@ def run_under_torchrun(script, *arguments, **variables):
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), **variables},
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def train_in_two_processes(script, rows, out, loss=None, launch=run_in_two_processes):
