@@ -21,7 +21,7 @@ from dpo_wrapper.losses import (
     UnpairedLogProbs,
 )
 from dpo_wrapper.metrics import MetricSums, format_metric, pair_metrics, ranked_metrics, unpaired_metrics
-from dpo_wrapper.training.trainer import format_progress
+from dpo_wrapper.training.monitor import format_progress
 from helpers.batches import random_batch
 from helpers.dpo_calls import arguments
 from helpers.models import ZOO
