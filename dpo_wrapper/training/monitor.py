@@ -7,6 +7,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from dpo_wrapper.metrics import format_metric
 from dpo_wrapper.training.config import StageName
 from dpo_wrapper.training.explanations import Explanations
 from dpo_wrapper.training.run_folder import RunFolder
@@ -79,5 +80,9 @@ def create_progress_bar(accelerator: Accelerator, label: str, unit: str, **optio
 def format_progress(metrics: dict[str, float], unit: str) -> str:
     """What the progress bar displays beside the step."""
     labels = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
-    parts = [f"{label} {metrics[name]:.3f}" for name, label in labels.items() if name in metrics]
+    parts = [
+        f"{label} {format_metric('{:.3f}', metrics[name])}"
+        for name, label in labels.items()
+        if name in metrics
+    ]
     return ", ".join([*parts, f"{metrics[f'{unit}/second']:.1f} {unit}/s"])
