@@ -76,8 +76,7 @@ class DPO(ReferenceOwner):
         super().__init__()
         validation.check_share_prefix(share_prefix)
         self.loss = CombinedLoss(Sigmoid(beta) if loss is None else loss)
-        if loss is not None:
-            self.loss.check_beta(beta)
+        self.loss.check_beta(beta)
         self.pad_id = validation.check_pad_id(pad_id)
         self.ld_alpha = self.loss.check_ld_alpha(ld_alpha)
         self.wpo = self.loss.check_wpo(wpo)

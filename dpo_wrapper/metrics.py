@@ -63,8 +63,8 @@ def batch_metrics(
 def pair_metrics(pairs: PairLogProbs, loss: Loss | None, dtype: torch.dtype) -> Metrics:
     values = {}
     if loss is not None:
-        chosen = Rewards.of(loss, pairs.chosen, pairs.ref_chosen, pairs.chosen_length, dtype)
-        rejected = Rewards.of(loss, pairs.rejected, pairs.ref_rejected, pairs.rejected_length, dtype)
+        chosen = Rewards.compute(loss, pairs.chosen, pairs.ref_chosen, pairs.chosen_length, dtype)
+        rejected = Rewards.compute(loss, pairs.rejected, pairs.ref_rejected, pairs.rejected_length, dtype)
         values = {
             "rewards/chosen": chosen.values,
             "rewards/rejected": rejected.values,
@@ -85,8 +85,9 @@ def pair_metrics(pairs: PairLogProbs, loss: Loss | None, dtype: torch.dtype) -> 
 
 
 def ranked_metrics(lists: RankedLogProbs, loss: Loss | None, dtype: torch.dtype) -> Metrics:
-    is_real = lists.is_real
-    rewards = None if loss is None else Rewards.of(loss, lists.policy, lists.reference, lists.length, dtype)
+    is_real, rewards = lists.is_real, None
+    if loss is not None:
+        rewards = Rewards.compute(loss, lists.policy, lists.reference, lists.length, dtype)
     rank = torch.arange(is_real.shape[1], device=is_real.device)
     is_best = rank == is_real.int().argmax(dim=-1, keepdim=True)  # the first with a scored token
     sides = (is_best, is_real & ~is_best)
@@ -108,7 +109,7 @@ def unpaired_metrics(rows: UnpairedLogProbs, loss: Loss | None, dtype: torch.dty
     metrics = {"kl": rows.kl.detach()}
     rewards = None
     if loss is not None:
-        rewards = Rewards.of(loss, rows.policy, rows.reference, rows.length, dtype)
+        rewards = Rewards.compute(loss, rows.policy, rows.reference, rows.length, dtype)
         # the reward of a completion whose log-ratio is the KL estimate, which is rounded as rows are
         kl = rows.kl.clamp(min=0).expand_as(rows.policy)
         length = torch.ones_like(rows.label, dtype=torch.long)
@@ -155,7 +156,7 @@ class Rewards:
     rounding: Tensor
 
     @classmethod
-    def of(
+    def compute(
         cls,
         loss: Loss,
         policy: Tensor,
@@ -232,7 +233,7 @@ class MetricSums:
             name: value if name in COUNTS else value / max(1.0, sums[count_name(name, sums)])
             for name, value in sums.items()
         }
-        if all(side in result for side in SIDE_COUNTS):
+        if "rewards/margins" in result and all(side in result for side in SIDE_COUNTS):
             result["rewards/margins"] = result["rewards/chosen"] - result["rewards/rejected"]
         return result
 

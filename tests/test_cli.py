@@ -157,7 +157,7 @@ BAD = {
     "folder with a foreign config": (
         {"d.jsonl": GOOD, "m/config.json": "{}"},
         ["--data", "d.jsonl", "--model", "m"],
-        "--model should be tiny, small, medium, a run folder or a Hugging Face causal LM .*, but m could not",
+        r"--model should be a causal LM that transformers can load, but m could not be loaded \(.*\): check",
     ),
     "tokenizer of another model": (
         {"d.jsonl": GOOD},

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "dpo_wrapper"
 
-LEAVES = "tensor_dataclass tensor_files cpu_matmul version"
+LEAVES = "tensor_dataclass tensor_files hub cpu_matmul version"
 """These import nothing of ours, and every other part may import them."""
 
 CORE = "losses log_probs prefix_tree models batches scoring reference metrics"
@@ -20,6 +20,7 @@ CORE = "losses log_probs prefix_tree models batches scoring reference metrics"
 ALLOWED = {
     "tensor_dataclass": "",
     "tensor_files": "",
+    "hub": "",
     "cpu_matmul": "",
     "version": "",
     "validation": "",

@@ -8,9 +8,11 @@ import torch
 from torch import Generator
 
 from dpo_wrapper import DPO, PreferenceBatch, sequence_log_probs
+from dpo_wrapper.evaluation.report import format_before_and_after
 from dpo_wrapper.losses import (
     KTO,
     SFT,
+    Loss,
     PairLogProbs,
     PlackettLuce,
     RankedLogProbs,
@@ -18,16 +20,18 @@ from dpo_wrapper.losses import (
     SimPO,
     UnpairedLogProbs,
 )
-from dpo_wrapper.metrics import format_metric, pair_metrics, ranked_metrics, unpaired_metrics
+from dpo_wrapper.metrics import MetricSums, format_metric, pair_metrics, ranked_metrics, unpaired_metrics
+from dpo_wrapper.training.monitoring.report_line import format_metrics
 from helpers.batches import random_batch
 from helpers.dpo_calls import arguments
 from helpers.models import ZOO
 
+LN2 = math.log(2)
 F32, BF16 = torch.finfo(torch.float32).eps, torch.finfo(torch.bfloat16).eps
 
 
-def accuracy(pairs: PairLogProbs, dtype: torch.dtype = torch.float32, loss=Sigmoid(0.1)) -> float:
-    return pair_metrics(pairs, loss, dtype)["rewards/accuracies"].item()
+def accuracy(pairs: PairLogProbs, dtype: torch.dtype = torch.float32, loss: Loss | None = None) -> float:
+    return pair_metrics(pairs, loss or Sigmoid(0.1), dtype)["rewards/accuracies"].item()
 
 
 def pair_of_log_ratios(chosen: float, rejected: float = 0.0) -> PairLogProbs:
@@ -107,6 +111,17 @@ def test_the_narrowest_dtype_of_policy_and_reference_decides(reference_dtype, ex
     assert metrics["rewards/margins"].item() == pytest.approx(1e-4, rel=0.1)
 
 
+def test_lists_and_rows_may_have_no_rewards():
+    policy, label = torch.tensor([-1.0, -2.0]), torch.tensor([True, False])
+    lists = RankedLogProbs(policy[None], None, torch.ones(1, 2).bool())
+    rows = UnpairedLogProbs(policy, None, label, torch.tensor(0.0))
+    for metrics in (ranked_metrics(lists, None, torch.float32), unpaired_metrics(rows, None, torch.float32)):
+        sums = MetricSums()
+        sums.add(metrics | {"rows/valid": torch.tensor(2.0)})
+        assert sums.result()["logps/chosen"] == -1.0
+        assert not any(name.startswith("rewards/") for name in sums.result())
+
+
 def test_a_loss_without_rewards_reports_none():
     case = random_batch(Generator().manual_seed(1), b=4, odd=0)
     metrics = DPO(ZOO["hf-llama"](0), loss=SFT())(**arguments(case), return_metrics=True)[1]
@@ -128,3 +143,10 @@ def test_a_loss_without_rewards_reports_none():
 )
 def test_a_zero_has_no_sign(template: str, value: float, text: str):
     assert format_metric(template, value) == text
+
+
+def test_a_run_prints_its_first_margin_without_a_sign():
+    metrics = {"loss": LN2, "rewards/margins": -1e-9, "rewards/accuracies": 0.5, "kl/chosen": -1e-9}
+    assert "  ".join(format_metrics(metrics)) == "loss 0.6931  accuracy  50%  margin  0.000  chosen   0.00"
+    table = format_before_and_after([metrics | {"part": "eval"}])
+    assert "reward margin" in table and "0.000" in table and "-0.000" not in table

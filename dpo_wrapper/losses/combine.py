@@ -184,7 +184,7 @@ class CombinedLoss(nn.Module):
             )
 
     def check_beta(self, beta: object) -> None:
-        """Raise ValueError for a `beta` of `DPO` that would not act, as these losses were given."""
+        """Raise ValueError for a `beta` of `DPO` that is no scale, or that these losses do not have."""
         if not (is_number(beta) and beta > 0):
             raise ValueError(f"beta should be a positive number, but it is {beta!r}.")
         loss_beta = next((float(term.beta) for term, _ in self.terms if hasattr(term, "beta")), None)

@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dpo_wrapper.data.tokens.tokenizers import load_tokenizer
-from dpo_wrapper.pretrained.hub import find_model
+from dpo_wrapper.hub import NotOnHubError, find_on_hub
+from dpo_wrapper.pretrained.decoder import PRESETS
 from dpo_wrapper.pretrained.model import PretrainedModel
 
 
@@ -47,6 +49,25 @@ def load_hugging_face(
         ) from error
     tokenizer = load_tokenizer(tokenizer_name or files, **tokenizer_options)
     return PretrainedModel(model, tokenizer, tokenizer_name or name, None)
+
+
+def find_model(name: str) -> str:
+    """What transformers can load the model from; ValueError that names what may have been meant."""
+    kinds = "a .json file, a run folder or a Hugging Face causal LM by folder or name"
+    expected = f"--model should be {', '.join(PRESETS)}, {kinds}"
+    if "/" not in name and (close := get_close_matches(name, PRESETS, n=1, cutoff=0.75)):
+        raise ValueError(f"{expected}, but it is {name}: did you mean {close[0]}?")
+    if Path(name).is_file():
+        raise ValueError(f"{expected}, but {name} is a file: give the folder that it is in.")
+    try:
+        return find_on_hub(name)
+    except NotOnHubError as error:
+        remedy = "check the name."
+        folder = Path(name).parent
+        siblings = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+        if close := get_close_matches(Path(name).name, siblings, n=1):
+            remedy = f"did you mean {folder / close[0]}?"
+        raise ValueError(f"{expected}, but it is {name}, and {error}: {remedy}") from error
 
 
 class QuantizationError(ValueError):

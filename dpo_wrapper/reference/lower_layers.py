@@ -86,12 +86,15 @@ class LowerLayers:
             return "dropout may stay on"
         if self.policy.aux_loss_coef:
             return "the loss that balances experts needs the choices of all layers"
-        for model in (self.policy.language_model.model, self.reference.model):
+        for scorer in (self.policy, self.reference.scorer):
+            model = scorer.language_model.model
             if is_sharded(model):
                 return "FSDP gathers its layers"
+            layers = {id(layer.module) for layer in scorer.language_model.decoder_layers()}
             for module in model.modules():
-                if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
-                    return "a part of it is compiled"
+                is_compiled = hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+                if is_compiled and any(id(part) in layers for part in module.modules() if part is not module):
+                    return "they are compiled together"
                 if "_hf_hook" in vars(module):
                     return "accelerate has spread it over devices"
         return None

@@ -1,5 +1,6 @@
 """Settings of a training run: all groups of options together."""
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -55,14 +56,26 @@ class TrainConfig(DataOptions, ModelOptions, LoraOptions, LossOptions, Optimizat
     def is_new_model(self) -> bool:
         return self.adapter is None and super().is_new_model
 
-    @property
-    def peak_sft_learning_rate(self) -> float:
-        return self.sft_learning_rate or (2e-3 if self.is_new_model else 1e-5)
+    def peak_learning_rate(self, stage: StageName, num_steps: int) -> float:
+        """The peak learning rate of a stage of so many steps, as it was given or by default."""
+        given = {
+            "pretrain": self.pretrain_learning_rate or self.sft_learning_rate,
+            "sft": self.sft_learning_rate,
+            "dpo": self.learning_rate,
+        }[stage]
+        if given is not None:
+            return given
+        if self.has_adapter:
+            return default_adapter_rate(num_steps) if stage == "dpo" else 2e-4
+        if self.is_new_model:
+            return 1e-4 if stage == "dpo" else 2e-3
+        return 1e-6 if stage == "dpo" else 1e-5
 
-    @property
-    def peak_pretrain_learning_rate(self) -> float:
-        return self.pretrain_learning_rate or self.peak_sft_learning_rate
 
-    @property
-    def peak_learning_rate(self) -> float:
-        return self.learning_rate or (1e-4 if self.is_new_model else 1e-6)
+def default_adapter_rate(num_steps: int) -> float:
+    """For preferences: 5e-4 up to 20 steps, then less with the square root of their number, down to 5e-5.
+
+    A step of Adam moves each weight by about the rate, whatever the gradient, so that a few steps need a
+    higher one to change what the policy writes, and many steps at that rate would leave the reference behind.
+    """
+    return max(5e-5, 5e-4 * min(1.0, math.sqrt(20 / max(1, num_steps))))

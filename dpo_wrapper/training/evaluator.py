@@ -129,3 +129,6 @@ class Evaluator:
         undo_rescaling(self.stage.model)
         if not is_end:
             self.monitor.print(f"\n{format_samples(records, MAX_SAMPLE_CHARS)}\n")
+        lengths = self.samples.measure_lengths(records)
+        if "length/reference" in lengths:
+            self.monitor.explain("samples", step, lengths)

@@ -104,11 +104,11 @@ def quantize_to_4bit(config: TrainConfig) -> Any:
         raise ValueError(
             f"--load-in-4bit should be given on a machine with a CUDA device, but {why}: leave it out."
         )
-    PartialState()  # each process loads to its own device
     if find_spec("bitsandbytes") is None:
         raise ImportError("--load-in-4bit needs bitsandbytes, which is missing: pip install bitsandbytes.")
     from transformers import BitsAndBytesConfig
 
+    PartialState()  # from now on each process loads to its own device
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

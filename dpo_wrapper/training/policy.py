@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -50,12 +51,18 @@ def set_up_policy(model: nn.Module, config: TrainConfig) -> list[str]:
 def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Stop the parameters whose names match a pattern from training; a note says how many train."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    train_before = {name for name, p in parameters.items() if p.requires_grad}
     for pattern in patterns:
         names = [name for name in parameters if re.search(pattern, name)]
         if not names:
             raise ValueError(
                 f"--freeze should match names of parameters, but {pattern} matches none: "
                 f"{suggest_names(pattern, list(parameters))}."
+            )
+        if train_before.isdisjoint(names):
+            raise ValueError(
+                f"--freeze should match parameters that would train, but {pattern} matches none of the "
+                "adapter, and its base is frozen anyway: leave it out."
             )
         for name in names:
             parameters[name].requires_grad_(False)
@@ -92,18 +99,18 @@ def check_trained_dtype(model: nn.Module, config: TrainConfig) -> list[str]:
     ]
 
 
-def enable_checkpointing(model: nn.Module) -> None:
+def enable_checkpointing(model: Any) -> None:
     """Have the layers of a model of transformers run again in backward."""
+    name = type(language_model(model).called_module).__name__
     problem = "--gradient-checkpointing should be given for a model that can compute its layers again"
     if not hasattr(model, "gradient_checkpointing_enable"):
         raise ValueError(
-            f"{problem}, but {type(model).__name__} of x-transformers has no such option: lower "
-            "--micro-batch-tokens instead."
+            f"{problem}, but {name} of x-transformers has no such option: lower --micro-batch-tokens instead."
         )
     try:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
-        raise ValueError(f"{problem}, but {type(model).__name__} cannot: leave it out.") from error
+        raise ValueError(f"{problem}, but {name} cannot: leave it out.") from error
 
 
 def check_sharing(model: nn.Module) -> None:
@@ -120,11 +127,12 @@ def compile_layers(model: nn.Module) -> int:
 
     Attention is not compiled: a prefix tree would break it up, and torch would compile it for each layer.
     """
-    layers = list(find_feed_forward(language_model(model).called_module))
+    module = language_model(model).called_module
+    layers = list(find_feed_forward(module))
     if not layers:
         raise ValueError(
             "--torch-compile should be given for a model with feed-forward layers of their own class, but "
-            f"{type(model).__name__} has none: leave it out."
+            f"{type(module).__name__} has none: leave it out."
         )
     for layer in layers:
         layer.compile(dynamic=True)

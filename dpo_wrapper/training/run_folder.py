@@ -62,6 +62,7 @@ class RunFolder:
         self.metrics_file = self.path / "metrics.jsonl"
         self.samples_file = self.path / "samples.jsonl"
         self.checkpoint_folder = self.path / "checkpoint"
+        self.explanations_file = self.path / "explanations.jsonl"
         self.best_file = self.path / "best.safetensors"
         self.new_checkpoint_folder = self.path / "checkpoint.new"
         self.old_checkpoint_folder = self.path / "checkpoint.old"

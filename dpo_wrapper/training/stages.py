@@ -6,7 +6,7 @@ update however a step is split.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from dpo_wrapper.dpo import DPO
 from dpo_wrapper.evaluation.evaluate import evaluate
 from dpo_wrapper.evaluation.exact_answers import ExactAnswers
 from dpo_wrapper.log_probs import FusedLoss
+from dpo_wrapper.models.eval_mode import eval_mode
 from dpo_wrapper.reference import LogProbCache
 from dpo_wrapper.reference.reference import ModelReference
 from dpo_wrapper.scoring import Scorer, SharePrefix
@@ -166,6 +167,7 @@ class DPOStage(Stage):
     def __init__(self, plan: StagePlan, dpo: DPO, config: TrainConfig) -> None:
         super().__init__(plan)
         self.sync_steps, self.mixup_alpha = config.ref_model_sync_steps, config.ref_model_mixup_alpha
+        self.has_dropout = config.lora_dropout > 0
         self.dpo = self.module = dpo
         self.scorer = dpo.policy
         self.reference_cache = dpo.reference.cache
@@ -180,6 +182,8 @@ class DPOStage(Stage):
         return self.dpo.normalize_over_step(batches, reduce)
 
     def micro_batch_loss(self, module: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.has_dropout:
+            self.dpo.policy_model.train()
         return module(batch, return_metrics=True)
 
     def end_step(self, step: int, reduce: Reduce) -> None:
@@ -190,7 +194,8 @@ class DPOStage(Stage):
     def evaluate(
         self, module: nn.Module, batches: list[Any], reduce: Reduce | None, progress: Progress
     ) -> dict[str, float]:
-        return evaluate(module, batches, reduce, progress)
+        with eval_mode(self.dpo.policy_model) if self.has_dropout else nullcontext():
+            return evaluate(module, batches, reduce, progress)
 
     @contextmanager
     def reference_model(self) -> Iterator[nn.Module | None]:

@@ -95,35 +95,44 @@ def test_rewards_of_sums_are_the_same_for_every_divergence(loss: Any):
 # the rewards of a sum
 
 
+def make_function() -> Any:
+    def function(pairs: PairLogProbs) -> Tensor:
+        return -pairs.chosen
+
+    return function
+
+
 def half_of_policy(policy: Tensor, reference: Tensor | None, length: Tensor) -> Tensor:
     return policy / 2
 
 
-def test_the_first_loss_that_has_rewards_gives_those_of_a_sum():
-    def function(pairs: PairLogProbs) -> Tensor:
-        return -pairs.chosen
+def rewards_of_sum(loss: Any) -> tuple[Tensor, Tensor]:
+    reward_loss = CombinedLoss(loss).reward_loss
+    assert isinstance(reward_loss, PairLoss)
+    return reward_loss.rewards(example_pair())
 
+
+def test_the_first_loss_that_has_rewards_gives_those_of_a_sum():
     first = CombinedLoss([(SFT(), 1.0), (SimPO(), 0.5), (Sigmoid(), 2.0)])
     assert first.reward_loss == SimPO()
     assert CombinedLoss(SFT()).reward_loss is None
 
-    rewards = CombinedLoss([(function, 1.0), (Sigmoid(), 1.0)]).reward_loss.rewards(example_pair())
+    function = make_function()
+    rewards = rewards_of_sum([(function, 1.0), (Sigmoid(), 1.0)])
     assert is_close(torch.cat(rewards), [2.0, -4.0])
     function.reward = half_of_policy
-    rewards = CombinedLoss(function).reward_loss.rewards(example_pair())
+    rewards = rewards_of_sum(function)
     assert is_close(torch.cat(rewards), [-2.0, -4.5])
     function.has_rewards = False
     assert CombinedLoss([(function, 1.0), (Sigmoid(), 1.0)]).reward_loss == Sigmoid()
 
 
 def test_a_reward_that_is_no_value_per_completion_is_refused():
-    def function(pairs: PairLogProbs) -> Tensor:
-        return -pairs.chosen
-
+    function = make_function()
     function.reward = lambda policy, reference, length: policy.mean()
     message = r"a reward should give one value per completion, shape \(1,\), but function.reward gave \(\)"
     with pytest.raises(ValueError, match=message):
-        CombinedLoss(function).reward_loss.rewards(example_pair())
+        rewards_of_sum(function)
 
 
 def test_a_loss_without_beta_has_log_ratios_as_rewards():

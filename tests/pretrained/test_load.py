@@ -47,7 +47,7 @@ def unreachable(monkeypatch):
     [
         ("smal", "but it is smal: did you mean small?"),
         ("Medium", "did you mean medium?"),
-        ("/no/such/folder", "but there is no such folder as /no/such/folder: check the name."),
+        ("/no/such/folder", "but it is /no/such/folder, and there is no such folder: check the name."),
         ("./runs", "there is no such folder"),
         ("a/b/c", "there is no such folder"),
     ],
@@ -63,7 +63,7 @@ def test_a_folder_with_a_close_name_is_named(unreachable, tmp_path, monkeypatch)
     (tmp_path / "runs" / "first").mkdir(parents=True)
     (tmp_path / "weights.bin").touch()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"no such folder as runs/fist, .* did you mean runs/first\?$"):
+    with pytest.raises(ValueError, match=r"it is runs/fist, and .* did you mean runs/first\?$"):
         load_pretrained("runs/fist", None, 32)
     assert unreachable == ["runs/fist"]  # which could be a model's name on the hub
     with pytest.raises(ValueError, match=r"but weights.bin is a file: give the folder"):
@@ -73,10 +73,13 @@ def test_a_folder_with_a_close_name_is_named(unreachable, tmp_path, monkeypatch)
 def test_a_hub_that_cannot_be_reached_is_asked_once(unreachable, monkeypatch, llama):
     import huggingface_hub
 
-    message = r"no such folder as owner/model, and the hub cannot be reached \(no route to host\): check"
+    message = r"there is no such folder, and the hub cannot be reached \(no route to host\): check"
     with pytest.raises(ValueError, match=message):
         load_pretrained("owner/model", None, 32)
     assert unreachable == ["owner/model"]
+    with pytest.raises(ValueError, match=r"but 'a/b' is neither \(.*the hub cannot be reached"):
+        load_pretrained("tiny", "a/b", 32)
+    assert unreachable == ["owner/model", "a/b"]
     # an earlier download is used
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, local_files_only: llama)
     assert load_pretrained("owner/model", "bytes", 32).num_embeddings == 300
@@ -90,7 +93,7 @@ def test_a_name_that_the_hub_does_not_know_is_told(monkeypatch):
         raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
-    with pytest.raises(ValueError, match=r"as owner/model, and no such model on the hub: check the name\.$"):
+    with pytest.raises(ValueError, match=r"no such folder, and no such model on the hub: check"):
         load_pretrained("owner/model", None, 32)
 
 

@@ -1,6 +1,7 @@
 """Lower layers that policy and reference have in common run once, and nothing else changes by it."""
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from dpo_wrapper import DPO, RankedBatch, UnpairedBatch
 from dpo_wrapper.losses import KTO, PairLogProbs, PlackettLuce
+from dpo_wrapper.models import language_model
 from dpo_wrapper.models.lower_layers import LayerRecord
 from dpo_wrapper.prefix_tree import PrefixSharingError
 from dpo_wrapper.reference.lower_layers import LowerLayers
@@ -131,6 +133,14 @@ def test_upper_blocks_of_x_transformers(name, share_prefix):
     frozen = ("token_emb", "pos_emb", "attn_layers.stream", *(f"attn_layers.layers.{k}." for k in range(3)))
     dpo = move_policy(DPO(freeze_lower(XT[name](0), frozen), share_prefix=share_prefix))
     assert_same_results(dpo, expected="blocks 0 to 2 of 4")
+
+
+def test_frozen_weights_of_zeros():
+    """What stands in for them in other trials would not be the reference's."""
+    policy = FAMILIES["qwen2"](0)
+    nn.init.zeros_(policy.model.layers[0].self_attn.q_proj.bias)
+    dpo = move_policy(DPO(freeze_lower(policy, ("model.embed_tokens", "model.layers.0."))))
+    assert_same_results(dpo, expected="layer 0 of 4 is computed once for both")
 
 
 def test_a_trained_head_alone():
@@ -361,3 +371,46 @@ def test_evaluation_first_and_an_embedding_that_moves_afterwards():
         dpo(**arguments(CASES[0]))
     move_policy(dpo)
     assert "for what is below them trains" in explain_after_call(dpo)
+
+
+def test_other_threads_run_whole_passes():
+    model = FAMILIES["llama"](0).double()
+    layers = language_model(model).decoder_layers()[:2]
+    record, ids, outputs = LayerRecord(layers, layers), torch.arange(6)[None], []
+
+    def run() -> None:
+        outputs.append(model(ids).logits.detach())
+
+    with record.recording():
+        run()
+    record.output = torch.zeros_like(record.output)
+    with record.replaying():
+        run()
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    run()
+    assert not torch.equal(outputs[1], outputs[0])
+    assert torch.equal(outputs[2], outputs[0]) and torch.equal(outputs[3], outputs[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["feed-forwards", "layers", "all"])
+def test_compiled_parts(part):
+    torch._dynamo.reset()
+    policy = upper_lora(FAMILIES["llama"])
+    base = policy.get_base_model().model
+    parts = {"all": [base], "layers": base.layers, "feed-forwards": [layer.mlp for layer in base.layers]}
+    for module in parts[part]:
+        module.compile(backend="aot_eager")
+    dpo = move_policy(DPO(policy, share_prefix=False))
+    reason = "for they are compiled together"
+    assert_same_results(dpo, expected=reason if part == "all" else "layers 0 to 1 of 4 are computed once")
+    torch._dynamo.reset()
+
+
+def test_layers_that_accelerate_moves():
+    hooks = pytest.importorskip("accelerate.hooks")
+    policy = upper_lora(FAMILIES["llama"])
+    hooks.add_hook_to_module(policy.get_base_model().model.layers[3], hooks.AlignDevicesHook("cpu"))
+    assert "for accelerate has spread it over devices" in explain_after_call(DPO(policy))

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from dpo_wrapper.pretrained import load_pretrained
 from dpo_wrapper.training.setup import set_up_training
-from dpo_wrapper.training.train import build_dpo, run_training, train
+from dpo_wrapper.training.train import build_dpo, create_stage, run_training, train
 from dpo_wrapper.training.trainer import create_accelerator
 from helpers.lora_runs import logits_of, make_lora_config, save_decoder, save_llama
 from helpers.marks import mark_slow_except
@@ -103,6 +103,21 @@ def test_a_new_adapter_costs_no_second_model_and_an_older_one_only_its_own_weigh
     assert torch.equal(logits_of(dpo.policy_model), logits_of(dpo.ref_model))
 
 
+def test_dropout_acts_on_the_policy_in_steps_alone(rows, tmp_path, llama):
+    setup = set_up_training(make_lora_config(rows, tmp_path / "out", llama, lora_dropout=0.5))
+    with torch.no_grad():
+        for name, parameter in setup.pretrained.model.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.1
+    stage = create_stage(setup, setup.stages[-1], create_accelerator(setup.config))
+    (batch,) = stage.normalize_over_step([stage.collate_fn(setup.stages[-1].splits.train[:3])], None)
+    losses = {stage.micro_batch_loss(stage.module, batch)[0].item() for _ in range(3)}
+    assert len(losses) == 3
+    evaluated = {stage.evaluate(stage.module, [batch], None)["loss"] for _ in range(3)}
+    assert len(evaluated) == 1 and evaluated.isdisjoint(losses)
+    assert stage.evaluate(stage.module, [batch], None)["rewards/margins"] == pytest.approx(0, abs=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("as_model", [True, False])
 def test_an_adapter_is_continued_and_its_reference_is_the_adapter_as_it_was(
@@ -125,21 +140,21 @@ def test_an_adapter_is_continued_and_its_reference_is_the_adapter_as_it_was(
 
 
 @pytest.mark.slow
-def test_a_new_adapter_on_an_older_one_is_merged_after_it(rows, tmp_path, llama, capsys):
-    from transformers import AutoModelForCausalLM
-
+@pytest.mark.parametrize("save_base", [save_llama, save_decoder])
+def test_a_new_adapter_on_an_older_one_is_merged_after_it(rows, tmp_path, capsys, save_base):
+    base_folder = save_base(tmp_path / "base")
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
-    train(make_lora_config(rows, first, llama))
+    train(make_lora_config(rows, first, base_folder))
     train(make_lora_config(rows, second, first))
     setup = set_up_training(make_lora_config(rows, third, second))
     run_training(setup)
     out = capsys.readouterr().out
-    base = f"({llama}, {first} merged into it, {second} merged into it)"
-    assert f"reference: the base model {base} with the adapter switched off." in out
-    order = f"merge {first} into {llama}, then {second} into the result, then {third} into the result."
+    merged = f"({base_folder}, {first} merged into it, {second} merged into it)"
+    assert f"reference: the base model {merged} with the adapter switched off." in out
+    order = f"merge {first} into {base_folder}, then {second} into the result, then {third} into the result."
     assert f"afterwards: {order}" in out
 
-    model = AutoModelForCausalLM.from_pretrained(llama)
+    model = load_pretrained(str(base_folder), None, 128).model
     for folder in (first, second, third):
         model = peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
     trained = logits_of(setup.pretrained.model)
@@ -148,19 +163,26 @@ def test_a_new_adapter_on_an_older_one_is_merged_after_it(rows, tmp_path, llama,
     torch.testing.assert_close(logits_of(ours.model), trained, rtol=1e-3, atol=1e-3)
 
 
+@pytest.fixture(scope="module", params=["default", "PiSSA, fast", "DoRA", "dropout"])
+def whole_run(request, rows, llama, tmp_path_factory):
+    """The options of a run that has two stages, and its folder."""
+    options = VARIANTS[request.param] | {"sft_epochs": 1, "save_steps": 2, "sft_learning_rate": 1e-2}
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    train(make_lora_config(rows, folder, llama, **options))
+    return options, folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage, after_steps", [("sft", 3), ("dpo", 0), ("dpo", 3)])
-@pytest.mark.parametrize("name", ["default", "PiSSA, fast", "DoRA", "dropout"])
-def test_an_interrupted_run_resumes_to_the_same_adapter(rows, tmp_path, llama, name, stage, after_steps):
-    options = VARIANTS[name] | {"sft_epochs": 1, "save_steps": 2, "sft_learning_rate": 1e-2}
-    train(make_lora_config(rows, tmp_path / "whole", llama, **options))
+def test_an_interrupted_run_resumes_to_the_same_adapter(rows, tmp_path, llama, whole_run, stage, after_steps):
+    options, whole = whole_run
     with interrupt_training(stage, after_steps=after_steps):
         train(make_lora_config(rows, tmp_path / "out", llama, **options))
     torch.manual_seed(999)  # whatever the state of the new process
     train(make_lora_config(rows, tmp_path / "out", llama, resume=True, **options))
-    assert read_metrics(tmp_path / "out") == read_metrics(tmp_path / "whole")
+    assert read_metrics(tmp_path / "out") == read_metrics(whole)
     for file in ("adapter_model.safetensors", "sft/adapter_model.safetensors"):
-        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+        assert (tmp_path / "out" / file).read_bytes() == (whole / file).read_bytes()
 
 
 @pytest.mark.slow

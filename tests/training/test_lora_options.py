@@ -65,6 +65,20 @@ def test_what_does_not_fit_the_model_is_refused(rows, tmp_path, llama):
         set_up(load_in_4bit=True)
 
 
+def test_what_four_bits_need_is_named(rows, tmp_path, llama, monkeypatch):
+    def set_up(**options):
+        config = make_lora_config(rows, tmp_path / "out", llama, load_in_4bit=True, **options)
+        set_up_training(config)
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="on a machine with a CUDA device, but there is none: leave it out"):
+        set_up(cpu=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("dpo_wrapper.training.lora.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="bitsandbytes, which is missing: pip install bitsandbytes"):
+        set_up(cpu=False)
+
+
 def test_a_missing_peft_is_named(rows, tmp_path, llama, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match="peft, but it is missing: pip install peft"):
@@ -140,3 +154,12 @@ def test_the_numbers_of_layers():
     assert choose_layers(["model.layers.3.q_proj", "lm_head"], "3") == [3]
     with pytest.raises(ValueError, match="has no numbered blocks"):
         choose_layers(["lm_head"], "3")
+
+
+def test_the_default_rate_of_an_adapter_falls_with_the_number_of_steps(tmp_path):
+    config = TrainConfig(data=tmp_path / "rows.jsonl", model="folder", lora=True)
+    rates = [config.peak_learning_rate("dpo", num_steps) for num_steps in (1, 6, 20, 80, 2000, 10**6)]
+    assert rates == pytest.approx([5e-4, 5e-4, 5e-4, 2.5e-4, 5e-5, 5e-5])
+    assert config.peak_learning_rate("sft", 80) == config.peak_learning_rate("pretrain", 80) == 2e-4
+    given = TrainConfig(data=tmp_path / "rows.jsonl", model="folder", lora=True, learning_rate=1e-3)
+    assert given.peak_learning_rate("dpo", 80) == 1e-3

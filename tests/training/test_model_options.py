@@ -119,6 +119,30 @@ def test_patterns_that_cannot_be_are_told(rows, tmp_path, llama, patterns, messa
         set_up(rows, tmp_path, freeze=patterns, **llama)
 
 
+def test_what_an_adapter_has_frozen_is_told(rows, tmp_path, llama):
+    with pytest.raises(ValueError, match=r"but embed matches none of the adapter, and its base is frozen"):
+        set_up(rows, tmp_path, lora=True, freeze="embed", **llama)
+    model = set_up(rows, tmp_path, lora=True, freeze="lora_A", **llama).pretrained.model
+    assert all("lora_B" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["tiny", "llama"])
+def test_an_adapter_trains_on_a_base_in_bfloat16(rows, tmp_path, llama, model):
+    options = {"lora": True, "dtype": "bfloat16", "learning_rate": 1e-2}
+    options |= (llama | {"gradient_checkpointing": True}) if model == "llama" else {"sft_epochs": 0}
+    if model == "tiny":
+        train(make_config(rows, tmp_path / "base", **(SMALL | {"sft_epochs": 1})))
+        options |= {"model": str(tmp_path / "base")}
+    setup = set_up_training(make_config(rows, tmp_path / "out", **(SMALL | options)))
+    dtypes = {(p.requires_grad, p.dtype) for p in setup.pretrained.model.parameters()}
+    assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
+    assert not any("bfloat16" in note for note in setup.notes)
+    run_training(setup)
+    records = [record for record in read_metrics(tmp_path / "out") if record["part"] == "train"]
+    assert records[1]["loss"] < records[0]["loss"] - 0.1 and records[0]["rewards/margins"] == 0.0
+
+
 def test_a_tied_head_is_found_by_its_name(rows, tmp_path):
     hf_llama(0, vocab_size=300, tie_word_embeddings=True, max_position_embeddings=128).save_pretrained(
         tmp_path / "tied"
@@ -240,11 +264,11 @@ def test_a_model_that_the_probe_refuses_stops_with_a_sentence(rows, tmp_path, ll
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["tiny", "llama"])
 def test_a_run_with_these_options_resumes_to_the_same_result(rows, tmp_path, llama, model):
-    options = {"dtype": "bfloat16", "freeze": ("token_emb",), "share_prefix": "never"}
+    options: dict = {"dtype": "bfloat16", "freeze": ("token_emb",), "share_prefix": "never"}
     if model == "llama":
         checkpointing = {"gradient_checkpointing": True, "attn_implementation": "eager"}
         options |= llama | checkpointing | {"freeze": ("embed_tokens", r"layers\.0\.self_attn")}
-    options = SMALL | options | {"sft_epochs": 1, "learning_rate": 1e-3}
+    options |= SMALL | {"sft_epochs": 1, "learning_rate": 1e-3}
     train(make_config(rows, tmp_path / "whole", **options))
     config = make_config(rows, tmp_path / "out", **(options | {"save_steps": 1}))
     with interrupt_training("dpo", after_steps=2):

@@ -16,10 +16,10 @@ NEW, LOADED = AdapterOrigin("org/base"), AdapterOrigin("org/base", folder="/runs
 STACKED = AdapterOrigin("org/base", merged=("/runs/a", "/runs/b"))
 
 
-def words(reference, adapter=None, stage_before=None, model="tiny", **options):
+def words(made, adapter=None, stage_before=None, model="tiny", **options):
     config = TrainConfig(data=Path("rows.jsonl"), model=model, **options)
     pretrained = PretrainedModel(None, load_tokenizer("bytes"), "bytes", None, adapter)
-    return describe_reference(reference, pretrained, config, stage_before)
+    return describe_reference(made, pretrained, config, stage_before)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from dpo_wrapper.metrics import MetricSums
 from dpo_wrapper.training.config import StageName
+from dpo_wrapper.training.explanations import Explanations
 from dpo_wrapper.training.monitoring.figure import Figure
 from dpo_wrapper.training.monitoring.memory import measure_peak_memory
 from dpo_wrapper.training.monitoring.report_line import format_evaluation_line, format_step_line
@@ -49,6 +50,9 @@ class Monitor(AbstractContextManager["Monitor"]):
         self.schedule, self.steps_done = schedule, steps_done
         self.trackers, self.step_offset = trackers, step_offset
         self.is_main_process = accelerator.is_main_process
+        if self.is_main_process:
+            records = [record for record in run.read_records() if record["stage"] == stage]
+            self.explanations = Explanations(run.explanations_file, run.settings, schedule.num_steps, records)
         self.time_left = TimeLeft(schedule)
         self.figure = Figure(run)
         self.forget_steps()
@@ -87,6 +91,7 @@ class Monitor(AbstractContextManager["Monitor"]):
             left = self.time_left.estimate(step)
             print_line(format_step_line(self.stage, step, self.schedule.num_steps, recent, left))
             self.forget_steps()
+        self.explain("step", step, metrics)
 
     def measure_speed(self, metrics: dict[str, float], seconds: float) -> dict[str, float]:
         """Tokens per second, and memory, where so many seconds were needed for these metrics."""
@@ -105,7 +110,13 @@ class Monitor(AbstractContextManager["Monitor"]):
             where = f"{num_examples:,} {split} {self.unit}"
             print_line(format_evaluation_line(*place, metrics, where, seconds))
 
+            self.explain(split, step, metrics)
             self.figure.draw_if_cheap()
+
+    def explain(self, part: str, step: int, metrics: dict[str, float]) -> None:
+        """Print what the metrics mean, where it is worth saying and was not said before."""
+        for sentence in self.explanations.observe(self.stage, part, step, metrics):
+            print_line(sentence)
 
     def log(self, part: str, step: int, metrics: dict[str, float]) -> None:
         values = metrics | {"elapsed_seconds": self.run.elapsed_seconds()}

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dpo_wrapper.metrics import format_metric
 
 METRIC_FORMATS = (
-    ("loss", "loss", "{:.4f}"),
-    ("accuracy", "rewards/accuracies", "{:>4.0%}"),
-    ("margin", "rewards/margins", "{:+.3f}"),
-    ("chosen", "kl/chosen", "{:+.2f}"),
-    ("exact answers", "exact_answers", "{:.0%}"),
+    ("loss", "loss", "{:.4f}", 6),
+    ("accuracy", "rewards/accuracies", "{:.0%}", 4),
+    ("margin", "rewards/margins", "{:.3f}", 6),
+    ("chosen", "kl/chosen", "{:.2f}", 6),
+    ("exact answers", "exact_answers", "{:.0%}", 4),
 )
-"""Label, metric and format of what both lines say. `kl/chosen` is how the log-prob of chosen has changed."""
+"""Label, metric, format and least width of what both lines say. `kl/chosen` is how the log-prob of chosen has changed."""
 
 
 def format_step_line(
@@ -41,8 +41,8 @@ def format_place(stage: str, step: int, num_steps: int) -> str:
 def format_metrics(metrics: Mapping[str, float]) -> list[str]:
     """The metrics that there are, with labels; of supervised training the perplexity too."""
     parts = [
-        f"{label} {format_metric(template, metrics[name])}"
-        for label, name, template in METRIC_FORMATS
+        f"{label} {format_metric(template, metrics[name]):>{width}}"
+        for label, name, template, width in METRIC_FORMATS
         if name in metrics
     ]
     if "kl/chosen" not in metrics and "logps/chosen" in metrics:

@@ -1,6 +1,8 @@
 """Completions of policy and reference for the same few prompts, side by side, while a stage runs."""
 
 import json
+from collections.abc import Sequence
+from statistics import fmean
 
 from torch import nn
 
@@ -11,6 +13,9 @@ from dpo_wrapper.training.config import STAGES
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.stage_plan import Splits
 from dpo_wrapper.training.stages import Stage
+
+Sample = dict[str, str | int | None]
+"""A line of samples.jsonl."""
 
 
 class Samples:
@@ -48,7 +53,7 @@ class Samples:
         with self.stage.reference_model() as model:
             return self.stage.has_reference and model is None
 
-    def take(self, step: int) -> list[dict[str, str | int | None]]:
+    def take(self, step: int) -> list[Sample]:
         """Generate completions after a step, and write them; returns their records."""
         policy = self.generate(self.stage.model)
         if self.reference_completions is None or self.stage.reference_changes:
@@ -56,7 +61,7 @@ class Samples:
             if step == 0 and self.needs_start:
                 self.reference_completions = [*policy]
         decode = self.pretrained.tokenizer.decode
-        new = [
+        new: list[Sample] = [
             {
                 "stage": self.stage.name,
                 "step": step,
@@ -74,6 +79,15 @@ class Samples:
         lines = [json.dumps(record, ensure_ascii=False) for record in self.records]
         write_whole(self.run.samples_file, "\n".join(lines) + "\n")
         return new
+
+    def measure_lengths(self, records: Sequence[Sample]) -> dict[str, float]:
+        """Mean lengths in tokens of the completions of each model that has any."""
+        lengths = {}
+        for name in ("policy", "reference"):
+            texts = [text for record in records if isinstance(text := record[name], str)]
+            if texts:
+                lengths[f"length/{name}"] = fmean(len(self.pretrained.tokenizer.encode(t)) for t in texts)
+        return lengths
 
     def generate_from_reference(self) -> list[str | None]:
         with self.stage.reference_model() as model:

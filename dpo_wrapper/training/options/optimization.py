@@ -36,14 +36,17 @@ class OptimizationOptions(Options):
     """Epochs of supervised training. By default 10 for a new model; for others 1 if there is data for it or
     --stage asks for it, else 0."""
     sft_learning_rate: float | None = None
-    """Peak learning rate of supervised training; by default 2e-3 for a new model and 1e-5 for others."""
+    """Peak learning rate of supervised training; by default 2e-3 for a new model, 2e-4 for an
+    adapter and 1e-5 for others."""
     train_on_prompt: bool | None = None
     """Whether supervised training learns the prompts of preferences as well as their best completions. By
     default it does for a new model that has not been pretrained."""
     epochs: int = 3
     """Epochs of preference training."""
     learning_rate: Annotated[float | None, tyro.conf.arg(aliases=["--lr"])] = None
-    """Peak learning rate of preference training; by default 1e-4 for a new model and 1e-6 for others."""
+    """Peak learning rate of preference training. By default 1e-4 for a new model, 1e-6 for other models, and
+    for an adapter 5e-4 for up to 20 steps and less for more, with the square root of their number: 1.6e-4 for
+    200, 5e-5 from 2,000 on."""
     batch_size: int = 16
     """Pairs (lists, rows) per optimizer step, over all processes."""
     micro_batch_tokens: int = 16384

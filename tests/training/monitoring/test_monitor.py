@@ -38,9 +38,9 @@ def test_a_line_tells_of_all_pairs_since_the_last_one(run, capfd):
     printed = capfd.readouterr()
     lines = printed.out.splitlines()
     assert [line.split("  loss")[0] for line in lines] == ["dpo 1/5", "dpo 2/5", "dpo 4/5", "dpo 5/5"]
-    assert "accuracy  50%  chosen -0.50      40 tokens/s (padded 120)" in lines[0]
+    assert "accuracy  50%  chosen  -0.50      40 tokens/s (padded 120)" in lines[0]
     assert "accuracy 100%" in lines[1]
-    assert "accuracy  50%  chosen -0.50      80 tokens/s (padded 240)" in lines[2]  # 8 pairs in a second
+    assert "accuracy  50%  chosen  -0.50      80 tokens/s (padded 240)" in lines[2]  # 8 pairs in a second
     assert printed.err == ""  # a file has no use for a bar
 
 

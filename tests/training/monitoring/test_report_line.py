@@ -16,7 +16,7 @@ TIMES = {"unique_tokens/second": 1840.4, "padded_tokens/second": 3210.0, "memory
 def test_a_line_of_preference_training():
     metrics = {"loss": 0.5123, "rewards/accuracies": 0.78, "rewards/margins": 0.84, "kl/chosen": -3.2}
     assert format_step_line("dpo", 20, 600, metrics | TIMES, 250.4) == (
-        "dpo  20/600  loss 0.5123  accuracy  78%  margin +0.840  chosen -3.20   1,840 tokens/s (padded 3,210)"
+        "dpo  20/600  loss 0.5123  accuracy  78%  margin  0.840  chosen  -3.20   1,840 tokens/s (padded 3,210)"
         "  2.1 GB  4:10 left"
     )
 
@@ -24,7 +24,7 @@ def test_a_line_of_preference_training():
 def test_a_line_without_a_reference_says_the_log_prob_itself():
     metrics = {"loss": 0.5, "rewards/accuracies": 1.0, "rewards/margins": 0.0, "logps/chosen": -41.256}
     line = format_step_line("dpo", 1, 2, metrics | TIMES, 0)
-    assert "accuracy 100%  margin +0.000  log-prob of chosen -41.26  " in line
+    assert "accuracy 100%  margin  0.000  log-prob of chosen -41.26  " in line
 
 
 def test_a_line_of_supervised_training_has_the_perplexity():
