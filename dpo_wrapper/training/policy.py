@@ -44,6 +44,7 @@ def set_up_policy(model: nn.Module, config: TrainConfig) -> list[str]:
     if config.share_prefix == "always":
         check_sharing(model)
     if config.torch_compile:
+        try_compiler(PartialState(cpu=config.cpu).device)
         notes.append(f"compiled: {compile_layers(model)} feed-forward layers")
     return notes
 
@@ -120,6 +121,18 @@ def check_sharing(model: nn.Module) -> None:
         scorer.find_probe(next(model.parameters()).device)
     except ValueError as error:
         raise ValueError(str(error).replace("share_prefix = 'auto'", "--share-prefix auto")) from error
+
+
+def try_compiler(device: torch.device) -> None:
+    """Raise ValueError if torch finds no compiler for a device; the run would stop at its first step."""
+    try:
+        torch.compile(lambda x: x.relu() + 1)(torch.ones(2, device=device))
+    except RuntimeError as error:  # which all of the compiler's errors are
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"--torch-compile needs a compiler that torch can use, but it finds none ({reason}): install "
+            "one, such as gcc on a CPU, or leave it out."
+        ) from error
 
 
 def compile_layers(model: nn.Module) -> int:

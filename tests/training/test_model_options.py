@@ -199,7 +199,23 @@ def test_compiled_layers_train_alike(rows, tmp_path, llama, capsys):
     torch._dynamo.reset()
 
 
-def test_models_without_layers_to_compile_are_told(rows, tmp_path):
+@pytest.mark.slow
+def test_a_missing_compiler_is_told_before_training(rows, tmp_path, monkeypatch):
+    import torch._inductor.config
+
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        with pytest.raises(
+            ValueError, match=r"needs a compiler .* finds none \(InvalidCxxCompiler: No working"
+        ):
+            set_up(rows, tmp_path, torch_compile=True)
+    assert not (tmp_path / "out").exists()
+    torch._dynamo.reset()
+
+
+def test_models_without_layers_to_compile_are_told(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
     folder = tmp_path / "opt"
     hf_opt(0).save_pretrained(folder)
     with pytest.raises(ValueError, match=r"but OPTForCausalLM has none: leave it out\.$"):
@@ -209,6 +225,7 @@ def test_models_without_layers_to_compile_are_told(rows, tmp_path):
 @pytest.mark.parametrize("family", ["tiny", "gpt2"])
 def test_feed_forward_layers_are_found_by_their_classes(rows, tmp_path, monkeypatch, family):
     compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function: function)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, dynamic: compiled.append(self))
     options = {"model": family}
     if family == "gpt2":
