@@ -94,7 +94,7 @@ def test_quantised_weights_do_not_train_without_an_adapter(rows, tmp_path):
     model.is_quantized = True  # as transformers marks them
     with pytest.raises(ValueError, match=r"but those of LlamaForCausalLM are quantised: add --lora, or name"):
         set_up_policy(model, make_config(rows, tmp_path))
-    assert set_up_policy(model, make_config(rows, tmp_path, lora=True)) == []
+    assert set_up_policy(model, make_config(rows, tmp_path, model="llama", lora=True)) == []
 
 
 # freezing
