@@ -73,6 +73,8 @@ def run_stages(setup: TrainSetup) -> None:
     accelerator.wait_for_everyone()
     notes = (*(describe_plan(plan, config) for plan in setup.stages), *setup.notes, *run.notes)
     accelerator.print(describe_size(model), *notes, sep="\n")
+    if setup.pretrained.adapter is not None:
+        accelerator.print(describe_merging(setup.pretrained.adapter, run.path))
 
     models: dict[str, nn.Module | None] = {}
     if run.status == "training":
@@ -124,8 +126,6 @@ def report_reference(setup: TrainSetup, dpo: DPO, accelerator: Accelerator) -> N
     pretrained = setup.pretrained
     sentence = describe_reference(dpo.reference, pretrained, setup.config, before[-1] if before else None)
     accelerator.print(sentence)
-    if pretrained.adapter is not None:
-        accelerator.print(describe_merging(pretrained.adapter, setup.run.path))
     if accelerator.is_main_process:
         setup.run.note_reference(sentence)
 

@@ -128,7 +128,7 @@ def test_an_adapter_is_continued_and_its_reference_is_the_adapter_as_it_was(
     options = {"lora": False} if as_model else {"adapter": first}
     train(make_lora_config(rows, second, first if as_model else "tiny", **options))
     sentence = f"reference: the base model ({llama}) with the adapter as it was loaded from {first}."
-    assert f"{sentence}\nafterwards: merge {second} into {llama}.\n" in capsys.readouterr().out
+    assert f"afterwards: merge {second} into {llama}.\n{sentence}\n" in capsys.readouterr().out
     assert json.loads((second / "run.json").read_text())["reference"] == sentence
     log = read_metrics(second)
     assert log[0]["rewards/margins"] == 0 and log[0]["loss"] < read_metrics(first)[0]["loss"]
