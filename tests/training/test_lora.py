@@ -128,7 +128,7 @@ def test_an_adapter_is_continued_and_its_reference_is_the_adapter_as_it_was(
     options = {"lora": False} if as_model else {"adapter": first}
     train(make_lora_config(rows, second, first if as_model else "tiny", **options))
     sentence = f"reference: the base model ({llama}) with the adapter as it was loaded from {first}."
-    assert f"afterwards: merge {second} into {llama}.\n{sentence}\n" in capsys.readouterr().out
+    assert f"{sentence}\nafterwards: merge {second} into {llama}.\n" in capsys.readouterr().out
     assert json.loads((second / "run.json").read_text())["reference"] == sentence
     log = read_metrics(second)
     assert log[0]["rewards/margins"] == 0 and log[0]["loss"] < read_metrics(first)[0]["loss"]
@@ -183,6 +183,17 @@ def test_an_interrupted_run_resumes_to_the_same_adapter(rows, tmp_path, llama, w
     assert read_metrics(tmp_path / "out") == read_metrics(whole)
     for file in ("adapter_model.safetensors", "sft/adapter_model.safetensors"):
         assert (tmp_path / "out" / file).read_bytes() == (whole / file).read_bytes()
+
+
+@pytest.mark.slow
+def test_supervised_training_alone_trains_an_adapter_too(rows, tmp_path, llama, capsys):
+    out = tmp_path / "out"
+    options = {"stage": ("sft",), "sft_epochs": 1, "sft_learning_rate": 1e-2, "epochs": 3}
+    train(make_lora_config(rows, out, llama, learning_rate=None, **options))
+    printed = capsys.readouterr().out
+    assert f"afterwards: merge {out} into {llama}." in printed and "reference" not in printed
+    loaded = load_pretrained(str(out), None, 128).model
+    assert (logits_of(loaded) - logits_of(loaded.unload())).abs().max() > 0.01
 
 
 @pytest.mark.slow
