@@ -395,18 +395,21 @@ def test_other_threads_run_whole_passes():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["feed-forwards", "layers", "all"])
+@pytest.mark.parametrize("part", ["feed-forwards", "layers"])
 def test_compiled_parts(part):
     torch._dynamo.reset()
     policy = upper_lora(FAMILIES["llama"])
-    base = policy.get_base_model().model
-    parts = {"all": [base], "layers": base.layers, "feed-forwards": [layer.mlp for layer in base.layers]}
-    for module in parts[part]:
-        module.compile(backend="aot_eager")
+    for layer in policy.get_base_model().model.layers:
+        (layer if part == "layers" else layer.mlp).compile(backend="aot_eager")
     dpo = move_policy(DPO(policy, share_prefix=False))
-    reason = "for they are compiled together"
-    assert_same_results(dpo, expected=reason if part == "all" else "layers 0 to 1 of 4 are computed once")
+    assert_same_results(dpo, expected="layers 0 to 1 of 4 are computed once for both")
     torch._dynamo.reset()
+
+
+def test_layers_that_are_compiled_together():
+    policy = upper_lora(FAMILIES["llama"])
+    policy.get_base_model().model.compile(backend="eager")
+    assert DPO(policy).lower_layers.why_whole_passes() == "they are compiled together"
 
 
 def test_layers_that_accelerate_moves():
