@@ -18,6 +18,7 @@ from dpo_wrapper.reference.build import ReferenceKind, build_reference
 from dpo_wrapper.reference.owner import ReferenceOwner
 from dpo_wrapper.reference.reference import CachedReference
 from dpo_wrapper.scoring import Scorer, SharePrefix, compile_note, group_tokens, runs_uncompiled
+from dpo_wrapper.scoring.rounding import narrowest_dtype
 
 
 class DPO(ReferenceOwner):
@@ -51,7 +52,6 @@ class DPO(ReferenceOwner):
     Attributes:
         policy_model, ref_model: the modules, which may be assigned; `ref_model` is None if the reference has
             none of its own.
-        beta: the scale of the logged rewards.
     """
 
     def __init__(
@@ -72,10 +72,11 @@ class DPO(ReferenceOwner):
         disable_dropout: bool = True,
         router_aux_loss_coef: float | None = None,
     ) -> None:
+        """Put a policy beside its reference; `help(DPO)` describes the arguments."""
         super().__init__()
         validation.check_share_prefix(share_prefix)
         self.loss = CombinedLoss(Sigmoid(beta) if loss is None else loss)
-        self.beta = self.loss.check_beta(beta, is_default=loss is None)
+        self.loss.check_beta(beta)
         self.pad_id = validation.check_pad_id(pad_id)
         self.ld_alpha = self.loss.check_ld_alpha(ld_alpha)
         self.wpo = self.loss.check_wpo(wpo)
@@ -142,7 +143,8 @@ class DPO(ReferenceOwner):
             self.loss.observe(log_probs, is_whole_step=batch.step_denominator is None)
         if not return_metrics:
             return loss
-        return loss, batch_metrics(batch, log_probs, losses, self.beta, policy.aux_loss)
+        dtype = narrowest_dtype(self, batch.sequences.ids.device)
+        return loss, batch_metrics(batch, log_probs, losses, self.loss.reward_loss, dtype, policy.aux_loss)
 
     def as_batch(self, *arguments: Any) -> Any:
         """The batch of a call, checked against loss and (probed) policy, for `KTO` with its KL estimate."""

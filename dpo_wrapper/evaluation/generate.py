@@ -25,7 +25,7 @@ def generate(
     was_training = model.training
     model.eval()
     ids = torch.tensor([prompt_ids], device=next(model.parameters()).device)
-    if hasattr(model, "generate"):
+    if hasattr(model, "generation_config"):
         output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),

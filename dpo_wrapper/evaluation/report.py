@@ -8,6 +8,7 @@ from torch import nn
 
 from dpo_wrapper.data import TokenizedExample, Tokenizer
 from dpo_wrapper.evaluation.generate import generate
+from dpo_wrapper.metrics import format_metric
 
 Record = dict[str, Any]
 
@@ -19,8 +20,8 @@ MAX_OPENING_TOKENS = 24
 PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("loss", "loss (nats)", ("loss",)),
     ("reward accuracy", "fraction", ("rewards/accuracies",)),
-    ("reward margin", "β·((p_w − r_w) − (p_l − r_l))", ("rewards/margins",)),
-    ("rewards", "β·(policy − reference)", ("rewards/chosen", "rewards/rejected")),
+    ("reward margin", "chosen − rejected (nats)", ("rewards/margins",)),
+    ("rewards", "nats, as the loss scales them", ("rewards/chosen", "rewards/rejected")),
     ("log-prob of chosen", "nats per completion", ("logps/chosen", "logps/ref_chosen")),
     ("log-prob of rejected", "nats per completion", ("logps/rejected", "logps/ref_rejected")),
 )
@@ -101,7 +102,9 @@ def format_before_and_after(records: Sequence[Record]) -> str:
     for label, metric, template in TABLE_ROWS:
         if any(metric in record for _, record in columns):
             values = [record.get(metric) for _, record in columns]
-            rows.append([label, *("-" if value is None else template.format(value) for value in values)])
+            rows.append(
+                [label, *("-" if value is None else format_metric(template, value) for value in values)]
+            )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for label, *cells in rows:

@@ -47,6 +47,7 @@ class RunFolder:
         progress: the beginning of the run, or its latest checkpoint.
         status: whether the model is saved, and reported.
         today: the day on which the run began, which chat templates may print.
+        reference: what the reference is, in words; None until preference training begins.
         notes: what a person should know of a run that is resumed.
     """
 
@@ -55,12 +56,15 @@ class RunFolder:
         self.run_file = self.path / RUN_FILE
         self.metrics_file = self.path / "metrics.jsonl"
         self.checkpoint_folder = self.path / "checkpoint"
+        self.explanations_file = self.path / "explanations.jsonl"
+        self.best_file = self.path / "best.safetensors"
         self.new_checkpoint_folder = self.path / "checkpoint.new"
         self.old_checkpoint_folder = self.path / "checkpoint.old"
         self.settings = json.loads(json.dumps(asdict(config), default=str))
         self.progress = Progress()
         self.status: RunStatus = "training"
         self.today = date.today()
+        self.reference: str | None = None
         self.notes: list[str] = []
 
     def check(self, resume: bool) -> None:
@@ -91,6 +95,7 @@ class RunFolder:
             )
         before, self.status = run["settings"], run["status"]
         self.today = date.fromisoformat(run.get("today", self.today.isoformat()))
+        self.reference = run.get("reference")
         changed = ", ".join(
             f"{flag(name)} {before.get(name)}"
             for name, value in self.settings.items()
@@ -127,6 +132,9 @@ class RunFolder:
             remove_folder(folder)
         if self.status == "training":
             self._cut_log()
+            self.best_file.unlink(missing_ok=True)
+            if (kept := self.checkpoint_folder / self.best_file.name).exists():
+                link_file(kept, self.best_file)
 
     def _cut_log(self) -> None:
         """Take from the log what came after the checkpoint: it will be logged again."""
@@ -153,8 +161,13 @@ class RunFolder:
     def set_status(self, status: RunStatus) -> None:
         """Write the settings, and whether the model is saved and reported."""
         self.status = status
-        content = {"status": status, "today": self.today.isoformat(), "settings": self.settings}
-        write_json(self.run_file, content, indent=2)
+        content = {"status": status, "today": self.today.isoformat(), "reference": self.reference}
+        write_json(self.run_file, content | {"settings": self.settings}, indent=2)
+
+    def note_reference(self, sentence: str) -> None:
+        """Write what the reference is, in words, beside the settings."""
+        self.reference = sentence
+        self.set_status(self.status)
 
     def log_metrics(self, stage: str, part: str, step: int, values: dict[str, float]) -> None:
         """Append one line to the log; `part` is "step" for a training step, or the split evaluated on.
@@ -176,6 +189,8 @@ class RunFolder:
     def replace_checkpoint(self, stage: StageName, step: int, is_evaluated: bool = False) -> None:
         """Put the new, complete checkpoint in the place of the previous one, which is kept until then."""
         self.progress = Progress(stage, step, self.metrics_file.stat().st_size, is_evaluated)
+        if self.best_file.exists():
+            link_file(self.best_file, self.new_checkpoint_folder / self.best_file.name)
         write_json(self.new_checkpoint_folder / "progress.json", asdict(self.progress))
         remove_folder(self.old_checkpoint_folder)
         if self.checkpoint_folder.exists():
@@ -222,6 +237,7 @@ class RunFolder:
         """Mark the run as finished, and delete what it would have resumed from."""
         self.set_status("finished")
         remove_folder(self.checkpoint_folder)
+        self.best_file.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path) -> None:
@@ -241,6 +257,14 @@ def check_writable(folder: Path) -> None:
 def write_json(file: Path, content: Any, indent: int | None = None) -> None:
     """Write a file completely or not at all."""
     write_whole(file, json.dumps(content, indent=indent) + "\n")
+
+
+def link_file(file: Path, name: Path) -> None:
+    """Give a file a second name; a copy has it where the file system knows no links."""
+    try:
+        os.link(file, name)
+    except OSError:
+        shutil.copyfile(file, name)
 
 
 def remove_folder(folder: Path) -> None:

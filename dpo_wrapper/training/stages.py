@@ -5,6 +5,7 @@ update however a step is split.
 """
 
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,8 +17,9 @@ from dpo_wrapper.data.collate import COLLATE_FNS, collate_sft
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.evaluation.evaluate import evaluate
 from dpo_wrapper.log_probs import FusedLoss
+from dpo_wrapper.models.eval_mode import eval_mode
 from dpo_wrapper.reference import LogProbCache
-from dpo_wrapper.scoring import Scorer
+from dpo_wrapper.scoring import Scorer, SharePrefix
 from dpo_wrapper.training.config import StageName, TrainConfig
 from dpo_wrapper.training.micro_batches import CollateFn
 from dpo_wrapper.training.stage_plan import StagePlan
@@ -67,14 +69,19 @@ class Stage(ABC):
 class SFTModule(nn.Module):
     """Supervised loss: minus the mean log-prob of the scored tokens, in nats per token.
 
-    `router_aux_loss_coef` is that of `DPO`.
+    `router_aux_loss_coef` and `share_prefix` are those of `DPO`.
     """
 
-    def __init__(self, model: nn.Module, router_aux_loss_coef: float | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        router_aux_loss_coef: float | None = None,
+        share_prefix: SharePrefix = "auto",
+    ) -> None:
         super().__init__()
         self.model = model
         self.scorer = Scorer(
-            model, share_prefix="auto", is_eval=False, router_aux_loss_coef=router_aux_loss_coef
+            model, share_prefix=share_prefix, is_eval=False, router_aux_loss_coef=router_aux_loss_coef
         )
 
     def forward(self, batch: SFTBatch) -> Tensor:
@@ -101,7 +108,7 @@ class SFTStage(Stage):
 
     def __init__(self, plan: StagePlan, model: nn.Module, config: TrainConfig) -> None:
         super().__init__(plan)
-        self.module = SFTModule(model, config.router_aux_loss_coef)
+        self.module = SFTModule(model, config.router_aux_loss_coef, config.prefix_sharing)
         self.scorer = self.module.scorer
 
     @property
@@ -126,6 +133,7 @@ class DPOStage(Stage):
     def __init__(self, plan: StagePlan, dpo: DPO, config: TrainConfig) -> None:
         super().__init__(plan)
         self.sync_steps, self.mixup_alpha = config.ref_model_sync_steps, config.ref_model_mixup_alpha
+        self.has_dropout = config.lora_dropout > 0
         self.dpo = self.module = dpo
         self.scorer = dpo.policy
         self.reference_cache = dpo.reference.cache
@@ -139,6 +147,8 @@ class DPOStage(Stage):
         return self.dpo.normalize_over_step(batches, reduce)
 
     def micro_batch_loss(self, module: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.has_dropout:
+            self.dpo.policy_model.train()
         return module(batch, return_metrics=True)
 
     def end_step(self, step: int, reduce: Reduce) -> None:
@@ -147,4 +157,5 @@ class DPOStage(Stage):
             self.dpo.sync_reference(self.mixup_alpha)
 
     def evaluate(self, module: nn.Module, batches: list[Any], reduce: Reduce | None) -> dict[str, float]:
-        return evaluate(module, batches, reduce)
+        with eval_mode(self.dpo.policy_model) if self.has_dropout else nullcontext():
+            return evaluate(module, batches, reduce)

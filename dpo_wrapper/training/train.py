@@ -1,11 +1,14 @@
 """Train a model on a file of preferences: `train(TrainConfig(data = ...))`."""
 
 import errno
+import warnings
 from collections.abc import Mapping
 from itertools import zip_longest
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from torch import nn
 
@@ -19,12 +22,15 @@ from dpo_wrapper.reference.build import ReferenceKind
 from dpo_wrapper.reference.reference import FrozenModel
 from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.training.config import STAGES, TrainConfig
+from dpo_wrapper.training.monitor import create_progress_bar
+from dpo_wrapper.training.policy import compile_layers
+from dpo_wrapper.training.reference_words import describe_merging, describe_reference
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.setup import TrainSetup, set_up_training
 from dpo_wrapper.training.stage_plan import Splits, StagePlan
 from dpo_wrapper.training.stages import DPOStage, SFTStage, Stage
 from dpo_wrapper.training.stopping import TrainingError
-from dpo_wrapper.training.trainer import Trainer, create_accelerator, create_progress_bar
+from dpo_wrapper.training.trainer import Trainer, create_accelerator
 
 
 def train(config: TrainConfig) -> RunFolder:
@@ -45,7 +51,9 @@ def run_training(setup: TrainSetup) -> RunFolder:
         StoppedBySignal: SIGINT or SIGTERM came during training; there is a checkpoint.
     """
     try:
-        run_stages(setup)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="prefixes are not shared")  # which `Trainer` prints
+            run_stages(setup)
     except (OSError, SafetensorError) as error:
         out = setup.run.path
         is_full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
@@ -63,16 +71,18 @@ def run_stages(setup: TrainSetup) -> None:
     if accelerator.is_main_process:
         run.open()
     accelerator.wait_for_everyone()
-    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
-    notes = (*map(describe_plan, setup.stages), *setup.notes, *run.notes)
-    accelerator.print(f"{type(model).__name__} with {size}", *notes, sep="\n")
+    notes = (*(describe_plan(plan, config) for plan in setup.stages), *setup.notes, *run.notes)
+    accelerator.print(describe_size(model), *notes, sep="\n")
 
     models: dict[str, nn.Module | None] = {}
     if run.status == "training":
         for plan, following in zip_longest(setup.stages, setup.stages[1:]):
             if STAGES.index(run.progress.stage) > STAGES.index(plan.name):
                 continue
+            set_seed(config.seed)  # what dropout draws is the same in a run that is resumed here
             stage = create_stage(setup, plan, accelerator)
+            if isinstance(stage, DPOStage):
+                report_reference(setup, stage.dpo, accelerator)
             Trainer(config, run, stage, plan.splits).train()
             if isinstance(stage, DPOStage):
                 models = {"reference": stage.dpo.ref_model, "policy": stage.dpo.policy_model}
@@ -92,11 +102,41 @@ def run_stages(setup: TrainSetup) -> None:
     accelerator.wait_for_everyone()
 
 
-def describe_plan(plan: StagePlan) -> str:
+def describe_size(model: nn.Module) -> str:
+    """The model's class and its number of parameters; with an adapter or frozen ones, of those that train."""
+    inner: Any = model
+    named = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    parameters = list(model.parameters())
+    total, trained = (
+        sum(p.numel() for p in some) for some in (parameters, [p for p in parameters if p.requires_grad])
+    )
+    size = f"{type(named).__name__} with {format_count(total)} parameters"
+    return size if trained == total else f"{size}, of which {format_count(trained)} train"
+
+
+def format_count(number: int) -> str:
+    return f"{number / 1e6:.1f}M" if number >= 1e5 else f"{number:,}"
+
+
+def report_reference(setup: TrainSetup, dpo: DPO, accelerator: Accelerator) -> None:
+    """Print what the reference is and, of an adapter, what it is merged into, and note it in run.json."""
+    before = [plan.name for plan in setup.stages if plan.name != "dpo"]
+    pretrained = setup.pretrained
+    sentence = describe_reference(dpo.reference, pretrained, setup.config, before[-1] if before else None)
+    accelerator.print(sentence)
+    if pretrained.adapter is not None:
+        accelerator.print(describe_merging(pretrained.adapter, setup.run.path))
+    if accelerator.is_main_process:
+        setup.run.note_reference(sentence)
+
+
+def describe_plan(plan: StagePlan, config: TrainConfig) -> str:
     """What a stage is trained on, in words."""
     splits = plan.splits
     examples = f"{len(splits.train):,} train and {len(splits.eval):,} eval {splits.unit}"
-    return f"{plan.name}: {examples}, {plan.epochs} epoch{'s' * (plan.epochs != 1)}"
+    limit = "" if config.max_steps is None else f", at most {config.max_steps} steps"
+    epochs = f"{plan.epochs} epoch{'s' * (plan.epochs != 1)}"
+    return f"{plan.name}: {examples}, {epochs}{limit}, learning rate {plan.learning_rate:.2g}"
 
 
 def create_stage(setup: TrainSetup, plan: StagePlan, accelerator: Accelerator) -> Stage:
@@ -114,7 +154,7 @@ def build_dpo(setup: TrainSetup, splits: Splits, accelerator: Accelerator) -> DP
     reference: ReferenceKind | CachedReference = "copy" if needs_copy else config.reference
     if config.precompute_ref_log_probs:
         reference = precompute_reference(setup, splits, accelerator)
-    return DPO(
+    dpo = DPO(
         model,
         loss=parse_losses(config.loss),
         reference=reference,
@@ -123,9 +163,13 @@ def build_dpo(setup: TrainSetup, splits: Splits, accelerator: Accelerator) -> DP
         cache_ref_log_probs=not config.ref_model_sync_steps,
         ld_alpha=config.ld_alpha,
         wpo=config.wpo,
-        disable_dropout=not rescales_in_eval_mode(model),
+        disable_dropout=not (config.lora_dropout or rescales_in_eval_mode(model)),
         router_aux_loss_coef=config.router_aux_loss_coef,
+        share_prefix=config.prefix_sharing,
     )
+    if config.torch_compile and dpo.ref_model is not None:
+        compile_layers(dpo.ref_model)  # a copy is not compiled, and should round as the policy does
+    return dpo
 
 
 def precompute_reference(setup: TrainSetup, splits: Splits, accelerator: Accelerator) -> CachedReference:
@@ -134,7 +178,7 @@ def precompute_reference(setup: TrainSetup, splits: Splits, accelerator: Acceler
     model.to(accelerator.device)
     per_token = config.ld_alpha < 1
     cached = CachedReference(per_token=per_token)
-    scorer = Scorer(model, share_prefix="auto")
+    scorer = Scorer(model, share_prefix=config.prefix_sharing)
     first = scored_sequences(splits.train[:1], config.micro_batch_tokens)[0]
     with accelerator.autocast():
         is_padded = scorer.check(first.to(accelerator.device)).tree is None

@@ -1,25 +1,27 @@
 """The training loop of one stage, from its beginning or from the run folder's checkpoint."""
 
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from dpo_wrapper.batches import Reduce
 from dpo_wrapper.data import StepSampler, TokenizedExample
 from dpo_wrapper.metrics import MetricSums
-from dpo_wrapper.training.checkpoint import STATE_FILE, load_checkpoint, write_checkpoint
+from dpo_wrapper.training.best_model import BestEvaluation, load_best, save_best
+from dpo_wrapper.training.checkpoint import STATE_FILE, FrozenWeights, load_checkpoint, write_checkpoint
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.micro_batches import MicroBatches, make_micro_batches
+from dpo_wrapper.training.monitor import Monitor
+from dpo_wrapper.training.optimizer import create_optimizer, create_schedule
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.stage_plan import Splits
 from dpo_wrapper.training.stages import Stage
@@ -43,14 +45,14 @@ class Trainer:
             rank=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
         )
-        self.num_steps = len(self.sampler)
+        self.num_steps = min(len(self.sampler), config.max_steps or len(self.sampler))
         self.eval_steps = config.eval_steps or max(1, math.ceil(self.num_steps / 8))
-        parameters = [p for p in stage.module.parameters() if p.requires_grad]
-        optimizer: Any = torch.optim.AdamW(
-            parameters, lr=stage.learning_rate, weight_decay=config.weight_decay
-        )
+        self.rate_of_step = create_schedule(config, stage.learning_rate, self.num_steps)
+        optimizer: Any = create_optimizer(stage.module, config, stage.learning_rate, self.accelerator.device)
         self.module, self.optimizer = self.accelerator.prepare(stage.module, optimizer)
-        self.checkpointed = (self.accelerator, stage.module, self.optimizer, stage.reference_cache)
+        frozen = FrozenWeights(stage.module)
+        self.has_saved = False  # a checkpoint, of which the size is said once
+        self.checkpointed = (self.accelerator, frozen, self.optimizer, stage.reference_cache)
 
     def train(self) -> None:
         """Run the steps that are not done yet; eval metrics are logged before, during and after.
@@ -65,44 +67,82 @@ class Trainer:
         if is_resumed:
             load_checkpoint(folder, *self.checkpointed)
         self.probe_model()
-        label = self.stage.name.upper()
-        with (
-            StopRequest() as stop_request,
-            create_progress_bar(self.accelerator, label, "step", total=num_steps, initial=steps_done) as bar,
-        ):
-            if not (is_resumed and progress.is_evaluated):
+        unit = self.splits.unit
+        self.monitor = Monitor(self.run, self.accelerator, self.stage.name, unit, num_steps, steps_done)
+        records = self.run.read_records() if is_resumed and self.config.compares_evaluations else []
+        self.best = BestEvaluation(self.config.best_metric, self.stage.name, records)
+        with self.monitor:
+            last_step = self.run_steps(steps_done, is_resumed and progress.is_evaluated)
+            self.end_with_best(last_step)
+        self.accelerator.free_memory()
+
+    def run_steps(self, steps_done: int, is_evaluated: bool) -> int:
+        """Run the steps that are not done yet, with what is due after each; returns the last one.
+
+        `is_evaluated` says whether the evaluation after the last of `steps_done` is logged.
+        """
+        unit = self.splits.unit
+        with StopRequest() as stop_request:
+            if not is_evaluated:
                 self.evaluate_if_due(steps_done)
                 self.save_or_stop(steps_done, stop_request, is_evaluated=True)
             for step, batches in enumerate(self.create_step_loader(steps_done), start=steps_done + 1):
+                if self.stops_early():
+                    return step - 1
                 start_time = time.perf_counter()
                 learning_rate = self.set_learning_rate(step)
                 metrics = self.train_step(step, batches)
                 num_examples, seconds = self.sampler.step_size(step - 1), time.perf_counter() - start_time
-                metrics[f"{self.splits.unit}/second"] = num_examples / seconds
+                metrics[f"{unit}/second"] = num_examples / seconds
                 metrics["lr"] = learning_rate
-                if self.stage.reference_cache is not None and step * self.stage.epochs == num_steps:
+                if self.stage.reference_cache is not None and step * self.stage.epochs == len(self.sampler):
                     self.stage.reference_cache.gather_from_processes()  # once, after the first epoch
-                if self.accelerator.is_main_process:
-                    self.run.log_metrics(self.stage.name, "step", step, metrics)
-                    bar.set_postfix_str(format_progress(metrics, self.splits.unit), refresh=False)
-                    bar.update()
+                self.monitor.log_step(step, metrics)
                 self.save_or_stop(step, stop_request)
                 self.evaluate_if_due(step)
                 self.save_or_stop(step, stop_request, is_evaluated=True)
-        self.accelerator.free_memory()
+        return self.num_steps
+
+    def stops_early(self) -> bool:
+        """Whether too many evaluations in a row were no better than the best one."""
+        patience = self.config.early_stopping_patience
+        return patience is not None and self.best.num_worse >= patience
+
+    def end_with_best(self, last_step: int) -> None:
+        """Take the weights of the best evaluation, if that is asked for, and log how the stage ends."""
+        splits = self.splits_at_end()
+        if last_step < self.num_steps:
+            self.monitor.print(
+                f"{self.stage.name} stops after step {last_step} of {self.num_steps}: "
+                f"{self.best.num_worse} evaluations were no better than {self.best}."
+            )
+        if self.config.keep_best and self.best.step != last_step:
+            self.accelerator.wait_for_everyone()
+            load_best(self.stage.scorer.language_model.model, self.run.best_file)
+            self.monitor.print(f"{self.stage.name} ends with the weights after {self.best}.")
+        elif last_step < self.num_steps:
+            splits.pop("eval")
+        else:
+            return
+        for name, examples in splits.items():
+            self.evaluate(last_step, name, examples)
 
     def set_learning_rate(self, step: int) -> float:
         """Set the learning rate of a step, which counts from 1, and return it."""
-        factor = learning_rate_factor(step - 1, self.num_steps, self.config.warmup_ratio)
+        learning_rate = self.rate_of_step(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.stage.learning_rate * factor
-        return self.stage.learning_rate * factor
+            group["lr"] = learning_rate
+        return learning_rate
 
     def probe_model(self) -> None:
-        """Find out how the model takes sequences, which decides how batches of them are made."""
+        """Find out, and say, how the model takes sequences, which decides how batches of them are made."""
         batch = self.stage.collate_fn(self.splits.train[:1]).to(self.accelerator.device)
-        with self.accelerator.autocast():
-            self.stage.scorer.check(batch.sequences)
+        try:
+            with self.accelerator.autocast():
+                self.stage.scorer.check(batch.sequences)
+        except (TypeError, ValueError) as error:  # a model that the probe refuses
+            raise TrainingError(str(error)) from error
+        self.accelerator.print(f"{self.stage.name}: {self.stage.scorer.explain()}")
 
     def train_step(self, step: int, batches: list[Any]) -> dict[str, float]:
         """Run one optimizer step on this process's micro-batches; the metrics are of all processes."""
@@ -144,24 +184,36 @@ class Trainer:
         is_end = step in (0, self.num_steps)
         if not is_end and step % self.eval_steps:
             return
-        splits = {"eval": self.splits.eval}
-        if is_end:
-            splits["train"] = self.splits.train[:MAX_TRAIN_EXAMPLES_EVALUATED]
-        for name, examples in splits.items():
-            if not examples:
-                continue
-            indices = list(range(len(examples)))
-            reduce: Reduce | None = None
-            if len(examples) >= self.accelerator.num_processes:  # or else every process evaluates all of them
-                indices = indices[self.accelerator.process_index :: self.accelerator.num_processes]
-                reduce = self.sum_over_processes
-            batches = self.micro_batch_maker(examples)(indices)
-            metrics = self.stage.evaluate(
-                self.module, [batch.to(self.accelerator.device) for batch in batches], reduce
-            )
-            if self.accelerator.is_main_process:
-                self.run.log_metrics(self.stage.name, name, step, metrics)
-            self.check_finite(step, f"{name} loss", metrics["loss"])
+        for name, examples in self.splits_at_end().items():
+            if name == "eval" or is_end:
+                metrics = self.evaluate(step, name, examples)
+                if name == "eval" and self.config.compares_evaluations:
+                    self.compare_evaluation(step, metrics)
+
+    def splits_at_end(self) -> dict[str, Sequence[TokenizedExample]]:
+        """What is evaluated at both ends of a stage."""
+        splits = {"eval": self.splits.eval, "train": self.splits.train[:MAX_TRAIN_EXAMPLES_EVALUATED]}
+        return {name: examples for name, examples in splits.items() if len(examples)}
+
+    def evaluate(self, step: int, name: str, examples: Sequence[TokenizedExample]) -> dict[str, float]:
+        """Log and return the metrics of a split's examples."""
+        indices = list(range(len(examples)))
+        reduce: Reduce | None = None
+        if len(examples) >= self.accelerator.num_processes:  # or else every process evaluates all of them
+            indices = indices[self.accelerator.process_index :: self.accelerator.num_processes]
+            reduce = self.sum_over_processes
+        batches = self.micro_batch_maker(examples)(indices)
+        batches_there = [batch.to(self.accelerator.device) for batch in batches]
+        metrics = self.stage.evaluate(self.module, batches_there, reduce)
+        self.monitor.log_evaluation(name, step, metrics)
+        self.check_finite(step, f"{name} loss", metrics["loss"])
+        return metrics
+
+    def compare_evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Note whether an evaluation is the best of the stage, and keep the weights of the best."""
+        is_best = self.best.observe(step, metrics)
+        if is_best and self.config.keep_best and self.accelerator.is_main_process:
+            save_best(self.stage.scorer.language_model.model, self.run.best_file)
 
     def create_step_loader(self, steps_done: int) -> DataLoader[Any]:
         """This process's micro-batches of each step that is not done yet."""
@@ -204,6 +256,9 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.run.replace_checkpoint(self.stage.name, step, is_evaluated)
+            if not self.has_saved:
+                self.monitor.print(describe_checkpoint(self.run.checkpoint_folder, self.config.save_steps))
+            self.has_saved = True
 
     def sum_over_processes(self, values: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:  # sums are in float64, which an Apple GPU does not have
@@ -211,27 +266,12 @@ class Trainer:
         return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
 
 
+def describe_checkpoint(folder: Path, save_steps: int) -> str:
+    """The size of a checkpoint, in words."""
+    size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+    interval = f" every {save_steps} steps" if save_steps else ""
+    return f"checkpoint: {size:.{0 if size >= 10 else 1}f} MB{interval} in {folder}"
+
+
 def create_accelerator(config: TrainConfig) -> Accelerator:
     return Accelerator(mixed_precision=config.precision, cpu=config.cpu)
-
-
-def learning_rate_factor(step: int, num_steps: int, warmup_ratio: float) -> float:
-    """Linear rise over the first `warmup_ratio` of the steps, then a cosine to zero."""
-    warmup_steps = math.ceil(num_steps * warmup_ratio)
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, num_steps - warmup_steps)))
-
-
-def create_progress_bar(accelerator: Accelerator, label: str, unit: str, **options: Any) -> tqdm:
-    """The main process's progress bar. In a log file, where each update is a line, updates are rare."""
-    interval = 0.2 if sys.stderr.isatty() else 10.0
-    is_disabled = not accelerator.is_main_process
-    return tqdm(desc=label, unit=unit, mininterval=interval, disable=is_disabled, **options)
-
-
-def format_progress(metrics: dict[str, float], unit: str) -> str:
-    """What the progress bar displays beside the step."""
-    labels = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
-    parts = [f"{label} {metrics[name]:.3f}" for name, label in labels.items() if name in metrics]
-    return ", ".join([*parts, f"{metrics[f'{unit}/second']:.1f} {unit}/s"])
