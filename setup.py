@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 train = [
     "accelerate>=1.2",
     "matplotlib>=3.8",
+    "peft>=0.18",
     "pyarrow>=15",
     "safetensors>=0.4.3",
     "tokenizers>=0.22",
@@ -51,9 +52,9 @@ setup(
             *train,
             "hypothesis>=6.100",
             "mypy>=1.18",
-            "peft>=0.18",
             "pytest>=8",
             "pytest-xdist>=3.6.1",
+            "pytorch-lightning>=2.6",
             "ruff>=0.14.9",
             'triton>=3.5; platform_system == "Linux"',
             'trl>=1.16; python_version >= "3.11"',

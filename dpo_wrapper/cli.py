@@ -1,13 +1,23 @@
 """The command line: `dpo-wrapper train --help`. A command's options are the fields of its configuration."""
 
+import argparse
 import signal
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, NoReturn
+
+from dpo_wrapper.version import __version__
 
 if TYPE_CHECKING:
     from dpo_wrapper.data.prepare.config import PrepareConfig
     from dpo_wrapper.training.config import TrainConfig
+
+COMMANDS = {
+    "prepare": "check and tokenize data once, and show what a model will be trained on",
+    "train": "train a model on documents, answers or preferences",
+}
+"""What each command does."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -18,26 +28,47 @@ def main(args: Sequence[str] | None = None) -> None:
     signal that stopped a run: 130 for Ctrl-C.
     """
     try:
-        import tyro
-    except ImportError:
-        exit_with_error("the command line needs tyro, which is missing: pip install 'dpo-wrapper[train]'.")
-    from dpo_wrapper.data.prepare.config import PrepareConfig
-    from dpo_wrapper.training.config import TrainConfig
+        command, arguments = split_command(list(sys.argv[1:] if args is None else args))
+        try:
+            import tyro
+        except ImportError:
+            problem = "the command line needs tyro, which is missing"
+            exit_with_error(f"{problem}: pip install 'dpo-wrapper[train]'.")
+        if command == "prepare":
+            from dpo_wrapper.data.prepare.config import PrepareConfig
 
-    try:
-        config = tyro.extras.subcommand_cli_from_dict(
-            {"prepare": PrepareConfig, "train": TrainConfig},
-            prog="dpo-wrapper",
-            description="Train any autoregressive PyTorch transformer on human preferences.",
-            args=args,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
-    except ValueError as error:  # an old tyro passes on what TrainConfig refuses
+            markers = (tyro.conf.FlagCreatePairsOff,)
+            prepare(tyro.cli(PrepareConfig, prog="dpo-wrapper prepare", args=arguments, config=markers))
+        else:
+            from dpo_wrapper.training.command_line import parse_arguments
+
+            train(parse_arguments(arguments))
+    except KeyboardInterrupt:
+        exit_with_error("interrupted before anything was done.", status=128 + signal.SIGINT)
+    except ValueError as error:  # options that contradict each other
         exit_with_error(error)
-    if isinstance(config, PrepareConfig):
-        prepare(config)
-    else:
-        train(config)
+
+
+def split_command(args: Sequence[str]) -> tuple[str, list[str]]:
+    """The command and its arguments; leaves with help, the version or a sentence if there is no command."""
+    listing = "\n".join(f"  {name:10}{what}" for name, what in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="dpo-wrapper",
+        description="Train any autoregressive PyTorch transformer on human preferences.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"commands:\n{listing}\n\ndpo-wrapper COMMAND --help lists the options of a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"dpo-wrapper {__version__}")
+    parser.add_argument("command", metavar="COMMAND", nargs="?")
+    if args and args[0] in COMMANDS:
+        return args[0], list(args[1:])
+    command = parser.parse_known_args(args)[0].command
+    if command is None:
+        parser.print_help()
+        sys.exit(2)
+    close = get_close_matches(command, COMMANDS, n=1)
+    remedy = f"did you mean {close[0]}?" if close else "see dpo-wrapper --help."
+    exit_with_error(f"the command should be {' or '.join(COMMANDS)}, but it is {command}: {remedy}")
 
 
 def prepare(config: "PrepareConfig") -> None:

@@ -1,6 +1,5 @@
 """Direct preference optimisation as a module around a language model."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,11 +12,11 @@ from dpo_wrapper.log_probs import FusedLoss, Impl
 from dpo_wrapper.losses.combine import CombinedLoss, LossArgument
 from dpo_wrapper.losses.pairwise import Sigmoid
 from dpo_wrapper.metrics import batch_metrics
-from dpo_wrapper.models.eval_mode import eval_mode
 from dpo_wrapper.reference.build import ReferenceKind, build_reference
 from dpo_wrapper.reference.owner import ReferenceOwner
 from dpo_wrapper.reference.reference import CachedReference
 from dpo_wrapper.scoring import Scorer, SharePrefix, compile_note, group_tokens, runs_uncompiled
+from dpo_wrapper.scoring.rounding import narrowest_dtype
 
 
 class DPO(ReferenceOwner):
@@ -51,7 +50,6 @@ class DPO(ReferenceOwner):
     Attributes:
         policy_model, ref_model: the modules, which may be assigned; `ref_model` is None if the reference has
             none of its own.
-        beta: the scale of the logged rewards.
     """
 
     def __init__(
@@ -72,10 +70,11 @@ class DPO(ReferenceOwner):
         disable_dropout: bool = True,
         router_aux_loss_coef: float | None = None,
     ) -> None:
+        """Put a policy beside its reference; `help(DPO)` describes the arguments."""
         super().__init__()
         validation.check_share_prefix(share_prefix)
         self.loss = CombinedLoss(Sigmoid(beta) if loss is None else loss)
-        self.beta = self.loss.check_beta(beta, is_default=loss is None)
+        self.loss.check_beta(beta)
         self.pad_id = validation.check_pad_id(pad_id)
         self.ld_alpha = self.loss.check_ld_alpha(ld_alpha)
         self.wpo = self.loss.check_wpo(wpo)
@@ -130,9 +129,10 @@ class DPO(ReferenceOwner):
         masks = (prompt_mask, seq_mask, preferred_seq_mask, unpreferred_seq_mask)
         batch = self.as_batch(preferred_seq, unpreferred_seq, *masks, pair_weights, margins)
         is_given = ref_log_probs is not None
-        reference = batch.given_log_probs(ref_log_probs) if is_given else self.reference(batch.sequences)
+        with self.lower_layers.recording() as record:
+            reference = batch.given_log_probs(ref_log_probs) if is_given else self.reference(batch.sequences)
         extras, fused_loss = ("log_sum_p2",) if self.wpo else (), self.fused_loss(batch, reference)
-        with self.policy_mode():
+        with self.policy_mode(), self.lower_layers.replaying(record, batch.sequences):
             policy = self.policy(batch.sequences, extras, fused_loss)
         log_probs = batch.log_probs(policy, reference)
         losses = self.loss(log_probs)
@@ -141,7 +141,8 @@ class DPO(ReferenceOwner):
             self.loss.observe(log_probs, is_whole_step=batch.step_denominator is None)
         if not return_metrics:
             return loss
-        return loss, batch_metrics(batch, log_probs, losses, self.beta, policy.aux_loss)
+        dtype = narrowest_dtype(self, batch.sequences.ids.device)
+        return loss, batch_metrics(batch, log_probs, losses, self.loss.reward_loss, dtype, policy.aux_loss)
 
     def as_batch(self, *arguments: Any) -> Any:
         """The batch of a call, checked against loss and (probed) policy, for `KTO` with its KL estimate."""
@@ -171,16 +172,13 @@ class DPO(ReferenceOwner):
     @torch.no_grad()
     def kl_sums(self, batch: UnpairedBatch) -> Float[Tensor, "2"]:
         """What a batch adds to its step's KL estimate: the sum of log-ratios in nats, and their number."""
-        with self.policy_mode():
+        with self.lower_layers.recording() as record:
+            reference = self.reference(batch.kl_sequences)
+        with self.policy_mode(), self.lower_layers.replaying(record, batch.kl_sequences):
             ratios = self.policy(batch.kl_sequences).sums
-        reference = self.reference(batch.kl_sequences)
         ratios = ratios if reference is None else ratios - reference.sums
         is_counted = batch.kl_sequences.length > 0
         return torch.stack([ratios.where(is_counted, 0.0).sum(), is_counted.sum().to(ratios.dtype)])
-
-    def policy_mode(self) -> AbstractContextManager[None]:
-        """The context in which the policy is computed: without dropout, unless that should stay on."""
-        return eval_mode(self.policy_model) if self.disable_dropout else nullcontext()
 
     def normalize_over_step(self, parts: list[Any], reduce: Reduce | None = None) -> list[Any]:
         """Give the micro-batches of a step its totals, so that their losses add up to the step's loss."""
@@ -195,4 +193,4 @@ class DPO(ReferenceOwner):
 
     def explain(self) -> str:
         """Which paths are in use and why not the others, in plain words; known after the first call."""
-        return f"policy: {self.policy.explain()}\nreference: {self.reference.explain()}" + compile_note(self)
+        return f"policy: {self.policy.explain()}\nreference: {self.explain_reference()}{compile_note(self)}"

@@ -7,6 +7,7 @@ from itertools import chain, islice, repeat
 from pathlib import Path
 
 import torch
+import tyro
 from torch.utils.data import DataLoader
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 
@@ -17,6 +18,13 @@ DATA = Path(__file__).parent / "data" / "preferences.jsonl"
 
 
 def main(sft_steps: int = 60, dpo_steps: int = 20, batch_size: int = 16) -> float:
+    """Train a new decoder on the bundled preferences; returns the reward accuracy of the last batch.
+
+    Args:
+        sft_steps: optimizer steps of language modelling.
+        dpo_steps: optimizer steps on preferences.
+        batch_size: pairs of a step.
+    """
     torch.manual_seed(0)
     tokenizer = ByteTokenizer()
     dataset = PreferenceDataset.from_file(DATA, tokenizer, max_length=256)
@@ -59,4 +67,4 @@ def main(sft_steps: int = 60, dpo_steps: int = 20, batch_size: int = 16) -> floa
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

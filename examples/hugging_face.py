@@ -8,6 +8,7 @@ from itertools import chain, islice, repeat
 from pathlib import Path
 
 import torch
+import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader
 from transformers import (
@@ -56,6 +57,11 @@ def build_model(folder: Path) -> None:
 
 
 def main(steps: int = 30) -> float:
+    """Train a new, small Llama on the bundled preferences; returns the reward accuracy of the last batch.
+
+    Args:
+        steps: number of optimizer steps.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         build_model(folder / "base")
@@ -88,4 +94,4 @@ def main(steps: int = 30) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

@@ -395,6 +395,13 @@ bad_option(
     beta=0.3,
     loss=IPO(0.2),
 )
+bad_option(
+    "beta beside a loss without one",
+    ValueError,
+    "^beta = 0.3 has no effect beside a loss without one: leave it out",
+    beta=0.3,
+    loss=SFT(),
+)
 LOSS = r"^loss should be one of dpo_wrapper.losses, a function or a list of \(loss, weight\), but it is"
 bad_option("a loss by name", TypeError, f"{LOSS} 'sigmoid'", loss="sigmoid")
 bad_option("a module as loss that is none", TypeError, f"{LOSS} 3", loss=3)

@@ -55,3 +55,12 @@ def test_prepare(tmp_path):
     assert results["tokens"] > 60 * 16 and results["share_of_tokenizer"] > 0
     assert results["peak_bytes"][0] > 2**20 and results["reading"]["pairs_per_second"] > 0
     assert "60 rows" in printed
+
+
+@pytest.mark.slow
+def test_lower_layers(tmp_path):
+    options = "--dim 64 --depth 3 --vocab 64 --pairs 2"
+    printed, written = run("lower_layers.py", options, tmp_path / "lower_layers.json")
+    once, whole = (written["results"][name] for name in ("once", "whole"))
+    assert once["gradient_norm"] == pytest.approx(whole["gradient_norm"], rel=1e-5)
+    assert "1 of 3 layers adapted" in printed and "the ratio is 0.71" in printed

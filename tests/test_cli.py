@@ -13,7 +13,8 @@ import pytest
 
 from dpo_wrapper import cli
 from dpo_wrapper.pretrained import PRESETS
-from dpo_wrapper.training.config import TrainConfig
+from dpo_wrapper.training.config import GROUPS, TrainConfig
+from dpo_wrapper.version import __version__
 from helpers.runs import BUNDLED, ROOT, SMALL_DECODER
 
 
@@ -130,8 +131,8 @@ BAD = {
     "precision": ({"d.jsonl": GOOD}, ["--data", "d.jsonl", "--precision", "int8"], "--precision.*bf16"),
     "unknown loss": (
         {"d.jsonl": GOOD},
-        ["--data", "d.jsonl", "--loss", "dpo"],
-        "the loss in 'dpo' should be one of sigmoid",
+        ["--data", "d.jsonl", "--loss", "ppo"],
+        "the loss in 'ppo' should be one of sigmoid",
     ),
     "loss option": (
         {"d.jsonl": GOOD},
@@ -156,7 +157,7 @@ BAD = {
     "folder with a foreign config": (
         {"d.jsonl": GOOD, "m/config.json": "{}"},
         ["--data", "d.jsonl", "--model", "m"],
-        "--model should be tiny, small, medium, a run folder or a Hugging Face causal LM .*, but m could not",
+        r"--model should be a causal LM that transformers can load, but m could not be loaded \(.*\): check",
     ),
     "tokenizer of another model": (
         {"d.jsonl": GOOD},
@@ -244,3 +245,41 @@ def test_the_program_is_installed_under_both_names():
             [*command, "--help"], capture_output=True, text=True, cwd=ROOT, env={**os.environ}
         )
         assert done.returncode == 0 and "train" in done.stdout
+
+
+def test_ctrl_c_while_libraries_load_is_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    done = subprocess.run(
+        [sys.executable, "-m", "dpo_wrapper", "train", "--data", "x"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+    )
+    assert done.returncode == 130
+    assert done.stderr == "dpo-wrapper: interrupted before anything was done.\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [(["trian"], "it is trian: did you mean train?"), (["fly"], "it is fly: see dpo-wrapper --help.")],
+)
+def test_an_unknown_command_is_refused(args, sentence, capsys):
+    run_command(*args, status=2)
+    assert sentence in capsys.readouterr().err
+
+
+def test_the_version_and_the_commands_are_printed(capsys):
+    run_command("--version", status=0)
+    assert capsys.readouterr().out == f"dpo-wrapper {__version__}\n"
+    run_command("--help", status=0)
+    printed = capsys.readouterr().out
+    assert all(f"  {name} " in printed for name in cli.COMMANDS)
+
+
+def test_help_names_its_command_and_groups_options(capsys):
+    run_command("train", "--epochz", "3", "--data", "x", status=2)
+    assert "dpo-wrapper train --help" in capsys.readouterr().err
+    run_command("train", "--help", status=0)
+    printed = capsys.readouterr().out
+    assert all(f" {group} options " in printed for group in GROUPS)

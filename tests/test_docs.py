@@ -1,5 +1,6 @@
 """Every Python block of README.md and docs/ runs, and what they say of files, options and losses is so."""
 
+import dataclasses
 import inspect
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 
 import dpo_wrapper
 from dpo_wrapper.data.prepare.config import PrepareConfig
+from dpo_wrapper.losses import PairLogProbs
 from dpo_wrapper.losses.registry import builtin_losses, losses_table
 from dpo_wrapper.pretrained import PRESETS
 from dpo_wrapper.training.config import TrainConfig
@@ -86,6 +88,13 @@ def test_losses_that_take_margins_are_named():
     }
 
 
+def test_the_fields_of_pair_log_probs_are_in_the_docs():
+    table = PAGES["docs/losses.md"].split("`PairLogProbs` holds")[1].split("\n\n")[1]
+    named = set(re.findall(r"`(\w+)`", "".join(row.split("|")[1] for row in table.splitlines())))
+    properties = {name for name, value in vars(PairLogProbs).items() if isinstance(value, property)}
+    assert named == {field.name for field in dataclasses.fields(PairLogProbs)} | properties
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_files_that_are_named_exist(page):
     for name in re.findall(r"(?:dpo_wrapper|examples|tests)/[\w/]+\.(?:py|jsonl|md)", PAGES[page]):
@@ -98,7 +107,7 @@ def test_files_that_are_named_exist(page):
 def test_options_that_are_named_exist(page):
     fields = TrainConfig.__dataclass_fields__ | PrepareConfig.__dataclass_fields__
     known = {f"--{name.replace('_', '-')}" for name in fields}
-    assert set(re.findall(r"`(--[a-z-]+)", PAGES[page])) <= known | {"--help"}
+    assert set(re.findall(r"`(--[a-z0-9-]+)", PAGES[page])) <= known | {"--help"}
 
 
 @pytest.mark.parametrize("name", sorted(dpo_wrapper.__all__))
@@ -108,6 +117,8 @@ def test_what_is_exported_has_docstrings(name):
         assert re.fullmatch(r"\d+\.\d+\.\d+", exported)
         return
     assert inspect.getdoc(exported), name
+    if inspect.isclass(exported) and issubclass(exported, torch.nn.Module):
+        assert inspect.getdoc(exported.__init__) != inspect.getdoc(torch.nn.Module.__init__), name
     members = vars(exported).items() if inspect.isclass(exported) else ()
     for member, value in members:
         is_public = not member.startswith("_") and (inspect.isfunction(value) or isinstance(value, property))

@@ -1,7 +1,6 @@
 """Saving a DPO, and two of them around one model."""
 
 import io
-from typing import Any
 
 import pytest
 import torch
@@ -52,23 +51,3 @@ def test_safetensors_saves_tied_and_shared_weights_once(name, tmp_path):
     safetensors.save_model(dpo, str(tmp_path / "dpo.safetensors"))
     safetensors.load_model(fresh, str(tmp_path / "dpo.safetensors"))
     assert torch.equal(fresh(**ARGUMENTS), dpo(**ARGUMENTS))
-
-
-def test_a_trainer_of_transformers_saves_the_policy(tmp_path):
-    transformers = pytest.importorskip("transformers")
-
-    class Trainer(transformers.Trainer):  # type: ignore[name-defined]
-        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-            return model(**ARGUMENTS)
-
-        def _save(self, output_dir=None, state_dict=None):
-            self.model.policy_model.save_pretrained(output_dir or self.args.output_dir)
-
-    options = transformers.TrainingArguments(tmp_path, max_steps=2, save_steps=1, report_to=[], use_cpu=True)
-    rows, dpo = [{"row": 0}] * 2, DPO(ZOO["hf-llama-tied"](0))
-    Trainer(dpo, options, train_dataset=rows, data_collator=lambda rows: {"rows": torch.ones(1)}).train()
-    model_class: Any = type(dpo.policy_model)
-    saved = model_class.from_pretrained(tmp_path / "checkpoint-2")
-    assert all(
-        torch.equal(value, saved.state_dict()[n]) for n, value in dpo.policy_model.state_dict().items()
-    )

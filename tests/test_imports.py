@@ -1,6 +1,7 @@
 """The import rules of docs/architecture.md: which part of the package may import which, and when."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,13 +12,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "dpo_wrapper"
 
-LEAVES = "tensor_dataclass cpu_matmul version"
+LEAVES = "tensor_dataclass tensor_files hub cpu_matmul version"
 """These import nothing of ours, and every other part may import them."""
 
 CORE = "losses log_probs prefix_tree models batches scoring reference metrics"
 
 ALLOWED = {
     "tensor_dataclass": "",
+    "tensor_files": "",
+    "hub": "",
     "cpu_matmul": "",
     "version": "",
     "validation": "",
@@ -118,7 +121,7 @@ def test_a_part_imports_another_in_one_file_alone(part):
 def test_the_command_line_imports_commands_where_it_runs_them():
     path = ROOT / PACKAGE / "cli.py"
     at_the_top = {name for name in imports_of(iter(parsed(path).body), path) if name.split(".")[0] == PACKAGE}
-    assert not at_the_top
+    assert at_the_top == {"dpo_wrapper.version"}
 
 
 def test_optional_libraries_are_imported_where_they_are_used():
@@ -138,3 +141,29 @@ def test_the_package_alone_loads_no_optional_library():
     code = f"import sys, {PACKAGE}; print([name for name in {libraries} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_the_package_loads_torch_when_a_name_is_used():
+    code = (
+        f"import sys, {PACKAGE}; print('torch' in sys.modules); {PACKAGE}.DPO; print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.split() == ["False", "True"]
+
+
+def test_every_public_name_has_its_module():
+    package = importlib.import_module(PACKAGE)
+    typed = {
+        alias.name
+        for node in parsed(ROOT / PACKAGE / "__init__.py").body
+        if isinstance(node, ast.If)
+        for statement in node.body
+        if isinstance(statement, ast.ImportFrom)
+        for alias in statement.names
+    }
+    names = {name for part in package.MODULES.values() for name in part.split()}
+    assert names == typed == {*package.__all__} - {"__version__"}
+    assert all(getattr(package, name).__module__.startswith(PACKAGE) for name in names)
+    with pytest.raises(AttributeError, match="no attribute 'DPOO'"):
+        package.DPOO  # noqa: B018

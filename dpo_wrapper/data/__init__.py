@@ -1,6 +1,12 @@
 """Data: file -> example -> tokens -> dataset -> batch."""
 
-from dpo_wrapper.data.collate import PreferenceCollator, collate_ranked, scored_sequences
+from dpo_wrapper.data.collate import (
+    PreferenceCollator,
+    collate_preference,
+    collate_ranked,
+    collate_unpaired,
+    scored_sequences,
+)
 from dpo_wrapper.data.convert import check_ranking, convert_examples
 from dpo_wrapper.data.dataset import PreferenceDataset
 from dpo_wrapper.data.errors import ExampleError
@@ -18,7 +24,7 @@ from dpo_wrapper.data.tokens.tokenizers import ByteTokenizer, Tokenizer, load_to
 __all__ = [
     "ByteTokenizer", "Example", "ExampleError", "Fields", "HuggingFaceTokenizer", "Message",
     "PreferenceCollator", "PreferenceDataset", "PreparedData", "StepSampler", "TokenizedExample",
-    "TokenizedExamples", "Tokenizer", "check_ranking", "collate_ranked", "convert_examples",
-    "count_shared_prompts", "load_tokenizer", "read_examples", "scored_sequences", "split_examples",
-    "to_example", "tokenize_examples",
+    "TokenizedExamples", "Tokenizer", "check_ranking", "collate_preference", "collate_ranked",
+    "collate_unpaired", "convert_examples", "count_shared_prompts", "load_tokenizer", "read_examples",
+    "scored_sequences", "split_examples", "to_example", "tokenize_examples",
 ]  # fmt: skip

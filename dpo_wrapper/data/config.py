@@ -51,6 +51,9 @@ class DataConfig:
     """File with a chat template to use instead of the tokenizer's own."""
     chat_template_kwargs: str | None = None
     """What the chat template is called with besides the messages, as JSON: '{"enable_thinking": false}'."""
+    allow_empty: bool = False
+    """Learn from completions without text as well, of which the end is all there is. By default such a row is
+    a bad row."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What happens to a row that cannot be read. error: stop at the first; skip: leave such rows out and
     print their number."""
@@ -133,6 +136,7 @@ class DataConfig:
             "on_long": self.on_long,
             "score": self.score,
             "as_chat": self.as_chat_option,
+            "allow_empty": self.allow_empty,
         }
 
     @property

@@ -29,6 +29,16 @@ class PreferenceDataset(Dataset[dict[str, Any]]):
     trailing run of `pad_id` is padding, all of it. With `pad_to` every item has the same width, and torch's
     default collate makes batches of them.
 
+    From a file to the loss:
+
+        dataset = PreferenceDataset.from_file("pairs.jsonl", tokenizer="bytes", max_length=256)
+        loader = DataLoader(dataset, batch_size=8, collate_fn=PreferenceCollator(dataset.pad_id))
+        for batch in loader:
+            loss = dpo(**batch)
+
+    `DataLoader(dataset.examples, collate_fn=dpo_wrapper.data.collate_preference)` gives `PreferenceBatch`es,
+    for `dpo(batch)` and `dpo.normalize_over_step`.
+
     Args:
         examples: of two completions each, the better first.
         pad_id: the filler.
@@ -73,6 +83,7 @@ class PreferenceDataset(Dataset[dict[str, Any]]):
         pad_to: int | None = None,
         score: Score | None = None,
         as_chat: bool | None = None,
+        allow_empty: bool = False,
     ) -> "PreferenceDataset":
         """Read, tokenize and wrap the pairs of a file; a ranked list becomes all of its pairs.
 
@@ -82,7 +93,7 @@ class PreferenceDataset(Dataset[dict[str, Any]]):
             max_length: tokens of prompt and completion.
             pad_id: the tokenizer's if None.
             pad_to: width of every item.
-            score, as_chat: as in `tokenize_examples`.
+            score, as_chat, allow_empty: as in `tokenize_examples`.
 
         Raises:
             ValueError: whatever `read_examples`, `convert_examples` and `tokenize_examples` refuse; a
@@ -98,7 +109,13 @@ class PreferenceDataset(Dataset[dict[str, Any]]):
         examples, errors = read.examples, list(read.errors)
         examples, conversion_errors = convert_examples(examples, "preference", on_error=on_error)
         tokenized = tokenize_examples(
-            examples, tokenizer, max_length, score=score, as_chat=as_chat, on_error=on_error
+            examples,
+            tokenizer,
+            max_length,
+            score=score,
+            as_chat=as_chat,
+            allow_empty=allow_empty,
+            on_error=on_error,
         )
         errors += conversion_errors + tokenized.errors
         pairs = []

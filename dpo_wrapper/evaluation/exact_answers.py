@@ -15,14 +15,13 @@ MIN_SHORT_FRACTION = 0.9
 
 
 class ExactAnswers:
-    """The prompts of some examples, and which of them a model answers exactly, each time it is asked.
+    """The prompts of some examples, and how many of them a model answers exactly.
 
     Answers are greedy. An exact one has the tokens of the chosen completion, and ends with it.
 
     Attributes:
         examples: the first `max_prompts` that have prompts of their own, without those whose chosen
             completion is long or does not end; none where a tenth of them or more is left out.
-        is_exact: for each time, and for each example.
     """
 
     def __init__(
@@ -34,7 +33,6 @@ class ExactAnswers:
     ) -> None:
         self.end_ids, self.max_positions = end_ids, max_positions
         self.examples = select_short_answers(examples, max_prompts, end_ids)
-        self.is_exact: list[list[bool]] = []
 
     def measure_rate(self, model: nn.Module, progress: Callable[[int], object] | None = None) -> float:
         """The fraction of the prompts that the model answers exactly; `progress` as in `generate`."""
@@ -48,15 +46,7 @@ class ExactAnswers:
             progress=progress,
         )
         is_exact = [given == chosen for given, chosen in zip(completions, answers, strict=True)]
-        self.is_exact.append(is_exact)
         return sum(is_exact) / len(is_exact)
-
-    def find_learned(self) -> TokenizedExample | None:
-        """An example that is answered exactly the last time, and was not the first time, if there is one."""
-        if not self.is_exact:
-            return None
-        ends = zip(self.examples, self.is_exact[0], self.is_exact[-1], strict=True)
-        return next((example for example, before, after in ends if after and not before), None)
 
 
 def select_short_answers(

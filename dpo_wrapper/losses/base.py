@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dpo_wrapper.losses.inputs import PairLogProbs
+from dpo_wrapper.losses.inputs import PairLogProbs, log_ratio
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
@@ -92,6 +92,8 @@ class Loss(ValidatedDataclass, ABC):
     """Whether it subtracts the data's margins inside its sigmoid or hinge."""
     is_per_pair: ClassVar[bool] = True
     """Whether each value depends on its own pair alone, and not on the other pairs of the batch."""
+    has_rewards: ClassVar[bool] = True
+    """Whether it compares completions, by rewards that the metrics report."""
     is_deterministic: ClassVar[bool] = True
     """Whether the same log-probs always give the same values.
 
@@ -102,6 +104,18 @@ class Loss(ValidatedDataclass, ABC):
     @abstractmethod
     def __call__(self, log_probs: Any) -> Tensor:
         """One value for each pair, list or row."""
+
+    def reward(self, policy: Tensor, reference: Tensor | None, length: Tensor) -> Tensor:
+        """What the loss compares completions by, in nats, as the metrics report it: by default β(p - r).
+
+        Args:
+            policy, reference: Float[*c], log-probs of completions, sums over tokens; no reference is 0.
+            length: Int[*c], numbers of scored tokens.
+
+        Returns:
+            Float[*c], which grows with the policy's log-prob.
+        """
+        return getattr(self, "beta", 1.0) * log_ratio(policy, reference)
 
     def observe(self, log_probs: Any) -> None:
         """Called once with the log-probs of each forward pass of training, for losses with a state."""
@@ -116,6 +130,11 @@ class PairLoss(Loss):
 
     @abstractmethod
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]: ...
+
+    def rewards(self, pairs: PairLogProbs) -> tuple[Float[Tensor, "p"], Float[Tensor, "p"]]:
+        """The rewards of chosen and of rejected."""
+        chosen = self.reward(pairs.chosen, pairs.ref_chosen, pairs.chosen_length)
+        return chosen, self.reward(pairs.rejected, pairs.ref_rejected, pairs.rejected_length)
 
 
 def clamp_exponent(x: Tensor) -> Tensor:

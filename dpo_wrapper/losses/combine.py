@@ -29,29 +29,40 @@ class FunctionLoss(PairLoss):
     """A user's own function from `PairLogProbs` to Float[p], one value per pair.
 
     Attributes of the function tell what its class would: `needs_reference = False`, `has_margin = True`,
-    `is_per_pair = False`. With `is_deterministic = True`, `DPO` may call it ahead of time, which saves memory
-    while the output head trains (see `Loss.is_deterministic`). An `nn.Module` is called like any function,
-    but not registered: its parameters and buffers are not those of `DPO`, so the user trains, moves and saves
-    them.
+    `is_per_pair = False`, `has_rewards = False`, and `reward`, a function of what `Loss.reward` is given,
+    without which rewards are log-ratios. With `is_deterministic = True`, `DPO` may call it ahead of time,
+    which saves memory while the output head trains (see `Loss.is_deterministic`). An `nn.Module` is called
+    like any function, but not registered: its parameters and buffers are not those of `DPO`, so the user
+    trains, moves and saves them.
     """
 
     is_deterministic = False
     function: PairFunction
 
     def __post_init__(self) -> None:
-        for name in ("needs_reference", "has_margin", "is_per_pair", "is_deterministic"):
+        for name in ("needs_reference", "has_margin", "is_per_pair", "is_deterministic", "has_rewards"):
             object.__setattr__(self, name, bool(getattr(self.function, name, getattr(self, name))))
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
         """One value per pair; ValueError if the function gives something else."""
         values = self.function(pairs)
-        if not (isinstance(values, Tensor) and values.shape == pairs.chosen.shape):
+        self.check_shape("loss", "pair", values, pairs.chosen)
+        return values
+
+    def check_shape(self, noun: str, unit: str, values: object, like: Tensor) -> None:
+        """Raise ValueError if the user's function did not give one value per pair or completion."""
+        if not (isinstance(values, Tensor) and values.shape == like.shape):
             received = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            name = getattr(self.function, "__name__", repr(self.function))
+            name = getattr(self.function, "__name__", repr(self.function)) + ".reward" * (noun == "reward")
             raise ValueError(
-                f"a loss should give one value per pair, shape {tuple(pairs.chosen.shape)}, but {name} gave "
+                f"a {noun} should give one value per {unit}, shape {tuple(like.shape)}, but {name} gave "
                 f"{received}: leave the mean to DPO."
             )
+
+    def reward(self, policy: Tensor, reference: Tensor | None, length: Tensor) -> Tensor:
+        """What the function's attribute `reward` gives, or else the log-ratio."""
+        values = getattr(self.function, "reward", super().reward)(policy, reference, length)
+        self.check_shape("reward", "completion", values, policy)
         return values
 
 
@@ -107,6 +118,7 @@ class CombinedLoss(nn.Module):
     Attributes:
         terms: the losses and their weights; all take the same type of data.
         dataset_type: 'preference', 'ranked' or 'unpaired_preference'.
+        reward_loss: the first loss that has rewards, which are those of the sum; None if no loss has any.
     """
 
     def __init__(self, loss: LossArgument) -> None:
@@ -120,6 +132,7 @@ class CombinedLoss(nn.Module):
         self.needs_reference = any(term.needs_reference for term, _ in self.terms)
         self.is_deterministic = all(term.is_deterministic for term, _ in self.terms)
         self.is_per_pair = all(term.is_per_pair for term, _ in self.terms)
+        self.reward_loss = next((term for term, _ in self.terms if term.has_rewards), None)
 
     def forward(self, log_probs: Any) -> Float[Tensor, "_"]:
         """One value per pair, list or row, in nats.
@@ -170,20 +183,18 @@ class CombinedLoss(nn.Module):
                 f"{batch_name} of them."
             )
 
-    def check_beta(self, beta: object, is_default: bool) -> float:
-        """`dpo.beta`, the scale of the logged rewards: that of the first loss that has one.
-
-        The default loss takes its β from the user's `beta`; another loss has its own.
-        """
+    def check_beta(self, beta: object) -> None:
+        """Raise ValueError for a `beta` of `DPO` that is no scale, or that these losses do not have."""
         if not (is_number(beta) and beta > 0):
             raise ValueError(f"beta should be a positive number, but it is {beta!r}.")
-        loss_beta = next((float(term.beta) for term, _ in self.terms if hasattr(term, "beta")), float(beta))
-        if not is_default and beta not in (0.1, loss_beta):
-            raise ValueError(
-                f"beta = {beta} has no effect beside a loss with beta = {loss_beta}: give it to the loss "
-                "alone."
-            )
-        return loss_beta
+        loss_beta = next((float(term.beta) for term, _ in self.terms if hasattr(term, "beta")), None)
+        if beta in (0.1, loss_beta):
+            return
+        if loss_beta is None:
+            raise ValueError(f"beta = {beta} has no effect beside a loss without one: leave it out.")
+        raise ValueError(
+            f"beta = {beta} has no effect beside a loss with beta = {loss_beta}: give it to the loss alone."
+        )
 
     def check_ld_alpha(self, ld_alpha: object) -> float:
         """The weight of tokens beyond the shorter completion; ValueError where it could not act."""

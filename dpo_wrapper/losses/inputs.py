@@ -12,6 +12,11 @@ from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor
 
 
+def log_ratio(policy: Tensor, reference: Tensor | None) -> Tensor:
+    """`p - r`; `p` itself without a reference."""
+    return policy if reference is None else policy - reference
+
+
 @jaxtyped(typechecker=beartype)
 @dataclass(frozen=True)
 class PairLogProbs:
@@ -49,12 +54,12 @@ class PairLogProbs:
     @property
     def chosen_logratio(self) -> Float[Tensor, "p"]:
         """`a = p_w - r_w`; `p_w` itself without a reference."""
-        return self.chosen if self.ref_chosen is None else self.chosen - self.ref_chosen
+        return log_ratio(self.chosen, self.ref_chosen)
 
     @property
     def rejected_logratio(self) -> Float[Tensor, "p"]:
         """`b = p_l - r_l`; `p_l` itself without a reference."""
-        return self.rejected if self.ref_rejected is None else self.rejected - self.ref_rejected
+        return log_ratio(self.rejected, self.ref_rejected)
 
     @property
     def chosen_mean(self) -> Float[Tensor, "p"]:
@@ -100,7 +105,7 @@ class RankedLogProbs:
     @property
     def logratio(self) -> Float[Tensor, "l k"]:
         """`a = p - r`; `p` itself without a reference."""
-        return self.policy if self.reference is None else self.policy - self.reference
+        return log_ratio(self.policy, self.reference)
 
 
 @jaxtyped(typechecker=beartype)
@@ -129,4 +134,4 @@ class UnpairedLogProbs:
     @property
     def logratio(self) -> Float[Tensor, "r"]:
         """`a = p - r`; `p` itself without a reference."""
-        return self.policy if self.reference is None else self.policy - self.reference
+        return log_ratio(self.policy, self.reference)

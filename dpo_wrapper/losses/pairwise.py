@@ -18,18 +18,12 @@ from dpo_wrapper.losses.base import (
     positive_field,
 )
 from dpo_wrapper.losses.divergences import Divergence, divergence_field
-from dpo_wrapper.losses.inputs import PairLogProbs
+from dpo_wrapper.losses.inputs import PairLogProbs, log_ratio
 
 
 def logit_difference(pairs: PairLogProbs, divergence: Divergence) -> Float[Tensor, "p"]:
     """`Δ = s_w - s_l`, from sums over tokens."""
     return divergence(pairs.chosen_logratio) - divergence(pairs.rejected_logratio)
-
-
-def mean_logit_difference(pairs: PairLogProbs, divergence: Divergence) -> Float[Tensor, "p"]:
-    """`s_w / n_w - s_l / n_l`, from scores per token."""
-    chosen, rejected = divergence(pairs.chosen_logratio), divergence(pairs.rejected_logratio)
-    return chosen / pairs.chosen_length - rejected / pairs.rejected_length
 
 
 def logistic_loss(logits: Float[Tensor, "p"], label_smoothing: float) -> Float[Tensor, "p"]:
@@ -73,7 +67,12 @@ class SigmoidNorm(PairLoss):
     divergence: Divergence = divergence_field()
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
-        return -F.logsigmoid(pairs.subtract_margin(self.beta * mean_logit_difference(pairs, self.divergence)))
+        chosen, rejected = self.rewards(pairs)
+        return -F.logsigmoid(pairs.subtract_margin(chosen - rejected))
+
+    def reward(self, policy: Tensor, reference: Tensor | None, length: Tensor) -> Tensor:
+        """`βs / n`, with the score s of `p - r`."""
+        return self.beta * self.divergence(log_ratio(policy, reference)) / length
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,12 @@ class IPO(PairLoss):
     divergence: Divergence = divergence_field()
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
-        return (mean_logit_difference(pairs, self.divergence) - 1 / (2 * self.beta)).square()
+        chosen, rejected = self.rewards(pairs)
+        return ((chosen - rejected - 0.5) / self.beta).square()
+
+    def reward(self, policy: Tensor, reference: Tensor | None, length: Tensor) -> Tensor:
+        """`βs / n`, with the score s of `p - r`: the loss is 0 where two rewards are 1/2 apart."""
+        return self.beta * self.divergence(log_ratio(policy, reference)) / length
 
 
 @dataclass(frozen=True)

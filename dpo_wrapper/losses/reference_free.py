@@ -30,6 +30,7 @@ class SFT(PairLoss):
     """
 
     needs_reference = False
+    has_rewards = False
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
         return pairs.chosen_nll
@@ -53,6 +54,10 @@ class ReferenceFree(PairLoss):
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
         logits = pairs.subtract_margin(self.beta * (pairs.chosen - pairs.rejected))
         return logistic_loss(logits, self.label_smoothing)
+
+    def reward(self, policy: Tensor, reference: Tensor | None, length: Tensor) -> Tensor:
+        """`βp`."""
+        return self.beta * policy
 
 
 @dataclass(frozen=True)
@@ -83,8 +88,12 @@ class SimPO(PairLoss):
     gamma: float = nonnegative_field(0.5, "margin that chosen should keep over rejected")
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
-        logits = self.beta * (pairs.chosen_mean - pairs.rejected_mean) - self.gamma
-        return -F.logsigmoid(pairs.subtract_margin(logits))
+        chosen, rejected = self.rewards(pairs)
+        return -F.logsigmoid(pairs.subtract_margin(chosen - rejected - self.gamma))
+
+    def reward(self, policy: Tensor, reference: Tensor | None, length: Tensor) -> Tensor:
+        """`βp / n`."""
+        return self.beta * policy / length
 
 
 @dataclass(frozen=True)
@@ -99,13 +108,11 @@ class AlphaPO(SimPO):
 
     alpha: float = number_field(0.25, "α, the shape of the reward; 0 takes the mean log-prob itself")
 
-    def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:
-        logits = self.beta * (self.reward(pairs.chosen_mean) - self.reward(pairs.rejected_mean)) - self.gamma
-        return -F.logsigmoid(pairs.subtract_margin(logits))
-
-    def reward(self, mean: Float[Tensor, "p"]) -> Float[Tensor, "p"]:
-        """`f(x)`, of mean log-probs."""
-        return mean if self.alpha == 0 else -clamp_exponent(-self.alpha * mean).expm1() / self.alpha
+    def reward(self, policy: Tensor, reference: Tensor | None, length: Tensor) -> Tensor:
+        """`βf(p / n)`."""
+        mean = policy / length
+        shaped = mean if self.alpha == 0 else -clamp_exponent(-self.alpha * mean).expm1() / self.alpha
+        return self.beta * shaped
 
 
 @dataclass(frozen=True)
@@ -125,3 +132,7 @@ class ORPO(PairLoss):
         chosen, rejected = pairs.chosen_mean, pairs.rejected_mean
         odds = (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
         return pairs.chosen_nll - self.beta * F.logsigmoid(odds)
+
+    def reward(self, policy: Tensor, reference: Tensor | None, length: Tensor) -> Tensor:
+        """`βp / n`, which has the order of the log-odds."""
+        return self.beta * policy / length

@@ -12,6 +12,9 @@ from dpo_wrapper.losses.base import Loss, PairLoss, ValidatedDataclass
 from dpo_wrapper.losses.combine import WeightedLosses, as_weighted_losses
 from dpo_wrapper.losses.divergences import Divergence
 
+SYNONYMS = {"dpo": "sigmoid"}
+"""Other names of losses."""
+
 
 def subclasses_by_name(base: type[ValidatedDataclass]) -> dict[str, type[Any]]:
     """Every class below `base` that can be made from its defaults, under its lower-case name."""
@@ -63,7 +66,7 @@ def _parse_terms(node: ast.expr, text: str) -> Iterator[tuple[Loss, float]]:
 def _parse_call(node: ast.expr, base: type[ValidatedDataclass], text: str) -> Any:
     call = node if isinstance(node, ast.Call) else ast.Call(func=node, args=[], keywords=[])
     name = call.func.id.lower() if isinstance(call.func, ast.Name) else ast.unparse(call.func)
-    classes = subclasses_by_name(base)
+    classes, name = subclasses_by_name(base), SYNONYMS.get(name, name)
     if name not in classes:
         expected = f"the {base.__name__.lower()} in {text!r} should be one of {', '.join(classes)}"
         raise ValueError(f"{expected}, but it is {name!r}: correct it.")
@@ -129,7 +132,7 @@ def losses_help() -> str:
 
     divergences = ", ".join(map(signature, subclasses_by_name(Divergence).values()))
     return (
-        "Sum of losses, each a name with its options, like 'sigmoid(beta=0.1) + 0.5*sft'. "
+        "Sum of losses, each a name with its options, like 'sigmoid(beta=0.1) + 0.5*sft'; dpo is sigmoid. "
         f"Losses of pairs: {signatures('preference')}; of ranked lists: {signatures('ranked')}; of "
         f"completions with a label: {signatures('unpaired_preference')}. "
         f"Divergences, as in sigmoid(divergence=forwardkl): {divergences}."

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dpo_wrapper.models.balance_loss import BalanceLoss
+from dpo_wrapper.models.lower_layers import DecoderLayer
 from dpo_wrapper.prefix_tree import TreeLayout
 
 install_lock = threading.Lock()
@@ -43,6 +44,7 @@ class LanguageModel:
     can_share_prefix = False  # whether `forward_tree` is implemented
     plain_attention_hint = ""  # what makes attention such that a kernel may compute it, in brackets
     has_own_positions = False  # whether its attention may count positions by itself, whatever a tree says
+    layer_name = "layer"  # what `decoder_layers` are called, in messages
     balance_loss: BalanceLoss | None = None  # the loss that balances its experts, where it is needed
 
     def __init__(self, model: nn.Module) -> None:
@@ -68,6 +70,10 @@ class LanguageModel:
     def output_head(self) -> OutputHead | None:
         """The output head; None if it is anything but one linear layer."""
         return None
+
+    def decoder_layers(self) -> list[DecoderLayer]:
+        """The layers that hidden states pass in turn, the lowest first; none where they cannot be told."""
+        return []
 
     def why_own_forward(self) -> str | None:
         """Why the model has to be called as a whole for its logits, as a part of a sentence; else None."""

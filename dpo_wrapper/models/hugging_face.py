@@ -3,6 +3,7 @@
 import sys
 import warnings
 from copy import copy
+from functools import cached_property
 from typing import Any
 
 from jaxtyping import Float, Int
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from dpo_wrapper.models.balance_loss import BalanceLoss
 from dpo_wrapper.models.base import LanguageModel, OutputHead, as_output_head, has_hooks, install_lock
 from dpo_wrapper.models.hugging_face_attention import install_hooks
+from dpo_wrapper.models.lower_layers import DecoderLayer
 from dpo_wrapper.models.rerun import run_pass
 from dpo_wrapper.prefix_tree import PrefixSharingError, TreeLayout
 
@@ -134,6 +136,18 @@ class HuggingFaceModel(LanguageModel):
         if not layout.kernels:
             raise PrefixSharingError("its tokens meet elsewhere than in transformers' attention interface")
         return output
+
+    @cached_property
+    def layer_list(self) -> nn.ModuleList:
+        """The list of decoder layers; an empty one where no list, or more than one, is as long as it."""
+        count = getattr(self.text_config, "num_hidden_layers", None)
+        named = self.inner.named_modules()
+        lists = {name: m for name, m in named if isinstance(m, nn.ModuleList) and len(m) == count}
+        outermost = [m for name, m in lists.items() if not any(name.startswith(f"{n}.") for n in lists)]
+        return outermost[0] if len(outermost) == 1 else nn.ModuleList()
+
+    def decoder_layers(self) -> list[DecoderLayer]:
+        return [DecoderLayer(layer, layer) for layer in self.layer_list]
 
     def output_head(self) -> OutputHead | None:
         if self.inner.base_model is self.inner:

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dpo_wrapper.models.base import LanguageModel, OutputHead, as_output_head, has_hooks, install_lock
+from dpo_wrapper.models.lower_layers import DecoderLayer
 from dpo_wrapper.models.rerun import attention_tree, may_be_over_tree, run_pass
 from dpo_wrapper.models.untraced import untraced
 from dpo_wrapper.prefix_tree import PrefixSharingError, TreeLayout, attend_along_paths, attend_with_kernel
@@ -23,6 +24,7 @@ class XTransformersModel(LanguageModel):
     name = "x-transformers"
     can_share_prefix = True
     plain_attention_hint = " (attn_flash = True may make it so)"
+    layer_name = "block"
 
     def __init__(self, model: nn.Module, net: Any) -> None:
         super().__init__(model)
@@ -51,6 +53,10 @@ class XTransformersModel(LanguageModel):
         forward = partial(self.net, layout.ids, return_embeddings=return_hidden, pos=pos)
         return run_pass(self.model, forward, as_attention_tree(self.net, layout))
 
+    def decoder_layers(self) -> list[DecoderLayer]:
+        layers: Any = self.net.attn_layers.layers  # each a list of norms, attention or feed-forward, residual
+        return [DecoderLayer(layer, layer[2], {layer[1]: skip_block}) for layer in layers]
+
     def why_own_forward(self) -> str | None:
         return "hooks are called with the model as a whole" if has_hooks(self.net) else None
 
@@ -61,6 +67,11 @@ class XTransformersModel(LanguageModel):
         if hasattr(self.net, "tie_embedding_scale") and not isinstance(to_logits, nn.Module):
             return OutputHead(self.net.token_emb.emb.weight, logit_scale=float(self.net.tie_embedding_scale))
         return as_output_head(to_logits)
+
+
+def skip_block(x: Tensor, *_: Any, return_intermediates: bool = False, **__: Any) -> Any:
+    """What is called instead of attention or feed-forward where the output of the residual is known."""
+    return (x, sys.modules["x_transformers.attend"].Intermediates()) if return_intermediates else x
 
 
 @dataclass(frozen=True)

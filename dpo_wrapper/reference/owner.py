@@ -1,14 +1,17 @@
 """The side of `DPO` that keeps policy and reference together: moves, copies, replacements."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dpo_wrapper.models.adapters import is_merged
+from dpo_wrapper.models.eval_mode import eval_mode
 from dpo_wrapper.reference.build import build_reference, follow_policy
 from dpo_wrapper.reference.frozen_copy import copy_with_closures
+from dpo_wrapper.reference.lower_layers import LowerLayers
 from dpo_wrapper.reference.reference import ModelReference, Reference
 from dpo_wrapper.reference.sync import sync_reference
 from dpo_wrapper.scoring.scorer import Scorer
@@ -21,6 +24,8 @@ class ReferenceOwner(nn.Module):
 
     Attributes:
         per_token: whether the reference's log-prob of each token is needed.
+        disable_dropout: whether the policy is computed without dropout.
+        lower_layers: the layers that are computed once for both.
     """
 
     policy: Scorer
@@ -28,6 +33,7 @@ class ReferenceOwner(nn.Module):
     reference: Reference
     ref_model: nn.Module | None  # the reference's own
     per_token: bool
+    disable_dropout: bool
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,6 +42,7 @@ class ReferenceOwner(nn.Module):
     def set_reference(self, reference: Reference) -> None:
         module: Any = reference.module
         self.reference = reference
+        self.lower_layers = LowerLayers(self.policy, reference, self.disable_dropout)
         super().__setattr__("ref_model", module)
         # DistributedDataParallel wants all tensors that it synchronizes on one device, and their gradients
         is_apart = reference.device is not None
@@ -77,6 +84,10 @@ class ReferenceOwner(nn.Module):
                 "merged into them: call unmerge_adapter() first."
             )
 
+    def policy_mode(self) -> AbstractContextManager[None]:
+        """The context in which the policy is computed: without dropout, unless that should stay on."""
+        return eval_mode(self.policy_model) if self.disable_dropout else nullcontext()
+
     def sync_reference(self, alpha: float = 0.6) -> None:
         """Move the reference towards the policy: `ref <- alpha * policy + (1 - alpha) * ref` (TR-DPO).
 
@@ -84,6 +95,10 @@ class ReferenceOwner(nn.Module):
         adapter only the adapters are mixed, each LoRA factor by itself.
         """
         sync_reference(self.reference, self.policy_model, alpha)
+
+    def explain_reference(self) -> str:
+        """What the reference is, which paths it takes, and what is computed once for it and the policy."""
+        return f"{self.reference.explain()}{self.lower_layers.explanation}"
 
     def forget_ref_log_probs(self) -> None:
         """Compute the reference's log-probs anew from now on, where `cache_ref_log_probs` keeps them.

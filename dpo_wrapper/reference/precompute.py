@@ -13,6 +13,7 @@ from dpo_wrapper.models.batch_dependence import max_independent_length
 from dpo_wrapper.reference.cache import LogProbCache
 from dpo_wrapper.reference.reference import CachedReference, FrozenModel, ModelReference, Reference
 from dpo_wrapper.scoring.scorer import Scorer
+from dpo_wrapper.tensor_files import apply_umask
 from dpo_wrapper.validation import describe_type
 from dpo_wrapper.version import __version__
 
@@ -141,6 +142,7 @@ def write_file(file: Path, cache: LogProbCache, made_with: dict[str, str]) -> No
     """Write a file completely or not at all."""
     unfinished = file.with_suffix(".new")
     import_safetensors().torch.save_file(cache.state_dict(), str(unfinished), metadata=made_with)
+    apply_umask(unfinished)
     unfinished.replace(file)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from dpo_wrapper.log_probs import Impl
 from dpo_wrapper.models import LanguageModel
 from dpo_wrapper.models.eval_mode import eval_mode, reproducible_forward
+from dpo_wrapper.models.recurrent import find_recurrent_layers
 from dpo_wrapper.prefix_tree import TreeOptions
 from dpo_wrapper.scoring.probe import FAST_KERNELS, KERNEL_NAMES, Probe, ProbeKey, SharePrefix
 from dpo_wrapper.scoring.probe_head import probe_head
@@ -72,9 +73,14 @@ def probe_sharing(model: LanguageModel, probe: Probe, share_prefix: SharePrefix,
             reason, kernels = trial.why_not_shared(own)
         if reason is None:
             return replace(probe, tree=own, kernels=kernels, why_own_attention=why_own_attention)
+    remedy = "use share_prefix = 'auto'"
+    if layers := find_recurrent_layers(model.model):
+        carriers = f"its {' and '.join(layers)} layers"
+        reason = f"{carriers} carry a state along the sequence, which the prefix tree does not branch yet"
+        remedy = f"it would take layers that begin each branch with the state at its fork, so {remedy}"
     sentence = f"prefixes are not shared in the {model.name} model, for {reason}"
     if share_prefix is True:
-        raise ValueError(f"{sentence}: use share_prefix = 'auto'.")
+        raise ValueError(f"{sentence}: {remedy}.")
     if model.name != "module":
         warnings.warn(f"{sentence}; its sequences are padded.", stacklevel=2)
     return probe.padded(reason)

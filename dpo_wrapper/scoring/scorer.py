@@ -24,7 +24,7 @@ from dpo_wrapper.validation import (
     describe_type,
 )
 
-_probing = threading.RLock()
+probing_lock = threading.RLock()
 """A model is probed by one thread at a time; others wait for the result."""
 
 
@@ -99,7 +99,7 @@ class Scorer:
 
     def check(self, sequences: ScoredSequences) -> Probe:
         """Probe the model where needed, and raise what can be said before it runs on these sequences."""
-        with _probing:
+        with probing_lock:
             self.probe = probe = self.find_probe(sequences.ids.device)
         if self.policy and self.policy.probe and self.policy.probe.vocab_size != probe.vocab_size:
             raise ValueError(

@@ -18,12 +18,13 @@ NOISE = 0.02
 
 
 @contextmanager
-def stand_in_parameters(model: nn.Module) -> Iterator[None]:
+def stand_in_parameters(model: nn.Module, replaces_frozen: bool = True) -> Iterator[None]:
     """Inside this context, parameters that train are aliases of themselves, and those of zeros are noise.
 
     So a backward pass leaves gradients on the aliases alone, and runs no hooks of the parameters, such as
     DistributedDataParallel's. A branch that starts at zero (a zero-initialized projection, a LoRA factor)
-    would hide what it does. Sharded parameters and those without data stay as they are.
+    would hide what it does. Sharded parameters and those without data stay as they are; so do frozen ones
+    unless `replaces_frozen`.
     """
     replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
     stand_ins: dict[int, nn.Parameter] = {}
@@ -34,6 +35,8 @@ def stand_in_parameters(model: nn.Module) -> Iterator[None]:
             for module in list(model.modules()):
                 for name, parameter in list(module._parameters.items()):
                     if parameter is None or not can_be_replaced(parameter):
+                        continue
+                    if not (replaces_frozen or parameter.requires_grad):
                         continue
                     if id(parameter) not in stand_ins:
                         stand_in = make_stand_in(parameter, generator)

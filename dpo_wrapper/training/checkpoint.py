@@ -1,6 +1,10 @@
-"""The files of a checkpoint: module, optimizer and random states."""
+"""The files of a checkpoint: what changed of the module, optimizer and random states.
+
+Frozen weights are not in it: they are those of the model as it is loaded, of which a checksum is kept.
+"""
 
 import random
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +15,65 @@ from torch import nn
 
 from dpo_wrapper.pretrained import undo_rescaling
 from dpo_wrapper.reference import LogProbCache
+from dpo_wrapper.reference.shared_weights import compute_checksums, local_tensor
 from dpo_wrapper.training.state_files import read_state, write_state
+from dpo_wrapper.training.stopping import TrainingError
 
 STATE_FILE = "state.safetensors"
 
 
+class FrozenWeights:
+    """The weights of a module that do not train, as they are now.
+
+    A reference may change all the same (TR-DPO): what is no longer as it was goes into checkpoints.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        undo_rescaling(module)
+        self.checksums = self.compute()
+
+    def compute(self) -> dict[str, int]:
+        """A checksum of each weight that does not train; 0 where its bits cannot be read.
+
+        A weight that is shared stands under all its names.
+        """
+        parameters = self.module.named_parameters(remove_duplicate=False)
+        frozen = {name: p for name, p in parameters if not p.requires_grad}
+        local = {id(p): tensor for p in frozen.values() if (tensor := local_tensor(p)) is not None}
+        sums = dict(zip(local, compute_checksums(list(local.values())), strict=True))
+        return {name: sums.get(id(p), 0) for name, p in frozen.items()}
+
+    def find_unchanged(self) -> dict[str, int]:
+        """The checksums of the weights that are still as they were."""
+        return {name: value for name, value in self.compute().items() if self.checksums[name] == value}
+
+    def check(self, checksums: dict[str, int]) -> None:
+        """Raise TrainingError if weights are not those with these checksums."""
+        for name, value in checksums.items():
+            if self.checksums.get(name) != value:
+                raise TrainingError(
+                    f"{name} should be as it was when the run began, since no checkpoint holds it, but it "
+                    "has changed: put the model back that the run began with, or begin a new run."
+                )
+
+
 def write_checkpoint(
-    folder: Path, accelerator: Accelerator, module: nn.Module, optimizer: Any, cache: LogProbCache | None
+    folder: Path,
+    accelerator: Accelerator,
+    frozen: FrozenWeights,
+    optimizer: Any,
+    cache: LogProbCache | None,
 ) -> None:
     """Write this process's part: its random states and, of the main process, everything else."""
+    module = frozen.module
     write_state(random_file(folder, accelerator), get_random_state(accelerator.device))
     if accelerator.is_main_process:
         undo_rescaling(module)
+        unchanged = frozen.find_unchanged()
         state = {
-            "module": dict(module.state_dict()),
+            "module": {n: value for n, value in module.state_dict().items() if not is_part(n, unchanged)},
+            "frozen": unchanged,
             "optimizer": optimizer.state_dict(),
             "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
             "reference_cache": None if cache is None else dict(cache.state_dict()),
@@ -33,12 +82,21 @@ def write_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, accelerator: Accelerator, module: nn.Module, optimizer: Any, cache: LogProbCache | None
+    folder: Path,
+    accelerator: Accelerator,
+    frozen: FrozenWeights,
+    optimizer: Any,
+    cache: LogProbCache | None,
 ) -> None:
-    """Put everything back to where the checkpoint was written, and say which random state cannot be."""
+    """Put everything back to where the checkpoint was written, and say which random state cannot be.
+
+    Raises:
+        TrainingError: the checkpoint cannot be read, or the frozen weights are others.
+    """
     state = read_state(folder / STATE_FILE)
-    undo_rescaling(module)
-    module.load_state_dict(state["module"])
+    frozen.check(state["frozen"])
+    undo_rescaling(frozen.module)
+    load_weights(frozen.module, state["module"], set(state["frozen"]))
     optimizer.load_state_dict(state["optimizer"])
     if accelerator.scaler is not None and state["scaler"] is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
@@ -50,6 +108,31 @@ def load_checkpoint(
     if problem:
         process = f"process {accelerator.process_index}"
         print(f"The random state of {process} is not that of the interrupted run: {problem}.")
+
+
+def is_part(name: str, parameters: Collection[str]) -> bool:
+    """Whether an entry of a state is one of these parameters, or what quantization keeps beside one."""
+    parts = name.split(".")
+    return any(".".join(parts[:end]) in parameters for end in range(1, len(parts) + 1))
+
+
+def load_weights(module: nn.Module, weights: dict[str, Any], left_out: Collection[str]) -> None:
+    """Load all weights of a module but those that were left out on purpose."""
+    result = module.load_state_dict(weights, strict=False)
+    missing = [name for name in result.missing_keys if not is_part(name, left_out)]
+    if missing or result.unexpected_keys:
+        name = (missing + result.unexpected_keys)[0]
+        raise TrainingError(
+            f"a checkpoint should hold the weights that this run trains, but it differs in {name}: resume "
+            "with the model and the versions of libraries that the run began with."
+        )
+
+
+def describe_checkpoint(folder: Path, save_steps: int) -> str:
+    """The size of a checkpoint, in words."""
+    size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+    interval = f" every {save_steps} steps" if save_steps else ""
+    return f"checkpoint: {size:.{0 if size >= 10 else 1}f} MB{interval} in {folder}"
 
 
 def random_file(folder: Path, accelerator: Accelerator) -> Path:

@@ -18,6 +18,7 @@ from dpo_wrapper.data.split import prompt_digest, split_rows
 from dpo_wrapper.data.tokens.encode import tokenize_examples
 from dpo_wrapper.data.tokens.tokenizers import Tokenizer
 from dpo_wrapper.training.config import TrainConfig, flag
+from dpo_wrapper.training.explanations import explain_cuts
 
 Rows = tuple[ExampleTable, NDArray[np.int64]]
 """A table with indices of some of its rows."""
@@ -78,7 +79,9 @@ class RunData:
         """
         if self.prepared is not None:
             self.prepared.check_tokenizer(tokenizer)
-            return self.prepared.examples, []
+            table, cuts = self.prepared.examples, self.prepared.manifest["cuts"]
+            counts = (cuts.get("shortened_prompts", 0), cuts.get("truncated_completions", 0))
+            return table, explain_all_cuts(table, *counts, self.max_length or config.max_length)
         assert self.read is not None
         notes = self.read.notes()
         examples = self.read.examples
@@ -93,7 +96,18 @@ class RunData:
             problem = f"{len(tokenized.errors):,} rows could not be tokenized and are left out"
             notes.append(f"{problem}; the first: {tokenized.errors[0]}")
         notes += [tokenized.summary()] if tokenized.summary() else []
+        counts = (tokenized.num_shortened_prompts, tokenized.num_truncated_completions)
+        notes += explain_all_cuts(table, *counts, config.max_length)
         return table, notes
+
+
+def explain_all_cuts(
+    table: ExampleTable, num_prompts: int, num_completions: int, max_length: int
+) -> list[str]:
+    """Sentences on what is cut, if it is most of the prompts or of the completions."""
+    sentences = explain_cuts(num_prompts, len(table), "prompts", max_length)
+    total = int(table.num_completions().sum())
+    return sentences + explain_cuts(num_completions, total, "completions", max_length)
 
 
 OTHER_OPTIONS = ("data", "tokenizer", "chat_template", "chat_template_kwargs", "on_bad_row")

@@ -6,13 +6,18 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate.utils import set_seed
 
 from dpo_wrapper.data import check_ranking
 from dpo_wrapper.losses import CombinedLoss, parse_losses
-from dpo_wrapper.pretrained import PretrainedModel, load_pretrained
+from dpo_wrapper.pretrained import PretrainedModel
 from dpo_wrapper.reference.build import parse_device
 from dpo_wrapper.training.config import TrainConfig, flag
+from dpo_wrapper.training.lora import load_policy, name_adapter
+from dpo_wrapper.training.monitoring.trackers import check_trackers
+from dpo_wrapper.training.optimizer import create_optimizer, create_schedule, find_optimizer
+from dpo_wrapper.training.policy import resolve_dtype, set_up_policy
 from dpo_wrapper.training.read_data import Rows, RunData, count_shared_prompts, split_table
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.stage_plan import StagePlan, choose_stages, plan_stages
@@ -35,8 +40,10 @@ def set_up_training(config: TrainConfig) -> TrainSetup:
     Raises:
         ValueError, TypeError, OSError, ImportError: one sentence about the setting or the row that is wrong.
     """
+    config = name_adapter(config)
     loss = CombinedLoss(parse_losses(config.loss))
     check_options(config, loss)
+    check_trackers(config.report_to)
     run = RunFolder(config)
     run.check(config.resume)
     data = RunData.open(config.data, config)
@@ -46,13 +53,16 @@ def set_up_training(config: TrainConfig) -> TrainSetup:
     config = replace(config, max_length=data.max_length or config.max_length)
 
     set_seed(config.seed)
-    pretrained = load_pretrained(
-        run.find_model(stages) or config.model,
-        config.tokenizer,
-        config.max_length,
+    pretrained = load_policy(
+        config,
+        run.find_model(stages),
         config.tokenizer_options(run.today),
+        dtype=resolve_dtype(config, trains_base=not config.has_adapter),
+        attn_implementation=config.attn_implementation,
     )
+    policy_notes = set_up_policy(pretrained.model, config)
     train, eval, notes = tokenize_splits(data, eval_data, pretrained, config)
+    notes = policy_notes + notes
     check_model(pretrained, [train, eval])
     if "dpo" in stages:
         dataset_type: Any = loss.dataset_type
@@ -61,6 +71,15 @@ def set_up_training(config: TrainConfig) -> TrainSetup:
     if errors:
         notes.append(f"{len(errors):,} rows are of no use to --loss and are left out; the first: {errors[0]}")
     check_plans(config, loss, plans, [train, eval])
+    for plan in plans:
+        if config.compares_evaluations and not len(plan.splits.eval):
+            name = "keep_best" if config.keep_best else "early_stopping_patience"
+            raise ValueError(
+                f"{flag(name)} needs {plan.splits.unit} to evaluate on, but there are none: give --eval-data "
+                "or a larger --eval-fraction."
+            )
+        create_schedule(config, plan.learning_rate, num_steps=100)
+        create_optimizer(pretrained.model, config, plan.learning_rate, torch.device("cpu"))
     if "dpo" in stages:
         notes += [
             f"{type(term).__name__} compares the pairs of one forward pass with one another: raise "
@@ -87,6 +106,11 @@ def check_options(config: TrainConfig, loss: CombinedLoss) -> None:
         raise ValueError(f"{flags[0]} needs a reference, but {why}: leave it out.")
     if config.reference_device is not None:
         parse_device(config.reference_device)
+    if config.precision == "fp16" and (config.cpu or not torch.cuda.is_available()):
+        raise ValueError(
+            "--precision fp16 should run on CUDA, but this run does not: give --precision bf16 or no."
+        )
+    find_optimizer(config.optimizer)
 
 
 def tokenize_splits(

@@ -1,5 +1,6 @@
 """Which stages a run has, and what each of them is trained on."""
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dpo_wrapper.data import StepSampler
 from dpo_wrapper.data.collate import add_kl_completions
 from dpo_wrapper.data.errors import ExampleError
 from dpo_wrapper.data.example_table import ExampleTable
@@ -51,6 +53,11 @@ class StagePlan:
     epochs: int
     learning_rate: float
     splits: Splits
+
+    def count_steps(self, config: TrainConfig) -> int:
+        """Maximum number of optimizer steps."""
+        num_steps = len(StepSampler(len(self.splits.train), config.batch_size, self.epochs))
+        return min(num_steps, config.max_steps or num_steps)
 
 
 def choose_stages(config: TrainConfig, types: Collection[DatasetType]) -> tuple[StageName, ...]:
@@ -109,11 +116,10 @@ def plan_stages(
     Raises:
         ExampleError: a row cannot become what the loss learns from.
     """
-    sft_epochs = config.sft_epochs if config.sft_epochs is not None else (5 if config.is_new_model else 1)
-    schedule: dict[StageName, tuple[int, float]] = {
-        "pretrain": (config.pretrain_epochs, config.peak_pretrain_learning_rate),
-        "sft": (sft_epochs, config.peak_sft_learning_rate),
-        "dpo": (config.epochs, config.peak_learning_rate),
+    epochs: dict[StageName, int] = {
+        "pretrain": config.pretrain_epochs,
+        "sft": (5 if config.is_new_model else 1) if config.sft_epochs is None else config.sft_epochs,
+        "dpo": config.epochs,
     }
     dataset_type: Any = loss.dataset_type
     learns_prompts = config.train_on_prompt
@@ -135,12 +141,11 @@ def plan_stages(
 
     errors: list[ExampleError] = []
     types: dict[StageName, Any] = {"pretrain": "language_modeling", "sft": "prompt_completion"}
-    plans = [
-        StagePlan(
-            stage,
-            *schedule[stage],
-            Splits(view(stage, *train), view(stage, *eval), UNITS[types.get(stage, dataset_type)]),
-        )
-        for stage in stages
-    ]
+    plans = []
+    for stage in stages:
+        unit = UNITS[types.get(stage, dataset_type)]
+        splits = Splits(view(stage, *train), view(stage, *eval), unit)
+        num_steps = epochs[stage] * math.ceil(len(splits.train) / config.batch_size)
+        num_steps = min(num_steps, config.max_steps or num_steps)
+        plans.append(StagePlan(stage, epochs[stage], config.peak_learning_rate(stage, num_steps), splits))
     return plans, errors

@@ -8,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dpo_wrapper.tensor_files import apply_umask
 from dpo_wrapper.training.stopping import TrainingError
 
 
@@ -36,6 +37,7 @@ def write_state(file: Path, state: Any) -> None:
         raise TypeError(f"a state should hold tensors, numbers and strings, but it holds {type(value)}.")
 
     save_file(tensors, str(file), metadata={"state": json.dumps(describe(state))})
+    apply_umask(file)
 
 
 def read_state(file: Path) -> Any:

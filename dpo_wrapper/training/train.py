@@ -1,19 +1,22 @@
 """Train a model on a file of preferences: `train(TrainConfig(data = ...))`."""
 
 import errno
-from collections.abc import Mapping
+import warnings
 from itertools import zip_longest
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from torch import nn
 
-from dpo_wrapper.data import TokenizedExample, scored_sequences
+from dpo_wrapper.data import scored_sequences
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.evaluation.exact_answers import ExactAnswers
 from dpo_wrapper.evaluation.generate import list_end_ids
-from dpo_wrapper.evaluation.report import format_before_and_after, format_completions, plot_curves
+from dpo_wrapper.evaluation.report import format_before_and_after
+from dpo_wrapper.evaluation.samples import format_samples
 from dpo_wrapper.losses import parse_losses
 from dpo_wrapper.pretrained import rescales_in_eval_mode, save_pretrained
 from dpo_wrapper.reference import CachedReference, precompute_ref_log_probs
@@ -21,12 +24,18 @@ from dpo_wrapper.reference.build import ReferenceKind
 from dpo_wrapper.reference.reference import FrozenModel
 from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.training.config import STAGES, TrainConfig
+from dpo_wrapper.training.model_card import write_model_card
+from dpo_wrapper.training.monitoring.figure import Figure
+from dpo_wrapper.training.monitoring.terminal import create_progress_bar, print_line
+from dpo_wrapper.training.monitoring.trackers import Trackers
+from dpo_wrapper.training.policy import compile_layers
+from dpo_wrapper.training.reference_words import describe_merging, describe_reference
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.setup import TrainSetup, set_up_training
 from dpo_wrapper.training.stage_plan import Splits, StagePlan
 from dpo_wrapper.training.stages import DPOStage, SFTStage, Stage
 from dpo_wrapper.training.stopping import TrainingError
-from dpo_wrapper.training.trainer import Trainer, create_accelerator, create_progress_bar
+from dpo_wrapper.training.trainer import Trainer, create_accelerator
 
 
 def train(config: TrainConfig) -> RunFolder:
@@ -47,7 +56,9 @@ def run_training(setup: TrainSetup) -> RunFolder:
         StoppedBySignal: SIGINT or SIGTERM came during training; there is a checkpoint.
     """
     try:
-        run_stages(setup)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="prefixes are not shared")  # which `Trainer` prints
+            run_stages(setup)
     except (OSError, SafetensorError) as error:
         out = setup.run.path
         is_full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
@@ -65,43 +76,89 @@ def run_stages(setup: TrainSetup) -> None:
     if accelerator.is_main_process:
         run.open()
     accelerator.wait_for_everyone()
-    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
-    notes = (*map(describe_plan, setup.stages), *setup.notes, *run.notes)
-    accelerator.print(f"{type(model).__name__} with {size}", *notes, sep="\n")
+    notes = (*(describe_plan(plan, config) for plan in setup.stages), *setup.notes, *run.notes)
+    accelerator.print(describe_size(model), *notes, sep="\n", flush=True)
+    if setup.stages[-1].name != "dpo":
+        report_merging(setup, accelerator)
 
-    models: dict[str, nn.Module | None] = {}
-    sample = find_sample(setup.stages[-1].splits)
-    if run.status == "training":
-        for plan, following in zip_longest(setup.stages, setup.stages[1:]):
-            if STAGES.index(run.progress.stage) > STAGES.index(plan.name):
-                continue
-            stage = create_stage(setup, plan, accelerator)
-            Trainer(config, run, stage, plan.splits).train()
-            if isinstance(stage, DPOStage):
-                models = {"reference": stage.dpo.ref_model, "policy": stage.dpo.policy_model}
-                if stage.exact_answers is not None:
-                    sample = stage.exact_answers.find_learned() or sample
-            else:
-                models = {"model": model}
-            if following is not None and accelerator.is_main_process:
-                with run.new_stage_folder(plan.name) as folder:
-                    save_pretrained(setup.pretrained, model, folder)
-                run.create_new_checkpoint()
-                run.replace_checkpoint(following.name, 0)
+    def save_model() -> None:
         if accelerator.is_main_process:
+            print_line(f"saving the model in {run.path}")
             with run.new_model_folder() as folder:
                 save_pretrained(setup.pretrained, model, folder)
+        accelerator.wait_for_everyone()
+
+    if run.needs_training:
+        options = {"mixed_precision": config.precision, "cpu": config.cpu}
+        with Trackers(config, run, **options) as trackers:
+            step_offset = 0
+            for plan, following in zip_longest(setup.stages, setup.stages[1:]):
+                if STAGES.index(run.progress.stage) <= STAGES.index(plan.name):
+                    set_seed(config.seed)  # what dropout draws is the same in a run that is resumed here
+                    stage = create_stage(setup, plan, accelerator)
+                    if isinstance(stage, DPOStage):
+                        report_reference(setup, stage.dpo, accelerator)
+                    parts = (config, run, stage, plan.splits, setup.pretrained, trackers, step_offset)
+                    Trainer(*parts, save_model=None if following else save_model).train()
+                    if following is not None and accelerator.is_main_process:
+                        save_stage(setup, plan, following)
+                step_offset += plan.count_steps(config)
     if accelerator.is_main_process:
-        report_results(setup, models, sample)
+        report_results(setup)
         run.finish()
     accelerator.wait_for_everyone()
 
 
-def describe_plan(plan: StagePlan) -> str:
+def save_stage(setup: TrainSetup, plan: StagePlan, following: StagePlan) -> None:
+    """Save the model as it is after a stage, from which the following one starts."""
+    run = setup.run
+    print_line(f"saving the model in {run.stage_folder(plan.name)}")
+    with run.new_stage_folder(plan.name) as folder:
+        save_pretrained(setup.pretrained, setup.pretrained.model, folder)
+    run.create_new_checkpoint()
+    run.replace_checkpoint(following.name, 0)
+
+
+def describe_size(model: nn.Module) -> str:
+    """The model's class and its number of parameters; with an adapter or frozen ones, of those that train."""
+    inner: Any = model
+    named = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    parameters = list(model.parameters())
+    total, trained = (
+        sum(p.numel() for p in some) for some in (parameters, [p for p in parameters if p.requires_grad])
+    )
+    size = f"{type(named).__name__} with {format_count(total)} parameters"
+    return size if trained == total else f"{size}, of which {format_count(trained)} train"
+
+
+def format_count(number: int) -> str:
+    return f"{number / 1e6:.1f}M" if number >= 1e5 else f"{number:,}"
+
+
+def report_reference(setup: TrainSetup, dpo: DPO, accelerator: Accelerator) -> None:
+    """Print what the reference is and what an adapter is merged into, and note the reference in run.json."""
+    before = [plan.name for plan in setup.stages if plan.name != "dpo"]
+    stage_before = before[-1] if before else None
+    sentence = describe_reference(dpo.reference, setup.pretrained, setup.config, stage_before)
+    accelerator.print(sentence, flush=True)
+    report_merging(setup, accelerator)
+    if accelerator.is_main_process:
+        setup.run.note_reference(sentence)
+
+
+def report_merging(setup: TrainSetup, accelerator: Accelerator) -> None:
+    """Print what the adapter, if the run has one, is merged into."""
+    if setup.pretrained.adapter is not None:
+        accelerator.print(describe_merging(setup.pretrained.adapter, setup.run.path))
+
+
+def describe_plan(plan: StagePlan, config: TrainConfig) -> str:
     """What a stage is trained on, in words."""
     splits = plan.splits
     examples = f"{len(splits.train):,} train and {len(splits.eval):,} eval {splits.unit}"
-    return f"{plan.name}: {examples}, {plan.epochs} epoch{'s' * (plan.epochs != 1)}"
+    limit = "" if config.max_steps is None else f", at most {config.max_steps} steps"
+    epochs = f"{plan.epochs} epoch{'s' * (plan.epochs != 1)}"
+    return f"{plan.name}: {examples}, {epochs}{limit}, learning rate {plan.learning_rate:.2g}"
 
 
 def create_stage(setup: TrainSetup, plan: StagePlan, accelerator: Accelerator) -> Stage:
@@ -125,7 +182,7 @@ def build_dpo(setup: TrainSetup, splits: Splits, accelerator: Accelerator) -> DP
     reference: ReferenceKind | CachedReference = "copy" if needs_copy else config.reference
     if config.precompute_ref_log_probs:
         reference = precompute_reference(setup, splits, accelerator)
-    return DPO(
+    dpo = DPO(
         model,
         loss=parse_losses(config.loss),
         reference=reference,
@@ -134,9 +191,13 @@ def build_dpo(setup: TrainSetup, splits: Splits, accelerator: Accelerator) -> DP
         cache_ref_log_probs=not config.ref_model_sync_steps,
         ld_alpha=config.ld_alpha,
         wpo=config.wpo,
-        disable_dropout=not rescales_in_eval_mode(model),
+        disable_dropout=not (config.lora_dropout or rescales_in_eval_mode(model)),
         router_aux_loss_coef=config.router_aux_loss_coef,
+        share_prefix=config.prefix_sharing,
     )
+    if config.torch_compile and dpo.ref_model is not None:
+        compile_layers(dpo.ref_model)  # a copy is not compiled, and should round as the policy does
+    return dpo
 
 
 def precompute_reference(setup: TrainSetup, splits: Splits, accelerator: Accelerator) -> CachedReference:
@@ -145,13 +206,14 @@ def precompute_reference(setup: TrainSetup, splits: Splits, accelerator: Acceler
     model.to(accelerator.device)
     per_token = config.ld_alpha < 1
     cached = CachedReference(per_token=per_token)
-    scorer = Scorer(model, share_prefix="auto")
+    scorer = Scorer(model, share_prefix=config.prefix_sharing)
     first = scored_sequences(splits.train[:1], config.micro_batch_tokens)[0]
     with accelerator.autocast():
         is_padded = scorer.check(first.to(accelerator.device)).tree is None
     for name, examples in (("train", splits.train), ("eval", splits.eval)):
         sequences = scored_sequences(examples, config.micro_batch_tokens, is_padded=is_padded)
         total = sum(len(batch.length) for batch in sequences)
+        accelerator.print(f"computing the reference's log-probs of {total:,} {name} sequences", flush=True)
         bar = create_progress_bar(accelerator, f"reference, {name}", "sequence", total=total)
         folder = setup.run.path / "reference" / name
         with bar, accelerator.autocast():
@@ -161,20 +223,16 @@ def precompute_reference(setup: TrainSetup, splits: Splits, accelerator: Acceler
     return cached
 
 
-def report_results(
-    setup: TrainSetup, models: Mapping[str, nn.Module | None], sample: TokenizedExample | None
-) -> None:
-    """Plot the curves; print metrics before and after training, and the models' completions of one prompt."""
+def report_results(setup: TrainSetup) -> None:
+    """Plot the curves, write a model card, and print metrics before and after training, and samples."""
     run, plan = setup.run, setup.stages[-1]
-    records = [record for record in run.read_records() if record["stage"] == plan.name]
-    plot_curves(records, run.path / "curves.png")
-    print("\n" + format_before_and_after(records))
-    if models and sample is not None:
-        pretrained = setup.pretrained
-        print("\n" + format_completions(pretrained.tokenizer, models, sample, pretrained.max_positions))
+    records = run.read_records()
+    Figure(run).draw()
+    write_model_card(setup, records)
+    of_stage = [record for record in records if record["stage"] == plan.name]
+    print("\n" + format_before_and_after(of_stage))
+    samples = run.read_samples()
+    if samples:
+        last = [one for one in samples if (one["stage"], one["step"]) == (plan.name, samples[-1]["step"])]
+        print("\n" + format_samples(last))
     print(f"\nThe model, its metrics and curves.png are in {run.path}")
-
-
-def find_sample(splits: Splits) -> TokenizedExample | None:
-    """The first example with a completion to imitate, of those to evaluate on if one has it."""
-    return next((one for part in (splits.eval, splits.train) for one in part if one.sft_completion), None)

@@ -178,7 +178,7 @@ def test_metrics_of_lists_by_hand():
     length = torch.tensor([[2, 1, 1, 4], [3, 5, 7, 7]])
     lists = RankedLogProbs(lists.policy, lists.reference, real, length)
     batch = RankedBatch.from_lists([[1]], [[[2], [3]]])
-    found = batch_metrics(batch, lists, doubles([1.0, 2.0]), 0.5)
+    found = batch_metrics(batch, lists, doubles([1.0, 2.0]), PlackettLuce(0.5))
     expected = {
         "loss": 1.5,
         "rewards/chosen": 0.5 * (3 - 1) / 2,
@@ -225,10 +225,10 @@ def test_metrics_of_rows_by_hand():
         "tokens/unique": 1.0,
         "tokens/padded": 2.0,
     }
-    found = batch_metrics(batch, rows, doubles([1.0, 2.0, 3.0]), 0.5)
+    found = batch_metrics(batch, rows, doubles([1.0, 2.0, 3.0]), KTO(0.5))
     assert {name: value.item() for name, value in found.items()} == pytest.approx(expected)
     wanted_alone = UnpairedLogProbs(policy[:1], reference[:1], label[:1], doubles(-2.0))
-    alone = batch_metrics(batch, wanted_alone, doubles([1.0]), 0.5)
+    alone = batch_metrics(batch, wanted_alone, doubles([1.0]), KTO(0.5))
     assert alone["rewards/rejected"] == 0 and alone["rewards/accuracies"] == 1  # a negative KL is none
     sums = MetricSums()
     sums.add(found)

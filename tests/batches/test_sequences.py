@@ -339,7 +339,7 @@ def scored_by_hand(batch: PreferenceBatch, seed: int = 0, *, reference: bool = T
     policy = -10 * torch.rand(s, generator=generator, dtype=torch.float64)
     ref = -10 * torch.rand(s, generator=generator, dtype=torch.float64)
     pairs = log_probs_of(batch, policy, ref if reference else None)
-    return batch_metrics(batch, pairs, Sigmoid(0.5)(pairs), 0.5)
+    return batch_metrics(batch, pairs, Sigmoid(0.5)(pairs), Sigmoid(0.5))
 
 
 def test_metrics_by_hand():
@@ -348,7 +348,7 @@ def test_metrics_by_hand():
     policy = torch.tensor([-2.0, -99.0, -5.0, -6.0, -99.0, -5.0]).double()
     reference = torch.tensor([-3.0, -99.0, -5.0, -4.0, -99.0, -5.0]).double()
     pairs = log_probs_of(batch, policy.requires_grad_(), reference)
-    metrics = batch_metrics(batch, pairs, Sigmoid(0.5)(pairs), 0.5)
+    metrics = batch_metrics(batch, pairs, Sigmoid(0.5)(pairs), Sigmoid(0.5))
     expected = {
         "loss": (math.log1p(math.exp(-1.5)) + math.log(2)) / 2,
         "rewards/chosen": 0.5 * (1 + 0) / 2,
@@ -370,7 +370,7 @@ def test_metrics_by_hand():
     assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected, rel=1e-12)
     assert not any(value.requires_grad or value.ndim for value in metrics.values())
 
-    bare = batch_metrics(batch, log_probs_of(batch, policy, None), torch.zeros(2).double(), 0.5)
+    bare = batch_metrics(batch, log_probs_of(batch, policy, None), torch.zeros(2).double(), Sigmoid(0.5))
     assert expected.keys() - bare.keys() == {"logps/ref_chosen", "logps/ref_rejected", "kl/chosen"}
     assert bare["rewards/chosen"].item() == pytest.approx(0.5 * -3.5)  # p_w itself
 
@@ -414,7 +414,7 @@ def test_sums_equal_one_big_batch(given, seed: int, size: int, reference: bool, 
         part = PreferenceBatch.from_padded(seqs, tuple(~x for x in scored), reals)
         at = [*rows, *(b + k for k in rows)]
         pairs = log_probs_of(part, policy[at], ref[at] if reference else None)
-        return batch_metrics(part, pairs, Sigmoid(0.5)(pairs), 0.5)
+        return batch_metrics(part, pairs, Sigmoid(0.5)(pairs), Sigmoid(0.5))
 
     whole = added(metrics(list(range(b))))
     order = randomness.sample(range(b), b)

@@ -20,12 +20,14 @@ SMALL_DECODER = {"dim": 32, "depth": 1, "heads": 1}
 
 def make_config(data, out, **options):
     defaults = {"sft_epochs": 1, "epochs": 2, "batch_size": 4, "max_length": 128, "cpu": True}
-    return TrainConfig(data=data, out=out, **(defaults | options))
+    watched = {"eval_steps": 4, "samples": 1}
+    return TrainConfig(data=data, out=out, **(defaults | watched | options))
 
 
 def read_metrics(folder, *dropped):
-    """The log without times."""
+    """The log without times and memory."""
     lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    dropped = {"seconds", "elapsed_seconds", "memory_gb", *dropped}
     return [
         {k: v for k, v in json.loads(line).items() if not k.endswith("/second") and k not in dropped}
         for line in lines
@@ -36,17 +38,16 @@ def assert_metrics_close(expected, actual):
     """The same but for rounding, and for how tokens are packed.
 
     Until the first update policy and reference are equal, but the reference's log-probs may come from a batch
-    of another shape, in which torch rounds differently. Rewards are 0 then, up to rounding, which decides the
-    accuracies.
+    of another shape, in which torch rounds differently. Rewards are 0 then, up to rounding, and all are ties.
     """
     assert len(expected) == len(actual)
     for one, other in zip(expected, actual, strict=True):
         ignored = {"tokens/padded", "tokens/unique", "stage", "part"}
         if one["step"] == 0 or (one["step"] == 1 and one["part"] == "step"):
-            ignored.add("rewards/accuracies")
             for record in (one, other):
-                rewards = [v for k, v in record.items() if k.startswith("rewards/") and k not in ignored]
-                assert rewards == pytest.approx([0] * len(rewards), abs=1e-5)
+                rewards = {k: v for k, v in record.items() if k.startswith("rewards/")}
+                assert rewards.pop("rewards/accuracies", 0.5) == 0.5
+                assert list(rewards.values()) == pytest.approx([0] * len(rewards), abs=1e-5)
         for name in one.keys() - ignored:
             where = (one["stage"], one["part"], one["step"], name)
             assert one[name] == pytest.approx(other[name], rel=2e-3, abs=2e-4), where
@@ -93,7 +94,7 @@ def run_in_two_processes(script, *arguments):
 
 
 def run_under_torchrun(script, *arguments, **variables):
-    """A script in the two processes that `torch.distributed.run` starts."""
+    """A script in the two processes that `torch.distributed.run` starts; returns what they print."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         list(map(str, [sys.executable, *launch, script, *arguments])),
@@ -102,6 +103,7 @@ def run_under_torchrun(script, *arguments, **variables):
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), **variables},
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def train_in_two_processes(script, rows, out, loss=None, launch=run_in_two_processes):

@@ -143,7 +143,6 @@ def make_dpo(
 def loss_and_gradients(dpo: DPO, case: Case) -> dict[str, Tensor]:
     """Loss, metrics and every gradient, by name."""
     loss, metrics = dpo(**arguments(case), return_metrics=True)
-    del metrics["rewards/accuracies"]  # of equal sides it is whatever rounding says
     parameters = [p for p in dpo.policy_model.parameters() if p.requires_grad]
     grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
     return {"loss": loss.detach()} | metrics | {f"gradient {k}": grad for k, grad in enumerate(grads)}

@@ -1,17 +1,20 @@
 """What the comparisons with TRL share: data, models, and losses with their gradients."""
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 from torch import Generator, Tensor, nn
 
-from dpo_wrapper import DPO
+from dpo_wrapper import DPO, UnpairedBatch
 from helpers.models import VOCAB, ZOO
+from helpers.ranked_batches import rows_of_ids
 
 LENGTHS = ((3, 5, 2), (1, 4, 7), (6, 1, 3), (2, 8, 8), (4, 3, 1))
 """Numbers of tokens of prompt, chosen and rejected."""
 LossAndGrads = tuple[Tensor, list[Tensor]]
+PAIR = {"prompt": "a", "chosen": "a", "rejected": "b"}
 
 
 def random_ids() -> list[tuple[list[int], list[int], list[int]]]:
@@ -65,6 +68,52 @@ def build_trainer(trainer: type, config: type, folder, policy: nn.Module, row: d
     return built
 
 
+def build_dpo_trainer(folder) -> SimpleNamespace:
+    """TRL's DPOTrainer with the data of `random_ids` as `inputs`, and its `policy` and `reference`."""
+    from trl import DPOConfig, DPOTrainer
+
+    policy, reference = build_models()
+    # weighting, so that it can be switched on later
+    config = partial(DPOConfig, use_weighting=True, disable_dropout=True)
+    trainer = build_trainer(DPOTrainer, config, folder, policy, PAIR, ref_model=reference)
+    rows = [{"prompt_ids": x, "chosen_ids": y, "rejected_ids": z} for x, y, z in random_ids()]
+    inputs = trainer.data_collator(rows)
+    return SimpleNamespace(trainer=trainer, inputs=inputs, policy=policy, reference=reference)
+
+
+def build_kto_trainer(folder, policy: nn.Module, reference: nn.Module):
+    """TRL's KTOTrainer with weights 1.5 and 0.5, and the rows of `kto_batch` as it takes them."""
+    from trl import KTOConfig, KTOTrainer
+
+    options = {"beta": 0.3, "desirable_weight": 1.5, "undesirable_weight": 0.5}
+    config = partial(KTOConfig, train_sampling_strategy="sequential", **options)
+    row = {"prompt": "a", "completion": "b", "label": True}
+    trainer = build_trainer(KTOTrainer, config, folder, policy, row, ref_model=reference)
+    names = ("prompt_ids", "completion_ids", "label", "KL_completion_ids")
+    rows = [dict(zip(names, row, strict=True)) for row in zip(*kto_columns(), strict=True)]
+    return trainer, trainer.data_collator(rows)
+
+
+def kto_columns() -> tuple[list, list, list, list]:
+    """Prompts, completions, labels, and completions of other prompts."""
+    prompts, completions, labels = rows_of_ids()
+    return prompts, completions, labels, [completions[-1], *completions[:-1]]
+
+
+def kto_batch() -> UnpairedBatch:
+    return UnpairedBatch.from_lists(*kto_columns())
+
+
+def inputs_with_labels() -> dict[str, Tensor]:
+    """The batch as TRL's trainers without reference want it."""
+    inputs = {}
+    for side, name in ((1, "chosen"), (2, "rejected")):
+        ids, prompt, real = pad_side(side)
+        inputs[f"{name}_input_ids"], inputs[f"{name}_attention_mask"] = ids, real.long()
+        inputs[f"{name}_labels"] = ids.masked_fill(prompt | ~real, -100)
+    return inputs
+
+
 def pad_side(side: int) -> tuple[Tensor, Tensor, Tensor]:
     """Ids, prompt mask and padding mask of the chosen (1) or the rejected (2) side."""
     rows = random_ids()
@@ -94,8 +143,8 @@ def dpo_loss_and_grads(
     return with_gradients(dpo(chosen, rejected, *masks, **columns), policy)
 
 
-def trl_loss_and_grads(setup: SimpleNamespace, types: list[str], weights=None, **options) -> LossAndGrads:
-    """Those of TRL's DPOTrainer; `setup` holds trainer, inputs, policy and reference."""
+def trl_loss(setup: SimpleNamespace, types: list[str], weights=None, **options) -> Tensor:
+    """The loss of TRL's DPOTrainer; `setup` holds trainer, inputs, policy and reference."""
     defaults = {
         "beta": 0.3,
         "label_smoothing": 0.0,
@@ -110,7 +159,11 @@ def trl_loss_and_grads(setup: SimpleNamespace, types: list[str], weights=None, *
         owner = setup.trainer.args if name == "discopop_tau" else setup.trainer
         assert hasattr(owner, name), name
         setattr(owner, name, value)
-    return with_gradients(setup.trainer.compute_loss(setup.trainer.model, setup.inputs), setup.policy)
+    return setup.trainer.compute_loss(setup.trainer.model, setup.inputs)
+
+
+def trl_loss_and_grads(setup: SimpleNamespace, types: list[str], weights=None, **options) -> LossAndGrads:
+    return with_gradients(trl_loss(setup, types, weights, **options), setup.policy)
 
 
 def relative_error(found: LossAndGrads, expected: LossAndGrads) -> float:

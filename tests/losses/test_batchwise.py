@@ -188,7 +188,7 @@ def test_each_step_of_dpo_moves_the_statistics():
     with torch.no_grad():
         pairs = [replace(batch, pair_index=index[None]) for index in batch.pair_index]
         margins = [dpo(pair, return_metrics=True)[1]["rewards/margins"] for pair in pairs]
-    differences = torch.stack(margins) / dpo.beta
+    differences = torch.stack(margins) / 0.2
     statistics = statistics_of(dpo)
     assert not statistics.mean and statistics.step_sums[0] == 0  # without gradients nothing moves
     mean = std = torch.tensor(0.0)

@@ -154,7 +154,7 @@ KNOWN_NAMES = {"<loss names>": losses_by_name, "<divergence names>": partial(sub
         no_loss("sigmoid; sft"),
         no_loss("0.5 sft"),
         no_loss("x = sft"),
-        unknown("dpo", "dpo"),
+        unknown("ppo", "ppo"),
         unknown("loss", "loss"),
         unknown("1", "1"),
         unknown("losses.sft", "losses.sft"),

@@ -2,112 +2,47 @@
 
 import inspect
 import re
-from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from torch import Tensor
 
-from dpo_wrapper import DPO, PreferenceBatch, UnpairedBatch, sequence_log_probs
+from dpo_wrapper import DPO, PreferenceBatch, sequence_log_probs
 from dpo_wrapper.batches.pair_log_probs import wpo_weights
 from dpo_wrapper.batches.sequences import SequenceLogProbs
-from dpo_wrapper.losses import (
-    AOT,
-    BCO,
-    CPO,
-    EXO,
-    IPO,
-    KTO,
-    NCA,
-    ORPO,
-    SFT,
-    SPPO,
-    AlphaDivergence,
-    AlphaPO,
-    AOTUnpaired,
-    APODown,
-    APOZero,
-    DiscoPOP,
-    Divergence,
-    ForwardKL,
-    Hinge,
-    JensenShannon,
-    Loss,
-    ReferenceFree,
-    ReverseKL,
-    Robust,
-    Sigmoid,
-    SigmoidNorm,
-    SimPO,
-)
+from dpo_wrapper.losses import BCO, IPO, KTO, NCA, ORPO, SFT, Sigmoid
 from helpers.marks import mark_slow_except
-from helpers.ranked_batches import rows_of_ids
 from helpers.trl import (
+    PAIR,
+    build_dpo_trainer,
+    build_kto_trainer,
     build_models,
     build_trainer,
     dpo_loss_and_grads,
+    inputs_with_labels,
+    kto_batch,
     pad_side,
-    random_ids,
     relative_error,
     trl_loss_and_grads,
     with_gradients,
 )
+from helpers.trl_losses import CPO_LOSSES, DIVERGENCES, DPO_LOSSES, with_divergence
 
 trl = pytest.importorskip("trl")
 
 TOLERANCE = 1e-5
-PAIR = {"prompt": "a", "chosen": "a", "rejected": "b"}
 
 
 @pytest.fixture(scope="module")
-def dpo_trainer(tmp_path_factory) -> Iterator[SimpleNamespace]:
-    policy, reference = build_models()
-    # weighting, so that it can be switched on later
-    config = partial(trl.DPOConfig, use_weighting=True, disable_dropout=True)
-    folder = tmp_path_factory.mktemp("dpo")
-    trainer = build_trainer(trl.DPOTrainer, config, folder, policy, PAIR, ref_model=reference)
-    rows = [{"prompt_ids": x, "chosen_ids": y, "rejected_ids": z} for x, y, z in random_ids()]
-    inputs = trainer.data_collator(rows)
-    yield SimpleNamespace(trainer=trainer, inputs=inputs, policy=policy, reference=reference)
+def dpo_trainer(tmp_path_factory) -> SimpleNamespace:
+    return build_dpo_trainer(tmp_path_factory.mktemp("dpo"))
 
 
-DIVERGENCES: dict[str, Divergence] = {
-    "reverse_kl": ReverseKL(),
-    "forward_kl": ForwardKL(),
-    "js_divergence": JensenShannon(),
-    "alpha_divergence": AlphaDivergence(0.5),
-}
-
-# TRL's name, its options, the loss
-DPO_LOSSES: list[tuple[str, dict, Loss]] = [
-    ("sigmoid", {}, Sigmoid(0.3)),
-    ("robust", {"label_smoothing": 0.2}, Robust(0.3, 0.2)),
-    ("hinge", {}, Hinge(0.3)),
-    ("ipo", {}, IPO(0.3)),
-    ("sigmoid_norm", {}, SigmoidNorm(0.3)),
-    ("exo_pair", {"label_smoothing": 1e-2}, EXO(0.3, 1e-2)),
-    ("discopop", {"discopop_tau": 0.2}, DiscoPOP(0.3, tau=0.2)),
-    ("nca_pair", {}, NCA(0.3)),
-    ("bco_pair", {}, BCO(0.3)),
-    ("sppo_hard", {}, SPPO(0.3)),
-    ("aot", {"label_smoothing": 0.1}, AOT(0.3, 0.1)),
-    ("aot_unpaired", {"label_smoothing": 0.1}, AOTUnpaired(0.3, 0.1)),
-    ("apo_zero", {}, APOZero(0.3)),
-    ("apo_down", {}, APODown(0.3)),
-    ("sft", {}, SFT()),
-]
 CASES = [
     (name, options, loss, divergence)
     for name, options, loss in DPO_LOSSES
     for divergence in (DIVERGENCES if hasattr(loss, "divergence") else ["reverse_kl"])
 ]
-
-
-def with_divergence(loss: Any, divergence: str) -> Loss:
-    return replace(loss, divergence=DIVERGENCES[divergence]) if hasattr(loss, "divergence") else loss
 
 
 FAST = [case for case in CASES if case[-1] == "reverse_kl" or case[0] == "sigmoid"]
@@ -169,26 +104,6 @@ def test_wpo(dpo_trainer, name, loss, alpha):
     assert relative_error(found, expected) <= TOLERANCE
 
 
-def inputs_with_labels() -> dict[str, Tensor]:
-    """The batch as TRL's trainers without reference want it."""
-    inputs = {}
-    for side, name in ((1, "chosen"), (2, "rejected")):
-        ids, prompt, real = pad_side(side)
-        inputs[f"{name}_input_ids"], inputs[f"{name}_attention_mask"] = ids, real.long()
-        inputs[f"{name}_labels"] = ids.masked_fill(prompt | ~real, -100)
-    return inputs
-
-
-CPO_LOSSES = [
-    ({"cpo_alpha": 0.7, "label_smoothing": 0.1}, CPO(0.3, 0.1, 0.7)),
-    ({"cpo_alpha": 0.0}, CPO(0.3, alpha=0.0)),
-    ({"cpo_alpha": 0.0}, ReferenceFree(0.3)),
-    ({"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 0.4}, SimPO(0.3, 0.4)),
-    ({"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 0.4, "alpha": 0.25}, AlphaPO(0.3, 0.4, 0.25)),
-    ({"loss_type": "simpo", "cpo_alpha": 0.5, "simpo_gamma": 0.4}, [(SimPO(0.3, 0.4), 1.0), (SFT(), 0.5)]),
-]
-
-
 @pytest.mark.parametrize("options, loss", CPO_LOSSES, ids=lambda value: str(value))
 def test_cpo_trainer(tmp_path, options, loss):
     from trl.experimental.cpo import CPOConfig, CPOTrainer
@@ -220,26 +135,7 @@ def test_orpo_trainer(tmp_path):
 
 def test_kto_trainer(tmp_path):
     policy, reference = build_models()
-    config = partial(
-        trl.KTOConfig,
-        beta=0.3,
-        desirable_weight=1.5,
-        undesirable_weight=0.5,
-        train_sampling_strategy="sequential",
-    )
-    row = {"prompt": "a", "completion": "b", "label": True}
-    trainer = build_trainer(trl.KTOTrainer, config, tmp_path, policy, row, ref_model=reference)
-    prompts, completions, labels = rows_of_ids()
-    others = [completions[-1], *completions[:-1]]
-    columns = {
-        "prompt_ids": prompts,
-        "completion_ids": completions,
-        "KL_completion_ids": others,
-        "label": labels,
-    }
-    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    loss = trainer.compute_loss(trainer.model, trainer.data_collator(rows))
-    expected = with_gradients(loss, policy)
+    trainer, inputs = build_kto_trainer(tmp_path, policy, reference)
+    expected = with_gradients(trainer.compute_loss(trainer.model, inputs), policy)
     dpo = DPO(policy, loss=KTO(0.3, 1.5, 0.5), reference=reference, share_prefix=True)
-    batch = UnpairedBatch.from_lists(prompts, completions, labels, others)
-    assert relative_error(with_gradients(dpo(batch), policy), expected) <= TOLERANCE
+    assert relative_error(with_gradients(dpo(kto_batch()), policy), expected) <= TOLERANCE

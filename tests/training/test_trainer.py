@@ -1,6 +1,4 @@
-"""The training loop: the order of the examples, the learning rate, and steps that are split."""
-
-from itertools import pairwise
+"""The training loop: the order of the examples, and steps that are split."""
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ from dpo_wrapper.batches.sequences import ScoredTreeTokens
 from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.training import stages
 from dpo_wrapper.training.train import train
-from dpo_wrapper.training.trainer import Trainer, learning_rate_factor
+from dpo_wrapper.training.trainer import Trainer
 from helpers.runs import (
     assert_metrics_close,
     interrupt_training,
@@ -18,12 +16,6 @@ from helpers.runs import (
     read_metrics,
     train_in_two_processes,
 )
-
-
-def test_the_learning_rate_rises_and_falls():
-    factors = [learning_rate_factor(step, 20, 0.1) for step in range(20)]
-    assert factors[:3] == [0.5, 1.0, 1.0]
-    assert all(a > b for a, b in pairwise(factors[2:])) and factors[-1] < 0.02
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from dpo_wrapper.data.whole_files import hash_file, hash_text
 
 OPTIONS = (
     "columns", "split", "score", "as_chat", "chat_template_kwargs", "kind", "max_length", "max_prompt_length",
-    "on_long",
+    "on_long", "allow_empty",
 )  # fmt: skip
 """The options that the parts depend on."""
 

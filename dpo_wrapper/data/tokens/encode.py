@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from dpo_wrapper.data.errors import OnError, check_on_error, collect_errors
+from dpo_wrapper.data.errors import ExampleError, OnError, check_on_error, collect_errors
 from dpo_wrapper.data.examples import Example, TokenIds, TokenizedExample, TokenizedExamples
-from dpo_wrapper.data.rows.messages import Message
+from dpo_wrapper.data.rows.messages import Message, answer_turns
 from dpo_wrapper.data.tokens.encoded import EncodedExample, Score
 from dpo_wrapper.data.tokens.options import OnLong, TokenizeOptions
 from dpo_wrapper.data.tokens.tokenizers import Tokenizer
@@ -37,6 +37,7 @@ def tokenize_examples(
     on_long: OnLong = "cut",
     score: Score | None = None,
     as_chat: bool | None = None,
+    allow_empty: bool = False,
     on_error: OnError = "raise",
 ) -> TokenizedExamples:
     """Tokenize examples, leave out those that teach nothing, and count what happened.
@@ -44,7 +45,7 @@ def tokenize_examples(
     Args:
         examples: of any type.
         tokenizer: such as `ByteTokenizer()`.
-        max_length, max_prompt_length, on_long, score, as_chat: as in `TokenizeOptions`.
+        max_length, max_prompt_length, on_long, score, as_chat, allow_empty: as in `TokenizeOptions`.
         on_error: 'raise' raises the tokenizer's first error as an `ExampleError`, which names the example's
             place; 'skip' leaves such examples out and keeps their errors.
 
@@ -58,6 +59,7 @@ def tokenize_examples(
         on_long=on_long,
         score=score,
         as_chat=as_chat,
+        allow_empty=allow_empty,
     )
     check_on_error(on_error)
     result = TokenizedExamples([])
@@ -82,10 +84,13 @@ def tokenize_row(example: Example, tokenizer: Tokenizer, options: TokenizeOption
     EOS: it did not end there. A text without a prompt loses nothing, but becomes several examples.
 
     Raises:
-        ValueError: the tokenizer refuses a text, or the example is too long where `on_long` is 'error'.
+        ValueError: the tokenizer refuses a text, a completion is empty, or the example is too long where
+            `on_long` is 'error'.
     """
     if is_text(example):
         return _tokenize_text(example, tokenizer, options)
+    if not options.allow_empty:
+        check_has_text(example)
     row = fit_row(example, tokenizer, options)
     for tokenized in row.examples:
         completions = tokenized.completions
@@ -94,6 +99,21 @@ def tokenize_row(example: Example, tokenizer: Tokenizer, options: TokenizeOption
         if count_scored(tokenized) < min(2, len(completions)):
             return TokenizedRow((), "nothing to score", {"num_unscored": 1})
     return row
+
+
+def check_has_text(example: Example) -> None:
+    """ExampleError if a completion has no text and calls no tool: its end would be all that is learned."""
+    count = len(example.completions)
+    for number, completion in enumerate(example.completions):
+        turns = answer_turns(completion)
+        if any(turn.text.strip() or turn.needs_template for turn in turns if turn.role == "assistant"):
+            continue
+        side = ("chosen ", "rejected ")[number] if count == 2 else ""
+        which = f"completion {number + 1} of {count}" if count > 2 else f"the {side}completion"
+        problem = f"{which} should have text, but it is empty"
+        raise ExampleError(
+            f"{problem}: leave such rows out (--on-bad-row skip), or allow them (--allow-empty)."
+        )
 
 
 def fit_row(example: Example, tokenizer: Tokenizer, options: TokenizeOptions) -> TokenizedRow:

@@ -14,6 +14,7 @@ from dpo_wrapper.data.tokens.chat_template import ChatTemplate
 from dpo_wrapper.data.tokens.dialogue_text import DialogueWriter
 from dpo_wrapper.data.tokens.encoded import EncodedExample, Score, mask_tokens
 from dpo_wrapper.data.tokens.literal_text import LiteralEncoder
+from dpo_wrapper.hub import find_on_hub
 
 _TEXT_ROLES = {"user": "Human", "assistant": "Assistant", "tool": "Tool"}
 
@@ -70,7 +71,7 @@ class HuggingFaceTokenizer:
             problem = "Hugging Face tokenizers need transformers"
             raise ImportError(f"{problem}: pip install 'dpo-wrapper[train]'.") from error
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(name_or_folder))
+            tokenizer = AutoTokenizer.from_pretrained(find_on_hub(str(name_or_folder)))
         except Exception as error:  # OSError, ValueError, KeyError and more, by what is missing or broken
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             expected = "a folder that holds one or the name of a model on the hub"

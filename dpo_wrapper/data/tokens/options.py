@@ -22,6 +22,7 @@ class TokenizeOptions:
             prompt_completion, and the last of preferences.
         as_chat: whether a plain prompt is the user's turn of a dialogue; by default where the tokenizer has a
             chat template, unless the prompt has been written by one already.
+        allow_empty: whether a completion may have no text, so that its end alone is scored.
 
     Raises:
         ValueError: an option that cannot be.
@@ -32,6 +33,7 @@ class TokenizeOptions:
     on_long: OnLong = "cut"
     score: Score | None = None
     as_chat: bool | None = None
+    allow_empty: bool = False
 
     def __post_init__(self) -> None:
         if not is_integer(self.max_length) or self.max_length < 8:

@@ -173,6 +173,11 @@ class ByteTokenizer:
         return {"tokenizer": "dpo_wrapper bytes", "version": 1, "specials": specials}
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a folder holds the files of a tokenizer."""
+    return any((Path(folder) / name).is_file() for name in (_BYTES_FILE, "tokenizer_config.json"))
+
+
 def load_tokenizer(name: str | Path, **options: Any) -> Tokenizer:
     """The tokenizer of a folder, or of a model on the hub; 'bytes' is a `ByteTokenizer`.
 

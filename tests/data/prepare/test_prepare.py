@@ -188,7 +188,7 @@ def test_counts_add_up_and_examples_decode_to_their_rows(
     file = write_rows(folder / "a.jsonl", rows)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(join, "write_report", lambda *content: None)  # drawing takes longer than all else
-        data = prepare(file, folder / "out", on_bad_row="skip", dedupe=dedupe)
+        data = prepare(file, folder / "out", on_bad_row="skip", dedupe=dedupe, allow_empty=True)
     counts = data.manifest["counts"]
     refused = [json.loads(line) for line in (folder / "out" / "refused.jsonl").read_text().splitlines()]
     assert counts["read"] == len(rows) == counts["written"] + counts["refused"] + counts["duplicates"]

@@ -17,7 +17,7 @@ from dpo_wrapper.data import (
     TokenizedExamples,
     tokenize_examples,
 )
-from dpo_wrapper.data.tokens.encode import tokenize_row
+from dpo_wrapper.data.tokens.encode import check_has_text, fit_row, tokenize_row
 from dpo_wrapper.data.tokens.options import TokenizeOptions
 from helpers import tokenizers as tiny
 from helpers.datasets import tokenize_example
@@ -103,22 +103,43 @@ def test_pairs_that_teach_nothing_are_counted_and_left_out() -> None:
         # without BOS the EOS is the first token of its sequence, and nothing predicts it
         Example("", ("", "B")),
     ]
-    tokenized = tokenize_examples(examples, NoBos(), 8)
+    tokenized = tokenize_examples(examples, NoBos(), 8, allow_empty=True)
     assert tokenized.examples == [TokenizedExample((81,), ((65, EOS), (66, EOS)))]
     assert (tokenized.num_identical, tokenized.num_unscored, tokenized.errors) == (2, 1, [])
     assert tokenized.summary() == (
         "Left out of 4 examples: 2 with the same tokens in every completion, 1 with nothing to score."
     )
-    assert len(tokenize_examples(examples[3:], BYTES, 8).examples) == 1
+    assert len(tokenize_examples(examples[3:], BYTES, 8, allow_empty=True).examples) == 1
 
 
 @pytest.mark.pitfall(8)
 def test_an_invalid_pair_among_them_changes_nothing() -> None:
     examples = [Example("Q", ("A", "B")), Example("R", ("C", "D"))]
-    assert (
-        tokenize_examples([examples[0], Example("Q", ("", "")), examples[1]], BYTES, 8).examples
-        == tokenize_examples(examples, BYTES, 8).examples
-    )
+    with_empty = [examples[0], Example("Q", ("", "")), examples[1]]
+    tokenized = tokenize_examples(with_empty, BYTES, 8, allow_empty=True)
+    assert tokenized.examples == tokenize_examples(examples, BYTES, 8).examples
+
+
+EMPTY = {
+    "the chosen completion": Example("Q", ("", "B")),
+    "the rejected completion": Example("Q", ("A", " \n")),
+    "completion 3 of 3": Example("Q", ("A", "B", "")),
+    "the completion": Example("Q", ("",), label=False),
+}
+
+
+@pytest.mark.parametrize("which", EMPTY)
+def test_an_empty_completion_is_refused_unless_allowed(which: str) -> None:
+    with pytest.raises(ValueError, match=f"{which} should have text, but it is empty: leave such rows out"):
+        tokenize_examples([EMPTY[which]], BYTES, 8)
+    skipped = tokenize_examples([EMPTY[which], Example("Q", ("A", "B"))], BYTES, 8, on_error="skip")
+    assert (len(skipped.examples), len(skipped.errors)) == (1, 1)
+    assert len(tokenize_examples([EMPTY[which]], BYTES, 8, allow_empty=True).examples) == 1
+
+
+def test_an_answer_that_only_calls_a_tool_is_not_empty() -> None:
+    call = Message("assistant", None, {"tool_calls": [{"type": "function", "function": {"name": "f"}}]})
+    check_has_text(Example((Message("user", "q"),), ((call,), (Message("assistant", "a"),))))
 
 
 def test_counts_and_summary() -> None:
@@ -250,7 +271,7 @@ def test_columns_reach_the_tokens() -> None:
     row = tokenize_row(Example("q", ("a", "a")), BYTES, TokenizeOptions(max_length=8))
     assert row.refusal == "all completions are the same tokens" and not row.examples
     shortest = Example("q" * 9, ("",), source="s")  # of which nothing is left but the prompt and EOS
-    assert tokenize_row(shortest, BYTES, TokenizeOptions(max_length=8)).examples[0].completions == ((EOS,),)
+    assert fit_row(shortest, BYTES, TokenizeOptions(max_length=8)).examples[0].completions == ((EOS,),)
 
 
 def test_on_error() -> None:

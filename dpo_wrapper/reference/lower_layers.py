@@ -1,0 +1,179 @@
+"""The lower layers that policy and reference have in common: they are computed once for both."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import zip_longest
+
+import torch
+from torch import Tensor, nn
+
+from dpo_wrapper.batches.sequences import ScoredSequences
+from dpo_wrapper.models.base import has_hooks
+from dpo_wrapper.models.eval_mode import eval_mode
+from dpo_wrapper.models.lower_layers import DecoderLayer, LayerRecord
+from dpo_wrapper.models.wrappers import is_sharded
+from dpo_wrapper.reference.reference import ModelReference, Reference
+from dpo_wrapper.reference.shared_weights import memory_key
+from dpo_wrapper.scoring.probe import Probe, ProbeKey
+from dpo_wrapper.scoring.probe_head import parameters_reached
+from dpo_wrapper.scoring.probe_tree import TreeTrial, describe_error
+from dpo_wrapper.scoring.rounding import gradients_differ, relative_error
+from dpo_wrapper.scoring.scorer import Scorer, probing_lock
+from dpo_wrapper.scoring.stand_ins import preserved_state, stand_in_parameters
+from dpo_wrapper.scoring.token_log_probs import compute_log_probs
+
+
+class LowerLayers:
+    """Has the policy's forward pass start behind the layers that it has in common with the reference.
+
+    These are the lowest layers without trained parameters, adapters and hooks, whose weights are the same
+    memory in both. The reference's pass over the same sequences records the hidden states behind them. A
+    trial in each state of the policy tells first whether log-probs and gradients are those of a whole pass.
+
+    Attributes:
+        policy, reference: the policy's scorer, and the reference.
+        disable_dropout: as in `DPO`.
+        reasons: by the policy's state, its probe and the number of common layers, why a whole pass is
+            needed; None if it is not.
+        explanation: how the latest batch was computed, in plain words.
+    """
+
+    def __init__(self, policy: Scorer, reference: Reference, disable_dropout: bool) -> None:
+        self.policy, self.reference, self.disable_dropout = policy, reference, disable_dropout
+        self.reasons: dict[tuple[ProbeKey, Probe, int], str | None] = {}
+        self.explanation = ""
+
+    @contextmanager
+    def recording(self) -> Iterator[LayerRecord]:
+        """Record what the common layers give in the reference's pass, inside this context."""
+        record = LayerRecord(*self.common_layers())
+        with record.recording():
+            yield record
+
+    @contextmanager
+    def replaying(self, record: LayerRecord, sequences: ScoredSequences) -> Iterator[None]:
+        """Let the policy's pass over the same sequences start from the record, which is freed afterwards."""
+        is_equal = record.output is not None and self.gives_equal_results(record, sequences.ids.device)
+        try:
+            with record.replaying() if is_equal else nullcontext():
+                yield
+        finally:
+            record.output = None
+
+    def common_layers(self) -> tuple[list[DecoderLayer], list[DecoderLayer]]:
+        """The common layers as those of the reference and as those of the policy."""
+        if not isinstance(self.reference, ModelReference):
+            return [], []
+        theirs, ours = (s.language_model.decoder_layers() for s in (self.reference.scorer, self.policy))
+        count, name = 0, self.policy.language_model.layer_name
+        reason: str | None = f"its {name}s are not known"
+        for their, our in zip(theirs, ours, strict=False):
+            if (reason := why_not_common(our.module, their.module)) is not None:
+                reason = f"{name} {count} {reason}"
+                break
+            count += 1
+        if count:
+            reason = self.why_whole_passes()
+        if reason is not None:
+            self.explanation = explain_whole_passes(reason)
+            return [], []
+        return theirs[:count], ours[:count]
+
+    def why_whole_passes(self) -> str | None:
+        """Why the policy needs whole passes, whatever its layers are; None if a trial may decide."""
+        assert isinstance(self.reference, ModelReference)
+        if not self.disable_dropout:
+            return "dropout may stay on"
+        if self.policy.aux_loss_coef:
+            return "the loss that balances experts needs the choices of all layers"
+        for scorer in (self.policy, self.reference.scorer):
+            model = scorer.language_model.model
+            if is_sharded(model):
+                return "FSDP gathers its layers"
+            layers = {id(layer.module) for layer in scorer.language_model.decoder_layers()}
+            for module in model.modules():
+                is_compiled = hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+                if is_compiled and any(id(part) in layers for part in module.modules() if part is not module):
+                    return "they are compiled together"
+                if "_hf_hook" in vars(module):
+                    return "accelerate has spread it over devices"
+        return None
+
+    def gives_equal_results(self, record: LayerRecord, device: torch.device) -> bool:
+        """Whether a pass that starts from a record gives what a whole one does; new states are tried."""
+        assert isinstance(self.reference, ModelReference)
+        model, count = self.policy.language_model, len(record.replayed)
+        with probing_lock:
+            probe, reference_probe = self.policy.find_probe(device), self.reference.scorer.probe
+            with torch.enable_grad():  # what trains says, without gradients too, where policies may differ
+                key = ProbeKey.of_model(model, device)
+            state = (key, probe, count)
+            if state not in self.reasons:
+                self.reasons[state] = self.why_results_differ(record, probe, key.trains is not None)
+        reason = self.reasons[state]
+        if reference_probe is None or reference_probe.tree != probe.tree:
+            reason = "the two are computed over different trees"
+        name, total = model.layer_name, len(model.decoder_layers())
+        layers = f"{name} 0 of {total} is" if count == 1 else f"{name}s 0 to {count - 1} of {total} are"
+        self.explanation = explain_whole_passes(reason) if reason else f"; {layers} computed once for both"
+        return reason is None
+
+    def why_results_differ(self, record: LayerRecord, probe: Probe, needs_grad: bool) -> str | None:
+        """Compare short passes of the policy that start from a record of the reference with whole ones."""
+        assert isinstance(self.reference, ModelReference)
+        model = self.policy.language_model
+        trial = TreeTrial(model, probe, needs_grad, "model" if probe.tree is None else probe.tree.kernel)
+        sequences = trial.sequences().prebuild_tree(probe.tree).to(probe.device)
+        lower = LayerRecord(record.recorded, record.replayed)
+        try:
+            with (
+                torch.inference_mode(False),
+                preserved_state(model.model, probe.device),
+                stand_in_parameters(model.model, replaces_frozen=False),
+            ):
+                with eval_mode(model.model):
+                    if self.trains_below(record, sequences, probe):
+                        return "what is below them trains"
+                    tokens, gradients = trial.run(sequences, probe)
+                with lower.recording():
+                    self.reference.compute(sequences)
+                with eval_mode(model.model), lower.replaying():
+                    replayed_tokens, replayed_gradients = trial.run(sequences, probe)
+        except Exception as error:  # whatever a model's code may raise, whole passes remain
+            return describe_error(error)
+        finally:
+            torch.clear_autocast_cache()
+        difference, differs = relative_error(replayed_tokens, tokens, trial.dtype)
+        if differs:
+            return f"its log-probs would differ (by {difference:.1e}, relatively)"
+        difference, differs = gradients_differ(replayed_gradients, gradients, trial.dtype)
+        return f"its gradients would differ (by {difference:.1e}, relatively)" if differs else None
+
+    def trains_below(self, record: LayerRecord, sequences: ScoredSequences, probe: Probe) -> bool:
+        """Whether the common layers' output depends on parameters that train (embeddings, prompts)."""
+        model = self.policy.language_model
+        whole = LayerRecord(record.replayed, ())
+        with torch.enable_grad(), whole.recording():
+            compute_log_probs(model, sequences, probe)
+        output = whole.output if isinstance(whole.output, tuple) else (whole.output,)
+        reached = set().union(*(parameters_reached(x) for x in output if isinstance(x, Tensor)))
+        return any(p.requires_grad and id(p) in reached for p in model.model.parameters())
+
+
+def explain_whole_passes(reason: str) -> str:
+    return f"; no layer is computed for both at once, for {reason}"
+
+
+def why_not_common(ours: nn.Module, theirs: nn.Module) -> str | None:
+    """Why a layer of the policy and one of the reference are to be computed apart; None if they may not."""
+    for module in (*ours.modules(), *theirs.modules()):
+        if type(module).__module__.startswith("peft."):
+            return "has an adapter"
+        if has_hooks(module):
+            return "has hooks"
+    for p, q in zip_longest(ours.parameters(), theirs.parameters()):
+        if p is not None and p.requires_grad:
+            return "trains"
+        if p is None or q is None or (p is not q and memory_key(p) != memory_key(q)):
+            return "has other weights in the reference"
+    return None

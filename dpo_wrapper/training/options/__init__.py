@@ -1,0 +1,1 @@
+"""Options of training, in the groups in which the command line shows them."""
