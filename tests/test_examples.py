@@ -37,7 +37,7 @@ def test_help_starts_nothing(name, monkeypatch, capsys, tmp_path):
 
 @pytest.mark.slow
 def test_custom_loop():
-    assert load_example("custom_loop").main(sft_steps=12, dpo_steps=6, batch_size=8) >= 0.75
+    assert load_example("custom_loop").main(sft_steps=20, dpo_steps=15) >= 0.75
 
 
 @pytest.mark.slow
