@@ -16,7 +16,7 @@ def test_a_run_has_a_card(finished_run):
     assert card.startswith("---\nlibrary_name: x-transformers\npipeline_tag: text-generation\ntags:\n")
     assert f"# {finished_run.name}\n" in card
     assert "A new decoder (tiny), trained with dpo-wrapper" in card
-    assert "| sft | 22 completions |" in card and "| dpo | 22 pairs |" in card
+    assert "| sft | 21 completions |" in card and "| dpo | 21 pairs |" in card
     assert "Loss: `sigmoid(beta=0.1) + 1.0*sft`; reference: a frozen copy of the model as" in card
     assert "reward accuracy" in card and 'load_pretrained("out", None, 128)' in card
     assert str(finished_run.parent) not in card, "a path of this machine"
