@@ -121,6 +121,12 @@ def make_lora_config(base: PretrainedModel, config: TrainConfig) -> Any:
     """PEFT's configuration of a new adapter; ValueError if an option does not fit the model."""
     candidates = find_layers(base.model)
     layers = choose_layers(candidates, config.lora_layers)
+    is_transposed = any(type(module).__name__ == "Conv1D" for module in candidates.values())
+    if is_transposed and config.lora_init == "olora":
+        raise ValueError(
+            "--lora-init olora should be given for a model with plain linear layers, but those of "
+            f"{type(base.model).__name__} are stored transposed, which it does not know: choose pissa."
+        )
     return import_peft().LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha or (8 if config.use_rslora else 2 * config.lora_r),
@@ -130,6 +136,6 @@ def make_lora_config(base: PretrainedModel, config: TrainConfig) -> Any:
         init_lora_weights=True if config.lora_init == "default" else config.lora_init,
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
-        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in candidates.values()),
+        fan_in_fan_out=is_transposed,
         task_type=None if base.decoder_args is not None else "CAUSAL_LM",
     )
