@@ -33,8 +33,14 @@ def name_adapter(config: TrainConfig) -> TrainConfig:
     `--model` with the folder of an adapter continues that adapter, and an adapter names its base.
 
     Raises:
-        ValueError: there is no adapter in the folder, or nothing that --load-in-4bit would train.
+        ValueError: there is no adapter in the folder, or nothing trained below a new one, or nothing that
+            trains above a base in 4 bits.
     """
+    if config.lora and config.is_new_model:
+        raise ValueError(
+            f"--lora should adapt a trained model, but --model {config.model} is a new one: train it first, "
+            "and give its run folder as --model."
+        )
     if not config.lora and config.adapter is None and is_adapter_folder(config.model):
         config = replace(config, adapter=Path(config.model), model=find_base(config.model))
     if config.adapter is not None and not is_adapter_folder(config.adapter):
