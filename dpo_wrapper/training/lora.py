@@ -33,8 +33,8 @@ def name_adapter(config: TrainConfig) -> TrainConfig:
     `--model` with the folder of an adapter continues that adapter, and an adapter names its base.
 
     Raises:
-        ValueError: there is no adapter in the folder, or nothing trained below a new one, or nothing that
-            trains above a base in 4 bits.
+        ValueError: there is no adapter in the folder, a new adapter would adapt a new model, or a base in 4
+            bits would have none.
     """
     if config.lora and config.is_new_model:
         raise ValueError(
