@@ -16,7 +16,7 @@ from dpo_wrapper.batches.batch import Batch
 from dpo_wrapper.losses.base import Loss
 from dpo_wrapper.losses.inputs import PairLogProbs, RankedLogProbs, UnpairedLogProbs
 
-VALID_COUNTS = ("pairs/valid", "lists/valid", "rows/valid")
+VALID_COUNTS = ("pairs/valid", "lists/valid", "rows/valid", "tokens/scored")
 SIDE_COUNTS = ("rows/chosen", "rows/rejected")
 COUNTS = (*VALID_COUNTS, *SIDE_COUNTS, "tokens/unique", "tokens/padded")
 """Metrics that add up over batches; all others are means over what one of these counts."""

@@ -41,7 +41,7 @@ ALLOWED = {
     "pretrained": "validation models data.tokens.tokenizers",
     # 5. commands
     "training": f"validation {CORE} dpo data pretrained evaluation",
-    "evaluation": "dpo data metrics",
+    "evaluation": "dpo data metrics models.eval_mode",
     "export": "pretrained",
     "cli": "data.prepare data.prepared data.preview training evaluation export",
     "__main__": "cli",

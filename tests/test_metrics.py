@@ -21,7 +21,7 @@ from dpo_wrapper.losses import (
     UnpairedLogProbs,
 )
 from dpo_wrapper.metrics import MetricSums, format_metric, pair_metrics, ranked_metrics, unpaired_metrics
-from dpo_wrapper.training.monitor import format_progress
+from dpo_wrapper.training.monitoring.report_line import format_metrics
 from helpers.batches import random_batch
 from helpers.dpo_calls import arguments
 from helpers.models import ZOO
@@ -146,7 +146,7 @@ def test_a_zero_has_no_sign(template: str, value: float, text: str):
 
 
 def test_a_run_prints_its_first_margin_without_a_sign():
-    metrics = {"loss": LN2, "rewards/margins": -1e-9, "rewards/accuracies": 0.5, "pairs/second": 1.0}
-    assert format_progress(metrics, "pairs") == "loss 0.693, margin 0.000, accuracy 0.500, 1.0 pairs/s"
+    metrics = {"loss": LN2, "rewards/margins": -1e-9, "rewards/accuracies": 0.5, "kl/chosen": -1e-9}
+    assert "  ".join(format_metrics(metrics)) == "loss 0.6931  accuracy  50%  margin  0.000  chosen   0.00"
     table = format_before_and_after([metrics | {"part": "eval"}])
     assert "reward margin" in table and "0.000" in table and "-0.000" not in table

@@ -5,10 +5,13 @@ import os
 from pathlib import Path
 
 
-def write_whole(file: Path, text: str) -> None:
+def write_whole(file: Path, content: str | bytes) -> None:
     """Write a file completely or not at all."""
     unfinished = file.with_name(f"{file.name}.new")
-    unfinished.write_text(text, encoding="utf-8")
+    if isinstance(content, bytes):
+        unfinished.write_bytes(content)
+    else:
+        unfinished.write_text(content, encoding="utf-8")
     os.replace(unfinished, file)
 
 

@@ -11,7 +11,10 @@ from dpo_wrapper.metrics import MetricSums
 
 @torch.no_grad()
 def evaluate(
-    dpo: nn.Module, batches: Iterable[Any], reduce: Callable[[Tensor], Tensor] | None = None
+    dpo: nn.Module,
+    batches: Iterable[Any],
+    reduce: Callable[[Tensor], Tensor] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> dict[str, float]:
     """The metrics of `dpo_wrapper.metrics` over all pairs (lists, rows) of the batches.
 
@@ -20,6 +23,7 @@ def evaluate(
         batches: all of one class, and each pair in exactly one of them; of several processes, each has
             batches of its own.
         reduce: sums a tensor over the processes, each of which needs at least one batch.
+        progress: called with 1 after each batch.
 
     Raises:
         ValueError: there is no batch.
@@ -31,4 +35,6 @@ def evaluate(
     for batch in module.normalize_over_step(batches, reduce):
         _, metrics = dpo(batch, return_metrics=True)
         sums.add(metrics)
+        if progress is not None:
+            progress(1)
     return sums.result(reduce)

@@ -128,6 +128,13 @@ def load_weights(module: nn.Module, weights: dict[str, Any], left_out: Collectio
         )
 
 
+def describe_checkpoint(folder: Path, save_steps: int) -> str:
+    """The size of a checkpoint, in words."""
+    size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+    interval = f" every {save_steps} steps" if save_steps else ""
+    return f"checkpoint: {size:.{0 if size >= 10 else 1}f} MB{interval} in {folder}"
+
+
 def random_file(folder: Path, accelerator: Accelerator) -> Path:
     return folder / f"random-{accelerator.process_index}.safetensors"
 

@@ -36,7 +36,8 @@ In UltraFeedback and HH it is 1.0 to 1.2. Policies learn more length than is in 
 """
 
 SAMPLE_LENGTH_RATIO = 2.0
-"""Length of the policy's own completions over that of the reference's, for the same prompts."""
+MIN_SAMPLE_LENGTH = 20
+"""Length of the policy's own completions over the reference's, for the same prompts, and in tokens."""
 
 MIN_PAIRS = 100
 """Pairs that are all right from the second step on: chance, or a hard task, would have left one wrong."""
@@ -184,7 +185,7 @@ class Explanations:
 
     def explain_sample_lengths(self, part: str, step: int, metrics: Metrics) -> str | None:
         policy, reference = metrics["length/policy"], metrics["length/reference"]
-        if policy < SAMPLE_LENGTH_RATIO * max(1, reference):
+        if policy < max(MIN_SAMPLE_LENGTH, SAMPLE_LENGTH_RATIO * reference):
             return None
         return (
             f"the policy's samples are {policy / max(1, reference):.1f} times as long as the reference's "

@@ -7,8 +7,8 @@ that is killed at any moment leaves a folder that it can resume from.
 import json
 import math
 import os
-import shutil
-import tempfile
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -16,28 +16,32 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
-from dpo_wrapper.data.whole_files import write_whole
 from dpo_wrapper.pretrained import RUN_FILE, read_run
 from dpo_wrapper.training.config import STAGES, StageName, TrainConfig, flag
+from dpo_wrapper.training.files import check_writable, link_file, remove_folder, write_json
 
-CHANGEABLE_SETTINGS = ("resume", "out", "save_steps", "cpu")
+CHANGEABLE_SETTINGS = (
+    "resume", "out", "save_steps", "cpu", "logging_steps", "sample_steps", "samples", "report_to", "project",
+)  # fmt: skip
 """Settings that may change when a run is resumed."""
 
 RunStatus = Literal["training", "trained", "finished"]
-"""A run is trained once its model is saved, and finished once it is reported as well."""
+"""A run is trained once its model is saved, and finished once it is evaluated and reported as well."""
 
 
 @dataclass(frozen=True)
 class Progress:
     """Position of a run: `step` steps of `stage` are done, and the log had `log_bytes` bytes by then.
 
-    `is_evaluated` says whether the evaluation after this step, if one is due, is logged as well.
+    `is_evaluated` says whether the evaluation after this step, if one is due, is logged as well, `is_trained`
+    whether the step is the last of its stage.
     """
 
     stage: StageName = "pretrain"
     step: int = 0
     log_bytes: int = 0
     is_evaluated: bool = False
+    is_trained: bool = False
 
 
 class RunFolder:
@@ -46,6 +50,7 @@ class RunFolder:
     Attributes:
         progress: the beginning of the run, or its latest checkpoint.
         status: whether the model is saved, and reported.
+        run_id: what trackers know the run by.
         today: the day on which the run began, which chat templates may print.
         reference: what the reference is, in words; None until preference training begins.
         notes: what a person should know of a run that is resumed.
@@ -55,6 +60,7 @@ class RunFolder:
         self.path = Path(config.out)
         self.run_file = self.path / RUN_FILE
         self.metrics_file = self.path / "metrics.jsonl"
+        self.samples_file = self.path / "samples.jsonl"
         self.checkpoint_folder = self.path / "checkpoint"
         self.explanations_file = self.path / "explanations.jsonl"
         self.best_file = self.path / "best.safetensors"
@@ -63,7 +69,9 @@ class RunFolder:
         self.settings = json.loads(json.dumps(asdict(config), default=str))
         self.progress = Progress()
         self.status: RunStatus = "training"
+        self.run_id = uuid.uuid4().hex
         self.today = date.today()
+        self.start_time = time.monotonic()
         self.reference: str | None = None
         self.notes: list[str] = []
 
@@ -95,6 +103,7 @@ class RunFolder:
             )
         before, self.status = run["settings"], run["status"]
         self.today = date.fromisoformat(run.get("today", self.today.isoformat()))
+        self.run_id = run.get("run_id", self.run_id)
         self.reference = run.get("reference")
         changed = ", ".join(
             f"{flag(name)} {before.get(name)}"
@@ -119,6 +128,11 @@ class RunFolder:
             whole, key=lambda pair: (-STAGES.index(pair[0].stage), -pair[0].step, -pair[0].is_evaluated)
         )
 
+    @property
+    def needs_training(self) -> bool:
+        """Whether steps are left, or the evaluation after the last one, of which there is a checkpoint."""
+        return self.status == "training" or (self.status == "trained" and self.progress.is_trained)
+
     def open(self) -> None:
         """Create the folder and its settings, or put checkpoint and log back to where the run stands."""
         self.path.mkdir(parents=True, exist_ok=True)
@@ -130,11 +144,23 @@ class RunFolder:
                 os.rename(folder, self.checkpoint_folder)
         for folder in (self.new_checkpoint_folder, self.old_checkpoint_folder):
             remove_folder(folder)
-        if self.status == "training":
+        if self.needs_training:
             self._cut_log()
             self.best_file.unlink(missing_ok=True)
             if (kept := self.checkpoint_folder / self.best_file.name).exists():
                 link_file(kept, self.best_file)
+        self.start_time = time.monotonic() - self._last_elapsed_seconds()
+
+    def elapsed_seconds(self) -> float:
+        """Time since the run began, without what a resumed run has to do again and without interruptions."""
+        return time.monotonic() - self.start_time
+
+    def _last_elapsed_seconds(self) -> float:
+        """Of the last line of the log."""
+        for line in reversed(self.metrics_file.read_text(encoding="utf-8").splitlines()[-1:]):
+            with suppress(ValueError):  # a line that was cut
+                return float(json.loads(line).get("elapsed_seconds", 0.0))
+        return 0.0
 
     def _cut_log(self) -> None:
         """Take from the log what came after the checkpoint: it will be logged again."""
@@ -161,7 +187,12 @@ class RunFolder:
     def set_status(self, status: RunStatus) -> None:
         """Write the settings, and whether the model is saved and reported."""
         self.status = status
-        content = {"status": status, "today": self.today.isoformat(), "reference": self.reference}
+        content = {
+            "status": status,
+            "run_id": self.run_id,
+            "today": self.today.isoformat(),
+            "reference": self.reference,
+        }
         write_json(self.run_file, content | {"settings": self.settings}, indent=2)
 
     def note_reference(self, sentence: str) -> None:
@@ -181,14 +212,21 @@ class RunFolder:
     def read_records(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.metrics_file.read_text(encoding="utf-8").splitlines()]
 
+    def read_samples(self) -> list[dict[str, Any]]:
+        if not self.samples_file.exists():
+            return []
+        return [json.loads(line) for line in self.samples_file.read_text(encoding="utf-8").splitlines()]
+
     def create_new_checkpoint(self) -> None:
         """Create an empty folder for the files of the next checkpoint."""
         remove_folder(self.new_checkpoint_folder)
         self.new_checkpoint_folder.mkdir()
 
-    def replace_checkpoint(self, stage: StageName, step: int, is_evaluated: bool = False) -> None:
+    def replace_checkpoint(
+        self, stage: StageName, step: int, is_evaluated: bool = False, *, is_trained: bool = False
+    ) -> None:
         """Put the new, complete checkpoint in the place of the previous one, which is kept until then."""
-        self.progress = Progress(stage, step, self.metrics_file.stat().st_size, is_evaluated)
+        self.progress = Progress(stage, step, self.metrics_file.stat().st_size, is_evaluated, is_trained)
         if self.best_file.exists():
             link_file(self.best_file, self.new_checkpoint_folder / self.best_file.name)
         write_json(self.new_checkpoint_folder / "progress.json", asdict(self.progress))
@@ -238,35 +276,3 @@ class RunFolder:
         self.set_status("finished")
         remove_folder(self.checkpoint_folder)
         self.best_file.unlink(missing_ok=True)
-
-
-def check_writable(folder: Path) -> None:
-    """Raise ValueError if `folder` is no folder, or cannot be written or created. Nothing is left behind."""
-    try:
-        existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-        if not existing.is_dir():
-            raise ValueError(f"--out should be a folder, but {existing} is a file: name a new folder.")
-        tempfile.TemporaryFile(dir=existing).close()
-    except OSError as error:
-        raise ValueError(
-            f"--out should be a folder that can be written, but {folder} cannot ({error.strerror}): name "
-            "another."
-        ) from error
-
-
-def write_json(file: Path, content: Any, indent: int | None = None) -> None:
-    """Write a file completely or not at all."""
-    write_whole(file, json.dumps(content, indent=indent) + "\n")
-
-
-def link_file(file: Path, name: Path) -> None:
-    """Give a file a second name; a copy has it where the file system knows no links."""
-    try:
-        os.link(file, name)
-    except OSError:
-        shutil.copyfile(file, name)
-
-
-def remove_folder(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)

@@ -15,6 +15,7 @@ from dpo_wrapper.pretrained import PretrainedModel
 from dpo_wrapper.reference.build import parse_device
 from dpo_wrapper.training.config import TrainConfig, flag
 from dpo_wrapper.training.lora import load_policy, name_adapter
+from dpo_wrapper.training.monitoring.trackers import check_trackers
 from dpo_wrapper.training.optimizer import create_optimizer, create_schedule, find_optimizer
 from dpo_wrapper.training.policy import resolve_dtype, set_up_policy
 from dpo_wrapper.training.read_data import Rows, RunData, count_shared_prompts, split_table
@@ -42,6 +43,7 @@ def set_up_training(config: TrainConfig) -> TrainSetup:
     config = name_adapter(config)
     loss = CombinedLoss(parse_losses(config.loss))
     check_options(config, loss)
+    check_trackers(config.report_to)
     run = RunFolder(config)
     run.check(config.resume)
     data = RunData.open(config.data, config)

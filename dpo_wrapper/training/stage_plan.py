@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dpo_wrapper.data import StepSampler
 from dpo_wrapper.data.collate import add_kl_completions
 from dpo_wrapper.data.errors import ExampleError
 from dpo_wrapper.data.example_table import ExampleTable
@@ -30,6 +31,7 @@ PRETRAIN_OPTIONS = ("pretrain_epochs", "pretrain_learning_rate")
 DPO_OPTIONS = (
     "epochs", "learning_rate", "loss", "reference", "reference_dtype", "reference_device", "ranking",
     "precompute_ref_log_probs", "ref_model_sync_steps", "ref_model_mixup_alpha", "ld_alpha", "wpo",
+    "exact_answers",
 )  # fmt: skip
 """Options that one stage alone reads."""
 
@@ -51,6 +53,11 @@ class StagePlan:
     epochs: int
     learning_rate: float
     splits: Splits
+
+    def count_steps(self, config: TrainConfig) -> int:
+        """Maximum number of optimizer steps."""
+        num_steps = len(StepSampler(len(self.splits.train), config.batch_size, self.epochs))
+        return min(num_steps, config.max_steps or num_steps)
 
 
 def choose_stages(config: TrainConfig, types: Collection[DatasetType]) -> tuple[StageName, ...]:
@@ -111,7 +118,7 @@ def plan_stages(
     """
     epochs: dict[StageName, int] = {
         "pretrain": config.pretrain_epochs,
-        "sft": (10 if config.is_new_model else 1) if config.sft_epochs is None else config.sft_epochs,
+        "sft": (4 if config.is_new_model else 1) if config.sft_epochs is None else config.sft_epochs,
         "dpo": config.epochs,
     }
     dataset_type: Any = loss.dataset_type

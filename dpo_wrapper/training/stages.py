@@ -5,7 +5,8 @@ update however a step is split.
 """
 
 from abc import ABC, abstractmethod
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,13 +17,17 @@ from dpo_wrapper.batches import Reduce, SFTBatch, normalize_over_step
 from dpo_wrapper.data.collate import COLLATE_FNS, collate_sft
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.evaluation.evaluate import evaluate
+from dpo_wrapper.evaluation.exact_answers import ExactAnswers
 from dpo_wrapper.log_probs import FusedLoss
 from dpo_wrapper.models.eval_mode import eval_mode
 from dpo_wrapper.reference import LogProbCache
+from dpo_wrapper.reference.reference import ModelReference
 from dpo_wrapper.scoring import Scorer, SharePrefix
 from dpo_wrapper.training.config import StageName, TrainConfig
 from dpo_wrapper.training.micro_batches import CollateFn
 from dpo_wrapper.training.stage_plan import StagePlan
+
+Progress = Callable[[int], object]
 
 
 class Stage(ABC):
@@ -35,11 +40,17 @@ class Stage(ABC):
         scorer: computes the log-probs of the model that is trained.
         epochs, learning_rate: number of epochs, and peak learning rate.
         reference_cache: log-probs that the first epoch computes and later ones look up, or None.
+        has_reference: whether the model is compared with what it was before the first step.
+        reference_changes: whether the reference moves while the stage runs.
+        exact_answers: what the model is asked before and after training, or None.
     """
 
     module: nn.Module
     scorer: Scorer
     reference_cache: LogProbCache | None = None
+    has_reference = False
+    reference_changes = False
+    exact_answers: ExactAnswers | None = None
 
     def __init__(self, plan: StagePlan) -> None:
         self.name: StageName = plan.name
@@ -62,8 +73,20 @@ class Stage(ABC):
         """Called after each update of the weights; `step` counts from 1, also in a run that is resumed."""
 
     @abstractmethod
-    def evaluate(self, module: nn.Module, batches: list[Any], reduce: Reduce | None) -> dict[str, float]:
-        """Metrics over the batches of all processes."""
+    def evaluate(
+        self, module: nn.Module, batches: list[Any], reduce: Reduce | None, progress: Progress
+    ) -> dict[str, float]:
+        """Metrics over the batches of all processes; `progress` is called with 1 after each batch."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The language model that is trained."""
+        return self.scorer.language_model.model
+
+    @contextmanager
+    def reference_model(self) -> Iterator[nn.Module | None]:
+        """The context in which a language model is the reference; None where there is no model of it."""
+        yield None
 
 
 class SFTModule(nn.Module):
@@ -117,12 +140,23 @@ class SFTStage(Stage):
 
     def micro_batch_loss(self, module: nn.Module, batch: SFTBatch) -> tuple[Tensor, dict[str, Tensor]]:
         module.train()
-        return module(batch), {}
+        loss, sequences = module(batch), batch.sequences
+        counts = {
+            "tokens/scored": len(sequences.row),
+            "tokens/unique": sequences.unique_tokens(),
+            "tokens/padded": sequences.ids.numel(),
+        }
+        return loss, {name: loss.new_full((), count) for name, count in counts.items()}
 
     @torch.no_grad()
-    def evaluate(self, module: nn.Module, batches: list[Any], reduce: Reduce | None) -> dict[str, float]:
+    def evaluate(
+        self, module: nn.Module, batches: list[Any], reduce: Reduce | None, progress: Progress
+    ) -> dict[str, float]:
         module.eval()
-        loss = sum(float(module(batch)) for batch in self.normalize_over_step(batches, reduce))
+        loss = 0.0
+        for batch in self.normalize_over_step(batches, reduce):
+            loss += float(module(batch))
+            progress(1)
         total = torch.tensor(loss, dtype=torch.float64)
         return {"loss": float(total if reduce is None else reduce(total))}
 
@@ -137,6 +171,7 @@ class DPOStage(Stage):
         self.dpo = self.module = dpo
         self.scorer = dpo.policy
         self.reference_cache = dpo.reference.cache
+        self.has_reference, self.reference_changes = True, bool(self.sync_steps)
 
     @property
     def collate_fn(self) -> CollateFn:
@@ -156,6 +191,17 @@ class DPOStage(Stage):
         if self.sync_steps and step % self.sync_steps == 0:
             self.dpo.sync_reference(self.mixup_alpha)
 
-    def evaluate(self, module: nn.Module, batches: list[Any], reduce: Reduce | None) -> dict[str, float]:
+    def evaluate(
+        self, module: nn.Module, batches: list[Any], reduce: Reduce | None, progress: Progress
+    ) -> dict[str, float]:
         with eval_mode(self.dpo.policy_model) if self.has_dropout else nullcontext():
-            return evaluate(module, batches, reduce)
+            return evaluate(module, batches, reduce, progress)
+
+    @contextmanager
+    def reference_model(self) -> Iterator[nn.Module | None]:
+        reference = self.dpo.reference
+        if not isinstance(reference, ModelReference):
+            yield None
+            return
+        with reference.frozen():
+            yield reference.model

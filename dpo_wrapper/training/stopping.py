@@ -1,5 +1,6 @@
 """Why a run stops before its end: a signal, or something that only a person can mend."""
 
+import math
 import os
 import signal
 import threading
@@ -59,3 +60,12 @@ def ignore_signals(_: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def check_finite(stage: str, step: int, name: str, value: float) -> None:
+    """Raise TrainingError if a loss or a norm is not finite."""
+    if not math.isfinite(value):
+        raise TrainingError(
+            f"the {name} should be finite, but at step {step} of {stage} it is {value}: begin a new run with "
+            "a lower learning rate or --max-grad-norm, or look at the rows of this step."
+        )

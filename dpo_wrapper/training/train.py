@@ -2,7 +2,6 @@
 
 import errno
 import warnings
-from collections.abc import Mapping
 from itertools import zip_longest
 from typing import Any
 
@@ -12,9 +11,12 @@ from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from torch import nn
 
-from dpo_wrapper.data import TokenizedExample, scored_sequences
+from dpo_wrapper.data import scored_sequences
 from dpo_wrapper.dpo import DPO
-from dpo_wrapper.evaluation.report import format_before_and_after, format_completions, plot_curves
+from dpo_wrapper.evaluation.exact_answers import ExactAnswers
+from dpo_wrapper.evaluation.generate import list_end_ids
+from dpo_wrapper.evaluation.report import format_before_and_after
+from dpo_wrapper.evaluation.samples import format_samples
 from dpo_wrapper.losses import parse_losses
 from dpo_wrapper.pretrained import rescales_in_eval_mode, save_pretrained
 from dpo_wrapper.reference import CachedReference, precompute_ref_log_probs
@@ -22,7 +24,10 @@ from dpo_wrapper.reference.build import ReferenceKind
 from dpo_wrapper.reference.reference import FrozenModel
 from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.training.config import STAGES, TrainConfig
-from dpo_wrapper.training.monitor import create_progress_bar
+from dpo_wrapper.training.model_card import write_model_card
+from dpo_wrapper.training.monitoring.figure import Figure
+from dpo_wrapper.training.monitoring.terminal import create_progress_bar, print_line
+from dpo_wrapper.training.monitoring.trackers import Trackers
 from dpo_wrapper.training.policy import compile_layers
 from dpo_wrapper.training.reference_words import describe_merging, describe_reference
 from dpo_wrapper.training.run_folder import RunFolder
@@ -72,36 +77,46 @@ def run_stages(setup: TrainSetup) -> None:
         run.open()
     accelerator.wait_for_everyone()
     notes = (*(describe_plan(plan, config) for plan in setup.stages), *setup.notes, *run.notes)
-    accelerator.print(describe_size(model), *notes, sep="\n")
+    accelerator.print(describe_size(model), *notes, sep="\n", flush=True)
     if setup.stages[-1].name != "dpo":
         report_merging(setup, accelerator)
 
-    models: dict[str, nn.Module | None] = {}
-    if run.status == "training":
-        for plan, following in zip_longest(setup.stages, setup.stages[1:]):
-            if STAGES.index(run.progress.stage) > STAGES.index(plan.name):
-                continue
-            set_seed(config.seed)  # what dropout draws is the same in a run that is resumed here
-            stage = create_stage(setup, plan, accelerator)
-            if isinstance(stage, DPOStage):
-                report_reference(setup, stage.dpo, accelerator)
-            Trainer(config, run, stage, plan.splits).train()
-            if isinstance(stage, DPOStage):
-                models = {"reference": stage.dpo.ref_model, "policy": stage.dpo.policy_model}
-            else:
-                models = {"model": model}
-            if following is not None and accelerator.is_main_process:
-                with run.new_stage_folder(plan.name) as folder:
-                    save_pretrained(setup.pretrained, model, folder)
-                run.create_new_checkpoint()
-                run.replace_checkpoint(following.name, 0)
+    def save_model() -> None:
         if accelerator.is_main_process:
+            print_line(f"saving the model in {run.path}")
             with run.new_model_folder() as folder:
                 save_pretrained(setup.pretrained, model, folder)
+        accelerator.wait_for_everyone()
+
+    if run.needs_training:
+        options = {"mixed_precision": config.precision, "cpu": config.cpu}
+        with Trackers(config, run, **options) as trackers:
+            step_offset = 0
+            for plan, following in zip_longest(setup.stages, setup.stages[1:]):
+                if STAGES.index(run.progress.stage) <= STAGES.index(plan.name):
+                    set_seed(config.seed)  # what dropout draws is the same in a run that is resumed here
+                    stage = create_stage(setup, plan, accelerator)
+                    if isinstance(stage, DPOStage):
+                        report_reference(setup, stage.dpo, accelerator)
+                    parts = (config, run, stage, plan.splits, setup.pretrained, trackers, step_offset)
+                    Trainer(*parts, save_model=None if following else save_model).train()
+                    if following is not None and accelerator.is_main_process:
+                        save_stage(setup, plan, following)
+                step_offset += plan.count_steps(config)
     if accelerator.is_main_process:
-        report_results(setup, models)
+        report_results(setup)
         run.finish()
     accelerator.wait_for_everyone()
+
+
+def save_stage(setup: TrainSetup, plan: StagePlan, following: StagePlan) -> None:
+    """Save the model as it is after a stage, from which the following one starts."""
+    run = setup.run
+    print_line(f"saving the model in {run.stage_folder(plan.name)}")
+    with run.new_stage_folder(plan.name) as folder:
+        save_pretrained(setup.pretrained, setup.pretrained.model, folder)
+    run.create_new_checkpoint()
+    run.replace_checkpoint(following.name, 0)
 
 
 def describe_size(model: nn.Module) -> str:
@@ -125,7 +140,7 @@ def report_reference(setup: TrainSetup, dpo: DPO, accelerator: Accelerator) -> N
     before = [plan.name for plan in setup.stages if plan.name != "dpo"]
     stage_before = before[-1] if before else None
     sentence = describe_reference(dpo.reference, setup.pretrained, setup.config, stage_before)
-    accelerator.print(sentence)
+    accelerator.print(sentence, flush=True)
     report_merging(setup, accelerator)
     if accelerator.is_main_process:
         setup.run.note_reference(sentence)
@@ -150,7 +165,13 @@ def create_stage(setup: TrainSetup, plan: StagePlan, accelerator: Accelerator) -
     """What `Trainer` runs for a stage, with the model as it is now."""
     model, config = setup.pretrained.model, setup.config
     if plan.name == "dpo":
-        return DPOStage(plan, build_dpo(setup, plan.splits, accelerator), config)
+        stage = DPOStage(plan, build_dpo(setup, plan.splits, accelerator), config)
+        end_ids = list_end_ids(setup.pretrained.tokenizer)
+        answers = ExactAnswers(
+            plan.splits.eval, config.exact_answers, end_ids, setup.pretrained.max_positions
+        )
+        stage.exact_answers = answers if answers.examples else None
+        return stage
     return SFTStage(plan, model, config)
 
 
@@ -192,6 +213,7 @@ def precompute_reference(setup: TrainSetup, splits: Splits, accelerator: Acceler
     for name, examples in (("train", splits.train), ("eval", splits.eval)):
         sequences = scored_sequences(examples, config.micro_batch_tokens, is_padded=is_padded)
         total = sum(len(batch.length) for batch in sequences)
+        accelerator.print(f"computing the reference's log-probs of {total:,} {name} sequences", flush=True)
         bar = create_progress_bar(accelerator, f"reference, {name}", "sequence", total=total)
         folder = setup.run.path / "reference" / name
         with bar, accelerator.autocast():
@@ -201,19 +223,16 @@ def precompute_reference(setup: TrainSetup, splits: Splits, accelerator: Acceler
     return cached
 
 
-def report_results(setup: TrainSetup, models: Mapping[str, nn.Module | None]) -> None:
-    """Plot the curves; print metrics before and after training, and the models' completions of one prompt."""
+def report_results(setup: TrainSetup) -> None:
+    """Plot the curves, write a model card, and print metrics before and after training, and samples."""
     run, plan = setup.run, setup.stages[-1]
-    records = [record for record in run.read_records() if record["stage"] == plan.name]
-    plot_curves(records, run.path / "curves.png")
-    print("\n" + format_before_and_after(records))
-    example = find_sample(plan.splits)
-    if models and example is not None:
-        pretrained = setup.pretrained
-        print("\n" + format_completions(pretrained.tokenizer, models, example, pretrained.max_positions))
+    records = run.read_records()
+    Figure(run).draw()
+    write_model_card(setup, records)
+    of_stage = [record for record in records if record["stage"] == plan.name]
+    print("\n" + format_before_and_after(of_stage))
+    samples = run.read_samples()
+    if samples:
+        last = [one for one in samples if (one["stage"], one["step"]) == (plan.name, samples[-1]["step"])]
+        print("\n" + format_samples(last))
     print(f"\nThe model, its metrics and curves.png are in {run.path}")
-
-
-def find_sample(splits: Splits) -> TokenizedExample | None:
-    """The first example with a completion to imitate, of those to evaluate on if one has it."""
-    return next((one for part in (splits.eval, splits.train) for one in part if one.sft_completion), None)

@@ -1,11 +1,9 @@
 """The training loop of one stage, from its beginning or from the run folder's checkpoint."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,29 +11,62 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dpo_wrapper.batches import Reduce
 from dpo_wrapper.data import StepSampler, TokenizedExample
 from dpo_wrapper.metrics import MetricSums
+from dpo_wrapper.models.wrappers import is_sharded
+from dpo_wrapper.pretrained import PretrainedModel
 from dpo_wrapper.training.best_model import BestEvaluation, load_best, save_best
-from dpo_wrapper.training.checkpoint import STATE_FILE, FrozenWeights, load_checkpoint, write_checkpoint
+from dpo_wrapper.training.checkpoint import (
+    STATE_FILE,
+    FrozenWeights,
+    describe_checkpoint,
+    load_checkpoint,
+    write_checkpoint,
+)
 from dpo_wrapper.training.config import TrainConfig
+from dpo_wrapper.training.evaluator import Evaluator
 from dpo_wrapper.training.micro_batches import MicroBatches, make_micro_batches
-from dpo_wrapper.training.monitor import Monitor
+from dpo_wrapper.training.monitoring.monitor import Monitor
+from dpo_wrapper.training.monitoring.samples import Samples
+from dpo_wrapper.training.monitoring.trackers import Trackers
 from dpo_wrapper.training.optimizer import create_optimizer, create_schedule
+from dpo_wrapper.training.processes import sum_over_processes
 from dpo_wrapper.training.run_folder import RunFolder
+from dpo_wrapper.training.schedule import plan_schedule
 from dpo_wrapper.training.stage_plan import Splits
 from dpo_wrapper.training.stages import Stage
-from dpo_wrapper.training.stopping import StoppedBySignal, StopRequest, TrainingError, ignore_signals
-
-MAX_TRAIN_EXAMPLES_EVALUATED = 512
-"""Number of train examples that are evaluated at both ends of a stage, to see how their log-probs changed."""
+from dpo_wrapper.training.stopping import (
+    StoppedBySignal,
+    StopRequest,
+    TrainingError,
+    check_finite,
+    ignore_signals,
+)
 
 
 class Trainer:
-    """Trains the module of one stage in place, and writes metrics and checkpoints to the run folder."""
+    """Trains the module of one stage in place, and writes metrics and checkpoints to the run folder.
 
-    def __init__(self, config: TrainConfig, run: RunFolder, stage: Stage, splits: Splits) -> None:
+    Args:
+        pretrained: the model with its tokenizer, for samples.
+        trackers, step_offset: as in `Monitor`.
+        save_model: called after the last step, before the evaluation that follows it.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: RunFolder,
+        stage: Stage,
+        splits: Splits,
+        pretrained: PretrainedModel,
+        trackers: Trackers,
+        step_offset: int = 0,
+        save_model: Callable[[], None] | None = None,
+    ) -> None:
         self.config, self.run, self.stage, self.splits = config, run, stage, splits
+        self.pretrained, self.save_model = pretrained, save_model
+        self.trackers, self.step_offset = trackers, step_offset
         self.accelerator = create_accelerator(config)
         self.sampler = StepSampler(
             len(splits.train),
@@ -46,7 +77,8 @@ class Trainer:
             num_processes=self.accelerator.num_processes,
         )
         self.num_steps = min(len(self.sampler), config.max_steps or len(self.sampler))
-        self.eval_steps = config.eval_steps or max(1, math.ceil(self.num_steps / 8))
+        num_trained = min(len(splits.train) * stage.epochs, self.num_steps * config.batch_size)
+        self.schedule = plan_schedule(config, self.num_steps, num_trained, len(splits.eval))
         self.rate_of_step = create_schedule(config, stage.learning_rate, self.num_steps)
         optimizer: Any = create_optimizer(stage.module, config, stage.learning_rate, self.accelerator.device)
         self.module, self.optimizer = self.accelerator.prepare(stage.module, optimizer)
@@ -61,46 +93,65 @@ class Trainer:
             TrainingError: the loss or the norm of the gradients is not finite.
             StoppedBySignal: SIGINT or SIGTERM came; there is a checkpoint.
         """
-        progress, num_steps, folder = self.run.progress, self.num_steps, self.run.checkpoint_folder
+        progress, folder = self.run.progress, self.run.checkpoint_folder
         is_resumed = progress.stage == self.stage.name and (folder / STATE_FILE).is_file()
         steps_done = progress.step if is_resumed else 0
         if is_resumed:
             load_checkpoint(folder, *self.checkpointed)
         self.probe_model()
-        unit = self.splits.unit
-        self.monitor = Monitor(self.run, self.accelerator, self.stage.name, unit, num_steps, steps_done)
+        is_evaluated = is_resumed and progress.is_evaluated
+        self.start_watching(steps_done, steps_done + is_evaluated)
         records = self.run.read_records() if is_resumed and self.config.compares_evaluations else []
         self.best = BestEvaluation(self.config.best_metric, self.stage.name, records)
         with self.monitor:
-            last_step = self.run_steps(steps_done, is_resumed and progress.is_evaluated)
+            last_step = self.run_steps(steps_done, is_evaluated)
             self.end_with_best(last_step)
         self.accelerator.free_memory()
+
+    def start_watching(self, steps_done: int, first_step: int) -> None:
+        """Create what logs the stage; `first_step` is the first step that is not evaluated yet."""
+        watched = (self.run, self.accelerator, self.stage.name, self.splits.unit, self.schedule)
+        self.monitor = Monitor(*watched, steps_done, self.trackers, self.step_offset)
+        samples = None
+        if self.accelerator.is_main_process and self.config.samples and not is_sharded(self.stage.model):
+            sampled = (self.run, self.stage, self.splits, self.pretrained)
+            samples = Samples(*sampled, self.config.samples, first_step)
+        self.evaluator = Evaluator(
+            self.accelerator,
+            self.module,
+            self.stage,
+            self.splits,
+            self.schedule,
+            self.monitor,
+            self.micro_batch_maker,
+            samples,
+            samples_end=self.save_model is not None,
+        )
 
     def run_steps(self, steps_done: int, is_evaluated: bool) -> int:
         """Run the steps that are not done yet, with what is due after each; returns the last one.
 
         `is_evaluated` says whether the evaluation after the last of `steps_done` is logged.
         """
-        unit = self.splits.unit
         with StopRequest() as stop_request:
             if not is_evaluated:
                 self.evaluate_if_due(steps_done)
                 self.save_or_stop(steps_done, stop_request, is_evaluated=True)
+            start_time = time.perf_counter()
             for step, batches in enumerate(self.create_step_loader(steps_done), start=steps_done + 1):
                 if self.stops_early():
                     return step - 1
-                start_time = time.perf_counter()
                 learning_rate = self.set_learning_rate(step)
                 metrics = self.train_step(step, batches)
-                num_examples, seconds = self.sampler.step_size(step - 1), time.perf_counter() - start_time
-                metrics[f"{unit}/second"] = num_examples / seconds
-                metrics["lr"] = learning_rate
+                metrics |= {"lr": learning_rate, "epoch": step * self.stage.epochs / len(self.sampler)}
                 if self.stage.reference_cache is not None and step * self.stage.epochs == len(self.sampler):
                     self.stage.reference_cache.gather_from_processes()  # once, after the first epoch
-                self.monitor.log_step(step, metrics)
+                seconds = time.perf_counter() - start_time
+                self.monitor.log_step(step, metrics, self.sampler.step_size(step - 1), seconds)
                 self.save_or_stop(step, stop_request)
                 self.evaluate_if_due(step)
                 self.save_or_stop(step, stop_request, is_evaluated=True)
+                start_time = time.perf_counter()
         return self.num_steps
 
     def stops_early(self) -> bool:
@@ -110,22 +161,23 @@ class Trainer:
 
     def end_with_best(self, last_step: int) -> None:
         """Take the weights of the best evaluation, if that is asked for, and log how the stage ends."""
-        splits = self.splits_at_end()
-        if last_step < self.num_steps:
+        is_early = last_step < self.num_steps
+        if is_early:
             self.monitor.print(
                 f"{self.stage.name} stops after step {last_step} of {self.num_steps}: "
                 f"{self.best.num_worse} evaluations were no better than {self.best}."
             )
-        if self.config.keep_best and self.best.step != last_step:
+            if self.schedule.save_steps:
+                self.save_checkpoint(last_step, is_evaluated=True, is_trained=True)
+        takes_best = self.config.keep_best and self.best.step != last_step
+        if takes_best:
             self.accelerator.wait_for_everyone()
-            load_best(self.stage.scorer.language_model.model, self.run.best_file)
+            load_best(self.stage.model, self.run.best_file)
             self.monitor.print(f"{self.stage.name} ends with the weights after {self.best}.")
-        elif last_step < self.num_steps:
-            splits.pop("eval")
-        else:
-            return
-        for name, examples in splits.items():
-            self.evaluate(last_step, name, examples)
+        if is_early or takes_best:
+            if self.save_model is not None:
+                self.save_model()
+            self.evaluator.evaluate_end(last_step)
 
     def set_learning_rate(self, step: int) -> float:
         """Set the learning rate of a step, which counts from 1, and return it."""
@@ -142,7 +194,7 @@ class Trainer:
                 self.stage.scorer.check(batch.sequences)
         except (TypeError, ValueError) as error:  # a model that the probe refuses
             raise TrainingError(str(error)) from error
-        self.accelerator.print(f"{self.stage.name}: {self.stage.scorer.explain()}")
+        self.accelerator.print(f"{self.stage.name}: {self.stage.scorer.explain()}", flush=True)
 
     def train_step(self, step: int, batches: list[Any]) -> dict[str, float]:
         """Run one optimizer step on this process's micro-batches; the metrics are of all processes."""
@@ -151,7 +203,7 @@ class Trainer:
         loss_scale = accelerator.num_processes if has_examples else 0  # DDP takes the mean over processes
 
         def reduce(sums: Tensor) -> Tensor:
-            return self.sum_over_processes(sums * has_examples)
+            return sum_over_processes(accelerator, sums * has_examples)
 
         loss, sums = torch.zeros((), device=accelerator.device), MetricSums()
         batches = stage.normalize_over_step([batch.to(accelerator.device) for batch in batches], reduce)
@@ -163,57 +215,28 @@ class Trainer:
             sums.add(metrics)
         grad_norm = accelerator.clip_grad_norm_(self.module.parameters(), self.config.max_grad_norm)
         total_loss = float(reduce(loss))
-        self.check_finite(step, "loss", total_loss)
+        check_finite(stage.name, step, "loss", total_loss)
         scaler = accelerator.scaler
         if scaler is None or scaler.get_scale() < 1:  # steps that overflow at a larger scale are left out
-            self.check_finite(step, "norm of the gradients", float(grad_norm))
+            check_finite(stage.name, step, "norm of the gradients", float(grad_norm))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         stage.end_step(step, reduce)
         return {"loss": total_loss, **sums.result(reduce), "grad_norm": float(grad_norm)}
 
-    def check_finite(self, step: int, name: str, value: float) -> None:
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"the {name} should be finite, but at step {step} of {self.stage.name} it is {value}: begin "
-                "a new run with a lower learning rate or --max-grad-norm, or look at the rows of this step."
-            )
-
     def evaluate_if_due(self, step: int) -> None:
-        """Log eval metrics at both ends and every `eval_steps`, and train metrics at both ends."""
-        is_end = step in (0, self.num_steps)
-        if not is_end and step % self.eval_steps:
-            return
-        for name, examples in self.splits_at_end().items():
-            if name == "eval" or is_end:
-                metrics = self.evaluate(step, name, examples)
-                if name == "eval" and self.config.compares_evaluations:
-                    self.compare_evaluation(step, metrics)
-
-    def splits_at_end(self) -> dict[str, Sequence[TokenizedExample]]:
-        """What is evaluated at both ends of a stage."""
-        splits = {"eval": self.splits.eval, "train": self.splits.train[:MAX_TRAIN_EXAMPLES_EVALUATED]}
-        return {name: examples for name, examples in splits.items() if len(examples)}
-
-    def evaluate(self, step: int, name: str, examples: Sequence[TokenizedExample]) -> dict[str, float]:
-        """Log and return the metrics of a split's examples."""
-        indices = list(range(len(examples)))
-        reduce: Reduce | None = None
-        if len(examples) >= self.accelerator.num_processes:  # or else every process evaluates all of them
-            indices = indices[self.accelerator.process_index :: self.accelerator.num_processes]
-            reduce = self.sum_over_processes
-        batches = self.micro_batch_maker(examples)(indices)
-        batches_there = [batch.to(self.accelerator.device) for batch in batches]
-        metrics = self.stage.evaluate(self.module, batches_there, reduce)
-        self.monitor.log_evaluation(name, step, metrics)
-        self.check_finite(step, f"{name} loss", metrics["loss"])
-        return metrics
+        """Evaluate and sample where that is due; at the end of the stage the model is saved first."""
+        if step == self.num_steps and self.save_model is not None:
+            self.save_model()
+        metrics = self.evaluator.evaluate_if_due(step)
+        if metrics is not None and self.config.compares_evaluations:
+            self.compare_evaluation(step, metrics)
 
     def compare_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Note whether an evaluation is the best of the stage, and keep the weights of the best."""
         is_best = self.best.observe(step, metrics)
         if is_best and self.config.keep_best and self.accelerator.is_main_process:
-            save_best(self.stage.scorer.language_model.model, self.run.best_file)
+            save_best(self.stage.model, self.run.best_file)
 
     def create_step_loader(self, steps_done: int) -> DataLoader[Any]:
         """This process's micro-batches of each step that is not done yet."""
@@ -240,38 +263,27 @@ class Trainer:
         if self.accelerator.num_processes > 1:  # a signal may reach processes in different steps
             numbers = torch.tensor([number], device=self.accelerator.device)
             number = int(self.accelerator.gather(numbers).max())
-        save_steps = self.config.save_steps
-        is_due = save_steps and step % save_steps == 0 and step < self.num_steps and not is_evaluated
+        save_steps = self.schedule.save_steps
+        is_due = save_steps > 0 and not is_evaluated and self.schedule.is_due(save_steps, step)
         if number or is_due:
-            self.save_checkpoint(step, is_evaluated)
+            self.save_checkpoint(step, is_evaluated, is_trained=step == self.num_steps)
         if number:
             raise StoppedBySignal(number)
 
-    def save_checkpoint(self, step: int, is_evaluated: bool) -> None:
+    def save_checkpoint(self, step: int, is_evaluated: bool, is_trained: bool) -> None:
         """Write a checkpoint; the previous one stays until it is complete."""
         if self.accelerator.is_main_process:
             self.run.create_new_checkpoint()
         self.accelerator.wait_for_everyone()
-        write_checkpoint(self.run.new_checkpoint_folder, *self.checkpointed)
+        with self.monitor.measure("save", "writing a checkpoint"):
+            write_checkpoint(self.run.new_checkpoint_folder, *self.checkpointed)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            self.run.replace_checkpoint(self.stage.name, step, is_evaluated)
+            self.run.replace_checkpoint(self.stage.name, step, is_evaluated, is_trained=is_trained)
             if not self.has_saved:
                 self.monitor.print(describe_checkpoint(self.run.checkpoint_folder, self.config.save_steps))
             self.has_saved = True
 
-    def sum_over_processes(self, values: Tensor) -> Tensor:
-        if self.accelerator.num_processes == 1:  # sums are in float64, which an Apple GPU does not have
-            return values
-        return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
 
-
-def describe_checkpoint(folder: Path, save_steps: int) -> str:
-    """The size of a checkpoint, in words."""
-    size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
-    interval = f" every {save_steps} steps" if save_steps else ""
-    return f"checkpoint: {size:.{0 if size >= 10 else 1}f} MB{interval} in {folder}"
-
-
-def create_accelerator(config: TrainConfig) -> Accelerator:
-    return Accelerator(mixed_precision=config.precision, cpu=config.cpu)
+def create_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
+    return Accelerator(mixed_precision=config.precision, cpu=config.cpu, **options)

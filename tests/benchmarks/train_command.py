@@ -167,10 +167,10 @@ class Clock:
 
 def run_command(args: argparse.Namespace, clock: Clock) -> None:
     from dpo_wrapper.cli import main
-    from dpo_wrapper.training import trainer
-    from dpo_wrapper.training.monitor import Monitor
+    from dpo_wrapper.training import evaluator
+    from dpo_wrapper.training.monitoring.monitor import Monitor
 
-    trainer.MAX_TRAIN_EXAMPLES_EVALUATED = 0
+    evaluator.MAX_TRAIN_EXAMPLES_EVALUATED = 0
     log_step, make = Monitor.log_step, Monitor.__enter__
 
     def start(self: Monitor) -> Monitor:
@@ -192,6 +192,7 @@ def run_command(args: argparse.Namespace, clock: Clock) -> None:
         "epochs": args.runs + 1,
         "eval-fraction": 0,
         "save-steps": 0,
+        "samples": 0,
         "max-length": MAX_LENGTH,
         "lora-r": LORA["r"],
         "lora-alpha": LORA["alpha"],

@@ -20,12 +20,14 @@ SMALL_DECODER = {"dim": 32, "depth": 1, "heads": 1}
 
 def make_config(data, out, **options):
     defaults = {"sft_epochs": 1, "epochs": 2, "batch_size": 4, "max_length": 128, "cpu": True}
-    return TrainConfig(data=data, out=out, **(defaults | options))
+    watched = {"eval_steps": 4, "samples": 1}
+    return TrainConfig(data=data, out=out, **(defaults | watched | options))
 
 
 def read_metrics(folder, *dropped):
-    """The log without times."""
+    """The log without times and memory."""
     lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    dropped = {"seconds", "elapsed_seconds", "memory_gb", *dropped}
     return [
         {k: v for k, v in json.loads(line).items() if not k.endswith("/second") and k not in dropped}
         for line in lines

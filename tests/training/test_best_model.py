@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_wrapper.training.best_model import BestEvaluation
+from dpo_wrapper.training.evaluator import Evaluator
 from dpo_wrapper.training.options.output import OutputOptions
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.setup import set_up_training
 from dpo_wrapper.training.stages import DPOStage
 from dpo_wrapper.training.stopping import TrainingError
 from dpo_wrapper.training.train import train
-from dpo_wrapper.training.trainer import Trainer
 from helpers.datasets import write_rows
 from helpers.runs import interrupt_training, make_config, read_metrics
 
@@ -86,20 +86,20 @@ def test_evaluations_are_compared_only_where_there_are_any(rows, tmp_path):
 @pytest.fixture
 def policies(monkeypatch):
     """Gives preference training its eval losses; holds the policies that were evaluated, by their steps."""
-    evaluate, evaluate_stage, policies = Trainer.evaluate, DPOStage.evaluate, {}
+    evaluate, evaluate_stage, policies = Evaluator.evaluate, DPOStage.evaluate, {}
     last_step = 0
 
-    def note_step(self, step, name, examples):
+    def note_step(self, step, name, examples, asks=False):
         nonlocal last_step
         last_step = step
         state = self.stage.dpo.policy_model.state_dict()
         policies.setdefault(step, {name: value.clone() for name, value in state.items()})
-        return evaluate(self, step, name, examples)
+        return evaluate(self, step, name, examples, asks)
 
     def evaluate_as_given(self, *args):
         return evaluate_stage(self, *args) | {"loss": LOSSES[last_step // 2]}
 
-    monkeypatch.setattr(Trainer, "evaluate", note_step)
+    monkeypatch.setattr(Evaluator, "evaluate", note_step)
     monkeypatch.setattr(DPOStage, "evaluate", evaluate_as_given)
     return policies
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dpo_wrapper.pretrained import load_pretrained
+from dpo_wrapper.training.evaluator import Evaluator
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.train import train
 from dpo_wrapper.training.trainer import Trainer
@@ -50,6 +51,38 @@ def test_the_running_mean_of_a_loss_resumes(rows, tmp_path, monkeypatch):
     interrupt_after = 0
     train(make_config(rows, tmp_path / "out", resume=True, **options))
     assert seen[3:] == whole[2:]  # step 3 was done once more, from the checkpoint after step 2
+
+
+class KilledError(BaseException):
+    """No handler of the package catches it."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("save_steps", [5, 0])
+def test_the_model_is_saved_before_the_last_evaluation(finished_run, rows, tmp_path, monkeypatch, save_steps):
+    """Killed in this evaluation, a run evaluates again if there is a checkpoint, and is never lost."""
+    evaluate, out = Evaluator.evaluate, tmp_path / "out"
+
+    def killed_evaluation(self, step, name, examples, asks=False):
+        if (self.stage.name, step, name) == ("dpo", self.schedule.num_steps, "train"):
+            raise KilledError
+        return evaluate(self, step, name, examples, asks)
+
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(Evaluator, "evaluate", killed_evaluation)
+        train(make_config(rows, out, save_steps=save_steps))
+    weights = (finished_run / "model.safetensors").read_bytes()
+    assert (out / "model.safetensors").read_bytes() == weights
+    load_pretrained(str(out), None, 128)
+    steps, train_step = [], Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", lambda *args: steps.append(args) or train_step(*args))
+    train(make_config(rows, out, save_steps=save_steps, resume=True))
+    assert steps == [] and (out / "model.safetensors").read_bytes() == weights
+    log = read_metrics(out)
+    expected = read_metrics(finished_run)
+    assert log == (expected if save_steps else expected[:-1])
+    assert json.loads((out / "run.json").read_text())["status"] == "finished"
+    assert not (out / "checkpoint").exists() and (out / "curves.png").exists()
 
 
 def test_resume_is_refused_with_other_settings(rows, tmp_path):

@@ -12,7 +12,7 @@ import torch
 
 from dpo_wrapper.pretrained import load_pretrained
 from dpo_wrapper.training import checkpoint, state_files
-from dpo_wrapper.training import train as train_module
+from dpo_wrapper.training.monitoring import figure, samples
 from dpo_wrapper.training.run_folder import Progress, RunFolder
 from dpo_wrapper.training.state_files import read_state, write_state
 from dpo_wrapper.training.stopping import TrainingError
@@ -119,9 +119,9 @@ def test_whenever_a_run_is_killed_its_newest_checkpoint_is_whole(rows, tmp_path,
 
 @pytest.mark.slow
 def test_whenever_training_is_killed_it_resumes_to_the_same_result(rows, tmp_path, killer, monkeypatch):
-    monkeypatch.setattr(train_module, "plot_curves", lambda _, path: path.write_text("a plot"))
-    monkeypatch.setattr(train_module, "format_completions", lambda *_: "")
-    options = {"sft_epochs": 1, "epochs": 1, "batch_size": 32, "save_steps": 0, "max_length": 16}
+    monkeypatch.setattr(figure, "plot_curves", lambda _, path, title: path.write_text("a plot"))
+    monkeypatch.setattr(samples, "generate_completions", lambda model, prompts, *_: ["text"] * len(prompts))
+    options = {"sft_epochs": 1, "epochs": 1, "batch_size": 32, "max_length": 16}
     train(make_config(rows, tmp_path / "whole", **options))
     metrics = read_metrics(tmp_path / "whole")
     weights = (tmp_path / "whole" / "model.safetensors").read_bytes()
@@ -246,7 +246,7 @@ def test_a_run_without_its_report_makes_it(rows, tmp_path, monkeypatch, capsys):
 
     out, options = tmp_path / "out", {"sft_epochs": 0, "epochs": 1}
     with monkeypatch.context() as patch, pytest.raises(KilledError):
-        patch.setattr("dpo_wrapper.training.train.plot_curves", broken)
+        patch.setattr(figure, "plot_curves", broken)
         train(make_config(rows, out, **options))
     assert not (out / "curves.png").exists()
     metrics = read_metrics(out)

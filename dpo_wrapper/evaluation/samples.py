@@ -1,0 +1,85 @@
+"""Completions that a model writes for a few prompts, as a person reads them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from dpo_wrapper.data import TokenizedExample, Tokenizer
+from dpo_wrapper.evaluation.generate import generate, list_end_ids
+
+MAX_COMPLETION_TOKENS = 120
+
+MAX_OPENING_TOKENS = 24
+"""Tokens of a text without a prompt that a model is given to continue."""
+
+
+@dataclass(frozen=True)
+class SamplePrompt:
+    """Token ids of a prompt, and of the completion that the data has for it."""
+
+    ids: list[int]
+    completion: list[int]
+
+
+def find_prompts(parts: Sequence[Sequence[TokenizedExample]], count: int) -> list[SamplePrompt]:
+    """The prompts of the first examples with a completion to imitate, of the first part that has any.
+
+    Of an example without a prompt the first tokens are one.
+    """
+    for examples in parts:
+        prompts: list[SamplePrompt] = []
+        for example in examples:
+            if len(prompts) == count:
+                break
+            if example.sft_completion:
+                prompts.append(split_prompt(example))
+        if prompts:
+            return prompts
+    return []
+
+
+def split_prompt(example: TokenizedExample) -> SamplePrompt:
+    ids = [*example.prompt, *(example.sft_completion or ())]
+    num_prompt = len(example.prompt)
+    if num_prompt < 2:  # nothing but a BOS
+        num_prompt = min(MAX_OPENING_TOKENS, (len(ids) + 1) // 2)
+    return SamplePrompt(ids[:num_prompt], ids[num_prompt:])
+
+
+def generate_completions(
+    model: nn.Module, prompts: Sequence[SamplePrompt], tokenizer: Tokenizer, max_positions: int | None
+) -> list[str]:
+    """The greedy completion of each prompt."""
+    ids = [prompt.ids for prompt in prompts]
+    completions = generate(
+        model, ids, MAX_COMPLETION_TOKENS, list_end_ids(tokenizer), max_positions=max_positions
+    )
+    return [tokenizer.decode(completion) for completion in completions]
+
+
+def format_sample(texts: Mapping[str, str | None], max_chars: int = 300) -> str:
+    """A prompt and its completions, each on a line behind its name; None is left out.
+
+    Of a long prompt the end is shown, of a long completion the beginning.
+    """
+    return "\n".join(
+        f"{name:9}  {shorten(text, max_chars, keep_end=name == 'prompt') or '(empty)'}"
+        for name, text in texts.items()
+        if text is not None
+    )
+
+
+def format_samples(records: Sequence[Mapping[str, Any]], max_chars: int = 300) -> str:
+    """Lines of samples.jsonl, below one another."""
+    names = ("prompt", "reference", "policy", "chosen")
+    return "\n\n".join(format_sample({name: one[name] for name in names}, max_chars) for one in records)
+
+
+def shorten(text: str, max_chars: int = 300, *, keep_end: bool = False) -> str:
+    """The text on one line, without what a terminal would obey; of a long text the beginning, or the end."""
+    line = "".join(char if char.isprintable() else "\ufffd" for char in " ".join(text.split()))
+    if len(line) <= max_chars:
+        return line
+    return f"…{line[-max_chars:]}" if keep_end else f"{line[:max_chars]}…"

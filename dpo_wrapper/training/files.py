@@ -1,0 +1,42 @@
+"""Folders that can be written, and files that are written whole."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from dpo_wrapper.data.whole_files import write_whole
+
+
+def check_writable(folder: Path) -> None:
+    """Raise ValueError if `folder` is no folder, or cannot be written or created. Nothing is left behind."""
+    try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+        if not existing.is_dir():
+            raise ValueError(f"--out should be a folder, but {existing} is a file: name a new folder.")
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise ValueError(
+            f"--out should be a folder that can be written, but {folder} cannot ({error.strerror}): name "
+            "another."
+        ) from error
+
+
+def write_json(file: Path, content: Any, indent: int | None = None) -> None:
+    """Write a file completely or not at all."""
+    write_whole(file, json.dumps(content, indent=indent) + "\n")
+
+
+def link_file(file: Path, name: Path) -> None:
+    """Give a file a second name; a copy has it where the file system knows no links."""
+    try:
+        os.link(file, name)
+    except OSError:
+        shutil.copyfile(file, name)
+
+
+def remove_folder(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)

@@ -1,0 +1,102 @@
+"""The model card of a run: README.md with metadata that the Hugging Face Hub reads."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from dpo_wrapper.data.whole_files import write_whole
+from dpo_wrapper.evaluation.report import Record, format_before_and_after
+from dpo_wrapper.pretrained import PretrainedModel
+from dpo_wrapper.training.config import TrainConfig
+from dpo_wrapper.training.setup import TrainSetup
+from dpo_wrapper.version import __version__
+
+LOAD_HUGGING_FACE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")"""
+
+LOAD_ADAPTER = """from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")"""
+
+LOAD_DECODER = """from dpo_wrapper.pretrained import load_pretrained
+
+pretrained = load_pretrained("{name}", None, {max_length})
+model, tokenizer = pretrained.model, pretrained.tokenizer"""
+
+
+def write_model_card(setup: TrainSetup, records: Sequence[Record]) -> None:
+    """Write README.md to the run folder; `records` are the lines of its log."""
+    write_whole(setup.run.path / "README.md", format_model_card(setup, records))
+
+
+def format_model_card(setup: TrainSetup, records: Sequence[Record]) -> str:
+    """The card: metadata, what the model was trained on and how, metrics, and how to load it."""
+    config, plan, pretrained = setup.config, setup.stages[-1], setup.pretrained
+    name = setup.run.path.absolute().name
+    has_preferences = plan.name == "dpo"
+    load = LOAD_HUGGING_FACE if pretrained.adapter is None else LOAD_ADAPTER
+    if pretrained.decoder_args is not None:
+        load = LOAD_DECODER
+    sections = [
+        format_metadata(config, pretrained, has_preferences),
+        f"# {name}",
+        f"{describe_base(config)}, trained with dpo-wrapper {__version__}.",
+        *format_stages(setup),
+        *([f"Loss: `{config.loss}`; {hide_paths(setup.run.reference or '')}"] if has_preferences else []),
+        f"## Metrics of {plan.name}",
+        "```\n" + format_before_and_after([one for one in records if one["stage"] == plan.name]) + "\n```",
+        "## Use",
+        f"```python\n{load.format(name=name, max_length=config.max_length)}\n```",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def format_metadata(config: TrainConfig, pretrained: PretrainedModel, has_preferences: bool) -> str:
+    """YAML for the Hub: names that are known there, no paths of this machine."""
+    library = "transformers" if pretrained.decoder_args is None else "x-transformers"
+    base, is_adapter = config.model, pretrained.adapter is not None
+    if pretrained.adapter is not None:
+        library, base = "peft", pretrained.adapter.base
+    lines = [f"library_name: {library}"]
+    if not config.is_new_model and not Path(base).exists():
+        lines.append(f"base_model: {json.dumps(base)}")
+    lines.append("pipeline_tag: text-generation")
+    datasets = [str(path) for path in config.data if not path.exists() and str(path).count("/") == 1]
+    if datasets:
+        lines += ["datasets:", *(f"- {json.dumps(one)}" for one in datasets)]
+    tags = ["dpo-wrapper", *(["dpo"] if has_preferences else []), *(["lora"] if is_adapter else [])]
+    lines += ["tags:", *(f"- {tag}" for tag in tags)]
+    return "\n".join(["---", *lines, "---"])
+
+
+def describe_base(config: TrainConfig) -> str:
+    if config.is_new_model:
+        return f"A new decoder ({hide_paths(config.model)})"
+    return f"`{hide_paths(config.model)}`"
+
+
+def hide_paths(text: str) -> str:
+    """The text with names in place of the paths of this machine."""
+    for word in re.findall(r"[^\s(),;]+", text):
+        path = word.rstrip(".")
+        if "/" in path and Path(path).exists():
+            text = text.replace(path, Path(path).name)
+    return text
+
+
+def format_stages(setup: TrainSetup) -> list[str]:
+    """A table of the stages, and the names of the data."""
+    rows = [
+        "| stage | trained on | evaluated on | epochs | peak learning rate |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for plan in setup.stages:
+        counts = [f"{len(part):,} {plan.splits.unit}" for part in (plan.splits.train, plan.splits.eval)]
+        rows.append(f"| {plan.name} | {' | '.join(counts)} | {plan.epochs} | {plan.learning_rate:g} |")
+    files = ", ".join(f"`{path.name if path.exists() else path}`" for path in setup.config.data)
+    return [f"Data: {files}; {setup.config.batch_size} examples a step.", "\n".join(rows)]

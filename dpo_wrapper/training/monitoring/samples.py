@@ -1,0 +1,98 @@
+"""Completions of policy and reference for the same few prompts, side by side, while a stage runs."""
+
+import json
+from collections.abc import Sequence
+from statistics import fmean
+
+from torch import nn
+
+from dpo_wrapper.data.whole_files import write_whole
+from dpo_wrapper.evaluation.samples import find_prompts, generate_completions
+from dpo_wrapper.pretrained import PretrainedModel
+from dpo_wrapper.training.config import STAGES
+from dpo_wrapper.training.run_folder import RunFolder
+from dpo_wrapper.training.stage_plan import Splits
+from dpo_wrapper.training.stages import Stage
+
+Sample = dict[str, str | int | None]
+"""A line of samples.jsonl."""
+
+
+class Samples:
+    """The samples of a stage, which samples.jsonl of the run folder holds. The main process alone has any.
+
+    The reference's completions are generated once, unless the reference changes. Where no model of it is
+    kept, they are those of the policy before the first step.
+
+    Args:
+        count: number of prompts: the first ones with a completion to imitate, of the eval examples if any.
+        first_step: the first step whose samples are not taken yet; those that there are of it are dropped.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        stage: Stage,
+        splits: Splits,
+        pretrained: PretrainedModel,
+        count: int,
+        first_step: int,
+    ) -> None:
+        self.run, self.stage, self.pretrained = run, stage, pretrained
+        self.prompts = find_prompts((splits.eval, splits.train), count)
+        point = (STAGES.index(stage.name), first_step)
+        self.records = [
+            one for one in run.read_samples() if (STAGES.index(one["stage"]), one["step"]) < point
+        ]
+        known = [one["reference"] for one in self.records if one["stage"] == stage.name]
+        self.reference_completions: list[str | None] | None = known[-len(self.prompts) :] or None
+
+    @property
+    def needs_start(self) -> bool:
+        """Whether samples before the first step are all that tells what the reference writes."""
+        with self.stage.reference_model() as model:
+            return self.stage.has_reference and model is None
+
+    def take(self, step: int) -> list[Sample]:
+        """Generate completions after a step, and write them; returns their records."""
+        policy = self.generate(self.stage.model)
+        if self.reference_completions is None or self.stage.reference_changes:
+            self.reference_completions = self.generate_from_reference()
+            if step == 0 and self.needs_start:
+                self.reference_completions = [*policy]
+        decode = self.pretrained.tokenizer.decode
+        new: list[Sample] = [
+            {
+                "stage": self.stage.name,
+                "step": step,
+                "prompt": decode(prompt.ids),
+                "reference": reference,
+                "policy": completion,
+                "chosen": decode(prompt.completion),
+            }
+            for prompt, reference, completion in zip(
+                self.prompts, self.reference_completions, policy, strict=True
+            )
+        ]
+        place = (self.stage.name, step)  # of which there are samples if other weights are taken at the end
+        self.records = [one for one in self.records if (one["stage"], one["step"]) != place] + new
+        lines = [json.dumps(record, ensure_ascii=False) for record in self.records]
+        write_whole(self.run.samples_file, "\n".join(lines) + "\n")
+        return new
+
+    def measure_lengths(self, records: Sequence[Sample]) -> dict[str, float]:
+        """Mean lengths in tokens of the completions of each model that has any."""
+        lengths = {}
+        for name in ("policy", "reference"):
+            texts = [text for record in records if isinstance(text := record[name], str)]
+            if texts:
+                lengths[f"length/{name}"] = fmean(len(self.pretrained.tokenizer.encode(t)) for t in texts)
+        return lengths
+
+    def generate_from_reference(self) -> list[str | None]:
+        with self.stage.reference_model() as model:
+            return [None] * len(self.prompts) if model is None else [*self.generate(model)]
+
+    def generate(self, model: nn.Module) -> list[str]:
+        options = (self.pretrained.tokenizer, self.pretrained.max_positions)
+        return generate_completions(model, self.prompts, *options)
