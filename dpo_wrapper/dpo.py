@@ -1,6 +1,5 @@
 """Direct preference optimisation as a module around a language model."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from dpo_wrapper.log_probs import FusedLoss, Impl
 from dpo_wrapper.losses.combine import CombinedLoss, LossArgument
 from dpo_wrapper.losses.pairwise import Sigmoid
 from dpo_wrapper.metrics import batch_metrics
-from dpo_wrapper.models.eval_mode import eval_mode
 from dpo_wrapper.reference.build import ReferenceKind, build_reference
 from dpo_wrapper.reference.owner import ReferenceOwner
 from dpo_wrapper.reference.reference import CachedReference
@@ -181,10 +179,6 @@ class DPO(ReferenceOwner):
         ratios = ratios if reference is None else ratios - reference.sums
         is_counted = batch.kl_sequences.length > 0
         return torch.stack([ratios.where(is_counted, 0.0).sum(), is_counted.sum().to(ratios.dtype)])
-
-    def policy_mode(self) -> AbstractContextManager[None]:
-        """The context in which the policy is computed: without dropout, unless that should stay on."""
-        return eval_mode(self.policy_model) if self.disable_dropout else nullcontext()
 
     def normalize_over_step(self, parts: list[Any], reduce: Reduce | None = None) -> list[Any]:
         """Give the micro-batches of a step its totals, so that their losses add up to the step's loss."""

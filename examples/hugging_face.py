@@ -87,7 +87,7 @@ def main(steps: int = 30) -> float:
         dpo.policy_model.save_pretrained(folder / "trained")  # the policy without the reference
         AutoTokenizer.from_pretrained(folder / "base").save_pretrained(folder / "trained")
         trained = AutoModelForCausalLM.from_pretrained(folder / "trained")
-        prompt = torch.tensor([tokenizer.encode_prompt("What is the capital of Spain?")])
+        prompt = torch.tensor([tokenizer.encode_prompt("Repeat bell boat.")])
         output = trained.generate(prompt, max_new_tokens=12, do_sample=False)
         print("completion:", tokenizer.decode(output[0, prompt.shape[1] :].tolist()))
         return metrics["rewards/accuracies"].item()

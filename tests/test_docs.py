@@ -67,7 +67,7 @@ def test_python_blocks_run(page, number, folder_with_a_run, monkeypatch):
 
 def test_the_first_two_shell_blocks_are_the_two_commands():
     train, test = find_blocks("README.md", "sh")[:2]
-    assert "pip install" in train and "dpo-wrapper train --data examples/data/preferences.jsonl" in train
+    assert "pip install" in train and "dpo-wrapper train --data examples/data --out runs/first" in train
     assert "pip install" in test and "pytest" in test
     assert all("-c constraints.txt" in block for block in (train, test))
 

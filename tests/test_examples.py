@@ -1,6 +1,7 @@
 """The examples run, for a few steps, and learn; the bundled data are what the README says."""
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -11,11 +12,13 @@ import torch
 
 from dpo_wrapper.data import read_examples, split_examples
 from dpo_wrapper.pretrained import PRESETS, load_pretrained
+from dpo_wrapper.training.config import TrainConfig
+from dpo_wrapper.training.train import train
 from helpers.examples import EXAMPLES, load_example
 from helpers.marks import mark_slow_except
-from helpers.runs import SMALL_DECODER, run_under_torchrun
+from helpers.runs import SMALL_DECODER, read_metrics, run_under_torchrun
 
-NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
+NAMES = sorted(path.relative_to(EXAMPLES).with_suffix("").as_posix() for path in EXAMPLES.rglob("*.py"))
 
 
 @pytest.mark.parametrize("name", mark_slow_except({"custom_loop"}, NAMES))
@@ -102,32 +105,69 @@ def test_the_name_of_the_example_with_lightning_hides_no_library():
     subprocess.run([sys.executable, str(EXAMPLES / "lightning.py"), "--help"], check=True)
 
 
+def read_bundled(name):
+    text = (EXAMPLES / "data" / f"{name}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
 def test_bundled_data():
-    path = EXAMPLES / "data" / "preferences.jsonl"
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert len(records) == 256
-    families = Counter(record["family"] for record in records)
-    assert len(families) == 8 and set(families.values()) == {32}
-    read = read_examples(path)
-    rows = read.examples
-    training, held_out = split_examples(rows, 0.1, 0)
-    assert (len(training), len(held_out)) == (216, 40)
-    assert not {row.prompt.lower() for row in training} & {row.prompt.lower() for row in held_out}
-    assert sum(
-        len(chosen) < len(rejected) for chosen, rejected in (row.completions for row in rows)
-    ) >= 0.9 * len(rows)
+    demonstrations, preferences = read_bundled("demonstrations"), read_bundled("preferences")
+    assert (len(demonstrations), len(preferences)) == (3000, 600)
+    for records in (demonstrations, preferences):
+        for split in ("train", "test"):
+            families = Counter(record["family"] for record in records if record["split"] == split)
+            assert len(families) == 10 and len(set(families.values())) == 1
+    prompts = [record["prompt"] for record in (*demonstrations, *preferences)]
+    assert len(set(prompts)) == len(prompts)  # so that what is asked for evaluation is new
+    training, held_out = split_examples(read_examples(EXAMPLES / "data" / "preferences.jsonl").examples, 0.1)
+    assert (len(training), len(held_out)) == (500, 100)
 
 
-def test_the_arithmetic_in_the_bundled_data_is_right():
-    path = EXAMPLES / "data" / "preferences.jsonl"
-    checked = 0
-    for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-        words = record["prompt"].rstrip("?.").split()
-        for sign in "+-*/":
-            if record["family"] == "arithmetic" and sign in words:
-                at = words.index(sign)
-                a, b = float(words[at - 1]), float(words[at + 1])
-                value = {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[sign]
-                assert float(record["chosen"].rstrip(".")) == value, record
-                checked += 1
-    assert checked >= 5
+def test_the_bundled_data_is_what_its_script_writes(tmp_path):
+    load_example("data/make_data").main(["--out", str(tmp_path)])
+    for name in ("demonstrations.jsonl", "preferences.jsonl"):
+        assert (tmp_path / name).read_bytes() == (EXAMPLES / "data" / name).read_bytes()
+
+
+ANSWERS = {
+    r"Repeat (....) (....)\.": "{0} {1}",
+    r"What is first in (....), (....), (....)\?": "{0}",
+    r"What is last in (....), (....), (....)\?": "{2}",
+    r"Put (....) (....) in quotes\.": '"{0} {1}"',
+    r"Put (....) (....) in brackets\.": "({0} {1})",
+    r"Put (....) (....) in stars\.": "*{0} {1}*",
+    r"Join (....) and (....) by a dash\.": "{0}-{1}",
+    r"Join (....) and (....) by a plus\.": "{0}+{1}",
+    r"Join (....) and (....) by a slash\.": "{0}/{1}",
+    r"Swap (....) and (....)\.": "{1} and {0}",
+    r"Reverse (....), (....), (....)\.": "{2}, {1}, {0}",
+    r"Write (..) (...) (....) in American order\.": "{1} {0}, {2}",
+    r"(....) lives in (....)\. Who\?": "{0}",
+    r"(....) lives in (....)\. Where\?": "{1}",
+}
+
+
+def answer(prompt):
+    """What a prompt of the bundled data asks for."""
+    if capitals := re.fullmatch(r"Write (.... ....) in capitals\.", prompt):
+        return capitals[1].upper()
+    [(found, form)] = [(found, form) for p, form in ANSWERS.items() if (found := re.fullmatch(p, prompt))]
+    return form.format(*found.groups())
+
+
+def test_answers_in_the_bundled_data_are_right():
+    for record in read_bundled("preferences"):
+        assert record["chosen"] == answer(record["prompt"]) != record["rejected"]
+    plain = [answer(record["prompt"]) == record["completion"] for record in read_bundled("demonstrations")]
+    assert 0.3 < sum(plain) / len(plain) < 0.5
+    assert all(answer(record["prompt"]) in record["completion"] for record in read_bundled("demonstrations"))
+
+
+@pytest.mark.slow
+def test_a_run_on_the_bundled_data_learns_to_answer_exactly(tmp_path):
+    """The first command of the README."""
+    train(TrainConfig(data=EXAMPLES / "data", out=tmp_path / "run", cpu=True, save_steps=0))
+    rates = [
+        record["exact_answers"] for record in read_metrics(tmp_path / "run") if "exact_answers" in record
+    ]
+    assert rates[0] < 0.5 and rates[1] >= 0.6

@@ -1,12 +1,14 @@
 """The side of `DPO` that keeps policy and reference together: moves, copies, replacements."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dpo_wrapper.models.adapters import is_merged
+from dpo_wrapper.models.eval_mode import eval_mode
 from dpo_wrapper.reference.build import build_reference, follow_policy
 from dpo_wrapper.reference.frozen_copy import copy_with_closures
 from dpo_wrapper.reference.lower_layers import LowerLayers
@@ -81,6 +83,10 @@ class ReferenceOwner(nn.Module):
                 "the policy's adapter should be apart from the weights that it adapts to train, but it is "
                 "merged into them: call unmerge_adapter() first."
             )
+
+    def policy_mode(self) -> AbstractContextManager[None]:
+        """The context in which the policy is computed: without dropout, unless that should stay on."""
+        return eval_mode(self.policy_model) if self.disable_dropout else nullcontext()
 
     def sync_reference(self, alpha: float = 0.6) -> None:
         """Move the reference towards the policy: `ref <- alpha * policy + (1 - alpha) * ref` (TR-DPO).

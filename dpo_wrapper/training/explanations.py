@@ -37,7 +37,7 @@ In UltraFeedback and HH it is 1.0 to 1.2. Policies learn more length than is in 
 
 SAMPLE_LENGTH_RATIO = 2.0
 MIN_SAMPLE_LENGTH = 20
-"""Length of the policy's completions over that of the reference's, for the same prompts, and in tokens."""
+"""Length of the policy's own completions over the reference's, for the same prompts, and in tokens."""
 
 MIN_PAIRS = 100
 """Pairs that are all right from the second step on: chance, or a hard task, would have left one wrong."""

@@ -120,12 +120,13 @@ def quantize_to_4bit(config: TrainConfig) -> Any:
 def make_lora_config(base: PretrainedModel, config: TrainConfig) -> Any:
     """PEFT's configuration of a new adapter; ValueError if an option does not fit the model."""
     candidates = find_layers(base.model)
+    layers = choose_layers(candidates, config.lora_layers)
     return import_peft().LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha or (8 if config.use_rslora else 2 * config.lora_r),
         lora_dropout=config.lora_dropout,
-        target_modules=choose_targets(base.model, candidates, config.lora_targets),
-        layers_to_transform=choose_layers(candidates, config.lora_layers),
+        target_modules=choose_targets(base.model, candidates, config.lora_targets, layers),
+        layers_to_transform=layers,
         init_lora_weights=True if config.lora_init == "default" else config.lora_init,
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,

@@ -1,7 +1,7 @@
 """Which layers of a model a new LoRA adapter adapts."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -27,19 +27,39 @@ def find_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def choose_targets(
-    model: nn.Module, candidates: Mapping[str, nn.Module], wanted: tuple[str, ...] | None
+    model: nn.Module,
+    candidates: Mapping[str, nn.Module],
+    wanted: tuple[str, ...] | None = None,
+    layers: Sequence[int] | None = None,
 ) -> list[str] | str:
-    """The target modules as PEFT takes them; ValueError if a name matches no layer."""
+    """The target modules as PEFT takes them; ValueError if a name matches no layer of the blocks wanted."""
     if wanted is None:
         return shorten_names(find_block_layers(model, candidates), model)
-    if len(wanted) == 1 and re.search(r"[\\*+?|()\[\]^$]", wanted[0]):
-        matched = {name for name in candidates if re.fullmatch(wanted[0], name)}
-        check_targets(model, candidates, wanted[0], matched)
-        return wanted[0]
+    is_expression = len(wanted) == 1 and re.search(r"[\\*+?|()\[\]^$]", wanted[0]) is not None
+    if is_expression and layers is not None:
+        raise ValueError(
+            f"--lora-layers should be given with names of layers, but --lora-targets is the expression "
+            f"{wanted[0]}: write the numbers into it."
+        )
     for target in wanted:
-        matched = {name for name in candidates if f".{name}".endswith(f".{target}")}
-        check_targets(model, candidates, target, matched)
-    return list(wanted)
+        if is_expression:
+            matched = [name for name in candidates if re.fullmatch(target, name)]
+        else:
+            matched = [name for name in candidates if f".{name}".endswith(f".{target}")]
+        if not matched:
+            example = next((name for name in candidates if IN_A_BLOCK.match(name)), "")
+            whole = f" of the whole names, such as {example}" if is_expression else ""
+            raise ValueError(
+                f"--lora-targets should name layers of the model, but {target} matches none{whole}: it has "
+                f"{', '.join(name_kinds(candidates))}."
+            )
+        if layers is not None and not any(find_block(name) in layers for name in matched):
+            raise ValueError(
+                f"--lora-targets should name layers in the blocks of --lora-layers, but {target} is in none "
+                "of them: leave one of the two out."
+            )
+        check_tied_weights(model, candidates, matched)
+    return wanted[0] if is_expression else list(wanted)
 
 
 def find_block_layers(model: Any, candidates: Mapping[str, nn.Module]) -> list[str]:
@@ -73,15 +93,8 @@ def shorten_names(names: Iterable[str], model: nn.Module) -> list[str]:
     return sorted(ends)
 
 
-def check_targets(
-    model: Any, candidates: Mapping[str, nn.Module], target: str, matched: Iterable[str]
-) -> None:
-    names = list(matched)
-    if not names:
-        raise ValueError(
-            f"--lora-targets should name layers of the model, but {target} matches none: it has "
-            f"{', '.join(name_kinds(candidates))}."
-        )
+def check_tied_weights(model: nn.Module, candidates: Mapping[str, nn.Module], names: Iterable[str]) -> None:
+    """Raise ValueError if a layer has the weight of another one as well."""
     weights = [id(module.weight) for module in candidates.values()]
     head = language_model(model).output_head()
     for name in names:
@@ -102,12 +115,18 @@ def name_kinds(candidates: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(kinds))
 
 
+def find_block(name: str) -> int | None:
+    """The number of the block that a module is in, by its name; None if it is in none."""
+    found = IN_A_BLOCK.match(name)
+    return None if found is None else int(found["index"])
+
+
 def choose_layers(candidates: Iterable[str], wanted: str | None) -> list[int] | None:
     """The numbers of the blocks to adapt, None for all; ValueError if the model has one of them not."""
     layers = None if wanted is None else parse_layers(wanted)
     if layers is None:
         return None
-    present = sorted({int(found["index"]) for name in candidates if (found := IN_A_BLOCK.match(name))})
+    present = sorted({number for name in candidates if (number := find_block(name)) is not None})
     if missing := [number for number in layers if number not in present]:
         last = f"has blocks {present[0]} to {present[-1]}" if present else "has no numbered blocks"
         raise ValueError(

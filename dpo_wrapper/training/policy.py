@@ -32,24 +32,31 @@ def resolve_dtype(config: TrainConfig, trains_base: bool = True) -> torch.dtype 
 
 
 def set_up_policy(model: nn.Module, config: TrainConfig) -> list[str]:
-    """Freeze, checkpoint and compile as the options say; returns notes on what trains.
+    """Freeze, checkpoint and compile as the options say; returns notes for the start of the run.
 
     Raises:
         ValueError: an option that cannot act on this model.
     """
-    notes = freeze_parameters(model, config.freeze) if config.freeze else []
-    notes += check_trained_dtype(model, config)
+    if getattr(model, "is_quantized", False) and not config.has_adapter:
+        raise ValueError(
+            f"--model should hold weights that train, but those of {type(model).__name__} are quantised: add "
+            "--lora, or name the model as it was before."
+        )
+    if config.freeze:
+        freeze_parameters(model, config.freeze)
+    notes = check_trained_dtype(model)
     if config.gradient_checkpointing:
         enable_checkpointing(model)
     if config.share_prefix == "always":
         check_sharing(model)
     if config.torch_compile:
+        try_compiler(PartialState(cpu=config.cpu).device)
         notes.append(f"compiled: {compile_layers(model)} feed-forward layers")
     return notes
 
 
-def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Stop the parameters whose names match a pattern from training; a note says how many train."""
+def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Stop the parameters whose names match a pattern from training; ValueError if it should match others."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     train_before = {name for name, p in parameters.items() if p.requires_grad}
     for pattern in patterns:
@@ -66,14 +73,11 @@ def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
             )
         for name in names:
             parameters[name].requires_grad_(False)
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if not trained:
+    if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
             f"--freeze should leave parameters to train, but {' '.join(patterns)} matches all of them: leave "
             "a pattern out."
         )
-    return [f"{trained:,} of {total:,} parameters train, the others are frozen"]
 
 
 def suggest_names(pattern: str, names: list[str]) -> str:
@@ -83,7 +87,7 @@ def suggest_names(pattern: str, names: list[str]) -> str:
     return f"close are {', '.join(close)}" if close else f"names are such as {names[0]} and {names[-1]}"
 
 
-def check_trained_dtype(model: nn.Module, config: TrainConfig) -> list[str]:
+def check_trained_dtype(model: nn.Module) -> list[str]:
     """A note if weights train in 16 bits; ValueError for float16, in which AdamW divides by zero."""
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
     if torch.float16 in dtypes:
@@ -120,6 +124,18 @@ def check_sharing(model: nn.Module) -> None:
         scorer.find_probe(next(model.parameters()).device)
     except ValueError as error:
         raise ValueError(str(error).replace("share_prefix = 'auto'", "--share-prefix auto")) from error
+
+
+def try_compiler(device: torch.device) -> None:
+    """Raise ValueError if torch finds no compiler for a device; the run would stop at its first step."""
+    try:
+        torch.compile(lambda x: x.relu() + 1)(torch.ones(2, device=device))
+    except RuntimeError as error:  # which all of the compiler's errors are
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"--torch-compile needs a compiler that torch can use, but it finds none ({reason}): install "
+            "one, such as gcc on a CPU, or leave it out."
+        ) from error
 
 
 def compile_layers(model: nn.Module) -> int:

@@ -78,6 +78,8 @@ def run_stages(setup: TrainSetup) -> None:
     accelerator.wait_for_everyone()
     notes = (*(describe_plan(plan, config) for plan in setup.stages), *setup.notes, *run.notes)
     accelerator.print(describe_size(model), *notes, sep="\n", flush=True)
+    if setup.stages[-1].name != "dpo":
+        report_merging(setup, accelerator)
 
     def save_model() -> None:
         if accelerator.is_main_process:
@@ -134,15 +136,20 @@ def format_count(number: int) -> str:
 
 
 def report_reference(setup: TrainSetup, dpo: DPO, accelerator: Accelerator) -> None:
-    """Print what the reference is and, of an adapter, what it is merged into, and note it in run.json."""
+    """Print what the reference is and what an adapter is merged into, and note the reference in run.json."""
     before = [plan.name for plan in setup.stages if plan.name != "dpo"]
-    pretrained = setup.pretrained
-    sentence = describe_reference(dpo.reference, pretrained, setup.config, before[-1] if before else None)
+    stage_before = before[-1] if before else None
+    sentence = describe_reference(dpo.reference, setup.pretrained, setup.config, stage_before)
     accelerator.print(sentence, flush=True)
-    if pretrained.adapter is not None:
-        accelerator.print(describe_merging(pretrained.adapter, setup.run.path))
+    report_merging(setup, accelerator)
     if accelerator.is_main_process:
         setup.run.note_reference(sentence)
+
+
+def report_merging(setup: TrainSetup, accelerator: Accelerator) -> None:
+    """Print what the adapter, if the run has one, is merged into."""
+    if setup.pretrained.adapter is not None:
+        accelerator.print(describe_merging(setup.pretrained.adapter, setup.run.path))
 
 
 def describe_plan(plan: StagePlan, config: TrainConfig) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dpo_wrapper import DPO
 from dpo_wrapper.losses import IPO, KTO, ORPO, SFT, Hinge, Sigmoid, SigmoidNorm, SimPO
+from helpers.marks import mark_slow_except
 from helpers.trl import (
     LENGTHS,
     PAIR,
@@ -70,7 +71,11 @@ def cases_of_sums() -> list[tuple[str, dict, Any, str]]:
     return cases
 
 
-@pytest.mark.parametrize("name, options, loss, divergence", cases_of_sums(), ids=str)
+CASES = cases_of_sums()
+FAST = [case for case in CASES if case[-1] == "reverse_kl" or case[0] == "sigmoid"]
+
+
+@pytest.mark.parametrize("name, options, loss, divergence", mark_slow_except(FAST, CASES), ids=str)
 def test_dpo_trainer(dpo_trainer, name, options, loss, divergence):
     expected = trl_metrics(dpo_trainer, [name], f_divergence_type=divergence, **options)
     loss = with_divergence(loss, divergence)

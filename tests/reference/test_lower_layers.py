@@ -2,7 +2,6 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -15,90 +14,21 @@ from dpo_wrapper.losses import KTO, PairLogProbs, PlackettLuce
 from dpo_wrapper.models import language_model
 from dpo_wrapper.models.lower_layers import LayerRecord
 from dpo_wrapper.prefix_tree import PrefixSharingError
-from dpo_wrapper.reference.lower_layers import LowerLayers
-from helpers.adapters import lora
 from helpers.dpo_calls import arguments, nudged
-from helpers.marks import mark_slow_except
-from helpers.models import ROTARY, VOCAB
-from helpers.ranked_batches import lists_of_ids, rows_of_ids
-from helpers.shareable_models import (
-    CASES,
-    GEMMA2,
-    Make,
-    assert_close,
-    hf,
-    loss_and_gradients,
-    xt,
+from helpers.lower_layers import (
+    FAMILIES,
+    ONCE,
+    XT,
+    assert_same_results,
+    count_runs,
+    freeze_lower,
+    move_policy,
+    upper_lora,
+    whole_passes,
 )
-
-LAYERS = dict(num_hidden_layers=4)
-FAMILIES: dict[str, Make] = {
-    "llama": hf("Llama", **LAYERS),
-    "qwen2": hf("Qwen2", use_sliding_window=True, sliding_window=3, max_window_layers=2, **LAYERS),
-    "mistral": hf("Mistral", "sdpa", sliding_window=3, **LAYERS),
-    "gemma2": hf("Gemma2", "eager", sliding_window=3, **GEMMA2, **LAYERS),
-    "gemma3": hf("Gemma3", config_suffix="TextConfig", head_dim=8, sliding_window=3, **LAYERS),
-    "mixtral": hf("Mixtral", num_local_experts=3, num_experts_per_tok=2, **LAYERS),
-    "lfm2": hf("Lfm2", layer_types=["conv", "full_attention", "conv", "full_attention"], **LAYERS),
-}
-XT: dict[str, Make] = {
-    "rotary": xt(decoder=ROTARY),
-    "flash": xt(decoder=ROTARY | dict(attn_flash=True)),
-    "post-norm": xt(decoder=dict(pre_norm=False)),
-    "gates": xt(decoder=dict(gate_residual=True)),
-    "streams": xt(decoder=dict(num_residual_streams=2)),
-}
-ONCE = "are computed once for both"
-
-
-def upper_lora(make: Make, layers: tuple[int, ...] = (2, 3), **kwargs: Any) -> nn.Module:
-    return lora(make(0).double(), layers_to_transform=list(layers), **kwargs)
-
-
-def freeze_lower(model: nn.Module, prefixes: tuple[str, ...]) -> nn.Module:
-    for name, p in model.named_parameters():
-        p.requires_grad_(not name.startswith(prefixes))
-    return model.double()
-
-
-def move_policy(dpo: DPO) -> DPO:
-    """Change all that trains, so that policy and reference differ."""
-    trained = nn.ParameterList([p for p in dpo.policy_model.parameters() if p.requires_grad])
-    nudged(trained, 0.1)
-    return dpo
-
-
-@contextlib.contextmanager
-def whole_passes() -> Iterator[None]:
-    with mock.patch.object(LowerLayers, "common_layers", lambda self: ([], [])):
-        yield
-
-
-def assert_same_results(dpo: DPO, case: Any = CASES[1], expected: str = ONCE) -> None:
-    """That losses, metrics and all gradients are those of whole passes, and that lower layers ran once."""
-    results = loss_and_gradients(dpo, case)
-    assert expected in dpo.explain(), dpo.explain()
-    with whole_passes():
-        assert_close(results, loss_and_gradients(dpo, case), 1e-12)
-
-
-def explain_after_call(dpo: DPO) -> str:
-    assert_same_results(dpo, expected="no layer is computed for both at once")
-    return dpo.explain()
-
-
-def count_runs(model: nn.Module) -> list[int]:
-    """A list to which each layer adds its number when it runs; hooks would show what hooks do."""
-    runs: list[int] = []
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for k, layer in enumerate(base.model.layers):
-
-        def forward(*args: Any, own: Any = layer.mlp.forward, k: int = k, **kwargs: Any) -> Any:
-            runs.append(k)
-            return own(*args, **kwargs)
-
-        layer.mlp.forward = forward
-    return runs
+from helpers.marks import mark_slow_except
+from helpers.ranked_batches import lists_of_ids, rows_of_ids
+from helpers.shareable_models import CASES, assert_close, loss_and_gradients
 
 
 @pytest.mark.parametrize("share_prefix", ["auto", False])
@@ -265,112 +195,11 @@ def test_a_policy_that_gives_the_tree_up():
     assert_same_results(dpo, expected="for the two are computed over different trees")
 
 
-def test_layers_that_all_have_an_adapter():
-    dpo = move_policy(DPO(lora(FAMILIES["llama"](0).double())))
-    with mock.patch.object(LowerLayers, "why_results_differ") as trial:
-        assert "for layer 0 has an adapter" in explain_after_call(dpo)
-    assert not trial.called
-
-
-def test_reasons_for_whole_passes():
-    make = FAMILIES["llama"]
-    trained = move_policy(DPO(make(0).double()))
-    assert "for layer 0 trains" in explain_after_call(trained)
-    embedding = DPO(freeze_lower(make(0), ("model.layers.",)))
-    assert "for what is below them trains" in explain_after_call(embedding)
-    hooked = upper_lora(make)
-    hooked.base_model.model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
-    assert "for layer 0 has hooks" in explain_after_call(DPO(hooked))
-    other = move_policy(DPO(upper_lora(make), reference=make(0).double()))
-    assert "for layer 0 has other weights in the reference" in explain_after_call(other)
-    balanced = DPO(upper_lora(FAMILIES["mixtral"]), router_aux_loss_coef=0.1)
-    assert "for the loss that balances experts needs" in explain_after_call(balanced)
-    assert "dropout may stay on" in explain_after_call(DPO(upper_lora(make).eval(), disable_dropout=False))
-
-
-def test_a_state_that_changes_is_tried_anew():
-    policy = upper_lora(FAMILIES["llama"])
-    dpo = DPO(policy)
-    assert_same_results(dpo, expected="layers 0 to 1 of 4")
-    handle = policy.base_model.model.model.layers[1].register_forward_hook(lambda *_: None)
-    assert_same_results(dpo, expected="layer 0 of 4 is computed once for both")
-    handle.remove()
-    assert_same_results(dpo, expected="layers 0 to 1 of 4")
-
-
-class Noise(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.rand(())
-
-
-GEMMA3N = hf(
-    "Gemma3n",
-    config_suffix="TextConfig",
-    **LAYERS,
-    head_dim=8,
-    num_kv_shared_layers=2,
-    vocab_size_per_layer_input=VOCAB,
-    hidden_size_per_layer_input=4,
-    laurel_rank=2,
-    altup_num_inputs=2,
-    activation_sparsity_pattern=[0.0] * 4,
-    layer_types=["sliding_attention", "full_attention"] * 2,
-)
-
-
-def test_keys_and_values_that_upper_layers_read_are_missed_by_the_trial():
-    assert "KeyError" in explain_after_call(move_policy(DPO(upper_lora(GEMMA3N))))
-
-
-def test_values_of_the_first_layer_that_upper_ones_add_are_missed_by_the_trial():
-    model = xt(decoder=ROTARY | dict(add_value_residual=True))(0)
-    frozen = ("token_emb", "pos_emb", "attn_layers.layers.0.", "attn_layers.layers.1.")
-    dpo = move_policy(DPO(freeze_lower(model, frozen)))
-    assert "its log-probs would differ" in explain_after_call(dpo)
-
-
-def test_the_same_weights_with_other_frequencies():
-    frozen = ("model.embed_tokens", "model.layers.0.", "model.layers.1.")
-    policy, other = (
-        freeze_lower(FAMILIES["llama"](0), frozen),
-        hf("Llama", rope_theta=2.0, **LAYERS)(0).double(),
-    )
-    for name, p in policy.named_parameters():
-        if not p.requires_grad:
-            other.get_parameter(name).data = p.data
-    assert "its log-probs would differ" in explain_after_call(DPO(policy, reference=other))
-
-
-def test_randomness_that_eval_mode_leaves():
-    policy = upper_lora(FAMILIES["llama"])
-    policy.base_model.model.model.layers[0].input_layernorm = Noise()
-    dpo = DPO(policy, share_prefix=False)
-    dpo(**arguments(CASES[0]))
-    assert "its log-probs would differ" in dpo.explain()
-
-
-@pytest.mark.filterwarnings("ignore:all logits", "ignore:prefixes are not shared")
-def test_a_learned_prompt_below_the_layers():
-    peft = pytest.importorskip("peft")
-    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, token_dim=16)
-    policy = peft.get_peft_model(FAMILIES["llama"](0).double(), config)
-    assert "for what is below them trains" in explain_after_call(move_policy(DPO(policy)))
-
-
 def test_autocast():
     dpo = move_policy(DPO(upper_lora(FAMILIES["llama"]).float()))
     assert_same_results(dpo)
     with torch.autocast("cpu", torch.bfloat16):
         assert_same_results(dpo)
-
-
-def test_evaluation_first_and_an_embedding_that_moves_afterwards():
-    """Policy and reference are equal at the start, but what is below their common layers will differ."""
-    dpo = DPO(freeze_lower(FAMILIES["llama"](0), ("model.layers.",)))
-    with torch.no_grad():
-        dpo(**arguments(CASES[0]))
-    move_policy(dpo)
-    assert "for what is below them trains" in explain_after_call(dpo)
 
 
 def test_other_threads_run_whole_passes():
@@ -392,25 +221,3 @@ def test_other_threads_run_whole_passes():
     run()
     assert not torch.equal(outputs[1], outputs[0])
     assert torch.equal(outputs[2], outputs[0]) and torch.equal(outputs[3], outputs[0])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("part", ["feed-forwards", "layers", "all"])
-def test_compiled_parts(part):
-    torch._dynamo.reset()
-    policy = upper_lora(FAMILIES["llama"])
-    base = policy.get_base_model().model
-    parts = {"all": [base], "layers": base.layers, "feed-forwards": [layer.mlp for layer in base.layers]}
-    for module in parts[part]:
-        module.compile(backend="aot_eager")
-    dpo = move_policy(DPO(policy, share_prefix=False))
-    reason = "for they are compiled together"
-    assert_same_results(dpo, expected=reason if part == "all" else "layers 0 to 1 of 4 are computed once")
-    torch._dynamo.reset()
-
-
-def test_layers_that_accelerate_moves():
-    hooks = pytest.importorskip("accelerate.hooks")
-    policy = upper_lora(FAMILIES["llama"])
-    hooks.add_hook_to_module(policy.get_base_model().model.layers[3], hooks.AlignDevicesHook("cpu"))
-    assert "for accelerate has spread it over devices" in explain_after_call(DPO(policy))

@@ -186,6 +186,17 @@ def test_an_interrupted_run_resumes_to_the_same_adapter(rows, tmp_path, llama, w
 
 
 @pytest.mark.slow
+def test_supervised_training_alone_trains_an_adapter_too(rows, tmp_path, llama, capsys):
+    out = tmp_path / "out"
+    options = {"stage": ("sft",), "sft_epochs": 1, "sft_learning_rate": 1e-2, "epochs": 3}
+    train(make_lora_config(rows, out, llama, learning_rate=None, **options))
+    printed = capsys.readouterr().out
+    assert f"afterwards: merge {out} into {llama}." in printed and "reference" not in printed
+    loaded = load_pretrained(str(out), None, 128).model
+    assert (logits_of(loaded) - logits_of(loaded.unload())).abs().max() > 0.01
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("launch", [run_in_two_processes, run_under_torchrun])
 def test_two_processes_train_the_same_adapter(rows, tmp_path, llama, launch):
     train(make_lora_config(rows, tmp_path / "one", llama))

@@ -55,6 +55,12 @@ def test_what_does_not_fit_the_model_is_refused(rows, tmp_path, llama):
 
     with pytest.raises(ValueError, match=r"but query matches none: it has embed_tokens|matches none: it has"):
         set_up(lora_targets=("query",))
+    with pytest.raises(ValueError, match=r"none of the whole names, such as model\.layers\.0\."):
+        set_up(lora_targets=("q_proj|v_proj",))
+    with pytest.raises(ValueError, match=r"is the expression \.\*q_proj: write the numbers into it"):
+        set_up(lora_targets=(".*q_proj",), lora_layers="1")
+    with pytest.raises(ValueError, match="blocks of --lora-layers, but lm_head is in none of them"):
+        set_up(lora_targets=("q_proj", "lm_head"), lora_layers="1")
     with pytest.raises(ValueError, match="but 2 is none of them: the model has blocks 0 to 1"):
         set_up(lora_layers="1-2")
     with pytest.raises(ValueError, match="holds no adapter_config"):
@@ -116,7 +122,7 @@ def save_decoder_adapter(folder):
 )
 def test_by_default_the_linear_layers_of_blocks_are_adapted(make, targets):
     model = make(0)
-    assert choose_targets(model, find_layers(model), None) == targets
+    assert choose_targets(model, find_layers(model)) == targets
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets))
     names = {name for name, module in adapted.named_modules() if hasattr(module, "lora_A")}
     assert names and not any("head" in name or "to_logits" in name or "embed" in name for name in names)
@@ -134,7 +140,7 @@ def test_the_layers_of_gpt2_are_stored_transposed(rows, tmp_path):
 def test_an_end_of_a_name_that_other_modules_have_is_written_out():
     model = hf_llama(0)
     model.model.add_module("q_proj", model.lm_head)
-    targets = choose_targets(model, find_layers(model), None)
+    targets = choose_targets(model, find_layers(model))
     assert "self_attn.q_proj" in targets and "q_proj" not in targets
 
 

@@ -12,7 +12,7 @@ METRIC_FORMATS = (
     ("chosen", "kl/chosen", "{:.2f}", 6),
     ("exact answers", "exact_answers", "{:.0%}", 4),
 )
-"""Label, metric, format and least width of what both lines say. `kl/chosen` is the change of chosen."""
+"""Label, metric, format and least width of parts of both lines. `kl/chosen` is the change of the log-prob."""
 
 
 def format_step_line(

@@ -25,8 +25,8 @@ def test_nothing_is_wrong_with_random_pairs() -> None:
 
 def test_nothing_is_wrong_with_the_bundled_data() -> None:
     examples = read_examples(BUNDLED).examples
-    assert len(examples) == 256
-    assert not any(map(is_problem, find_problems(measure(examples), {"read": 256})))
+    assert len(examples) == 600
+    assert not any(map(is_problem, find_problems(measure(examples), {"read": 600})))
 
 
 def test_contradictions() -> None:

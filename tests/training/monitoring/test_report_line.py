@@ -16,8 +16,8 @@ TIMES = {"unique_tokens/second": 1840.4, "padded_tokens/second": 3210.0, "memory
 def test_a_line_of_preference_training():
     metrics = {"loss": 0.5123, "rewards/accuracies": 0.78, "rewards/margins": 0.84, "kl/chosen": -3.2}
     assert format_step_line("dpo", 20, 600, metrics | TIMES, 250.4) == (
-        "dpo  20/600  loss 0.5123  accuracy  78%  margin  0.840  chosen  -3.20   1,840 tokens/s "
-        "(padded 3,210)  2.1 GB  4:10 left"
+        "dpo  20/600  loss 0.5123  accuracy  78%  margin  0.840  chosen  -3.20   1,840 tokens/s (padded "
+        "3,210)  2.1 GB  4:10 left"
     )
 
 
