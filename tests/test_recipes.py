@@ -50,8 +50,8 @@ def test_first_steps_says_what_the_command_does_by_default():
     by_default = TrainConfig(data=recipe.data)
     for name in ("model", "epochs", "loss", "batch_size", "exact_answers"):
         assert getattr(recipe, name) == getattr(by_default, name), name
-    assert recipe.learning_rate == by_default.peak_learning_rate(100)
-    assert recipe.sft_learning_rate == by_default.peak_sft_learning_rate(100)
+    assert recipe.learning_rate == by_default.peak_learning_rate("dpo", 100)
+    assert recipe.sft_learning_rate == by_default.peak_learning_rate("sft", 100)
 
 
 @pytest.mark.slow
