@@ -62,7 +62,7 @@ class LowerLayers:
             record.output = None
 
     def explain(self) -> str:
-        """How the latest batch was computed, or why none can be computed otherwise, as a part of a sentence."""
+        """How the latest batch was computed, or why no batch can be computed otherwise; may be empty."""
         is_unknown = not self.explanation and isinstance(self.reference, ModelReference)
         if is_unknown and (reason := self.why_not_tried()) is not None:
             return explain_whole_passes(reason)
