@@ -38,8 +38,6 @@ FILES: dict[str, list[dict[str, Any]]] = {
     "lists.jsonl": [{"prompt": f"{k}?", "completions": ["a", "bb", "ccc"]} for k in range(8)],
     "empty.jsonl": [*PAIRS, {"prompt": "e", "chosen": "", "rejected": "b"}],
     "broken.jsonl": [*PAIRS, {"prompt": "e", "chosen": "a"}],
-    "split/train.jsonl": PAIRS[:6],
-    "split/test.jsonl": PAIRS[6:],
 }
 TEMPLATE = "{{ greeting }}{% for message in messages %}[{{ message.content }}]{% endfor %}"
 

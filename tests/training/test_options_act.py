@@ -13,6 +13,7 @@ LLAMA = {"model": "llama"}
 LORA = LLAMA | {"lora": True}
 CHAT = {"tokenizer": "chat"}
 SGD = {"optimizer": "torch.optim.SGD"}
+ALL_DEFAULTS = {"sft_epochs": None, "epochs": 3, "learning_rate": None, "exact_answers": 100}
 PRETRAIN = {"stage": ("pretrain", "dpo"), "sft_epochs": None}
 UPHILL = SGD | {"optimizer_args": '{"maximize": true}', "eval_steps": 1, "epochs": 3}
 """The loss rises from step to step, so that the first evaluation is the best."""
@@ -21,8 +22,7 @@ EFFECTS: list[tuple[str, Any, str, dict[str, Any]]] = [
     # option, another value, what it changes, and the other options that both runs have
     ("data", "swapped.jsonl", "setup", {}),
     ("columns", ("chosen=rejected", "rejected=chosen"), "setup", {}),
-    ("split", "train", "setup", {"data": "split"}),
-    ("kind", "prompt_completion", "setup", {"sft_epochs": 1}),
+    ("kind", "prompt_completion", "setup", ALL_DEFAULTS),
     ("score", "assistant", "setup", {"data": "dialogues.jsonl"}),
     ("as_chat", "never", "setup", CHAT),
     ("chat_template", "template.jinja", "setup", CHAT),
@@ -94,6 +94,7 @@ EFFECTS: list[tuple[str, Any, str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 NOT_SHOWN = {
+    "split": "it takes a data set saved by `datasets`: tests/data/test_files.py",
     "num_workers": "the result is the same, by design",
     "torch_compile": "it takes a compiler: test_model_options.py",
     "load_in_4bit": "it takes CUDA: test_lora_options.py",
