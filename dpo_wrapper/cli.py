@@ -42,7 +42,8 @@ def main(args: Sequence[str] | None = None) -> None:
         else:
             from dpo_wrapper.training.command_line import parse_arguments
 
-            train(parse_arguments(arguments))
+            config, plans = parse_arguments(arguments)
+            (plan if plans else train)(config)
     except KeyboardInterrupt:
         exit_with_error("interrupted before anything was done.", status=128 + signal.SIGINT)
     except ValueError as error:  # options that contradict each other
@@ -88,6 +89,18 @@ def prepare(config: "PrepareConfig") -> None:
         exit_with_error(f"{sentence}.", status=128 + signal.SIGINT)
     except (ValueError, TypeError, OSError, ImportError) as error:
         exit_with_error(error)
+
+
+def plan(config: "TrainConfig") -> None:
+    try:
+        from dpo_wrapper.training.plan import plan_run
+        from dpo_wrapper.training.stopping import TrainingError
+
+        plan_run(config)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        exit_with_error(error)
+    except TrainingError as error:
+        exit_with_error(error, status=1)
 
 
 def train(config: "TrainConfig") -> None:

@@ -1,6 +1,6 @@
 """Completions that a model writes for a few prompts, as a person reads them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,19 +24,20 @@ class SamplePrompt:
 
 
 def find_prompts(parts: Sequence[Sequence[TokenizedExample]], count: int) -> list[SamplePrompt]:
-    """The prompts of the first examples with a completion to imitate, of the first part that has any.
+    """The first prompts that differ and have a completion to imitate, of the first part that has any.
 
     Of an example without a prompt the first tokens are one.
     """
     for examples in parts:
-        prompts: list[SamplePrompt] = []
+        prompts: dict[tuple[int, ...], SamplePrompt] = {}
         for example in examples:
             if len(prompts) == count:
                 break
             if example.sft_completion:
-                prompts.append(split_prompt(example))
+                prompt = split_prompt(example)
+                prompts.setdefault(tuple(prompt.ids), prompt)
         if prompts:
-            return prompts
+            return [*prompts.values()]
     return []
 
 
@@ -49,13 +50,16 @@ def split_prompt(example: TokenizedExample) -> SamplePrompt:
 
 
 def generate_completions(
-    model: nn.Module, prompts: Sequence[SamplePrompt], tokenizer: Tokenizer, max_positions: int | None
+    model: nn.Module,
+    prompts: Sequence[SamplePrompt],
+    tokenizer: Tokenizer,
+    max_positions: int | None,
+    progress: Callable[[int], object] | None = None,
 ) -> list[str]:
-    """The greedy completion of each prompt."""
+    """The greedy completion of each prompt; `progress` as in `generate`."""
     ids = [prompt.ids for prompt in prompts]
-    completions = generate(
-        model, ids, MAX_COMPLETION_TOKENS, list_end_ids(tokenizer), max_positions=max_positions
-    )
+    options: dict[str, Any] = {"max_positions": max_positions, "progress": progress}
+    completions = generate(model, ids, MAX_COMPLETION_TOKENS, list_end_ids(tokenizer), **options)
     return [tokenizer.decode(completion) for completion in completions]
 
 

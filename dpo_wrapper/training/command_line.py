@@ -31,6 +31,8 @@ class TrainArguments:
 
     print_config: bool = False
     """Print all options with their values, as a recipe, and train nothing."""
+    plan: bool = False
+    """Print what the run would take (memory, tokens, time), from three measured steps, and write nothing."""
     data: DataOptions
     model: ModelOptions
     lora: LoraOptions
@@ -39,8 +41,10 @@ class TrainArguments:
     output: OutputOptions
 
 
-def parse_arguments(args: Sequence[str]) -> TrainConfig:
+def parse_arguments(args: Sequence[str]) -> tuple[TrainConfig, bool]:
     """The settings that the arguments after `dpo-wrapper train` ask for: those of a recipe, then its own.
+
+    The second value says whether the run should only be planned.
 
     Raises:
         SystemExit: the arguments cannot be read, which is explained by then, or nothing should be trained.
@@ -59,7 +63,7 @@ def parse_arguments(args: Sequence[str]) -> TrainConfig:
     if arguments.print_config:
         print(format_recipe(config), end="")
         sys.exit(0)
-    return config
+    return config, arguments.plan
 
 
 def parse_recipe(file: Path) -> TrainArguments:

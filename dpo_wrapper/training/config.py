@@ -37,11 +37,6 @@ class TrainConfig(DataOptions, ModelOptions, LoraOptions, LossOptions, Optimizat
         for group in GROUPS.values():
             check_group: Any = vars(group).get("__post_init__", lambda config: None)
             check_group(self)
-        if self.lora and self.is_new_model:
-            raise ValueError(
-                f"--lora should adapt a trained model, but --model {self.model} is a new one: train it "
-                "first, and give its run folder as --model."
-            )
 
     @classmethod
     def from_groups(cls, groups: Any) -> "TrainConfig":

@@ -124,8 +124,9 @@ class Evaluator:
     def sample(self, step: int, is_end: bool) -> None:
         """Write completions of the same prompts to the run folder, and print them but for the last ones."""
         assert self.samples is not None
-        with self.monitor.measure("sample", "writing samples"), self.accelerator.autocast():
-            records = self.samples.take(step)
+        measured = self.monitor.measure("sample", "writing samples", "prompt")
+        with measured as bar, self.accelerator.autocast():
+            records = self.samples.take(step, bar.update)
         undo_rescaling(self.stage.model)
         if not is_end:
             self.monitor.print(f"\n{format_samples(records, MAX_SAMPLE_CHARS)}\n")

@@ -33,8 +33,14 @@ def name_adapter(config: TrainConfig) -> TrainConfig:
     `--model` with the folder of an adapter continues that adapter, and an adapter names its base.
 
     Raises:
-        ValueError: there is no adapter in the folder, or nothing that --load-in-4bit would train.
+        ValueError: there is no adapter in the folder, a new adapter would adapt a new model, or a base in 4
+            bits would have none.
     """
+    if config.lora and config.is_new_model:
+        raise ValueError(
+            f"--lora should adapt a trained model, but --model {config.model} is a new one: train it first, "
+            "and give its run folder as --model."
+        )
     if not config.lora and config.adapter is None and is_adapter_folder(config.model):
         config = replace(config, adapter=Path(config.model), model=find_base(config.model))
     if config.adapter is not None and not is_adapter_folder(config.adapter):
@@ -121,6 +127,12 @@ def make_lora_config(base: PretrainedModel, config: TrainConfig) -> Any:
     """PEFT's configuration of a new adapter; ValueError if an option does not fit the model."""
     candidates = find_layers(base.model)
     layers = choose_layers(candidates, config.lora_layers)
+    is_transposed = any(type(module).__name__ == "Conv1D" for module in candidates.values())
+    if is_transposed and config.lora_init == "olora":
+        raise ValueError(
+            "--lora-init olora should be given for a model with plain linear layers, but those of "
+            f"{type(base.model).__name__} are stored transposed, which it does not know: choose pissa."
+        )
     return import_peft().LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha or (8 if config.use_rslora else 2 * config.lora_r),
@@ -130,6 +142,6 @@ def make_lora_config(base: PretrainedModel, config: TrainConfig) -> Any:
         init_lora_weights=True if config.lora_init == "default" else config.lora_init,
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
-        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in candidates.values()),
+        fan_in_fan_out=is_transposed,
         task_type=None if base.decoder_args is not None else "CAUSAL_LM",
     )

@@ -30,6 +30,10 @@ from dpo_wrapper.training.stage_plan import StagePlan
 Progress = Callable[[int], object]
 
 
+def ignore_progress(_: int) -> None:
+    """What is called after each batch where nobody looks."""
+
+
 class Stage(ABC):
     """What `Trainer` calls: the module that is trained, and how its loss and metrics are computed.
 
@@ -74,7 +78,11 @@ class Stage(ABC):
 
     @abstractmethod
     def evaluate(
-        self, module: nn.Module, batches: list[Any], reduce: Reduce | None, progress: Progress
+        self,
+        module: nn.Module,
+        batches: list[Any],
+        reduce: Reduce | None,
+        progress: Progress = ignore_progress,
     ) -> dict[str, float]:
         """Metrics over the batches of all processes; `progress` is called with 1 after each batch."""
 
@@ -150,7 +158,11 @@ class SFTStage(Stage):
 
     @torch.no_grad()
     def evaluate(
-        self, module: nn.Module, batches: list[Any], reduce: Reduce | None, progress: Progress
+        self,
+        module: nn.Module,
+        batches: list[Any],
+        reduce: Reduce | None,
+        progress: Progress = ignore_progress,
     ) -> dict[str, float]:
         module.eval()
         loss = 0.0
@@ -192,7 +204,11 @@ class DPOStage(Stage):
             self.dpo.sync_reference(self.mixup_alpha)
 
     def evaluate(
-        self, module: nn.Module, batches: list[Any], reduce: Reduce | None, progress: Progress
+        self,
+        module: nn.Module,
+        batches: list[Any],
+        reduce: Reduce | None,
+        progress: Progress = ignore_progress,
     ) -> dict[str, float]:
         with eval_mode(self.dpo.policy_model) if self.has_dropout else nullcontext():
             return evaluate(module, batches, reduce, progress)

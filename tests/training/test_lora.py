@@ -67,10 +67,9 @@ def test_plain_peft_loads_the_adapter_on_the_base_as_it_is(rows, tmp_path, llama
     torch.testing.assert_close(logits_of(theirs.merge_and_unload()), trained, rtol=1e-3, atol=1e-3)
     ours = load_pretrained(str(tmp_path / "out"), None, 128)
     torch.testing.assert_close(logits_of(ours.model), trained, rtol=1e-4, atol=1e-4)
-    assert {path.name for path in (tmp_path / "out").iterdir()} - {"explanations.jsonl"} == {
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "byte_tokenizer.json", "curves.png",
-        "metrics.jsonl", "run.json", "samples.jsonl",
-    }  # fmt: skip
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "byte_tokenizer.json"} < names
+    assert names.isdisjoint({"model.safetensors", "config.json", "checkpoint"})
     first = read_metrics(tmp_path / "out")[0]
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-4)
 
@@ -113,9 +112,9 @@ def test_dropout_acts_on_the_policy_in_steps_alone(rows, tmp_path, llama):
     (batch,) = stage.normalize_over_step([stage.collate_fn(setup.stages[-1].splits.train[:3])], None)
     losses = {stage.micro_batch_loss(stage.module, batch)[0].item() for _ in range(3)}
     assert len(losses) == 3
-    evaluated = {stage.evaluate(stage.module, [batch], None)["loss"] for _ in range(3)}
-    assert len(evaluated) == 1 and evaluated.isdisjoint(losses)
-    assert stage.evaluate(stage.module, [batch], None)["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    evaluated = [stage.evaluate(stage.module, [batch], None, lambda count: None) for _ in range(3)]
+    assert evaluated[0]["loss"] == evaluated[1]["loss"] == evaluated[2]["loss"] not in losses
+    assert evaluated[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.slow

@@ -4,13 +4,15 @@ import re
 import sys
 
 import pytest
+import torch
 import transformers
 
+from dpo_wrapper.pretrained import save_pretrained
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.lora_targets import choose_layers, choose_targets, find_layers
 from dpo_wrapper.training.options.lora import parse_layers
 from dpo_wrapper.training.setup import set_up_training
-from helpers.lora_runs import make_lora_config, save_llama
+from helpers.lora_runs import logits_of, make_lora_config, save_llama
 from helpers.models import ZOO, hf_llama, hf_llama_tied, xt_rotary
 from helpers.shareable_models import hf
 
@@ -41,7 +43,6 @@ def llama(tmp_path_factory):
         ({"lora": True, "lora_init": "orthogonal", "lora_r": 3}, "--lora-r should be even"),
         ({"lora": True, "lora_init": "olora", "use_dora": True}, "--use-dora should be left out"),
         ({"lora": True, "lora_init": "pissa", "load_in_4bit": True}, "needs the base's weights in full"),
-        ({"lora": True, "model": "tiny"}, "--lora should adapt a trained model, but --model tiny is a new"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(tmp_path, options, problem):
@@ -65,6 +66,8 @@ def test_what_does_not_fit_the_model_is_refused(rows, tmp_path, llama):
         set_up(lora_layers="1-2")
     with pytest.raises(ValueError, match="holds no adapter_config"):
         set_up(adapter=llama)
+    with pytest.raises(ValueError, match="should adapt a trained model, but --model tiny is a new one"):
+        set_up("tiny")
     with pytest.raises(ValueError, match="should be given with an adapter"):
         set_up(lora=False, load_in_4bit=True)
     with pytest.raises(ValueError, match="should be given on a machine with a CUDA device, but --cpu is"):
@@ -131,10 +134,27 @@ def test_by_default_the_linear_layers_of_blocks_are_adapted(make, targets):
 def test_the_layers_of_gpt2_are_stored_transposed(rows, tmp_path):
     config = transformers.GPT2Config(vocab_size=300, n_positions=256, n_embd=8, n_layer=1, n_head=1)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
-    options = {"tokenizer": "bytes", "lora_init": "olora", "lora_r": 2}
-    setup = set_up_training(make_lora_config(rows, tmp_path / "out", tmp_path / "base", **options))
+
+    def set_up(init):
+        options = {"tokenizer": "bytes", "lora_init": init, "lora_r": 2}
+        return set_up_training(make_lora_config(rows, tmp_path / "out", tmp_path / "base", **options))
+
+    setup = set_up("pissa")
     lora = setup.pretrained.model.peft_config["default"]
     assert lora.fan_in_fan_out and set(lora.target_modules) == {"c_attn", "c_proj", "c_fc"}
+    before = logits_of(setup.pretrained.model)
+    with torch.no_grad():
+        for parameter in setup.pretrained.model.parameters():
+            parameter += 0.1 * parameter.requires_grad
+    trained = logits_of(setup.pretrained.model)
+    save_pretrained(setup.pretrained, setup.pretrained.model, tmp_path / "adapter")
+    base = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+    torch.testing.assert_close(logits_of(base), before, rtol=1e-5, atol=1e-5)
+    loaded = logits_of(peft.PeftModel.from_pretrained(base, tmp_path / "adapter"))
+    torch.testing.assert_close(loaded, trained, rtol=1e-5, atol=1e-5)
+    assert (trained - before).abs().max() > 0.01
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel are stored transposed, .* choose pissa"):
+        set_up("olora")
 
 
 def test_an_end_of_a_name_that_other_modules_have_is_written_out():

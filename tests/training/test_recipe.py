@@ -33,7 +33,7 @@ eval_data: null
 
 
 def test_a_recipe_sets_options_as_the_command_line_does(tmp_path):
-    config = parse_arguments([str(write(tmp_path, RECIPE))])
+    config, _ = parse_arguments([str(write(tmp_path, RECIPE))])
     expected = TrainConfig(
         data=(Path("a.jsonl"), Path("b.jsonl")),
         learning_rate=1e-5,
@@ -48,14 +48,16 @@ def test_a_recipe_sets_options_as_the_command_line_does(tmp_path):
 
 def test_the_command_line_overrides_a_recipe(tmp_path):
     recipe = str(write(tmp_path, RECIPE))
-    config = parse_arguments([recipe, "--learning-rate", "3e-4", "--data", "c.jsonl", "--no-wpo"])
+    config, plans = parse_arguments(
+        [recipe, "--plan", "--learning-rate", "3e-4", "--data", "c.jsonl", "--no-wpo"]
+    )
     assert (config.learning_rate, config.data, config.wpo) == (3e-4, (Path("c.jsonl"),), False)
-    assert config.stage == ("sft", "dpo")
+    assert config.stage == ("sft", "dpo") and plans
 
 
 def test_data_may_be_named_on_the_command_line_alone(tmp_path, capsys):
     recipe = str(write(tmp_path, "epochs: 2\n"))
-    assert parse_arguments([recipe, "--data", "c.jsonl"]) == TrainConfig(data=(Path("c.jsonl"),), epochs=2)
+    assert parse_arguments([recipe, "--data", "c.jsonl"])[0] == TrainConfig(data=(Path("c.jsonl"),), epochs=2)
     with pytest.raises(SystemExit) as exit_:
         parse_arguments([recipe])
     assert exit_.value.code == 2 and "--data" in capsys.readouterr().err

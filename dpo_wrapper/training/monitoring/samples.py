@@ -12,7 +12,7 @@ from dpo_wrapper.pretrained import PretrainedModel
 from dpo_wrapper.training.config import STAGES
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.stage_plan import Splits
-from dpo_wrapper.training.stages import Stage
+from dpo_wrapper.training.stages import Progress, Stage, ignore_progress
 
 Sample = dict[str, str | int | None]
 """A line of samples.jsonl."""
@@ -53,11 +53,14 @@ class Samples:
         with self.stage.reference_model() as model:
             return self.stage.has_reference and model is None
 
-    def take(self, step: int) -> list[Sample]:
-        """Generate completions after a step, and write them; returns their records."""
-        policy = self.generate(self.stage.model)
+    def take(self, step: int, progress: Progress = ignore_progress) -> list[Sample]:
+        """Generate completions after a step, and write them; returns their records.
+
+        `progress` is called with the number of prompts that were just answered.
+        """
+        policy = self.generate(self.stage.model, progress)
         if self.reference_completions is None or self.stage.reference_changes:
-            self.reference_completions = self.generate_from_reference()
+            self.reference_completions = self.generate_from_reference(progress)
             if step == 0 and self.needs_start:
                 self.reference_completions = [*policy]
         decode = self.pretrained.tokenizer.decode
@@ -89,10 +92,10 @@ class Samples:
                 lengths[f"length/{name}"] = fmean(len(self.pretrained.tokenizer.encode(t)) for t in texts)
         return lengths
 
-    def generate_from_reference(self) -> list[str | None]:
+    def generate_from_reference(self, progress: Progress) -> list[str | None]:
         with self.stage.reference_model() as model:
-            return [None] * len(self.prompts) if model is None else [*self.generate(model)]
+            return [None] * len(self.prompts) if model is None else [*self.generate(model, progress)]
 
-    def generate(self, model: nn.Module) -> list[str]:
-        options = (self.pretrained.tokenizer, self.pretrained.max_positions)
+    def generate(self, model: nn.Module, progress: Progress) -> list[str]:
+        options = (self.pretrained.tokenizer, self.pretrained.max_positions, progress)
         return generate_completions(model, self.prompts, *options)

@@ -25,7 +25,7 @@ from typing import Any
 from dpo_wrapper.data.prepare import parts
 from dpo_wrapper.data.prepare.run import prepare_data
 from dpo_wrapper.data.prepare.config import PrepareConfig
-parts.MAX_PART_ROWS = 11
+parts.MAX_PART_ROWS = 26
 prepare_data(PrepareConfig(data=Path(sys.argv[1]), out=Path(sys.argv[2]), workers=2))
 """
 
@@ -46,7 +46,7 @@ PartMaker.make = record
 def expected(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
     """The bundled data, prepared by one process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "MAX_PART_ROWS", 11)
+        patch.setattr(parts, "MAX_PART_ROWS", 26)
         out = tmp_path_factory.mktemp("prepared") / "out"
         data = prepare_data(PrepareConfig(data=BUNDLED, out=out, workers=1))
     assert data is not None
@@ -97,7 +97,7 @@ def test_killed_at_any_moment_and_begun_again(tmp_path: Path, expected: Prepared
             with pytest.raises(ValueError, match="to the end"):
                 PreparedData.open(out)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(parts, "MAX_PART_ROWS", 11)
+            patch.setattr(parts, "MAX_PART_ROWS", 26)
             data = prepare_data(PrepareConfig(data=BUNDLED, out=out, workers=1))
         assert data is not None and data.manifest == expected.manifest
         assert not list(out.glob("work-*"))
@@ -107,7 +107,7 @@ def test_killed_at_any_moment_and_begun_again(tmp_path: Path, expected: Prepared
 @pytest.mark.slow
 def test_a_worker_that_is_killed_ends_the_program_with_one_sentence(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.replace("parts.MAX_PART_ROWS = 11", "parts.MAX_PART_ROWS = 11\n" + KILLING))
+    script.write_text(SCRIPT.replace("parts.MAX_PART_ROWS = 26", "parts.MAX_PART_ROWS = 26\n" + KILLING))
     done = subprocess.run(
         [sys.executable, script, BUNDLED, tmp_path / "out"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -143,7 +143,7 @@ def test_interrupted_by_the_keyboard_and_not_twice_at_a_time(tmp_path: Path, exp
     assert first.returncode == 130 and "Traceback" not in errors
     assert errors.splitlines()[-1].endswith("was interrupted; the same command goes on with it.")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "MAX_PART_ROWS", 11)
+        patch.setattr(parts, "MAX_PART_ROWS", 26)
         data = prepare_data(PrepareConfig(data=BUNDLED, out=tmp_path / "out", workers=1))
     assert data is not None and data.manifest == expected.manifest
 

@@ -1,0 +1,38 @@
+"""Print what a run would take, without a trace of it: `dpo-wrapper train --plan`."""
+
+import tempfile
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+from dpo_wrapper.training.config import TrainConfig
+from dpo_wrapper.training.estimate import estimate_stage, format_estimate
+from dpo_wrapper.training.monitoring.trackers import Trackers
+from dpo_wrapper.training.setup import set_up_training
+from dpo_wrapper.training.train import create_stage, describe_plan, describe_size
+from dpo_wrapper.training.trainer import Trainer, create_accelerator
+
+
+def plan_run(config: TrainConfig) -> None:
+    """Measure a few steps of each stage of a run, and print what the run would take.
+
+    Tokens are those of the run, memory and time those of this machine. Time is without loading, samples and
+    checkpoints. The run folder is left alone.
+
+    Raises:
+        ValueError, TypeError, OSError, ImportError: as in `set_up_training`.
+        TrainingError: the model cannot be trained.
+    """
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="prefixes are not shared")  # which `Trainer` prints
+        setup = set_up_training(
+            replace(config, out=Path(folder), report_to=(), precompute_ref_log_probs=False, resume=False)
+        )
+        accelerator = create_accelerator(setup.config)
+        accelerator.print(describe_size(setup.pretrained.model), *setup.notes, sep="\n", flush=True)
+        trackers = Trackers(setup.config, setup.run)
+        for plan in setup.stages:
+            stage = create_stage(setup, plan, accelerator)
+            trainer = Trainer(setup.config, setup.run, stage, plan.splits, setup.pretrained, trackers)
+            estimate = estimate_stage(trainer)
+            accelerator.print(format_estimate(estimate, describe_plan(plan, setup.config)), flush=True)
