@@ -124,7 +124,8 @@ def test_options_that_are_named_exist(page):
 
 
 def test_options_that_exist_are_named():
-    assert OPTIONS <= find_flags("docs/training.md") | find_flags("docs/data.md")
+    named = find_flags("docs/training.md") | find_flags("docs/data.md")
+    assert named >= OPTIONS
 
 
 @pytest.mark.parametrize("name", sorted(dpo_wrapper.__all__))

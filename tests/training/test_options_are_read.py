@@ -6,6 +6,7 @@ import sys
 from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from accelerate import Accelerator
@@ -35,7 +36,7 @@ WORDS_ALONE = (
 """Files, and functions in files, that say or refuse what an option has been set to, and do nothing else."""
 
 
-def record_reads(options_class):
+def record_reads(options_class: Any):
     """A subclass that records the options that are read, and the dictionary with the places that read each.
 
     Reads by a name that is computed (`getattr`), as in checks of all options of a kind, do not count.
