@@ -134,7 +134,7 @@ def test_weights_that_a_model_rescales_in_eval_mode_are_saved_as_they_train(rows
     RwkvForCausalLM(RwkvConfig(vocab_size=300, context_length=32, rescale_every=2, **sizes)).save_pretrained(
         base
     )
-    options = {"model": str(base), "tokenizer": "bytes", "max_length": 12, "batch_size": 8, "save_steps": 1}
+    options = {"model": str(base), "tokenizer": "bytes", "max_length": 12, "batch_size": 4, "save_steps": 1}
     config = make_config(rows, out, learning_rate=1e-30, sft_epochs=0, epochs=1, **options)
     with interrupt_training("dpo", after_steps=2):
         train(config)
