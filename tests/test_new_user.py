@@ -60,7 +60,7 @@ def test_words_that_others_use_are_understood(pairs):
         ({"question": "q", "good": "a", "bad": "b"}, r"has 'question', 'good', 'bad': name its .* --columns"),
         (
             {"prompt": "q", "good": "a", "rejected": "b"},
-            r"'chosen': .*: name its column by --columns",
+            r"'chosen': .*: add it, name its column",
         ),
         ({"ask": "q", "chosen": "a", "rejected": "b"}, r"'prompt', name its column by --columns"),
     ],
