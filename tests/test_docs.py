@@ -13,7 +13,9 @@ from dpo_wrapper.data.prepare.config import PrepareConfig
 from dpo_wrapper.losses import PairLogProbs
 from dpo_wrapper.losses.registry import builtin_losses, losses_table
 from dpo_wrapper.pretrained import PRESETS
-from dpo_wrapper.training.config import TrainConfig
+from dpo_wrapper.training.command_line import TrainArguments
+from dpo_wrapper.training.config import GROUPS, TrainConfig, flag
+from dpo_wrapper.training.recipe import ALIASES
 from helpers.marks import mark_slow_except
 from helpers.runs import BUNDLED, SMALL_DECODER
 
@@ -103,11 +105,27 @@ def test_files_that_are_named_exist(page):
         assert (ROOT / page).parent.joinpath(target).exists(), target
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])
+OPTIONS = {
+    flag(name)
+    for options in (TrainConfig, PrepareConfig, TrainArguments)
+    for name in options.__dataclass_fields__
+    if options is not TrainArguments or name not in GROUPS
+}
+
+
+def find_flags(page: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9](?![\w-])", PAGES[page]))
+
+
+@pytest.mark.parametrize("page", ["README.md", *(page for page in PAGES if page.startswith("docs/"))])
 def test_options_that_are_named_exist(page):
-    fields = TrainConfig.__dataclass_fields__ | PrepareConfig.__dataclass_fields__
-    known = {f"--{name.replace('_', '-')}" for name in fields}
-    assert set(re.findall(r"`(--[a-z0-9-]+)", PAGES[page])) <= known | {"--help"}
+    aliases = {f"--{alias}" for alias in ALIASES}
+    assert find_flags(page) <= OPTIONS | aliases | {"--help", "--version"}
+
+
+def test_options_that_exist_are_named():
+    named = find_flags("docs/training.md") | find_flags("docs/data.md")
+    assert named >= OPTIONS
 
 
 @pytest.mark.parametrize("name", sorted(dpo_wrapper.__all__))

@@ -75,7 +75,7 @@ class PreferenceDataset(Dataset[dict[str, Any]]):
         cls,
         paths: PathLike | Sequence[PathLike],
         tokenizer: Tokenizer | str | None = None,
-        max_length: int = 1024,
+        max_length: int = 512,
         fields: Fields = DEFAULT_FIELDS,
         on_error: OnError = "raise",
         pad_id: int | None = None,

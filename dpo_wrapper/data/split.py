@@ -91,7 +91,7 @@ def _choose_prompts(digests: Sequence[int], fraction: float, seed: int) -> set[i
     sizes = Counter(digests)
     if len(sizes) < 2:
         problem = "there should be at least two different prompts to split off some, but there is one"
-        raise ValueError(f"{problem}: add rows or split off a fraction of 0.")
+        raise ValueError(f"{problem}: add rows, or split none off (--eval-fraction 0).")
     order = sorted(sizes, key=lambda digest: hashlib.sha256(f"{seed}\n{digest}".encode()).digest())
     target = fraction * len(digests)
     chosen: set[int] = set()

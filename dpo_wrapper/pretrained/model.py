@@ -55,7 +55,8 @@ def read_settings(name: str) -> dict[str, Any]:
     config_file = folder / CONFIG_FILE
     if not config_file.is_file():
         raise ValueError(
-            f"--model should be the folder of a run or Hugging Face model, but {name} holds no {CONFIG_FILE}."
+            f"--model should be the folder of a run or of a Hugging Face model, but {name} holds no "
+            f"{CONFIG_FILE}: give the folder that does."
         )
     return json.loads(config_file.read_text(encoding="utf-8"))
 

@@ -10,7 +10,7 @@ from dpo_wrapper.data.errors import ExampleError, describe_value, missing_field_
 from dpo_wrapper.data.rows.messages import Message, Turns, parse_messages
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
-NO_PROMPT = "add 'prompt', say which field holds the prompt, or that there is none with --columns prompt="
+NO_PROMPT = "add 'prompt', name its column by --columns, or say that there is none by --columns prompt="
 _TEXT_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 Completion = str | Turns

@@ -11,7 +11,7 @@ from dpo_wrapper.data.rows.row import Row
 
 SCORE_NAMES = ("scores", "score", "ratings", "rating", "overall_score", "rewards", "reward")
 RANK_NAMES = ("ranks", "rank", "ranking")
-NO_SIDE = "add it, name its field, or give 'completions', or 'completion' and 'label'"
+NO_SIDE = "add it, name its column by --columns, or give 'completions', or 'completion' and 'label'"
 TEXT_NAMES = ("completion", "response", "text", "content", "answer", "output", "messages")
 
 

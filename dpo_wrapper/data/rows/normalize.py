@@ -124,7 +124,7 @@ def _find_prompt(row: Row, fields: Fields, form_fields: tuple[str, ...]) -> Prom
     if fields.prompt == "":
         return Prompt(row.record)
     if fields.prompt is not None and "prompt" not in row and fields.prompt not in row.record:
-        raise missing_field_error(row.record, fields.prompt, "say which field holds the prompt")
+        raise missing_field_error(row.record, fields.prompt, "name its column by --columns")
     names = ("prompt",) if fields.prompt else form_fields or PROMPT_FIELDS
     blank = None
     for name in (name for name in names if name in row):

@@ -23,7 +23,8 @@ class OutputOptions(Options):
     between them: 10 steps or more apart, and on no more examples than are trained on."""
     save_steps: Annotated[int, tyro.conf.arg(aliases=["--save-every"])] = 200
     """Number of steps between checkpoints, of which the newest is kept; the last is written before the final
-    evaluation. 0 for none but the one that SIGINT or SIGTERM asks for."""
+    evaluation. 0 for none but the one that SIGINT or SIGTERM asks for. With AdamW a checkpoint has three
+    times the size of the weights that train, and two are there while one is written."""
     sample_steps: Annotated[int, tyro.conf.arg(aliases=["--sample-every"])] = 0
     """Number of steps between samples: completions of reference and policy for the same prompts, side by
     side, on the terminal and in samples.jsonl; 0 for the end of the run alone."""

@@ -13,7 +13,7 @@ QUESTION = {"role": "user", "content": "R"}
 HUMAN, GPT = {"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}
 ASKED = "Human: Q\n\nAssistant: "
 
-MISSING = "add it, name its field, or give 'completions', or 'completion' and 'label'"
+MISSING = "add it, name its column by --columns, or give 'completions', or 'completion' and 'label'"
 LEAVE = "leave the row out"
 ONE_FORM = "write all completions in one form"
 
@@ -132,12 +132,12 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {  # field: record, what should be 
         (
             {"completion": "A", "label": True},
             "a row should have this field, but it has 'completion', 'label'",
-            "add 'prompt', say which field holds the prompt",
+            "add 'prompt', name its column by --columns",
         ),
         (
             row("prompt"),
             "a row should have this field, but it has 'chosen', 'rejected'",
-            "or that there is none with --columns prompt=.",
+            "or say that there is none by --columns prompt=.",
         ),
         (row(prompt=None), "the prompt should not be empty, but it is null", f"fill it in or {LEAVE}"),
         (row(prompt=""), "but it is an empty string", "fill it in"),
@@ -252,7 +252,7 @@ def test_a_named_field_that_is_absent_names_those_that_are_there() -> None:
         )
     assert str(caught.value) == (
         "a.json, row 3, field 'question': a row should have this field, but it has 'prompt', 'chosen', "
-        "'rejected': say which field holds the prompt."
+        "'rejected': name its column by --columns."
     )
 
 

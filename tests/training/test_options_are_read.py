@@ -1,0 +1,118 @@
+"""Every option is read by code that acts on it: each read is recorded in runs that have all branches."""
+
+import linecache
+import re
+import sys
+from collections import defaultdict
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+
+import dpo_wrapper
+from dpo_wrapper import cli
+from dpo_wrapper.data.prepare.config import PrepareConfig
+from dpo_wrapper.pretrained import PRESETS
+from dpo_wrapper.training import setup
+from dpo_wrapper.training.config import TrainConfig
+from dpo_wrapper.training.train import train
+from helpers.datasets import write_rows
+from helpers.lora_runs import save_llama
+from helpers.option_effects import BASE, FILES
+from helpers.runs import SMALL_DECODER
+
+PACKAGE = Path(dpo_wrapper.__file__).parent
+DEFINITIONS = ("training/options/", "training/config.py", "data/config.py", "data/prepare/config.py")
+"""Where options are defined and checked one by one: what reads them through a property there counts."""
+
+WORDS_ALONE = (
+    ("training/model_card.py", None),
+    ("training/reference_words.py", None),
+    ("training/train.py", "describe_plan"),
+    ("training/setup.py", "check_options"),
+)
+"""Files, and functions in files, that say or refuse what an option has been set to, and do nothing else."""
+
+
+def record_reads(options_class: Any):
+    """A subclass that records the options that are read, and the dictionary with the places that read each.
+
+    Reads by a name that is computed (`getattr`), as in checks of all options of a kind, do not count.
+    """
+    readers = defaultdict(set)
+
+    class Recorded(options_class):
+        def __getattribute__(self, name):
+            if name in options_class.__dataclass_fields__:
+                place = find_reader(name)
+                if place is not None:
+                    readers[name].add(place)
+            return super().__getattribute__(name)
+
+    return Recorded, readers
+
+
+def find_reader(name):
+    """The place in the package, outside of definitions, on whose behalf an option is read."""
+    frame = sys._getframe(2)
+    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+    if re.search(rf"\.{name}\b", line) is None:
+        return None
+    while frame is not None:
+        file, function = Path(frame.f_code.co_filename), frame.f_code.co_name
+        if function == "__getattribute__":  # the recorder's, in front of a property
+            frame = frame.f_back
+            continue
+        if not file.is_relative_to(PACKAGE):
+            return None
+        place = file.relative_to(PACKAGE).as_posix()
+        if not place.startswith(DEFINITIONS):
+            is_words = (place, None) in WORDS_ALONE or (place, function) in WORDS_ALONE
+            return None if is_words else (place, function)
+        frame = frame.f_back
+    return None
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("options")
+    write_rows(folder / "pairs.jsonl", FILES["pairs.jsonl"])
+    save_llama(folder / "llama")
+    return folder
+
+
+@pytest.mark.slow
+def test_every_option_of_training_is_read(folder, monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", SMALL_DECODER)
+    monkeypatch.setattr(setup, "check_trackers", lambda names: None)  # no tracker is needed
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda *_: None)
+    recorded, readers = record_reads(TrainConfig)
+    runs = [
+        {"stage": ("pretrain", "sft", "dpo"), "sft_epochs": 1, "ref_model_sync_steps": 1},
+        {
+            "model": str(folder / "llama"),
+            "lora": True,
+            "precompute_ref_log_probs": True,
+            "report_to": ("wandb",),
+        },
+    ]
+    for k, options in enumerate(runs):
+        data = {"data": folder / "pairs.jsonl", "out": folder / f"run-{k}", "max_steps": 1}
+        train(recorded(**(BASE | data | options)))
+    assert not set(TrainConfig.__dataclass_fields__) - readers.keys()
+
+
+def test_every_option_of_prepare_is_read(folder):
+    recorded, readers = record_reads(PrepareConfig)
+    with suppress(SystemExit):  # the status of --strict
+        cli.prepare(recorded(data=folder / "pairs.jsonl", out=folder / "data", workers=1, strict=True))
+    assert not set(PrepareConfig.__dataclass_fields__) - readers.keys()
+
+
+def test_an_option_that_is_only_checked_is_not_read(folder):
+    recorded, readers = record_reads(TrainConfig)
+    config = recorded(**(BASE | {"data": folder / "pairs.jsonl"}))
+    assert not readers and getattr(config, "epochs") == config.epochs  # noqa: B009
+    assert not readers
