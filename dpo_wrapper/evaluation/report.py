@@ -1,14 +1,16 @@
 """A table of a run's metrics, before and after."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-from dpo_wrapper.metrics import format_metric
+from dpo_wrapper.metrics import VALID_COUNTS, format_metric
 
 Record = dict[str, Any]
 
 TABLE_ROWS = (
     ("reward accuracy", "rewards/accuracies", "{:.1%}"),
+    ("  standard error", "accuracy/standard_error", "{:.1%}"),
     ("reward margin", "rewards/margins", "{:.3f}"),
     ("exact answers", "exact_answers", "{:.1%}"),
     ("loss", "loss", "{:.4f}"),
@@ -28,6 +30,7 @@ def select_records(records: Sequence[Record], part: str) -> list[Record]:
 
 def format_before_and_after(records: Sequence[Record]) -> str:
     """A table of the eval and train metrics before and after a stage of training, from its records."""
+    records = [record | estimate_standard_error(record) for record in records]
     columns: list[tuple[str, Record]] = []
     for part in ("eval", "train"):
         if selected := select_records(records, part):
@@ -46,3 +49,12 @@ def format_before_and_after(records: Sequence[Record]) -> str:
         lines.append("  ".join([label.ljust(widths[0]), *padded]).rstrip())
     lines.insert(1, "-" * max(map(len, lines)))
     return "\n".join(lines)
+
+
+def estimate_standard_error(record: Record) -> Record:
+    """The standard error of the reward accuracy as that of a share of independent pairs (lists, rows)."""
+    accuracy = record.get("rewards/accuracies")
+    count = next((record[name] for name in VALID_COUNTS if record.get(name)), None)
+    if accuracy is None or count is None:
+        return {}
+    return {"accuracy/standard_error": math.sqrt(accuracy * (1 - accuracy) / count)}
