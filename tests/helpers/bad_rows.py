@@ -70,7 +70,7 @@ PAIRS: list[Bad] = [
      "add the answer"),
     (chat(rejected=[OTHER, USER]), "rejected", "but it ends in a user turn", "add the answer"),
     (chat(chosen=[SYSTEM]), "chosen", "but it ends in a system turn", "add the answer"),
-    (pair(prompt=...), "prompt", "a row should have this field", "there is none with --columns prompt="),
+    (pair(prompt=...), "prompt", "a row should have this field", "there is none by --columns prompt="),
     (pair(prompt=" \n"), "prompt", "the prompt should not be empty, but it is ' \\n'", "fill it in"),
     (pair(prompt=3), "prompt", f"{VALUE}, but it is the number 3", LEAVE),
     (pair(prompt=[["user", "Q"]]), "prompt', message 1", f"{MESSAGE}, but it is a list of 2", "write every"),

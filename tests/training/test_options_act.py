@@ -1,5 +1,6 @@
 """Every option of a run changes something, shown by two runs of a tiny model that differ in it alone."""
 
+import re
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from dpo_wrapper.pretrained import PRESETS
 from dpo_wrapper.training.config import TrainConfig
 from helpers.option_effects import Workshop
-from helpers.runs import SMALL_DECODER
+from helpers.runs import ROOT, SMALL_DECODER
 
 LLAMA = {"model": "llama"}
 LORA = LLAMA | {"lora": True}
@@ -94,16 +95,16 @@ EFFECTS: list[tuple[str, Any, str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 NOT_SHOWN = {
-    "split": "it takes a data set saved by `datasets`: tests/data/test_files.py",
-    "num_workers": "the result is the same, by design",
-    "torch_compile": "it takes a compiler: test_model_options.py",
-    "load_in_4bit": "it takes CUDA: test_lora_options.py",
-    "reference_device": "it takes a second device: tests/gpu",
+    "split": "it takes a data set that `datasets` has saved: tests/data/test_files.py",
+    "num_workers": "the result is the same, by design: tests/training/test_trainer.py",
+    "torch_compile": "it takes a compiler: tests/training/test_model_options.py",
+    "load_in_4bit": "it takes CUDA: tests/training/test_lora_options.py",
+    "reference_device": "it takes a second device: tests/gpu/test_references.py",
     "cpu": "it takes an accelerator",
     "out": "every run here has its own",
-    "report_to": "it takes other programs: monitoring/test_trackers.py",
-    "project": "it takes other programs: monitoring/test_trackers.py",
-    "resume": "it takes an interrupted run: test_resume.py",
+    "report_to": "it takes other programs: tests/training/monitoring/test_trackers.py",
+    "project": "it takes other programs: tests/training/monitoring/test_trackers.py",
+    "resume": "it takes an interrupted run: tests/training/test_resume.py",
 }
 """Options that two short runs on a CPU cannot tell apart, and why."""
 
@@ -116,8 +117,15 @@ def workshop(tmp_path_factory):
 
 
 def test_every_option_is_in_one_of_the_tables():
-    shown = [option for option, *_ in EFFECTS]
-    assert sorted([*shown, *NOT_SHOWN]) == sorted(TrainConfig.__dataclass_fields__)
+    named = [*(option for option, *_ in EFFECTS), *NOT_SHOWN]
+    assert len(set(named)) == len(named)
+    assert set(named) ^ set(TrainConfig.__dataclass_fields__) == set()
+
+
+@pytest.mark.parametrize("option", NOT_SHOWN)
+def test_what_is_not_shown_here_is_named_where_it_is(option):
+    for name in re.findall(r"tests/\S+", NOT_SHOWN[option]):
+        assert re.search(rf"\b{option}\b", (ROOT / name).read_text(encoding="utf-8")), name
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ def shown(tokenizer: Tokenizer, example: Example, as_chat: bool | None = None) -
 
 def test_pairs_without_a_prompt() -> None:
     row = {"chosen": "It is noon.", "rejected": "It is"}
-    with pytest.raises(ExampleError, match=r"or that there is none with --columns prompt=\.$"):
+    with pytest.raises(ExampleError, match=r"or say that there is none by --columns prompt=\.$"):
         to_example(row)
     example = to_example(row, DataConfig(data="a.jsonl", columns=("prompt=",)).fields)
     assert example == Example("", ("It is noon.", "It is"))
