@@ -132,6 +132,7 @@ def test_the_bundled_data_is_what_its_script_writes(tmp_path):
 ANSWERS = {
     r"Repeat (....) (....)\.": "{0} {1}",
     r"What is first in (....), (....), (....)\?": "{0}",
+    r"What is second in (....), (....), (....)\?": "{1}",
     r"What is last in (....), (....), (....)\?": "{2}",
     r"Put (....) (....) in quotes\.": '"{0} {1}"',
     r"Put (....) (....) in brackets\.": "({0} {1})",
@@ -141,9 +142,8 @@ ANSWERS = {
     r"Join (....) and (....) by a slash\.": "{0}/{1}",
     r"Swap (....) and (....)\.": "{1} and {0}",
     r"Reverse (....), (....), (....)\.": "{2}, {1}, {0}",
-    r"Write (..) (...) (....) in American order\.": "{1} {0}, {2}",
-    r"(....) lives in (....)\. Who\?": "{0}",
-    r"(....) lives in (....)\. Where\?": "{1}",
+    r"The (....) is near the (....)\. What\?": "{0}",
+    r"The (....) is near the (....)\. Near what\?": "{1}",
 }
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,13 @@ class LowerLayers:
         finally:
             record.output = None
 
+    def explain(self) -> str:
+        """How the latest batch was computed, or why no batch can be computed otherwise; may be empty."""
+        is_unknown = not self.explanation and isinstance(self.reference, ModelReference)
+        if is_unknown and (reason := self.why_not_tried()) is not None:
+            return explain_whole_passes(reason)
+        return self.explanation
+
     def common_layers(self) -> tuple[list[DecoderLayer], list[DecoderLayer]]:
         """The common layers as those of the reference and as those of the policy."""
         if not isinstance(self.reference, ModelReference):
@@ -72,20 +80,18 @@ class LowerLayers:
                 reason = f"{name} {count} {reason}"
                 break
             count += 1
+        if count and self.disable_dropout and not self.policy.aux_loss_coef:
+            return theirs[:count], ours[:count]
         if count:
-            reason = self.why_whole_passes()
-        if reason is not None:
-            self.explanation = explain_whole_passes(reason)
-            return [], []
-        return theirs[:count], ours[:count]
+            balance = "the loss that balances experts needs the choices of all layers"
+            reason = balance if self.disable_dropout else "dropout may stay on"
+        assert reason is not None
+        self.explanation = explain_whole_passes(reason)
+        return [], []
 
-    def why_whole_passes(self) -> str | None:
-        """Why the policy needs whole passes, whatever its layers are; None if a trial may decide."""
+    def why_not_tried(self) -> str | None:
+        """Why layers should not be called one by one, or not in one of the passes alone; None if they may."""
         assert isinstance(self.reference, ModelReference)
-        if not self.disable_dropout:
-            return "dropout may stay on"
-        if self.policy.aux_loss_coef:
-            return "the loss that balances experts needs the choices of all layers"
         for scorer in (self.policy, self.reference.scorer):
             model = scorer.language_model.model
             if is_sharded(model):
@@ -121,6 +127,8 @@ class LowerLayers:
     def why_results_differ(self, record: LayerRecord, probe: Probe, needs_grad: bool) -> str | None:
         """Compare short passes of the policy that start from a record of the reference with whole ones."""
         assert isinstance(self.reference, ModelReference)
+        if (reason := self.why_not_tried()) is not None:
+            return reason
         model = self.policy.language_model
         trial = TreeTrial(model, probe, needs_grad, "model" if probe.tree is None else probe.tree.kernel)
         sequences = trial.sequences().prebuild_tree(probe.tree).to(probe.device)
@@ -165,15 +173,37 @@ def explain_whole_passes(reason: str) -> str:
 
 
 def why_not_common(ours: nn.Module, theirs: nn.Module) -> str | None:
-    """Why a layer of the policy and one of the reference are to be computed apart; None if they may not."""
-    for module in (*ours.modules(), *theirs.modules()):
-        if type(module).__module__.startswith("peft."):
-            return "has an adapter"
-        if has_hooks(module):
-            return "has hooks"
-    for p, q in zip_longest(ours.parameters(), theirs.parameters()):
-        if p is not None and p.requires_grad:
-            return "trains"
-        if p is None or q is None or (p is not q and memory_key(p) != memory_key(q)):
-            return "has other weights in the reference"
+    """Why a layer of the policy and one of the reference are to be computed apart; None if they may not.
+
+    This runs in each step, so it reads attributes alone.
+    """
+    our_modules = list_modules(ours)
+    their_modules = our_modules if theirs is ours else list_modules(theirs)
+    modules = our_modules if theirs is ours else our_modules + their_modules
+    classes: set[Any] = set(map(type, modules))
+    if any(module_class.__module__.startswith("peft.") for module_class in classes):
+        return "has an adapter"
+    if any(map(has_hooks, modules)):
+        return "has hooks"
+    our_parameters, their_parameters = map(list_parameters, (our_modules, their_modules))
+    if any(p.requires_grad for p in our_parameters):
+        return "trains"
+    pairs = zip_longest(our_parameters, their_parameters)
+    if any(p is not q and (p is None or q is None or memory_key(p) != memory_key(q)) for p, q in pairs):
+        return "has other weights in the reference"
     return None
+
+
+def list_modules(module: nn.Module) -> list[nn.Module]:
+    """The module and all below it, which `module.modules()` takes five times as long to find."""
+    visited, modules = {id(module)}, [module]
+    for parent in modules:
+        for child in parent._modules.values():
+            if child is not None and id(child) not in visited:
+                visited.add(id(child))
+                modules.append(child)
+    return modules
+
+
+def list_parameters(modules: list[nn.Module]) -> list[nn.Parameter]:
+    return [p for module in modules for p in module._parameters.values() if p is not None]

@@ -98,7 +98,7 @@ class ReferenceOwner(nn.Module):
 
     def explain_reference(self) -> str:
         """What the reference is, which paths it takes, and what is computed once for it and the policy."""
-        return f"{self.reference.explain()}{self.lower_layers.explanation}"
+        return f"{self.reference.explain()}{self.lower_layers.explain()}"
 
     def forget_ref_log_probs(self) -> None:
         """Compute the reference's log-probs anew from now on, where `cache_ref_log_probs` keeps them.

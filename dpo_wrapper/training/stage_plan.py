@@ -118,7 +118,7 @@ def plan_stages(
     """
     epochs: dict[StageName, int] = {
         "pretrain": config.pretrain_epochs,
-        "sft": (4 if config.is_new_model else 1) if config.sft_epochs is None else config.sft_epochs,
+        "sft": (5 if config.is_new_model else 1) if config.sft_epochs is None else config.sft_epochs,
         "dpo": config.epochs,
     }
     dataset_type: Any = loss.dataset_type

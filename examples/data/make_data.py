@@ -4,7 +4,7 @@ python examples/data/make_data.py
 
 `demonstrations.jsonl` has prompts with answers in two manners, plain and wordy: a model that imitates them
 answers in both. `preferences.jsonl` has other prompts, for which the plain and right answer is chosen. All
-words have four letters and dates one length, so that a small model of bytes finds quickly what to copy.
+words have four letters, so that a small model of bytes soon finds where to copy from.
 """
 
 import argparse
@@ -24,13 +24,6 @@ WORDS = """
     silk snow soap sofa soup star swan tent tree tuna vase vine wall wave well wind wing wolf wood wool
     yarn
 """
-NAMES = """
-    Anna Bill Carl Dora Emil Fred Gina Hugo Ivan Jack Kate Lisa Mark Nina Olga Paul Rosa Sara Tina Vera
-"""
-CITIES = """
-    Baku Bern Bonn Cork Doha Graz Hull Kiel Kobe Lima Linz Lyon Nice Oslo Pisa Riga Rome Suva York
-"""
-MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec"
 SIGNS = {"quotes": '""', "brackets": "()", "stars": "**"}
 JOINTS = {"dash": "-", "plus": "+", "slash": "/"}
 
@@ -53,6 +46,11 @@ def capitals(draw: random.Random) -> Task:
 def first(draw: random.Random) -> Task:
     words = draw.sample(WORDS.split(), 3)
     return f"What is first in {', '.join(words)}?", words[0], words[2]
+
+
+def second(draw: random.Random) -> Task:
+    words = draw.sample(WORDS.split(), 3)
+    return f"What is second in {', '.join(words)}?", words[1], words[0]
 
 
 def last(draw: random.Random) -> Task:
@@ -82,22 +80,17 @@ def reverse(draw: random.Random) -> Task:
     return f"Reverse {', '.join(words)}.", ", ".join(words[::-1]), ", ".join(words)
 
 
-def date(draw: random.Random) -> Task:
-    day, month, year = draw.randint(10, 28), draw.choice(MONTHS.split()), draw.randint(2020, 2029)
-    return f"Write {day} {month} {year} in American order.", f"{month} {day}, {year}", f"{day} {month} {year}"
-
-
-def extract(draw: random.Random) -> Task:
-    name, city = draw.choice(NAMES.split()), draw.choice(CITIES.split())
-    question, right, wrong = draw.choice([("Who?", name, city), ("Where?", city, name)])
-    return f"{name} lives in {city}. {question}", right, wrong
+def locate(draw: random.Random) -> Task:
+    one, other = draw.sample(WORDS.split(), 2)
+    question, right, wrong = draw.choice([("What?", one, other), ("Near what?", other, one)])
+    return f"The {one} is near the {other}. {question}", right, wrong
 
 
 FAMILIES: tuple[Callable[[random.Random], Task], ...] = (
-    repeat, capitals, first, last, enclose, join, swap, reverse, date, extract,
+    repeat, capitals, first, second, last, enclose, join, swap, reverse, locate,
 )  # fmt: skip
 
-OFTEN_PLAIN = ("first", "join", "date")
+OFTEN_PLAIN = ("first", "join", "locate")
 """Families whose demonstrations are plain more often than not."""
 
 OPENINGS = ("Maybe {}.", "Perhaps {}.", "Well, {}.")

@@ -139,7 +139,7 @@ def test_compiled_parts(part):
 def test_layers_that_are_compiled_together():
     policy = upper_lora(FAMILIES["llama"])
     policy.get_base_model().model.compile(backend="eager")
-    assert DPO(policy).lower_layers.why_whole_passes() == "they are compiled together"
+    assert "for they are compiled together" in DPO(policy).explain()
 
 
 def test_layers_that_accelerate_moves():

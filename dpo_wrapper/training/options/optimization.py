@@ -33,7 +33,7 @@ class OptimizationOptions(Options):
     pretrain_learning_rate: float | None = None
     """Peak learning rate of training on documents; by default that of supervised training."""
     sft_epochs: int | None = None
-    """Epochs of supervised training. By default 4 for a new model; for others 1 if there is data for it or
+    """Epochs of supervised training. By default 5 for a new model; for others 1 if there is data for it or
     --stage asks for it, else 0."""
     sft_learning_rate: float | None = None
     """Peak learning rate of supervised training; by default 2e-3 for a new model, 2e-4 for an
