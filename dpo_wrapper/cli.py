@@ -105,10 +105,12 @@ def plan(config: "TrainConfig") -> None:
 
 def train(config: "TrainConfig") -> None:
     try:
+        from dpo_wrapper.training.monitoring.terminal import hide_library_bars
         from dpo_wrapper.training.setup import set_up_training
         from dpo_wrapper.training.stopping import TrainingError
         from dpo_wrapper.training.train import run_training
 
+        hide_library_bars()
         setup = set_up_training(config)
     except (ValueError, TypeError, OSError, ImportError) as error:
         exit_with_error(error)

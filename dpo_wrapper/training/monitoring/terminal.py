@@ -1,6 +1,7 @@
 """Lines and progress bars, which read well in a terminal and in a file."""
 
 import sys
+from importlib.util import find_spec
 from typing import Any
 
 from accelerate import Accelerator
@@ -11,6 +12,14 @@ def print_line(text: str) -> None:
     """Print a line above the progress bars, at once also where the output is a file or a pipe."""
     tqdm.write(text)
     sys.stdout.flush()
+
+
+def hide_library_bars() -> None:
+    """Keep the progress bars of transformers out of a file or a pipe."""
+    if not sys.stderr.isatty() and find_spec("transformers"):
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
 
 
 def create_progress_bar(accelerator: Accelerator, label: str, unit: str, **options: Any) -> tqdm:
