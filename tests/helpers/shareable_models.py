@@ -98,7 +98,7 @@ NOT_SHAREABLE: dict[str, tuple[Make, str]] = {  # with a part of the reason that
     "plain-gru": (ZOO["plain-gru"], "plain module"),
     "mamba": (hf("Mamba"), ELSEWHERE),
     "bloom": (hf("Bloom", n_head=2), ELSEWHERE),
-    "lfm2": (hf("Lfm2", layer_types=["conv", "full_attention"]), DIFFERS),
+    "lfm2": (hf("Lfm2", layer_types=["conv", "full_attention"]), "carry a state along the sequence"),
     "llama4": (hf("Llama4", config_suffix="TextConfig", head_dim=8, **CHUNKS), "than by a sliding window"),
     # with SDPA attention, transformers before 5.18 hands it no causal mask
     "doge": (hf("Doge", "eager"), "mask of its own"),
