@@ -87,6 +87,7 @@ SHAREABLE: dict[str, Make] = {name: make for name, make in ZOO.items() if not na
 }
 
 DIFFERS = "log-probs would differ"
+STATE = "carry a state along the sequence"
 ELSEWHERE = "elsewhere than in transformers' attention interface"
 CHUNKS = dict(layer_types=["chunked_attention", "full_attention"], attention_chunk_size=16, moe_layers=[])
 NOT_SHAREABLE: dict[str, tuple[Make, str]] = {  # with a part of the reason that is given
@@ -96,9 +97,9 @@ NOT_SHAREABLE: dict[str, tuple[Make, str]] = {  # with a part of the reason that
     "residual-attention": (xt(decoder=dict(residual_attn=True)), DIFFERS),
     "dynamic-alibi": (xt(decoder=dict(attn_data_dependent_alibi=True)), "depends on the data"),
     "plain-gru": (ZOO["plain-gru"], "plain module"),
-    "mamba": (hf("Mamba"), ELSEWHERE),
+    "mamba": (hf("Mamba"), STATE),
     "bloom": (hf("Bloom", n_head=2), ELSEWHERE),
-    "lfm2": (hf("Lfm2", layer_types=["conv", "full_attention"]), "carry a state along the sequence"),
+    "lfm2": (hf("Lfm2", layer_types=["conv", "full_attention"]), STATE),
     "llama4": (hf("Llama4", config_suffix="TextConfig", head_dim=8, **CHUNKS), "than by a sliding window"),
     # with SDPA attention, transformers before 5.18 hands it no causal mask
     "doge": (hf("Doge", "eager"), "mask of its own"),
