@@ -192,6 +192,7 @@ def run_command(args: argparse.Namespace, clock: Clock) -> None:
         "epochs": args.runs + 1,
         "eval-fraction": 0,
         "save-steps": 0,
+        "exact-answers": 0,
         "samples": 0,
         "max-length": MAX_LENGTH,
         "lora-r": LORA["r"],
