@@ -167,10 +167,10 @@ class Clock:
 
 def run_command(args: argparse.Namespace, clock: Clock) -> None:
     from dpo_wrapper.cli import main
-    from dpo_wrapper.training import evaluator
+    from dpo_wrapper.training.evaluator import Evaluator
     from dpo_wrapper.training.monitoring.monitor import Monitor
 
-    evaluator.MAX_TRAIN_EXAMPLES_EVALUATED = 0
+    Evaluator.evaluate_if_due = lambda self, step: None  # type: ignore[assignment, method-assign, misc]
     log_step, make = Monitor.log_step, Monitor.__enter__
 
     def start(self: Monitor) -> Monitor:
