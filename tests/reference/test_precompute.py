@@ -321,7 +321,7 @@ def test_precomputation_trains_alike_without_a_reference(rows, tmp_path, monkeyp
     assert stages[-1].dpo.ref_model is None
     assert_metrics_close(read_metrics(out), read_metrics(without_memory))
     parts = [len(list((out / "reference" / name).iterdir())) for name in ("train", "eval")]
-    assert parts == [8, 2]  # of three pairs
+    assert parts == [7, 2]  # of three pairs
     assert (
         load_file(out / "model.safetensors").keys() == load_file(without_memory / "model.safetensors").keys()
     )
@@ -351,7 +351,7 @@ def test_an_interrupted_run_with_a_cache_resumes(rows, tmp_path, monkeypatch, wh
     monkeypatch.setattr(precompute, "write_file", breaks)
     breaks.left = 0  # type: ignore[attr-defined]
     train(make_config(rows, tmp_path / "out", resume=True, **options))
-    count = 7 if where == "precomputation" else 0  # of 10 parts, 3 were there
+    count = 6 if where == "precomputation" else 0  # of 9 parts, 3 were there
     assert -breaks.left == count  # type: ignore[attr-defined]
     assert read_metrics(tmp_path / "out") == read_metrics(tmp_path / "whole")
 
@@ -393,7 +393,7 @@ def test_two_processes_cache_what_one_does(rows, tmp_path, without_memory):
     run_in_two_processes(script, rows, tmp_path)
     for name in ("first", "ahead"):
         assert_metrics_close(read_metrics(without_memory), read_metrics(tmp_path / name))
-    assert len(list((tmp_path / "ahead" / "reference" / "train").iterdir())) == 8
+    assert len(list((tmp_path / "ahead" / "reference" / "train").iterdir())) == 7
 
 
 @pytest.mark.pitfall(25)
