@@ -8,9 +8,10 @@ from pathlib import Path
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.estimate import estimate_stage, format_estimate
 from dpo_wrapper.training.monitoring.trackers import Trackers
+from dpo_wrapper.training.processes import create_accelerator
 from dpo_wrapper.training.setup import set_up_training
 from dpo_wrapper.training.train import create_stage, describe_plan, describe_size
-from dpo_wrapper.training.trainer import Trainer, create_accelerator
+from dpo_wrapper.training.trainer import Trainer
 
 
 def plan_run(config: TrainConfig) -> None:

@@ -42,7 +42,7 @@ class Stage(ABC):
     Attributes:
         name: identifies the stage in the log and in checkpoints.
         scorer: computes the log-probs of the model that is trained.
-        epochs, learning_rate: number of epochs, and peak learning rate.
+        epochs, num_steps, learning_rate: as in `StagePlan`.
         reference_cache: log-probs that the first epoch computes and later ones look up, or None.
         has_reference: whether the model is compared with what it was before the first step.
         reference_changes: whether the reference moves while the stage runs.
@@ -58,7 +58,7 @@ class Stage(ABC):
 
     def __init__(self, plan: StagePlan) -> None:
         self.name: StageName = plan.name
-        self.epochs, self.learning_rate = plan.epochs, plan.learning_rate
+        self.epochs, self.num_steps, self.learning_rate = plan.epochs, plan.num_steps, plan.learning_rate
 
     @property
     @abstractmethod

@@ -29,13 +29,14 @@ from dpo_wrapper.training.monitoring.figure import Figure
 from dpo_wrapper.training.monitoring.terminal import create_progress_bar, print_line
 from dpo_wrapper.training.monitoring.trackers import Trackers
 from dpo_wrapper.training.policy import compile_layers
+from dpo_wrapper.training.processes import create_accelerator
 from dpo_wrapper.training.reference_words import describe_merging, describe_reference
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.setup import TrainSetup, set_up_training
 from dpo_wrapper.training.stage_plan import Splits, StagePlan
 from dpo_wrapper.training.stages import DPOStage, SFTStage, Stage
 from dpo_wrapper.training.stopping import TrainingError
-from dpo_wrapper.training.trainer import Trainer, create_accelerator
+from dpo_wrapper.training.trainer import Trainer
 
 
 def train(config: TrainConfig) -> RunFolder:
@@ -89,8 +90,7 @@ def run_stages(setup: TrainSetup) -> None:
         accelerator.wait_for_everyone()
 
     if run.needs_training:
-        options = {"mixed_precision": config.precision, "cpu": config.cpu}
-        with Trackers(config, run, **options) as trackers:
+        with Trackers(config, run) as trackers:
             step_offset = 0
             for plan, following in zip_longest(setup.stages, setup.stages[1:]):
                 if STAGES.index(run.progress.stage) <= STAGES.index(plan.name):
@@ -102,7 +102,7 @@ def run_stages(setup: TrainSetup) -> None:
                     Trainer(*parts, save_model=None if following else save_model).train()
                     if following is not None and accelerator.is_main_process:
                         save_stage(setup, plan, following)
-                step_offset += plan.count_steps(config)
+                step_offset += plan.num_steps
     if accelerator.is_main_process:
         report_results(setup)
         run.finish()

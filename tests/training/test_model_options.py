@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 
 from dpo_wrapper.pretrained import load_pretrained
 from dpo_wrapper.training.policy import resolve_dtype, set_up_policy
+from dpo_wrapper.training.processes import create_accelerator
 from dpo_wrapper.training.setup import set_up_training
 from dpo_wrapper.training.stopping import TrainingError
-from dpo_wrapper.training.train import create_accelerator, create_stage, run_training, train
+from dpo_wrapper.training.train import create_stage, run_training, train
 from helpers.models import hf_gpt2, hf_llama, hf_opt
 from helpers.runs import assert_metrics_close, interrupt_training, make_config, read_metrics
 from helpers.shareable_models import hf
