@@ -4,7 +4,6 @@ docs/training.md has a table of what is said, and when. Thresholds are in nats p
 that they mean the same for short answers and long ones.
 """
 
-import json
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -12,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from dpo_wrapper.data.whole_files import write_whole
+from dpo_wrapper.training.files import read_json_lines, write_json_lines
 
 CHOSEN_FALL = 0.3
 """Nats per token by which the log-prob of chosen completions may fall: each token is then 26% less likely.
@@ -88,8 +87,7 @@ class Explanations:
         self, file: Path, settings: Metrics, num_steps: int, records: Iterable[Metrics] = ()
     ) -> None:
         self.file, self.settings, self.num_steps = file, settings, num_steps
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        self.said = {(line["stage"], line["name"]): line for line in map(json.loads, lines)}
+        self.said = {(line["stage"], line["name"]): line for line in read_json_lines(file)}
         self.steps: deque[Metrics] = deque(maxlen=max(CLIPPED_STEPS, RISE_STEPS))
         self.first: dict[str, Metrics] = {}
         self.first_losses: list[float] = []
@@ -135,8 +133,7 @@ class Explanations:
     def say(self, stage: str, step: int, name: str, text: str) -> str:
         """Note that something is said, and return it with its place."""
         self.said[stage, name] = {"stage": stage, "step": step, "name": name, "text": text}
-        lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in self.said.values()]
-        write_whole(self.file, "".join(lines))
+        write_json_lines(self.file, self.said.values())
         return f"{stage}, step {step}: {text}"
 
     def explain_falling_chosen(self, part: str, step: int, metrics: Metrics) -> str | None:

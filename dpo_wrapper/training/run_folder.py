@@ -18,7 +18,13 @@ from typing import Any, Literal
 
 from dpo_wrapper.pretrained import RUN_FILE, read_run
 from dpo_wrapper.training.config import STAGES, StageName, TrainConfig, flag
-from dpo_wrapper.training.files import check_writable, link_file, remove_folder, write_json
+from dpo_wrapper.training.files import (
+    check_writable,
+    link_file,
+    read_json_lines,
+    remove_folder,
+    write_json,
+)
 
 CHANGEABLE_SETTINGS = (
     "resume", "out", "save_steps", "cpu", "logging_steps", "sample_steps", "samples", "report_to", "project",
@@ -210,12 +216,10 @@ class RunFolder:
             log.write(json.dumps({"stage": stage, "part": part, "step": step, **finite}) + "\n")
 
     def read_records(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.metrics_file.read_text(encoding="utf-8").splitlines()]
+        return read_json_lines(self.metrics_file)
 
     def read_samples(self) -> list[dict[str, Any]]:
-        if not self.samples_file.exists():
-            return []
-        return [json.loads(line) for line in self.samples_file.read_text(encoding="utf-8").splitlines()]
+        return read_json_lines(self.samples_file)
 
     def create_new_checkpoint(self) -> None:
         """Create an empty folder for the files of the next checkpoint."""

@@ -1,15 +1,14 @@
 """Completions of policy and reference for the same few prompts, side by side, while a stage runs."""
 
-import json
 from collections.abc import Sequence
 from statistics import fmean
 
 from torch import nn
 
-from dpo_wrapper.data.whole_files import write_whole
 from dpo_wrapper.evaluation.samples import find_prompts, generate_completions
 from dpo_wrapper.pretrained import PretrainedModel
 from dpo_wrapper.training.config import STAGES
+from dpo_wrapper.training.files import write_json_lines
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.stage_plan import Splits
 from dpo_wrapper.training.stages import Progress, Stage, ignore_progress
@@ -79,8 +78,7 @@ class Samples:
         ]
         place = (self.stage.name, step)  # of which there are samples if other weights are taken at the end
         self.records = [one for one in self.records if (one["stage"], one["step"]) != place] + new
-        lines = [json.dumps(record, ensure_ascii=False) for record in self.records]
-        write_whole(self.run.samples_file, "\n".join(lines) + "\n")
+        write_json_lines(self.run.samples_file, self.records)
         return new
 
     def measure_lengths(self, records: Sequence[Sample]) -> dict[str, float]:
