@@ -42,8 +42,8 @@ def main(args: Sequence[str] | None = None) -> None:
         else:
             from dpo_wrapper.training.command_line import parse_arguments
 
-            config, plans = parse_arguments(arguments)
-            (plan if plans else train)(config)
+            config, is_plan = parse_arguments(arguments)
+            (plan if is_plan else train)(config)
     except KeyboardInterrupt:
         exit_with_error("interrupted before anything was done.", status=128 + signal.SIGINT)
     except ValueError as error:  # options that contradict each other

@@ -53,7 +53,7 @@ ONLY_HERE = {"data": ("batches", "data/collate.py")}
 """Of `data`, one file alone imports batches."""
 
 OPTIONAL = "transformers peft accelerate datasets pyarrow safetensors tokenizers matplotlib tqdm tyro triton"
-MAY_NEED_OPTIONAL = ("training/", "evaluation/report.py", "cli.py", "log_probs/triton_tile.py")
+MAY_NEED_OPTIONAL = ("training/", "cli.py", "log_probs/triton_tile.py")
 """Files that may import an optional library at the top: they themselves are imported inside functions."""
 
 

@@ -145,7 +145,7 @@ def load_converted_adapter(folder: str | Path, base: PretrainedModel, lora_confi
 
 
 def merge_adapter(pretrained: PretrainedModel) -> PretrainedModel:
-    """The model with its adapter, if it has one, written into the weights; its `origin` remembers it."""
+    """The model with its adapter, if it has one, written into the weights; `adapter.merged` names it then."""
     origin, model = pretrained.adapter, pretrained.model
     if origin is None or origin.folder is None or not hasattr(model, "merge_and_unload"):
         return pretrained

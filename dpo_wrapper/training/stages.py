@@ -27,7 +27,7 @@ from dpo_wrapper.training.config import StageName, TrainConfig
 from dpo_wrapper.training.micro_batches import CollateFn
 from dpo_wrapper.training.stage_plan import StagePlan
 
-Progress = Callable[[int], object]
+ProgressCallback = Callable[[int], object]
 
 
 def ignore_progress(_: int) -> None:
@@ -82,7 +82,7 @@ class Stage(ABC):
         module: nn.Module,
         batches: list[Any],
         reduce: Reduce | None,
-        progress: Progress = ignore_progress,
+        progress: ProgressCallback = ignore_progress,
     ) -> dict[str, float]:
         """Metrics over the batches of all processes; `progress` is called with 1 after each batch."""
 
@@ -162,7 +162,7 @@ class SFTStage(Stage):
         module: nn.Module,
         batches: list[Any],
         reduce: Reduce | None,
-        progress: Progress = ignore_progress,
+        progress: ProgressCallback = ignore_progress,
     ) -> dict[str, float]:
         module.eval()
         loss = 0.0
@@ -208,7 +208,7 @@ class DPOStage(Stage):
         module: nn.Module,
         batches: list[Any],
         reduce: Reduce | None,
-        progress: Progress = ignore_progress,
+        progress: ProgressCallback = ignore_progress,
     ) -> dict[str, float]:
         with eval_mode(self.dpo.policy_model) if self.has_dropout else nullcontext():
             return evaluate(module, batches, reduce, progress)

@@ -124,7 +124,7 @@ class Trainer:
             self.monitor,
             self.micro_batch_maker,
             samples,
-            samples_end=self.save_model is not None,
+            is_last_stage=self.save_model is not None,
         )
 
     def run_steps(self, steps_done: int, is_evaluated: bool) -> int:
