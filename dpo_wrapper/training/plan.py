@@ -17,8 +17,8 @@ from dpo_wrapper.training.trainer import Trainer
 def plan_run(config: TrainConfig) -> None:
     """Measure a few steps of each stage of a run, and print what the run would take.
 
-    Tokens are those of the run, memory and time those of this machine. Time is without loading, samples and
-    checkpoints. The run folder is left alone.
+    Tokens are those of the run, memory and time those of this machine. Time is without loading, samples,
+    exact answers and checkpoints. The run folder is left alone.
 
     Raises:
         ValueError, TypeError, OSError, ImportError: as in `set_up_training`.
