@@ -9,6 +9,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
+from dpo_wrapper.error_text import summarize_error
 from dpo_wrapper.models import language_model
 from dpo_wrapper.pretrained import rescales_in_eval_mode
 from dpo_wrapper.scoring import Scorer
@@ -131,7 +132,7 @@ def try_compiler(device: torch.device) -> None:
     try:
         torch.compile(lambda x: x.relu() + 1)(torch.ones(2, device=device))
     except RuntimeError as error:  # which all of the compiler's errors are
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        reason = summarize_error(error)
         raise ValueError(
             f"--torch-compile needs a compiler that torch can use, but it finds none ({reason}): install "
             "one, such as gcc on a CPU, or leave it out."
