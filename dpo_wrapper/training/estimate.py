@@ -125,7 +125,7 @@ def estimate_stage(trainer: Trainer) -> StageEstimate:
     memory = list_memory(trainer, held * 1e9, measure_peak_memory(device) * 1e9)
 
     batches = [batch.to(device) for step in measured for batch in make_batches(sampler[step])]
-    eval_rate = time_calls(stage.evaluate, [(trainer.module, batches, None, lambda _: None)]) / measured_cost
+    eval_rate = time_calls(stage.evaluate, [(trainer.module, batches, None)]) / measured_cost
     eval_cost = cost(count_split(trainer))
     num_evaluated = min(len(trainer.splits.train), MAX_TRAIN_EXAMPLES_EVALUATED)
     train_cost = cost(epoch) * num_evaluated / len(trainer.splits.train)

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from dpo_wrapper.losses import CombinedLoss, parse_losses
 from dpo_wrapper.training.files import read_json_lines, write_json_lines
 
 CHOSEN_FALL = 0.3
@@ -66,9 +67,6 @@ RISE_STEPS = 20
 
 CUT_SHARE = 0.5
 """Share of prompts or of completions that are cut, from which on a run learns from fragments."""
-
-PER_TOKEN_LOSSES = ("simpo", "sigmoidnorm", "alphapo", "orpo", "ipo")
-"""Losses of mean log-probs, for which a longer completion has no larger reward."""
 
 Metrics = Mapping[str, Any]
 
@@ -168,10 +166,9 @@ class Explanations:
 
     def explain_data_lengths(self, part: str, step: int, metrics: Metrics) -> str | None:
         chosen, rejected = metrics.get("length/chosen"), metrics.get("length/rejected")
-        loss = self.settings["loss"].lower()
         if not chosen or not rejected or chosen < LENGTH_RATIO * rejected:
             return None
-        if loss.startswith(PER_TOKEN_LOSSES) or self.settings["ld_alpha"] < 1:
+        if has_rewards_per_token(self.settings["loss"]) or self.settings["ld_alpha"] < 1:
             return None
         return (
             f"chosen completions are {chosen / rejected:.1f} times as long as rejected ones ({chosen:.0f} "
@@ -280,6 +277,12 @@ def explain_cuts(num_cut: int, total: int, what: str, max_length: int) -> list[s
         f"{num_cut / total:.0%} of the {what} are cut at --max-length {max_length}, so that the model learns "
         "from fragments: raise it, or leave long rows out (--on-long drop)."
     ]
+
+
+def has_rewards_per_token(losses: str) -> bool:
+    """Whether a sum of losses, as --loss has it, compares mean log-probs."""
+    loss = CombinedLoss(parse_losses(losses)).reward_loss
+    return loss is not None and loss.is_per_token
 
 
 def distance_per_token(metrics: Metrics) -> float:

@@ -19,16 +19,12 @@ FEED_FORWARD = re.compile(r"(MLP|FeedForward|FFN)$", re.IGNORECASE)
 """Names of classes of feed-forward layers."""
 
 
-def resolve_dtype(config: TrainConfig, trains_base: bool = True) -> torch.dtype | None:
-    """The dtype to load the model's own weights in; None for the one that they are stored in.
-
-    Args:
-        trains_base: whether any of them trains, and not an adapter alone.
-    """
+def resolve_dtype(config: TrainConfig) -> torch.dtype | None:
+    """The dtype to load the model's own weights in; None for the one that they are stored in."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     # on a CPU, float32 is exact, and faster than bfloat16 where the CPU has no units for it
-    is_stored = not trains_base and PartialState(cpu=config.cpu).device.type != "cpu"
+    is_stored = config.has_adapter and PartialState(cpu=config.cpu).device.type != "cpu"
     return None if is_stored else torch.float32
 
 

@@ -44,17 +44,17 @@ def set_up(rows, tmp_path, **options):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "trains_base", "is_cpu", "expected"),
+    ("dtype", "lora", "is_cpu", "expected"),
     [
-        ("auto", True, False, torch.float32),
-        ("auto", False, True, torch.float32),
-        ("auto", False, False, None),
-        ("bfloat16", True, True, torch.bfloat16),
-        ("float16", False, False, torch.float16),
-        ("float32", False, False, torch.float32),
+        ("auto", False, False, torch.float32),
+        ("auto", True, True, torch.float32),
+        ("auto", True, False, None),
+        ("bfloat16", False, True, torch.bfloat16),
+        ("float16", True, False, torch.float16),
+        ("float32", True, False, torch.float32),
     ],
 )
-def test_the_dtype_of_weights(rows, tmp_path, monkeypatch, dtype, trains_base, is_cpu, expected):
+def test_the_dtype_of_weights(rows, tmp_path, monkeypatch, dtype, lora, is_cpu, expected):
     from dpo_wrapper.training import policy
 
     class State:
@@ -62,7 +62,7 @@ def test_the_dtype_of_weights(rows, tmp_path, monkeypatch, dtype, trains_base, i
             self.device = torch.device("cpu" if is_cpu else "cuda")
 
     monkeypatch.setattr(policy, "PartialState", State)
-    assert resolve_dtype(make_config(rows, tmp_path, dtype=dtype), trains_base) == expected
+    assert resolve_dtype(make_config(rows, tmp_path, dtype=dtype, lora=lora)) == expected
 
 
 @pytest.mark.parametrize("model", ["tiny", "llama"])
