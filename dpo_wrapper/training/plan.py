@@ -1,12 +1,12 @@
 """Print what a run would take, without a trace of it: `dpo-wrapper train --plan`."""
 
 import tempfile
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.estimate import estimate_stage, format_estimate
+from dpo_wrapper.training.monitoring.terminal import hide_sharing_warnings
 from dpo_wrapper.training.monitoring.trackers import Trackers
 from dpo_wrapper.training.processes import create_accelerator
 from dpo_wrapper.training.setup import set_up_training
@@ -24,8 +24,7 @@ def plan_run(config: TrainConfig) -> None:
         ValueError, TypeError, OSError, ImportError: as in `set_up_training`.
         TrainingError: the model cannot be trained.
     """
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="prefixes are not shared")  # which `Trainer` prints
+    with tempfile.TemporaryDirectory() as folder, hide_sharing_warnings():
         setup = set_up_training(
             replace(config, out=Path(folder), report_to=(), precompute_ref_log_probs=False, resume=False)
         )

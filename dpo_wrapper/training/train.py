@@ -1,7 +1,6 @@
 """Train a model on a file of preferences: `train(TrainConfig(data = ...))`."""
 
 import errno
-import warnings
 from itertools import zip_longest
 from typing import Any
 
@@ -26,7 +25,7 @@ from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.training.config import STAGES, TrainConfig
 from dpo_wrapper.training.model_card import write_model_card
 from dpo_wrapper.training.monitoring.figure import Figure
-from dpo_wrapper.training.monitoring.terminal import create_progress_bar, print_line
+from dpo_wrapper.training.monitoring.terminal import create_progress_bar, hide_sharing_warnings, print_line
 from dpo_wrapper.training.monitoring.trackers import Trackers
 from dpo_wrapper.training.policy import compile_layers
 from dpo_wrapper.training.processes import create_accelerator
@@ -57,8 +56,7 @@ def run_training(setup: TrainSetup) -> RunFolder:
         StoppedBySignal: SIGINT or SIGTERM came during training; there is a checkpoint.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="prefixes are not shared")  # which `Trainer` prints
+        with hide_sharing_warnings():
             run_stages(setup)
     except (OSError, SafetensorError) as error:
         out = setup.run.path

@@ -73,6 +73,7 @@ class ChatTemplate:
                 f"the chat template should write all of the dialogue, but it leaves out {missing}: name "
                 f"another template by --chat-template, or {remedy}."
             )
+        assert problem is not None
         reason = summarize_error(problem)
         roles = ", ".join(turn.role for turn in turns)
         sentence = f"the chat template should take the roles {roles}, but it raises '{reason}'"
