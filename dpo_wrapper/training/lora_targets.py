@@ -53,9 +53,9 @@ def choose_targets(
             matched = [name for name in candidates if f".{name}".endswith(f".{target}")]
         if not matched:
             example = next((name for name in candidates if IN_A_BLOCK.match(name)), "")
-            whole = f" of the whole names, such as {example}" if is_expression else ""
+            hint = f" of the whole names, such as {example}" if is_expression else ""
             raise ValueError(
-                f"--lora-targets should name layers of the model, but {target} matches none{whole}: it has "
+                f"--lora-targets should name layers of the model, but {target} matches none{hint}: it has "
                 f"{', '.join(name_kinds(candidates))}."
             )
         if layers is not None and not any(find_block(name) in layers for name in matched):
