@@ -93,9 +93,11 @@ def prepare(config: "PrepareConfig") -> None:
 
 def plan(config: "TrainConfig") -> None:
     try:
+        from dpo_wrapper.training.monitoring.terminal import hide_library_bars
         from dpo_wrapper.training.plan import plan_run
         from dpo_wrapper.training.stopping import TrainingError
 
+        hide_library_bars()
         plan_run(config)
     except (ValueError, TypeError, OSError, ImportError) as error:
         exit_with_error(error)
