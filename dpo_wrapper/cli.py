@@ -42,8 +42,8 @@ def main(args: Sequence[str] | None = None) -> None:
         else:
             from dpo_wrapper.training.command_line import parse_arguments
 
-            config, plans = parse_arguments(arguments)
-            (plan if plans else train)(config)
+            config, is_plan = parse_arguments(arguments)
+            (plan if is_plan else train)(config)
     except KeyboardInterrupt:
         exit_with_error("interrupted before anything was done.", status=128 + signal.SIGINT)
     except ValueError as error:  # options that contradict each other
@@ -93,9 +93,11 @@ def prepare(config: "PrepareConfig") -> None:
 
 def plan(config: "TrainConfig") -> None:
     try:
+        from dpo_wrapper.training.monitoring.terminal import hide_library_bars
         from dpo_wrapper.training.plan import plan_run
         from dpo_wrapper.training.stopping import TrainingError
 
+        hide_library_bars()
         plan_run(config)
     except (ValueError, TypeError, OSError, ImportError) as error:
         exit_with_error(error)

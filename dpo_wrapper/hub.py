@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from dpo_wrapper.error_text import summarize_error
+
 TIMEOUT = 10
 """Seconds after which the hub counts as one that cannot be reached."""
 
@@ -42,8 +44,7 @@ def find_on_hub(name: str) -> str:
         try:
             return snapshot_download(name, local_files_only=True)
         except LocalEntryNotFoundError:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-            problem = f"there is no such folder, and the hub cannot be reached ({reason})"
+            problem = f"there is no such folder, and the hub cannot be reached ({summarize_error(error)})"
             raise NotOnHubError(problem) from error
     return name
 

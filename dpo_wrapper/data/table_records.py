@@ -6,6 +6,7 @@ from typing import Any
 from dpo_wrapper.data.errors import ExampleError
 from dpo_wrapper.data.files import Source, import_pyarrow, open_packed
 from dpo_wrapper.data.json_records import Record, decode
+from dpo_wrapper.error_text import summarize_error
 
 IsNeeded = Callable[[str], bool]
 """Whether a column is read; others may hold what Python has no value for, such as far dates."""
@@ -42,7 +43,7 @@ def read_table(
         for last, wrong in sorted(torn.items()):
             yield _torn_row(source, last, wrong), source.split
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = summarize_error(error)
         place = f"{source.name}, after row {number}" if number else source.name
         kind = {".parquet": "Parquet", ".arrow": "Arrow"}.get(source.kind, "a table")
         problem = f"{place}: the file should be {kind}, but reading it gives '{reason}'"
@@ -111,7 +112,7 @@ def _read_datasets(source: Source, split: str | None) -> Iterator[tuple[Any, str
         is_saved = source.kind == "saved"
         loaded = datasets.load_from_disk(source.path) if is_saved else datasets.load_dataset(source.path)
     except Exception as error:  # many kinds, by what is missing
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = summarize_error(error)
         problem = f"'{source.path}' should be a file, a folder or a data set on the hub"
         raise ValueError(f"{problem}, but it cannot be read ({reason}): check the name.") from error
     parts = dict(loaded) if isinstance(loaded, dict) else {None: loaded}

@@ -45,7 +45,7 @@ class ExactAnswers:
             max_positions=self.max_positions,
             progress=progress,
         )
-        is_exact = [given == chosen for given, chosen in zip(completions, answers, strict=True)]
+        is_exact = [completion == answer for completion, answer in zip(completions, answers, strict=True)]
         return sum(is_exact) / len(is_exact)
 
 

@@ -94,6 +94,8 @@ class Loss(ValidatedDataclass, ABC):
     """Whether each value depends on its own pair alone, and not on the other pairs of the batch."""
     has_rewards: ClassVar[bool] = True
     """Whether it compares completions, by rewards that the metrics report."""
+    is_per_token: ClassVar[bool] = False
+    """Whether its rewards are those of a mean token, so that a longer completion has no larger one."""
     is_deterministic: ClassVar[bool] = True
     """Whether the same log-probs always give the same values.
 

@@ -63,6 +63,7 @@ class SigmoidNorm(PairLoss):
     """
 
     has_margin = True
+    is_per_token = True
     beta: float = beta_field()
     divergence: Divergence = divergence_field()
 
@@ -125,6 +126,7 @@ class IPO(PairLoss):
     For: margins that do not run away
     """
 
+    is_per_token = True
     beta: float = beta_field()
     divergence: Divergence = divergence_field()
 

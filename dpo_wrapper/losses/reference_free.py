@@ -83,6 +83,7 @@ class SimPO(PairLoss):
     """
 
     needs_reference = False
+    is_per_token = True
     has_margin = True
     beta: float = positive_field(2.0, "scale of the mean log-probs")
     gamma: float = nonnegative_field(0.5, "margin that chosen should keep over rejected")
@@ -126,6 +127,7 @@ class ORPO(PairLoss):
     """
 
     needs_reference = False
+    is_per_token = True
     beta: float = positive_field(0.1, "weight of the odds ratio")
 
     def __call__(self, pairs: PairLogProbs) -> Float[Tensor, "p"]:

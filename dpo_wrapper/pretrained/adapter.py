@@ -118,7 +118,7 @@ def load_adapter(folder: str | Path, base: PretrainedModel, base_name: str) -> P
     return replace(base, model=model, adapter=replace(origin, folder=str(Path(folder).absolute())))
 
 
-def remember_initial_factors(pretrained: PretrainedModel) -> PretrainedModel:
+def store_initial_factors(pretrained: PretrainedModel) -> PretrainedModel:
     """A model whose adapter was just made from a part of the base's weights, with a copy of its factors."""
     assert pretrained.adapter is not None
     state = import_peft().get_peft_model_state_dict(pretrained.model, save_embedding_layers=False)
@@ -145,7 +145,7 @@ def load_converted_adapter(folder: str | Path, base: PretrainedModel, lora_confi
 
 
 def merge_adapter(pretrained: PretrainedModel) -> PretrainedModel:
-    """The model with its adapter, if it has one, written into the weights; its `origin` remembers it."""
+    """The model with its adapter, if it has one, written into the weights; `adapter.merged` names it then."""
     origin, model = pretrained.adapter, pretrained.model
     if origin is None or origin.folder is None or not hasattr(model, "merge_and_unload"):
         return pretrained

@@ -50,8 +50,8 @@ def build_decoder(decoder_args: dict[str, Any]) -> nn.Module:
 
 def cast_decoder(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Cast a decoder in place, but for the frequencies of rotary positions, which would move positions."""
-    kept = [module for module in model.modules() if type(module).__name__ == "RotaryEmbedding"]
-    buffers = [(module, name, buffer) for module in kept for name, buffer in module.named_buffers()]
+    rotary = [module for module in model.modules() if type(module).__name__ == "RotaryEmbedding"]
+    buffers = [(module, name, buffer) for module in rotary for name, buffer in module.named_buffers()]
     model.to(dtype)
     for module, name, buffer in buffers:
         module.register_buffer(name, buffer)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dpo_wrapper.data.tokens.tokenizers import load_tokenizer
+from dpo_wrapper.error_text import summarize_error
 from dpo_wrapper.hub import NotOnHubError, find_on_hub
 from dpo_wrapper.pretrained.decoder import PRESETS
 from dpo_wrapper.pretrained.model import PretrainedModel
@@ -42,10 +43,9 @@ def load_hugging_face(
     except QuantizationError:
         raise
     except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ValueError(
             f"--model should be a causal LM that transformers can load, but {name} could not be loaded "
-            f"({reason}): check the folder and the options."
+            f"({summarize_error(error)}): check the folder and the options."
         ) from error
     tokenizer = load_tokenizer(tokenizer_name or files, **tokenizer_options)
     return PretrainedModel(model, tokenizer, tokenizer_name or name, None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_wrapper.batches.sequences import ScoredSequences
-from dpo_wrapper.models.base import has_hooks
+from dpo_wrapper.models.base import has_hooks, list_modules
 from dpo_wrapper.models.eval_mode import eval_mode
 from dpo_wrapper.models.lower_layers import DecoderLayer, LayerRecord
 from dpo_wrapper.models.wrappers import is_sharded
@@ -18,7 +18,7 @@ from dpo_wrapper.reference.shared_weights import memory_key
 from dpo_wrapper.scoring.probe import Probe, ProbeKey
 from dpo_wrapper.scoring.probe_head import parameters_reached
 from dpo_wrapper.scoring.probe_tree import TreeTrial, describe_error
-from dpo_wrapper.scoring.rounding import gradients_differ, relative_error
+from dpo_wrapper.scoring.rounding import why_gradients_differ, why_log_probs_differ
 from dpo_wrapper.scoring.scorer import Scorer, probing_lock
 from dpo_wrapper.scoring.stand_ins import preserved_state, stand_in_parameters
 from dpo_wrapper.scoring.token_log_probs import compute_log_probs
@@ -151,11 +151,8 @@ class LowerLayers:
             return describe_error(error)
         finally:
             torch.clear_autocast_cache()
-        difference, differs = relative_error(replayed_tokens, tokens, trial.dtype)
-        if differs:
-            return f"its log-probs would differ (by {difference:.1e}, relatively)"
-        difference, differs = gradients_differ(replayed_gradients, gradients, trial.dtype)
-        return f"its gradients would differ (by {difference:.1e}, relatively)" if differs else None
+        reason = why_log_probs_differ(replayed_tokens, tokens, trial.dtype)
+        return reason or why_gradients_differ(replayed_gradients, gradients, trial.dtype)
 
     def trains_below(self, record: LayerRecord, sequences: ScoredSequences, probe: Probe) -> bool:
         """Whether the common layers' output depends on parameters that train (embeddings, prompts)."""
@@ -192,17 +189,6 @@ def why_not_common(ours: nn.Module, theirs: nn.Module) -> str | None:
     if any(p is not q and (p is None or q is None or memory_key(p) != memory_key(q)) for p, q in pairs):
         return "has other weights in the reference"
     return None
-
-
-def list_modules(module: nn.Module) -> list[nn.Module]:
-    """The module and all below it, which `module.modules()` takes five times as long to find."""
-    visited, modules = {id(module)}, [module]
-    for parent in modules:
-        for child in parent._modules.values():
-            if child is not None and id(child) not in visited:
-                visited.add(id(child))
-                modules.append(child)
-    return modules
 
 
 def list_parameters(modules: list[nn.Module]) -> list[nn.Parameter]:

@@ -7,6 +7,7 @@ import torch
 
 from dpo_wrapper.log_probs import Impl
 from dpo_wrapper.models import LanguageModel
+from dpo_wrapper.models.base import list_modules
 from dpo_wrapper.models.wrappers import wrapper_kind
 from dpo_wrapper.prefix_tree import TreeKernel, TreeOptions
 
@@ -46,9 +47,8 @@ class ProbeKey:
         """The state that a model is in now. This runs in every forward pass, so it reads attributes alone."""
         trains: list[bool] = []
         dtypes: set[torch.dtype] = set()
-        visited, modules = {id(model.model)}, [model.model]
         checkpointed, any_sharded = 0, False
-        for module in modules:
+        for module in list_modules(model.model):
             attributes, module_class = module.__dict__, cast(Any, type(module))
             for parameter in attributes["_parameters"].values():
                 if parameter is not None:
@@ -59,10 +59,6 @@ class ProbeKey:
             if (kind := wrapper_kind(module_class)) is not None:
                 checkpointed += kind == "checkpoint"
                 any_sharded = any_sharded or kind == "sharded"
-            for child in attributes["_modules"].values():
-                if child is not None and id(child) not in visited:
-                    visited.add(id(child))
-                    modules.append(child)
         is_autocast = torch.is_autocast_enabled(device.type)
         needs_grad = torch.is_grad_enabled() and any(trains)
         return cls(

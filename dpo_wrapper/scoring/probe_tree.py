@@ -19,7 +19,7 @@ from dpo_wrapper.models import LanguageModel
 from dpo_wrapper.models.wrappers import is_sharded
 from dpo_wrapper.prefix_tree import PrefixSharingError, TreeKernel, TreeOptions
 from dpo_wrapper.scoring.probe import Probe
-from dpo_wrapper.scoring.rounding import gradients_differ, narrowest_dtype, relative_error
+from dpo_wrapper.scoring.rounding import narrowest_dtype, why_gradients_differ, why_log_probs_differ
 from dpo_wrapper.scoring.token_log_probs import compute_log_probs
 
 LONGEST = 200
@@ -122,13 +122,12 @@ class TreeTrial:
             return "its log-probs would differ, for they depend on other branches of the tree"
         # in narrow dtypes, rounding may send some tokens to other experts of a mixture
         quantile = 0.8 if torch.finfo(self.dtype).bits <= 16 else 1.0
-        difference, differs = relative_error(tokens, padded_tokens, self.dtype, quantile)
-        if differs:
-            return f"its log-probs would differ (by {difference:.1e}, relatively)"
+        reason = why_log_probs_differ(tokens, padded_tokens, self.dtype, quantile)
+        if reason is not None:
+            return reason
         if ignores_positions:
             return "its log-probs would differ, for they do not depend on the positions of a tree"
-        difference, differs = gradients_differ(gradients, padded_gradients, self.dtype)
-        return f"its gradients would differ (by {difference:.1e}, relatively)" if differs else None
+        return why_gradients_differ(gradients, padded_gradients, self.dtype)
 
     def mixes_branches(self, sequences: ScoredSequences, probe: Probe, tokens: Tensor) -> bool:
         """Whether changing one branch changes log-probs of another.

@@ -47,15 +47,21 @@ def relative_error(
     return error, not error <= tolerance  # NaN counts as a difference
 
 
-def gradients_differ(
+def why_log_probs_differ(
+    values: Float[Tensor, "*n"], expected: Float[Tensor, "*n"], dtype: torch.dtype, quantile: float = 1.0
+) -> str | None:
+    """By how much log-probs are off, in words; None if it is rounding. Arguments as in `relative_error`."""
+    error, differs = relative_error(values, expected, dtype, quantile)
+    return f"its log-probs would differ (by {error:.1e}, relatively)" if differs else None
+
+
+def why_gradients_differ(
     gradients: list[Tensor | None], expected: list[Tensor | None], dtype: torch.dtype
-) -> tuple[float, bool]:
-    """The largest error of a gradient relative to its norm, and whether it is more than rounding.
+) -> str | None:
+    """The largest error of a gradient relative to its norm, in words; None if it is rounding.
 
     None stands for a gradient of zeros. Gradients that are small beside the largest count for little.
     """
-    if not gradients:
-        return 0.0, False
     norms, errors = [], []
     for gradient, truth in zip(gradients, expected, strict=True):
         known = truth if truth is not None else gradient
@@ -68,7 +74,9 @@ def gradients_differ(
         norms.append(truth.norm())
         errors.append((gradient - truth).norm())
     if not norms:
-        return 0.0, False
+        return None
     norm, difference = torch.stack(norms), torch.stack(errors)
     error = (difference / norm.clamp(min=1e-2 * float(norm.max())).clamp(min=1e-30)).max().item()
-    return error, not error <= GRADIENT_TOLERANCE.get(dtype, 0.3)
+    if error <= GRADIENT_TOLERANCE.get(dtype, 0.3):  # which NaN is not
+        return None
+    return f"its gradients would differ (by {error:.1e}, relatively)"

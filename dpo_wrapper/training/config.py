@@ -53,13 +53,13 @@ class TrainConfig(DataOptions, ModelOptions, LoraOptions, LossOptions, Optimizat
 
     def peak_learning_rate(self, stage: StageName, num_steps: int) -> float:
         """The peak learning rate of a stage of so many steps, as it was given or by default."""
-        given = {
+        learning_rate = {
             "pretrain": self.pretrain_learning_rate or self.sft_learning_rate,
             "sft": self.sft_learning_rate,
             "dpo": self.learning_rate,
         }[stage]
-        if given is not None:
-            return given
+        if learning_rate is not None:
+            return learning_rate
         if self.has_adapter:
             return default_adapter_rate(num_steps) if stage == "dpo" else 2e-4
         if self.is_new_model:

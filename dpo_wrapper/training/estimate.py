@@ -94,7 +94,10 @@ def estimate_stage(trainer: Trainer) -> StageEstimate:
     stage, sampler, device = trainer.stage, trainer.sampler, trainer.accelerator.device
     num_epoch_steps = len(sampler) // stage.epochs
     make_batches = trainer.micro_batch_maker(trainer.splits.train)
-    counts = {step: TokenCounts.of_batches(make_batches(sampler[step])) for step in spread(num_epoch_steps)}
+    counts = {
+        step: TokenCounts.of_batches(make_batches(sampler[step]))
+        for step in choose_counted_steps(num_epoch_steps)
+    }
     epoch = sum(counts.values(), TokenCounts()) * (num_epoch_steps / len(counts))
     is_padded = stage.scorer.tree_options is None
 
@@ -122,7 +125,7 @@ def estimate_stage(trainer: Trainer) -> StageEstimate:
     memory = list_memory(trainer, held * 1e9, measure_peak_memory(device) * 1e9)
 
     batches = [batch.to(device) for step in measured for batch in make_batches(sampler[step])]
-    eval_rate = time_calls(stage.evaluate, [(trainer.module, batches, None, lambda _: None)]) / measured_cost
+    eval_rate = time_calls(stage.evaluate, [(trainer.module, batches, None)]) / measured_cost
     eval_cost = cost(count_split(trainer))
     num_evaluated = min(len(trainer.splits.train), MAX_TRAIN_EXAMPLES_EVALUATED)
     train_cost = cost(epoch) * num_evaluated / len(trainer.splits.train)
@@ -144,7 +147,7 @@ def estimate_stage(trainer: Trainer) -> StageEstimate:
     )
 
 
-def spread(num_steps: int) -> list[int]:
+def choose_counted_steps(num_steps: int) -> list[int]:
     """Up to `MAX_COUNTED_STEPS` steps of an epoch, evenly spread."""
     count = min(num_steps, MAX_COUNTED_STEPS)
     return [k * num_steps // count for k in range(count)]
@@ -175,10 +178,10 @@ def list_memory(trainer: Trainer, held: float, peak: float) -> dict[str, float]:
     module: Any = trainer.stage.module
     policy = trainer.stage.scorer.language_model.model
     reference = getattr(module, "ref_model", None)
-    weights = storages(policy)
+    weights = measure_storages(policy)
     memory: dict[str, float] = {
         "weights": sum(weights.values()),
-        "reference": sum(size for key, size in storages(reference).items() if key not in weights),
+        "reference": sum(size for key, size in measure_storages(reference).items() if key not in weights),
         "gradients": sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad),
         "optimizer": sum(
             value.numel() * value.element_size()
@@ -192,7 +195,7 @@ def list_memory(trainer: Trainer, held: float, peak: float) -> dict[str, float]:
     return memory
 
 
-def storages(model: nn.Module | None) -> dict[int, int]:
+def measure_storages(model: nn.Module | None) -> dict[int, int]:
     """Bytes of each storage of a model's tensors, by its address."""
     if model is None:
         return {}

@@ -34,7 +34,7 @@ class Evaluator:
         module: that of the stage, perhaps wrapped (by DDP).
         make_batches: makes micro-batches of examples, as a function of their indices.
         samples: of the stage; None for none. Other processes than the main one have none.
-        samples_end: whether samples are due at the end of the stage, even if `--sample-steps` is 0.
+        is_last_stage: whether samples are due at the end of the stage, even if `--sample-steps` is 0.
     """
 
     def __init__(
@@ -47,11 +47,11 @@ class Evaluator:
         monitor: Monitor,
         make_batches: Callable[[Sequence[TokenizedExample]], Callable[[list[int]], MicroBatches]],
         samples: Samples | None,
-        samples_end: bool,
+        is_last_stage: bool,
     ) -> None:
         self.accelerator, self.module, self.stage, self.splits = accelerator, module, stage, splits
         self.schedule, self.monitor, self.make_batches = schedule, monitor, make_batches
-        self.samples, self.samples_end = samples, samples_end
+        self.samples, self.is_last_stage = samples, is_last_stage
 
     def evaluate_if_due(self, step: int) -> dict[str, float] | None:
         """Evaluate and sample where that is due; returns the metrics of eval, if it was evaluated."""
@@ -73,17 +73,17 @@ class Evaluator:
         """Log metrics of eval and, at an end of the stage, of train; returns those of eval."""
         metrics = None
         if self.splits.eval:
-            metrics = self.evaluate(step, "eval", self.splits.eval, asks=is_end)
+            metrics = self.evaluate(step, "eval", self.splits.eval, needs_answers=is_end)
         if is_end:
             self.evaluate(step, "train", self.splits.train[:MAX_TRAIN_EXAMPLES_EVALUATED])
         return metrics
 
     def evaluate(
-        self, step: int, name: str, examples: Sequence[TokenizedExample], asks: bool = False
+        self, step: int, name: str, examples: Sequence[TokenizedExample], needs_answers: bool = False
     ) -> dict[str, float]:
         """Log and return the metrics of the examples of a split.
 
-        `asks` says whether the model is asked for exact answers as well.
+        `needs_answers` says whether the model is asked for exact answers as well.
         """
         indices = list(range(len(examples)))
         reduce: Reduce | None = None
@@ -93,9 +93,9 @@ class Evaluator:
         batches = self.make_batches(examples)(indices)
         label = f"evaluating {name} {self.splits.unit}"
         with self.monitor.measure(name, label, "batch", len(batches)) as bar:
-            batches_there = [batch.to(self.accelerator.device) for batch in batches]
-            metrics = self.stage.evaluate(self.module, batches_there, reduce, bar.update)
-        if asks and self.accelerator.is_main_process:
+            on_device = [batch.to(self.accelerator.device) for batch in batches]
+            metrics = self.stage.evaluate(self.module, on_device, reduce, bar.update)
+        if needs_answers and self.accelerator.is_main_process:
             metrics |= self.measure_exact_answers()
         self.monitor.log_evaluation(name, step, metrics, len(examples))
         check_finite(self.stage.name, step, f"{name} loss", metrics["loss"])
@@ -118,7 +118,7 @@ class Evaluator:
         if self.samples is None or not self.samples.prompts:
             return False
         interval = self.schedule.sample_steps
-        is_due = self.schedule.is_due(interval, step) and (interval > 0 or self.samples_end)
+        is_due = self.schedule.is_due(interval, step) and (interval > 0 or self.is_last_stage)
         return is_due or (step == 0 and self.samples.needs_start)
 
     def sample(self, step: int, is_end: bool) -> None:

@@ -4,7 +4,6 @@ docs/training.md has a table of what is said, and when. Thresholds are in nats p
 that they mean the same for short answers and long ones.
 """
 
-import json
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -12,7 +11,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from dpo_wrapper.data.whole_files import write_whole
+from dpo_wrapper.losses import CombinedLoss, parse_losses
+from dpo_wrapper.training.files import read_json_lines, write_json_lines
 
 CHOSEN_FALL = 0.3
 """Nats per token by which the log-prob of chosen completions may fall: each token is then 26% less likely.
@@ -68,10 +68,7 @@ RISE_STEPS = 20
 CUT_SHARE = 0.5
 """Share of prompts or of completions that are cut, from which on a run learns from fragments."""
 
-PER_TOKEN_LOSSES = ("simpo", "sigmoidnorm", "alphapo", "orpo", "ipo")
-"""Losses of mean log-probs, for which a longer completion has no larger reward."""
-
-Metrics = Mapping[str, Any]
+MetricValues = Mapping[str, Any]
 
 
 class Explanations:
@@ -85,20 +82,19 @@ class Explanations:
     """
 
     def __init__(
-        self, file: Path, settings: Metrics, num_steps: int, records: Iterable[Metrics] = ()
+        self, file: Path, settings: Mapping[str, Any], num_steps: int, records: Iterable[MetricValues] = ()
     ) -> None:
         self.file, self.settings, self.num_steps = file, settings, num_steps
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        self.said = {(line["stage"], line["name"]): line for line in map(json.loads, lines)}
-        self.steps: deque[Metrics] = deque(maxlen=max(CLIPPED_STEPS, RISE_STEPS))
-        self.first: dict[str, Metrics] = {}
+        self.said = {(line["stage"], line["name"]): line for line in read_json_lines(file)}
+        self.steps: deque[MetricValues] = deque(maxlen=max(CLIPPED_STEPS, RISE_STEPS))
+        self.first: dict[str, MetricValues] = {}
         self.first_losses: list[float] = []
         self.best_loss, self.num_rises = math.inf, 0
         self.num_right: float = 0
         for record in records:
             self.observe(record["stage"], record["part"], record["step"], record)
 
-    def observe(self, stage: str, part: str, step: int, metrics: Metrics) -> list[str]:
+    def observe(self, stage: str, part: str, step: int, metrics: MetricValues) -> list[str]:
         """What is to be said of the metrics of a step or an evaluation, and was not said before.
 
         Args:
@@ -135,11 +131,10 @@ class Explanations:
     def say(self, stage: str, step: int, name: str, text: str) -> str:
         """Note that something is said, and return it with its place."""
         self.said[stage, name] = {"stage": stage, "step": step, "name": name, "text": text}
-        lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in self.said.values()]
-        write_whole(self.file, "".join(lines))
+        write_json_lines(self.file, self.said.values())
         return f"{stage}, step {step}: {text}"
 
-    def explain_falling_chosen(self, part: str, step: int, metrics: Metrics) -> str | None:
+    def explain_falling_chosen(self, part: str, step: int, metrics: MetricValues) -> str | None:
         change = metrics.get("kl/chosen")
         if change is None and "logps/chosen" in metrics:  # a loss without a reference
             change = metrics["logps/chosen"] - self.first[part]["logps/chosen"]
@@ -159,7 +154,7 @@ class Explanations:
             f"likely: look at samples. What helps: {remedy}, or a lower --learning-rate."
         )
 
-    def explain_distance(self, part: str, step: int, metrics: Metrics) -> str | None:
+    def explain_distance(self, part: str, step: int, metrics: MetricValues) -> str | None:
         kl, length = metrics.get("kl/chosen"), metrics.get("length/chosen")
         if kl is None or not length or abs(kl) < KL_LIMIT * length:
             return None
@@ -169,12 +164,11 @@ class Explanations:
             "worse. What helps: a larger beta, a lower --learning-rate or fewer --epochs."
         )
 
-    def explain_data_lengths(self, part: str, step: int, metrics: Metrics) -> str | None:
+    def explain_data_lengths(self, part: str, step: int, metrics: MetricValues) -> str | None:
         chosen, rejected = metrics.get("length/chosen"), metrics.get("length/rejected")
-        loss = self.settings["loss"].lower()
         if not chosen or not rejected or chosen < LENGTH_RATIO * rejected:
             return None
-        if loss.startswith(PER_TOKEN_LOSSES) or self.settings["ld_alpha"] < 1:
+        if has_rewards_per_token(self.settings["loss"]) or self.settings["ld_alpha"] < 1:
             return None
         return (
             f"chosen completions are {chosen / rejected:.1f} times as long as rejected ones ({chosen:.0f} "
@@ -183,7 +177,7 @@ class Explanations:
             "like lengths."
         )
 
-    def explain_sample_lengths(self, part: str, step: int, metrics: Metrics) -> str | None:
+    def explain_sample_lengths(self, part: str, step: int, metrics: MetricValues) -> str | None:
         policy, reference = metrics["length/policy"], metrics["length/reference"]
         if policy < max(MIN_SAMPLE_LENGTH, SAMPLE_LENGTH_RATIO * reference):
             return None
@@ -193,7 +187,7 @@ class Explanations:
             "helps: --ld-alpha 0.5, or a loss of mean log-probs (sigmoidnorm, simpo)."
         )
 
-    def explain_accuracy(self, part: str, step: int, metrics: Metrics) -> str | None:
+    def explain_accuracy(self, part: str, step: int, metrics: MetricValues) -> str | None:
         accuracy = metrics.get("rewards/accuracies")
         if accuracy is None or step < 2 or self.num_right < 0:
             return None
@@ -208,7 +202,7 @@ class Explanations:
             "--preview 5."
         )
 
-    def explain_stuck_loss(self, part: str, step: int, metrics: Metrics) -> str | None:
+    def explain_stuck_loss(self, part: str, step: int, metrics: MetricValues) -> str | None:
         recent = list(self.steps)[-STUCK_STEPS:]
         if len(recent) < STUCK_STEPS or step < self.num_steps / 2:
             return None
@@ -231,7 +225,7 @@ class Explanations:
             f"loss of a pair ln 2 = 0.693. {why}"
         )
 
-    def explain_clipping(self, part: str, step: int, metrics: Metrics) -> str | None:
+    def explain_clipping(self, part: str, step: int, metrics: MetricValues) -> str | None:
         norms = [one["grad_norm"] for one in list(self.steps)[-CLIPPED_STEPS:] if "grad_norm" in one]
         limit = self.settings["max_grad_norm"]
         if len(norms) < CLIPPED_STEPS or min(norms) <= limit or median(norms) < CLIPPED_NORM * limit:
@@ -243,7 +237,7 @@ class Explanations:
             "or a smaller beta."
         )
 
-    def explain_rising_loss(self, part: str, step: int, metrics: Metrics) -> str | None:
+    def explain_rising_loss(self, part: str, step: int, metrics: MetricValues) -> str | None:
         if len(self.first_losses) < RISE_STEPS:
             self.first_losses.append(metrics["loss"])
             return None
@@ -256,7 +250,7 @@ class Explanations:
             f"{before:.4f}. What helps: a lower --learning-rate, a larger --warmup-ratio or --batch-size."
         )
 
-    def explain_rising_eval_loss(self, part: str, step: int, metrics: Metrics) -> str | None:
+    def explain_rising_eval_loss(self, part: str, step: int, metrics: MetricValues) -> str | None:
         loss = metrics.get("loss", math.inf)
         rises = loss - self.best_loss >= max(MIN_LOSS_RISE, LOSS_RISE * abs(self.best_loss))
         self.num_rises = self.num_rises + 1 if rises else 0
@@ -285,7 +279,13 @@ def explain_cuts(num_cut: int, total: int, what: str, max_length: int) -> list[s
     ]
 
 
-def distance_per_token(metrics: Metrics) -> float:
+def has_rewards_per_token(losses: str) -> bool:
+    """Whether a sum of losses, as --loss has it, compares mean log-probs."""
+    loss = CombinedLoss(parse_losses(losses)).reward_loss
+    return loss is not None and loss.is_per_token
+
+
+def distance_per_token(metrics: MetricValues) -> float:
     """The log-ratio of policy and reference on chosen completions, in nats per token."""
     return float(metrics.get("kl/chosen", 0.0) / max(1.0, metrics.get("length/chosen", 0.0)))
 

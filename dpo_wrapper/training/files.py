@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,19 @@ def check_writable(folder: Path) -> None:
 def write_json(file: Path, content: Any, indent: int | None = None) -> None:
     """Write a file completely or not at all."""
     write_whole(file, json.dumps(content, indent=indent) + "\n")
+
+
+def read_json_lines(file: Path) -> list[dict[str, Any]]:
+    """The lines of a file; none if there is no such file."""
+    if not file.exists():
+        return []
+    with file.open(encoding="utf-8") as lines:  # str.splitlines() splits at U+2028 too, which JSON may hold
+        return [json.loads(line) for line in lines]
+
+
+def write_json_lines(file: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write a file completely or not at all."""
+    write_whole(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def link_file(file: Path, name: Path) -> None:

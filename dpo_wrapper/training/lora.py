@@ -21,7 +21,7 @@ from dpo_wrapper.pretrained.adapter import (
     make_peft_model,
     merge_adapter,
     own_tokenizer,
-    remember_initial_factors,
+    store_initial_factors,
 )
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.lora_targets import choose_layers, choose_targets, find_layers
@@ -96,7 +96,7 @@ def load_policy(
     lora_config = make_lora_config(base, config)
     if stage_folder is None:
         adapted = replace(base, model=make_peft_model(base.model, lora_config))
-        return remember_initial_factors(adapted) if config.changes_base_weights else adapted
+        return store_initial_factors(adapted) if config.changes_base_weights else adapted
     if config.changes_base_weights:
         return load_converted_adapter(stage_folder, base, lora_config)
     adapted = load_adapter(stage_folder, base, config.model)

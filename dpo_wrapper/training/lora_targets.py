@@ -29,28 +29,33 @@ def find_layers(model: nn.Module) -> dict[str, nn.Module]:
 def choose_targets(
     model: nn.Module,
     candidates: Mapping[str, nn.Module],
-    wanted: tuple[str, ...] | None = None,
+    targets: tuple[str, ...] | None = None,
     layers: Sequence[int] | None = None,
 ) -> list[str] | str:
-    """The target modules as PEFT takes them; ValueError if a name matches no layer of the blocks wanted."""
-    if wanted is None:
+    """The target modules as PEFT takes them; ValueError if a target matches no layer of the blocks.
+
+    Args:
+        candidates: the layers that LoRA can adapt, by name.
+        targets, layers: those of --lora-targets, and the numbers of --lora-layers.
+    """
+    if targets is None:
         return shorten_names(find_block_layers(model, candidates), model)
-    is_expression = len(wanted) == 1 and re.search(r"[\\*+?|()\[\]^$]", wanted[0]) is not None
+    is_expression = len(targets) == 1 and re.search(r"[\\*+?|()\[\]^$]", targets[0]) is not None
     if is_expression and layers is not None:
         raise ValueError(
             f"--lora-layers should be given with names of layers, but --lora-targets is the expression "
-            f"{wanted[0]}: write the numbers into it."
+            f"{targets[0]}: write the numbers into it."
         )
-    for target in wanted:
+    for target in targets:
         if is_expression:
             matched = [name for name in candidates if re.fullmatch(target, name)]
         else:
             matched = [name for name in candidates if f".{name}".endswith(f".{target}")]
         if not matched:
             example = next((name for name in candidates if IN_A_BLOCK.match(name)), "")
-            whole = f" of the whole names, such as {example}" if is_expression else ""
+            hint = f" of the whole names, such as {example}" if is_expression else ""
             raise ValueError(
-                f"--lora-targets should name layers of the model, but {target} matches none{whole}: it has "
+                f"--lora-targets should name layers of the model, but {target} matches none{hint}: it has "
                 f"{', '.join(name_kinds(candidates))}."
             )
         if layers is not None and not any(find_block(name) in layers for name in matched):
@@ -59,7 +64,7 @@ def choose_targets(
                 "of them: leave one of the two out."
             )
         check_tied_weights(model, candidates, matched)
-    return wanted[0] if is_expression else list(wanted)
+    return targets[0] if is_expression else list(targets)
 
 
 def find_block_layers(model: Any, candidates: Mapping[str, nn.Module]) -> list[str]:
@@ -117,13 +122,13 @@ def name_kinds(candidates: Iterable[str]) -> list[str]:
 
 def find_block(name: str) -> int | None:
     """The number of the block that a module is in, by its name; None if it is in none."""
-    found = IN_A_BLOCK.match(name)
-    return None if found is None else int(found["index"])
+    match = IN_A_BLOCK.match(name)
+    return None if match is None else int(match["index"])
 
 
-def choose_layers(candidates: Iterable[str], wanted: str | None) -> list[int] | None:
-    """The numbers of the blocks to adapt, None for all; ValueError if the model has one of them not."""
-    layers = None if wanted is None else parse_layers(wanted)
+def choose_layers(candidates: Iterable[str], text: str | None) -> list[int] | None:
+    """The numbers of the blocks to adapt, None for all; ValueError if the model lacks one of them."""
+    layers = None if text is None else parse_layers(text)
     if layers is None:
         return None
     present = sorted({number for name in candidates if (number := find_block(name)) is not None})

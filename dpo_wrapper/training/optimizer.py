@@ -65,27 +65,29 @@ def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
     problem = f"--optimizer should be adamw or the dotted name of a class, but {name}"
     module_name, _, class_name = name.rpartition(".")
     try:
-        found: Any = getattr(importlib.import_module(module_name), class_name, None) if module_name else None
+        optimizer_class: Any = (
+            getattr(importlib.import_module(module_name), class_name, None) if module_name else None
+        )
     except ImportError as error:
         library = name.partition(".")[0]
         raise ImportError(
             f"{problem} cannot be imported ({error}): pip install {library}, or correct the name."
         ) from error
-    if not inspect.isclass(found):
+    if not inspect.isclass(optimizer_class):
         raise ValueError(f"{problem} is none: take one like torch.optim.SGD or bitsandbytes.optim.AdamW8bit.")
-    if not issubclass(found, torch.optim.Optimizer):
+    if not issubclass(optimizer_class, torch.optim.Optimizer):
         raise ValueError(f"{problem} is no torch.optim.Optimizer: take one like torch.optim.SGD.")
-    closure = inspect.signature(found.step).parameters.get("closure")
+    closure = inspect.signature(optimizer_class.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(
             f"{problem} computes the loss several times a step: take one that needs it once, such as adamw."
         )
-    if hasattr(found, "eval"):
+    if hasattr(optimizer_class, "eval"):
         raise ValueError(
             f"{problem} trains other weights than it evaluates (by its eval()): take one that does not, such "
             "as adamw."
         )
-    return found
+    return optimizer_class
 
 
 def has_parameter(optimizer_class: type, name: str) -> bool:

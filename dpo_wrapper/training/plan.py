@@ -1,30 +1,30 @@
 """Print what a run would take, without a trace of it: `dpo-wrapper train --plan`."""
 
 import tempfile
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.estimate import estimate_stage, format_estimate
+from dpo_wrapper.training.monitoring.terminal import hide_sharing_warnings
 from dpo_wrapper.training.monitoring.trackers import Trackers
+from dpo_wrapper.training.processes import create_accelerator
 from dpo_wrapper.training.setup import set_up_training
 from dpo_wrapper.training.train import create_stage, describe_plan, describe_size
-from dpo_wrapper.training.trainer import Trainer, create_accelerator
+from dpo_wrapper.training.trainer import Trainer
 
 
 def plan_run(config: TrainConfig) -> None:
     """Measure a few steps of each stage of a run, and print what the run would take.
 
-    Tokens are those of the run, memory and time those of this machine. Time is without loading, samples and
-    checkpoints. The run folder is left alone.
+    Tokens are those of the run, memory and time those of this machine. Time is without loading, samples,
+    exact answers and checkpoints. The run folder is left alone.
 
     Raises:
         ValueError, TypeError, OSError, ImportError: as in `set_up_training`.
         TrainingError: the model cannot be trained.
     """
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="prefixes are not shared")  # which `Trainer` prints
+    with tempfile.TemporaryDirectory() as folder, hide_sharing_warnings():
         setup = set_up_training(
             replace(config, out=Path(folder), report_to=(), precompute_ref_log_probs=False, resume=False)
         )

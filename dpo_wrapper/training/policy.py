@@ -9,6 +9,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
+from dpo_wrapper.error_text import summarize_error
 from dpo_wrapper.models import language_model
 from dpo_wrapper.pretrained import rescales_in_eval_mode
 from dpo_wrapper.scoring import Scorer
@@ -18,16 +19,12 @@ FEED_FORWARD = re.compile(r"(MLP|FeedForward|FFN)$", re.IGNORECASE)
 """Names of classes of feed-forward layers."""
 
 
-def resolve_dtype(config: TrainConfig, trains_base: bool = True) -> torch.dtype | None:
-    """The dtype to load the model's own weights in; None for the one that they are stored in.
-
-    Args:
-        trains_base: whether any of them trains, and not an adapter alone.
-    """
+def resolve_dtype(config: TrainConfig) -> torch.dtype | None:
+    """The dtype to load the model's own weights in; None for the one that they are stored in."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     # on a CPU, float32 is exact, and faster than bfloat16 where the CPU has no units for it
-    is_stored = not trains_base and PartialState(cpu=config.cpu).device.type != "cpu"
+    is_stored = config.has_adapter and PartialState(cpu=config.cpu).device.type != "cpu"
     return None if is_stored else torch.float32
 
 
@@ -131,7 +128,7 @@ def try_compiler(device: torch.device) -> None:
     try:
         torch.compile(lambda x: x.relu() + 1)(torch.ones(2, device=device))
     except RuntimeError as error:  # which all of the compiler's errors are
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        reason = summarize_error(error)
         raise ValueError(
             f"--torch-compile needs a compiler that torch can use, but it finds none ({reason}): install "
             "one, such as gcc on a CPU, or leave it out."

@@ -1,7 +1,16 @@
-"""Sums over the processes of a run."""
+"""The processes of a run, and sums over them."""
+
+from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor
+
+from dpo_wrapper.training.config import TrainConfig
+
+
+def create_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
+    """What stands for all processes; options are further ones of `Accelerator`."""
+    return Accelerator(mixed_precision=config.precision, cpu=config.cpu, **options)
 
 
 def sum_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:

@@ -18,7 +18,13 @@ from typing import Any, Literal
 
 from dpo_wrapper.pretrained import RUN_FILE, read_run
 from dpo_wrapper.training.config import STAGES, StageName, TrainConfig, flag
-from dpo_wrapper.training.files import check_writable, link_file, remove_folder, write_json
+from dpo_wrapper.training.files import (
+    check_writable,
+    link_file,
+    read_json_lines,
+    remove_folder,
+    write_json,
+)
 
 CHANGEABLE_SETTINGS = (
     "resume", "out", "save_steps", "cpu", "logging_steps", "sample_steps", "samples", "report_to", "project",
@@ -147,8 +153,8 @@ class RunFolder:
         if self.needs_training:
             self._cut_log()
             self.best_file.unlink(missing_ok=True)
-            if (kept := self.checkpoint_folder / self.best_file.name).exists():
-                link_file(kept, self.best_file)
+            if (file := self.checkpoint_folder / self.best_file.name).exists():
+                link_file(file, self.best_file)
         self.start_time = time.monotonic() - self._last_elapsed_seconds()
 
     def elapsed_seconds(self) -> float:
@@ -165,10 +171,10 @@ class RunFolder:
     def _cut_log(self) -> None:
         """Take from the log what came after the checkpoint: it will be logged again."""
         self.metrics_file.touch()
-        size, kept = self.metrics_file.stat().st_size, self.progress.log_bytes
+        num_bytes, log_bytes = self.metrics_file.stat().st_size, self.progress.log_bytes
         if self.progress != Progress():
             self.notes.append(f"Continued after step {self.progress.step} of {self.progress.stage}.")
-        elif size:
+        elif num_bytes:
             number = next(k for k in range(1, 10**6) if not self._earlier_log(k).exists())
             os.rename(self.metrics_file, self._earlier_log(number))
             self.metrics_file.touch()
@@ -177,9 +183,11 @@ class RunFolder:
                 f"{self._earlier_log(number).name}."
             )
             return
-        if size < kept:
-            self.notes.append(f"{self.metrics_file} lacks the last {kept - size} bytes of the run before.")
-        os.truncate(self.metrics_file, min(size, kept))
+        if num_bytes < log_bytes:
+            self.notes.append(
+                f"{self.metrics_file} lacks the last {log_bytes - num_bytes} bytes of the run before."
+            )
+        os.truncate(self.metrics_file, min(num_bytes, log_bytes))
 
     def _earlier_log(self, number: int) -> Path:
         return self.path / f"metrics.{number}.jsonl"
@@ -210,12 +218,10 @@ class RunFolder:
             log.write(json.dumps({"stage": stage, "part": part, "step": step, **finite}) + "\n")
 
     def read_records(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.metrics_file.read_text(encoding="utf-8").splitlines()]
+        return read_json_lines(self.metrics_file)
 
     def read_samples(self) -> list[dict[str, Any]]:
-        if not self.samples_file.exists():
-            return []
-        return [json.loads(line) for line in self.samples_file.read_text(encoding="utf-8").splitlines()]
+        return read_json_lines(self.samples_file)
 
     def create_new_checkpoint(self) -> None:
         """Create an empty folder for the files of the next checkpoint."""

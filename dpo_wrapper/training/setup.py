@@ -57,7 +57,7 @@ def set_up_training(config: TrainConfig) -> TrainSetup:
         config,
         run.find_model(stages),
         config.tokenizer_options(run.today),
-        dtype=resolve_dtype(config, trains_base=not config.has_adapter),
+        dtype=resolve_dtype(config),
         attn_implementation=config.attn_implementation,
     )
     policy_notes = set_up_policy(pretrained.model, config)

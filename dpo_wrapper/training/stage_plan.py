@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo_wrapper.data import StepSampler
 from dpo_wrapper.data.collate import add_kl_completions
 from dpo_wrapper.data.errors import ExampleError
 from dpo_wrapper.data.example_table import ExampleTable
@@ -47,17 +46,19 @@ class Splits:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A stage, how long it takes, and what it is trained on."""
+    """A stage, how long it takes, and what it is trained on.
+
+    Attributes:
+        epochs: passes over the examples, unless --max-steps allows fewer.
+        num_steps: number of optimizer steps.
+        learning_rate: peak of the stage.
+    """
 
     name: StageName
     epochs: int
+    num_steps: int
     learning_rate: float
     splits: Splits
-
-    def count_steps(self, config: TrainConfig) -> int:
-        """Maximum number of optimizer steps."""
-        num_steps = len(StepSampler(len(self.splits.train), config.batch_size, self.epochs))
-        return min(num_steps, config.max_steps or num_steps)
 
 
 def choose_stages(config: TrainConfig, types: Collection[DatasetType]) -> tuple[StageName, ...]:
@@ -147,5 +148,6 @@ def plan_stages(
         splits = Splits(view(stage, *train), view(stage, *eval), unit)
         num_steps = epochs[stage] * math.ceil(len(splits.train) / config.batch_size)
         num_steps = min(num_steps, config.max_steps or num_steps)
-        plans.append(StagePlan(stage, epochs[stage], config.peak_learning_rate(stage, num_steps), splits))
+        learning_rate = config.peak_learning_rate(stage, num_steps)
+        plans.append(StagePlan(stage, epochs[stage], num_steps, learning_rate, splits))
     return plans, errors

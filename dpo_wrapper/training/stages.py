@@ -27,7 +27,7 @@ from dpo_wrapper.training.config import StageName, TrainConfig
 from dpo_wrapper.training.micro_batches import CollateFn
 from dpo_wrapper.training.stage_plan import StagePlan
 
-Progress = Callable[[int], object]
+ProgressCallback = Callable[[int], object]
 
 
 def ignore_progress(_: int) -> None:
@@ -42,7 +42,7 @@ class Stage(ABC):
     Attributes:
         name: identifies the stage in the log and in checkpoints.
         scorer: computes the log-probs of the model that is trained.
-        epochs, learning_rate: number of epochs, and peak learning rate.
+        epochs, num_steps, learning_rate: as in `StagePlan`.
         reference_cache: log-probs that the first epoch computes and later ones look up, or None.
         has_reference: whether the model is compared with what it was before the first step.
         reference_changes: whether the reference moves while the stage runs.
@@ -58,7 +58,7 @@ class Stage(ABC):
 
     def __init__(self, plan: StagePlan) -> None:
         self.name: StageName = plan.name
-        self.epochs, self.learning_rate = plan.epochs, plan.learning_rate
+        self.epochs, self.num_steps, self.learning_rate = plan.epochs, plan.num_steps, plan.learning_rate
 
     @property
     @abstractmethod
@@ -82,7 +82,7 @@ class Stage(ABC):
         module: nn.Module,
         batches: list[Any],
         reduce: Reduce | None,
-        progress: Progress = ignore_progress,
+        progress: ProgressCallback = ignore_progress,
     ) -> dict[str, float]:
         """Metrics over the batches of all processes; `progress` is called with 1 after each batch."""
 
@@ -162,7 +162,7 @@ class SFTStage(Stage):
         module: nn.Module,
         batches: list[Any],
         reduce: Reduce | None,
-        progress: Progress = ignore_progress,
+        progress: ProgressCallback = ignore_progress,
     ) -> dict[str, float]:
         module.eval()
         loss = 0.0
@@ -208,7 +208,7 @@ class DPOStage(Stage):
         module: nn.Module,
         batches: list[Any],
         reduce: Reduce | None,
-        progress: Progress = ignore_progress,
+        progress: ProgressCallback = ignore_progress,
     ) -> dict[str, float]:
         with eval_mode(self.dpo.policy_model) if self.has_dropout else nullcontext():
             return evaluate(module, batches, reduce, progress)

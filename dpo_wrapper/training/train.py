@@ -1,7 +1,6 @@
 """Train a model on a file of preferences: `train(TrainConfig(data = ...))`."""
 
 import errno
-import warnings
 from itertools import zip_longest
 from typing import Any
 
@@ -26,16 +25,17 @@ from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.training.config import STAGES, TrainConfig
 from dpo_wrapper.training.model_card import write_model_card
 from dpo_wrapper.training.monitoring.figure import Figure
-from dpo_wrapper.training.monitoring.terminal import create_progress_bar, print_line
+from dpo_wrapper.training.monitoring.terminal import create_progress_bar, hide_sharing_warnings, print_line
 from dpo_wrapper.training.monitoring.trackers import Trackers
 from dpo_wrapper.training.policy import compile_layers
+from dpo_wrapper.training.processes import create_accelerator
 from dpo_wrapper.training.reference_words import describe_merging, describe_reference
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.setup import TrainSetup, set_up_training
 from dpo_wrapper.training.stage_plan import Splits, StagePlan
 from dpo_wrapper.training.stages import DPOStage, SFTStage, Stage
 from dpo_wrapper.training.stopping import TrainingError
-from dpo_wrapper.training.trainer import Trainer, create_accelerator
+from dpo_wrapper.training.trainer import Trainer
 
 
 def train(config: TrainConfig) -> RunFolder:
@@ -56,8 +56,7 @@ def run_training(setup: TrainSetup) -> RunFolder:
         StoppedBySignal: SIGINT or SIGTERM came during training; there is a checkpoint.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="prefixes are not shared")  # which `Trainer` prints
+        with hide_sharing_warnings():
             run_stages(setup)
     except (OSError, SafetensorError) as error:
         out = setup.run.path
@@ -89,8 +88,7 @@ def run_stages(setup: TrainSetup) -> None:
         accelerator.wait_for_everyone()
 
     if run.needs_training:
-        options = {"mixed_precision": config.precision, "cpu": config.cpu}
-        with Trackers(config, run, **options) as trackers:
+        with Trackers(config, run) as trackers:
             step_offset = 0
             for plan, following in zip_longest(setup.stages, setup.stages[1:]):
                 if STAGES.index(run.progress.stage) <= STAGES.index(plan.name):
@@ -102,7 +100,7 @@ def run_stages(setup: TrainSetup) -> None:
                     Trainer(*parts, save_model=None if following else save_model).train()
                     if following is not None and accelerator.is_main_process:
                         save_stage(setup, plan, following)
-                step_offset += plan.count_steps(config)
+                step_offset += plan.num_steps
     if accelerator.is_main_process:
         report_results(setup)
         run.finish()

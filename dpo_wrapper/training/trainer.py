@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -30,7 +29,7 @@ from dpo_wrapper.training.monitoring.monitor import Monitor
 from dpo_wrapper.training.monitoring.samples import Samples
 from dpo_wrapper.training.monitoring.trackers import Trackers
 from dpo_wrapper.training.optimizer import create_optimizer, create_schedule
-from dpo_wrapper.training.processes import sum_over_processes
+from dpo_wrapper.training.processes import create_accelerator, sum_over_processes
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.schedule import plan_schedule
 from dpo_wrapper.training.stage_plan import Splits
@@ -76,7 +75,7 @@ class Trainer:
             rank=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
         )
-        self.num_steps = min(len(self.sampler), config.max_steps or len(self.sampler))
+        self.num_steps = stage.num_steps
         num_trained = min(len(splits.train) * stage.epochs, self.num_steps * config.batch_size)
         self.schedule = plan_schedule(config, self.num_steps, num_trained, len(splits.eval))
         self.rate_of_step = create_schedule(config, stage.learning_rate, self.num_steps)
@@ -125,7 +124,7 @@ class Trainer:
             self.monitor,
             self.micro_batch_maker,
             samples,
-            samples_end=self.save_model is not None,
+            is_last_stage=self.save_model is not None,
         )
 
     def run_steps(self, steps_done: int, is_evaluated: bool) -> int:
@@ -283,7 +282,3 @@ class Trainer:
             if not self.has_saved:
                 self.monitor.print(describe_checkpoint(self.run.checkpoint_folder, self.config.save_steps))
             self.has_saved = True
-
-
-def create_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
-    return Accelerator(mixed_precision=config.precision, cpu=config.cpu, **options)

@@ -73,6 +73,13 @@ def test_rewards_by_hand(loss_class: Any):
     assert is_close(torch.cat(loss.rewards(example_pair())), expected)
 
 
+@pytest.mark.parametrize("loss_class", [loss for loss in LOSS_CLASSES if loss is not SFT])
+def test_rewards_per_token_do_not_grow_with_the_length(loss_class: Any):
+    policy, reference, length = doubles([-4.0]), doubles([-6.0]), torch.tensor([2])
+    once, twice = (loss_class().reward(policy * k, reference * k, length * k) for k in (1, 2))
+    assert once.item() != 0 and is_close(twice, once.tolist()) == loss_class.is_per_token
+
+
 def test_alpha_po_by_hand():
     # means -2 and -9/4, α = ln 2: f(-2) = (1 - 2²) / ln 2
     chosen, rejected = AlphaPO(beta=0.5, alpha=LN2).rewards(example_pair())

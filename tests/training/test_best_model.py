@@ -89,12 +89,12 @@ def policies(monkeypatch):
     evaluate, evaluate_stage, policies = Evaluator.evaluate, DPOStage.evaluate, {}
     last_step = 0
 
-    def note_step(self, step, name, examples, asks=False):
+    def note_step(self, step, name, examples, needs_answers=False):
         nonlocal last_step
         last_step = step
         state = self.stage.dpo.policy_model.state_dict()
         policies.setdefault(step, {name: value.clone() for name, value in state.items()})
-        return evaluate(self, step, name, examples, asks)
+        return evaluate(self, step, name, examples, needs_answers)
 
     def evaluate_as_given(self, *args):
         return evaluate_stage(self, *args) | {"loss": LOSSES[last_step // 2]}

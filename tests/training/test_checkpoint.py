@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 
 from dpo_wrapper import DPO
 from dpo_wrapper.training.checkpoint import STATE_FILE, FrozenWeights, load_checkpoint, write_checkpoint
+from dpo_wrapper.training.processes import create_accelerator
 from dpo_wrapper.training.state_files import read_state
 from dpo_wrapper.training.stopping import TrainingError
 from dpo_wrapper.training.train import train
-from dpo_wrapper.training.trainer import create_accelerator
 from helpers.adapters import lora
 from helpers.models import hf_llama, hf_llama_tied, xt_rotary
 from helpers.runs import interrupt_training, make_config, read_metrics

@@ -10,7 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from dpo_wrapper import cli
 from dpo_wrapper.pretrained import PRESETS
 from dpo_wrapper.training import plan
-from dpo_wrapper.training.estimate import StageEstimate, TokenCounts, format_estimate, format_seconds, spread
+from dpo_wrapper.training.estimate import (
+    StageEstimate,
+    TokenCounts,
+    choose_counted_steps,
+    format_estimate,
+    format_seconds,
+)
 from dpo_wrapper.training.flops import ForwardFlops
 from dpo_wrapper.training.train import train
 from helpers.runs import BUNDLED, SMALL_DECODER, make_config, read_metrics
@@ -118,8 +124,8 @@ def test_experts_that_a_token_does_not_meet_are_not_counted():
 
 
 def test_steps_are_spread_over_the_epoch():
-    assert spread(5) == [0, 1, 2, 3, 4]
-    steps = spread(1000)
+    assert choose_counted_steps(5) == [0, 1, 2, 3, 4]
+    steps = choose_counted_steps(1000)
     assert len(steps) == 64 and steps[0] == 0 and steps[-1] >= 980 and len(set(steps)) == 64
 
 

@@ -69,7 +69,7 @@ def test_far_from_the_reference(observe_all, kl, is_said):
 def test_chosen_is_longer(observe_all, length, is_said):
     assert observe_all("eval", {"length/chosen": length}) == ["chosen is longer"] * is_said
     assert observe_all("eval", {"length/chosen": 15.1}, ld_alpha=0.5)[is_said:] == []
-    assert observe_all("eval", {"length/chosen": 15.1}, loss="simpo(beta=2.0)")[is_said:] == []
+    assert observe_all("eval", {"length/chosen": 15.1}, loss="0.5*sft + simpo(beta=2.0)")[is_said:] == []
 
 
 @pytest.mark.parametrize("length, is_said", [(39, False), (41, True)])

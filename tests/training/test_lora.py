@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_wrapper.pretrained import load_pretrained
+from dpo_wrapper.training.processes import create_accelerator
 from dpo_wrapper.training.setup import set_up_training
 from dpo_wrapper.training.train import build_dpo, create_stage, run_training, train
-from dpo_wrapper.training.trainer import create_accelerator
 from helpers.lora_runs import logits_of, make_lora_config, save_decoder, save_llama
 from helpers.marks import mark_slow_except
 from helpers.runs import (

@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 
 from dpo_wrapper.pretrained import load_pretrained
 from dpo_wrapper.training.policy import resolve_dtype, set_up_policy
+from dpo_wrapper.training.processes import create_accelerator
 from dpo_wrapper.training.setup import set_up_training
 from dpo_wrapper.training.stopping import TrainingError
-from dpo_wrapper.training.train import create_accelerator, create_stage, run_training, train
+from dpo_wrapper.training.train import create_stage, run_training, train
 from helpers.models import hf_gpt2, hf_llama, hf_opt
 from helpers.runs import assert_metrics_close, interrupt_training, make_config, read_metrics
 from helpers.shareable_models import hf
@@ -43,17 +44,17 @@ def set_up(rows, tmp_path, **options):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "trains_base", "is_cpu", "expected"),
+    ("dtype", "lora", "is_cpu", "expected"),
     [
-        ("auto", True, False, torch.float32),
-        ("auto", False, True, torch.float32),
-        ("auto", False, False, None),
-        ("bfloat16", True, True, torch.bfloat16),
-        ("float16", False, False, torch.float16),
-        ("float32", False, False, torch.float32),
+        ("auto", False, False, torch.float32),
+        ("auto", True, True, torch.float32),
+        ("auto", True, False, None),
+        ("bfloat16", False, True, torch.bfloat16),
+        ("float16", True, False, torch.float16),
+        ("float32", True, False, torch.float32),
     ],
 )
-def test_the_dtype_of_weights(rows, tmp_path, monkeypatch, dtype, trains_base, is_cpu, expected):
+def test_the_dtype_of_weights(rows, tmp_path, monkeypatch, dtype, lora, is_cpu, expected):
     from dpo_wrapper.training import policy
 
     class State:
@@ -61,7 +62,7 @@ def test_the_dtype_of_weights(rows, tmp_path, monkeypatch, dtype, trains_base, i
             self.device = torch.device("cpu" if is_cpu else "cuda")
 
     monkeypatch.setattr(policy, "PartialState", State)
-    assert resolve_dtype(make_config(rows, tmp_path, dtype=dtype), trains_base) == expected
+    assert resolve_dtype(make_config(rows, tmp_path, dtype=dtype, lora=lora)) == expected
 
 
 @pytest.mark.parametrize("model", ["tiny", "llama"])

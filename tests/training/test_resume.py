@@ -63,10 +63,10 @@ def test_the_model_is_saved_before_the_last_evaluation(finished_run, rows, tmp_p
     """Killed in this evaluation, a run evaluates again if there is a checkpoint, and is never lost."""
     evaluate, out = Evaluator.evaluate, tmp_path / "out"
 
-    def killed_evaluation(self, step, name, examples, asks=False):
+    def killed_evaluation(self, step, name, examples, needs_answers=False):
         if (self.stage.name, step, name) == ("dpo", self.schedule.num_steps, "train"):
             raise KilledError
-        return evaluate(self, step, name, examples, asks)
+        return evaluate(self, step, name, examples, needs_answers)
 
     with monkeypatch.context() as patch, pytest.raises(KilledError):
         patch.setattr(Evaluator, "evaluate", killed_evaluation)

@@ -8,6 +8,7 @@ from datetime import date
 from typing import Any
 
 from dpo_wrapper.data.rows.messages import REASONING_KEYS, Message, Turns, iterate_texts, json_or_text
+from dpo_wrapper.error_text import summarize_error
 
 MARK = "\U0010fffd"
 """Stands inside what would be a control token if the template and not a message had written it."""
@@ -72,7 +73,8 @@ class ChatTemplate:
                 f"the chat template should write all of the dialogue, but it leaves out {missing}: name "
                 f"another template by --chat-template, or {remedy}."
             )
-        reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        assert problem is not None
+        reason = summarize_error(problem)
         roles = ", ".join(turn.role for turn in turns)
         sentence = f"the chat template should take the roles {roles}, but it raises '{reason}'"
         raise ValueError(f"{sentence}: change the roles or leave the row out.") from problem

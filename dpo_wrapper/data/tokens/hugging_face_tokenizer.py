@@ -14,6 +14,7 @@ from dpo_wrapper.data.tokens.chat_template import ChatTemplate
 from dpo_wrapper.data.tokens.dialogue_text import DialogueWriter
 from dpo_wrapper.data.tokens.encoded import EncodedExample, Score, mask_tokens
 from dpo_wrapper.data.tokens.literal_text import LiteralEncoder
+from dpo_wrapper.error_text import summarize_error
 from dpo_wrapper.hub import find_on_hub
 
 _TEXT_ROLES = {"user": "Human", "assistant": "Assistant", "tool": "Tool"}
@@ -73,7 +74,7 @@ class HuggingFaceTokenizer:
         try:
             tokenizer = AutoTokenizer.from_pretrained(find_on_hub(str(name_or_folder)))
         except Exception as error:  # OSError, ValueError, KeyError and more, by what is missing or broken
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = summarize_error(error)
             expected = "a folder that holds one or the name of a model on the hub"
             problem = f"the tokenizer should be {expected}, but '{name_or_folder}' is neither ({reason})"
             remedy = "save a tokenizer there with save_pretrained, check the name, or use 'bytes'"

@@ -1,18 +1,17 @@
 """Completions of policy and reference for the same few prompts, side by side, while a stage runs."""
 
-import json
 from collections.abc import Sequence
 from statistics import fmean
 
 from torch import nn
 
-from dpo_wrapper.data.whole_files import write_whole
 from dpo_wrapper.evaluation.samples import find_prompts, generate_completions
 from dpo_wrapper.pretrained import PretrainedModel
 from dpo_wrapper.training.config import STAGES
+from dpo_wrapper.training.files import write_json_lines
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.stage_plan import Splits
-from dpo_wrapper.training.stages import Progress, Stage, ignore_progress
+from dpo_wrapper.training.stages import ProgressCallback, Stage, ignore_progress
 
 Sample = dict[str, str | int | None]
 """A line of samples.jsonl."""
@@ -53,7 +52,7 @@ class Samples:
         with self.stage.reference_model() as model:
             return self.stage.has_reference and model is None
 
-    def take(self, step: int, progress: Progress = ignore_progress) -> list[Sample]:
+    def take(self, step: int, progress: ProgressCallback = ignore_progress) -> list[Sample]:
         """Generate completions after a step, and write them; returns their records.
 
         `progress` is called with the number of prompts that were just answered.
@@ -79,8 +78,7 @@ class Samples:
         ]
         place = (self.stage.name, step)  # of which there are samples if other weights are taken at the end
         self.records = [one for one in self.records if (one["stage"], one["step"]) != place] + new
-        lines = [json.dumps(record, ensure_ascii=False) for record in self.records]
-        write_whole(self.run.samples_file, "\n".join(lines) + "\n")
+        write_json_lines(self.run.samples_file, self.records)
         return new
 
     def measure_lengths(self, records: Sequence[Sample]) -> dict[str, float]:
@@ -92,10 +90,10 @@ class Samples:
                 lengths[f"length/{name}"] = fmean(len(self.pretrained.tokenizer.encode(t)) for t in texts)
         return lengths
 
-    def generate_from_reference(self, progress: Progress) -> list[str | None]:
+    def generate_from_reference(self, progress: ProgressCallback) -> list[str | None]:
         with self.stage.reference_model() as model:
             return [None] * len(self.prompts) if model is None else [*self.generate(model, progress)]
 
-    def generate(self, model: nn.Module, progress: Progress) -> list[str]:
+    def generate(self, model: nn.Module, progress: ProgressCallback) -> list[str]:
         options = (self.pretrained.tokenizer, self.pretrained.max_positions, progress)
         return generate_completions(model, self.prompts, *options)

@@ -1,6 +1,9 @@
 """Lines and progress bars, which read well in a terminal and in a file."""
 
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,6 +23,14 @@ def hide_library_bars() -> None:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
+
+
+@contextmanager
+def hide_sharing_warnings() -> Iterator[None]:
+    """Leave the warning that prefixes are not shared out, of which `Trainer` prints a line."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="prefixes are not shared")
+        yield
 
 
 def create_progress_bar(accelerator: Accelerator, label: str, unit: str, **options: Any) -> tqdm:

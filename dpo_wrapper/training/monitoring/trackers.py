@@ -6,10 +6,10 @@ from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from typing import Any
 
-from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
 from dpo_wrapper.training.config import TrainConfig
+from dpo_wrapper.training.processes import create_accelerator
 from dpo_wrapper.training.run_folder import CHANGEABLE_SETTINGS, RunFolder
 from dpo_wrapper.training.stopping import TrainingError
 
@@ -33,12 +33,12 @@ class Trackers(AbstractContextManager["Trackers"]):
         TrainingError: a tracker does not start.
     """
 
-    def __init__(self, config: TrainConfig, run: RunFolder, **accelerator_options: Any) -> None:
+    def __init__(self, config: TrainConfig, run: RunFolder) -> None:
         self.names = list(config.report_to)
         if not self.names:
             return
         folders = ProjectConfiguration(str(run.path), logging_dir=str(run.path / "tensorboard"))
-        self.accelerator = Accelerator(log_with=self.names, project_config=folders, **accelerator_options)
+        self.accelerator = create_accelerator(config, log_with=self.names, project_config=folders)
         settings = {
             name: value if isinstance(value, (bool, int, float)) else str(value)
             for name, value in run.settings.items()

@@ -110,8 +110,8 @@ def parse_layers(text: str) -> list[int] | None:
     """The numbers in `0,2,28-29`, ascending; None for another text."""
     numbers: set[int] = set()
     for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if found is None or int(found[2] or found[1]) < int(found[1]):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
             return None
-        numbers.update(range(int(found[1]), int(found[2] or found[1]) + 1))
+        numbers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
     return sorted(numbers)

@@ -13,7 +13,7 @@ StageName = Literal["pretrain", "sft", "dpo"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
 """The stages of a run, in their order."""
 
-Schedule = Literal[
+LearningRateSchedule = Literal[
     "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial",
     "inverse_sqrt", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
 ]  # fmt: skip
@@ -61,7 +61,7 @@ class OptimizationOptions(Options):
     bitsandbytes.optim.AdamW8bit."""
     optimizer_args: str | None = None
     """JSON of the optimizer's other arguments: '{"betas": [0.9, 0.95], "eps": 1e-6}'."""
-    lr_scheduler: Schedule = "cosine"
+    lr_scheduler: LearningRateSchedule = "cosine"
     """How the learning rate changes after its rise, by transformers' names. constant has no rise."""
     lr_scheduler_args: str | None = None
     """JSON of the schedule's arguments: '{"min_lr_rate": 0.1}' for cosine_with_min_lr."""

@@ -52,7 +52,7 @@ def test_trackers_get_finite_values_and_settings(library, tmp_path):
         tmp_path / "rows", tmp_path / "first", report_to=(library.__name__,), project="tests"
     )
     run = RunFolder(config)
-    with Trackers(config, run, cpu=True) as trackers:
+    with Trackers(config, run) as trackers:
         trackers.log("dpo", "step", 7, {"loss": 0.5, "kl": float("nan")})
         trackers.log("dpo", "eval", 7, {"loss": 0.25})
     assert library.logged == [(7, {"dpo/loss": 0.5}), (7, {"dpo/eval/loss": 0.25})]
@@ -90,7 +90,7 @@ def test_a_tracker_that_does_not_start_is_told(library, tmp_path, monkeypatch):
     config = make_config(tmp_path / "rows", tmp_path / "out", report_to=(library.__name__,))
     expected = r"should start its trackers, but .*\(no API key: log in first\): mend that"
     with pytest.raises(TrainingError, match=expected):
-        Trackers(config, RunFolder(config), cpu=True)
+        Trackers(config, RunFolder(config))
 
 
 def test_a_missing_library_is_named_before_anything_is_read(tmp_path, monkeypatch):
