@@ -231,6 +231,6 @@ def test_a_run_that_resumes_says_it_once(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_run_whose_rows_are_cut_says_so(rows, tmp_path):
     notes = set_up_training(make_config(rows, tmp_path / "out", max_length=12)).notes
-    assert any("of the completions are cut at --max-length 12" in note for note in notes)
+    assert any("of the prompts are cut at --max-length 12" in note for note in notes)
     notes = set_up_training(make_config(rows, tmp_path / "out", max_length=512)).notes
     assert not any("are cut" in note for note in notes)
