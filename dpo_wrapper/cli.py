@@ -19,6 +19,9 @@ COMMANDS = {
 }
 """What each command does."""
 
+INPUT_ERRORS = (ValueError, TypeError, OSError, ImportError)
+"""What commands raise, with one sentence, for input that they cannot use."""
+
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run one command.
@@ -87,7 +90,7 @@ def prepare(config: "PrepareConfig") -> None:
     except KeyboardInterrupt:
         sentence = "the preparation was interrupted; the same command goes on with it"
         exit_with_error(f"{sentence}.", status=128 + signal.SIGINT)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except INPUT_ERRORS as error:
         exit_with_error(error)
 
 
@@ -99,7 +102,7 @@ def plan(config: "TrainConfig") -> None:
 
         hide_library_bars()
         plan_run(config)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except INPUT_ERRORS as error:
         exit_with_error(error)
     except TrainingError as error:
         exit_with_error(error, status=1)
@@ -114,7 +117,7 @@ def train(config: "TrainConfig") -> None:
 
         hide_library_bars()
         setup = set_up_training(config)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except INPUT_ERRORS as error:
         exit_with_error(error)
     try:
         run_training(setup)
