@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dpo_wrapper.batches.batch import Batch
+from dpo_wrapper.batches.sequences import ScoredSequences
 from dpo_wrapper.losses.base import Loss
 from dpo_wrapper.losses.inputs import PairLogProbs, RankedLogProbs, UnpairedLogProbs
 
@@ -53,11 +54,15 @@ def batch_metrics(
         valid, metrics = "lists/valid", ranked_metrics(log_probs, loss, dtype)
     else:
         valid, metrics = "rows/valid", unpaired_metrics(log_probs, loss, dtype)
-    num_unique, num_padded = batch.sequences.unique_tokens(), batch.sequences.ids.numel()
-    sizes = {valid: len(losses), "tokens/unique": num_unique, "tokens/padded": num_padded}
-    size_tensors = {name: losses.new_full((), size) for name, size in sizes.items()}
+    sizes = {valid: losses.new_full((), len(losses))} | count_tokens(batch.sequences, losses)
     aux_metrics = {} if aux_loss is None else {"aux_loss": aux_loss.detach().to(losses)}
-    return {"loss": mean(losses)} | aux_metrics | metrics | size_tensors
+    return {"loss": mean(losses)} | aux_metrics | metrics | sizes
+
+
+def count_tokens(sequences: ScoredSequences, like: Tensor) -> Metrics:
+    """What a batch's sequences cost, as counts of the dtype and device of another tensor."""
+    counts = {"tokens/unique": sequences.unique_tokens(), "tokens/padded": sequences.ids.numel()}
+    return {name: like.new_full((), count) for name, count in counts.items()}
 
 
 def pair_metrics(pairs: PairLogProbs, loss: Loss | None, dtype: torch.dtype) -> Metrics:

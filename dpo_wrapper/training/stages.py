@@ -19,6 +19,7 @@ from dpo_wrapper.dpo import DPO
 from dpo_wrapper.evaluation.evaluate import evaluate
 from dpo_wrapper.evaluation.exact_answers import ExactAnswers
 from dpo_wrapper.log_probs import FusedLoss
+from dpo_wrapper.metrics import count_tokens
 from dpo_wrapper.models.eval_mode import eval_mode
 from dpo_wrapper.reference import LogProbCache
 from dpo_wrapper.reference.reference import ModelReference
@@ -149,12 +150,8 @@ class SFTStage(Stage):
     def micro_batch_loss(self, module: nn.Module, batch: SFTBatch) -> tuple[Tensor, dict[str, Tensor]]:
         module.train()
         loss, sequences = module(batch), batch.sequences
-        counts = {
-            "tokens/scored": len(sequences.row),
-            "tokens/unique": sequences.unique_tokens(),
-            "tokens/padded": sequences.ids.numel(),
-        }
-        return loss, {name: loss.new_full((), count) for name, count in counts.items()}
+        num_scored = loss.new_full((), len(sequences.row))
+        return loss, {"tokens/scored": num_scored} | count_tokens(sequences, loss)
 
     @torch.no_grad()
     def evaluate(
