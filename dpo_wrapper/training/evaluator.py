@@ -20,7 +20,7 @@ from dpo_wrapper.training.stage_plan import Splits
 from dpo_wrapper.training.stages import Stage
 from dpo_wrapper.training.stopping import check_finite
 
-MAX_TRAIN_EXAMPLES_EVALUATED = 512
+MAX_TRAIN_EXAMPLES_EVALUATED = 256
 """Number of train examples that are evaluated at both ends of a stage, to see how their log-probs changed."""
 
 MAX_SAMPLE_CHARS = 160

@@ -47,14 +47,14 @@ def plan_schedule(config: TrainConfig, num_steps: int, num_trained: int, num_eva
     """The schedule of a stage.
 
     By default a stage is evaluated at both ends and up to 7 times between them, but not more often than every
-    10 steps, nor on more examples than are trained on.
+    10 steps, nor on more than half as many examples as are trained on.
 
     Args:
         num_steps: of the stage.
         num_trained: examples of all its steps.
         num_eval: examples of an evaluation.
     """
-    affordable = num_trained // max(1, num_eval)
+    affordable = num_trained // max(1, 2 * num_eval)
     intervals = max(1, min(MAX_EVALUATIONS, num_steps // MIN_EVAL_STEPS, affordable))
     return Schedule(
         num_steps,

@@ -18,7 +18,8 @@ def plan(num_steps, num_trained=10**6, num_eval=10, **options):
         (42, 648, 40, 11),  # at least ten steps apart
         (14, 216, 40, 14),
         (5, 80, 10, 5),
-        (200, 3200, 1600, 100),  # on no more examples than are trained on
+        (200, 3200, 800, 100),  # on at most half as many examples as are trained on
+        (200, 3200, 1000, 200),
         (200, 3200, 4000, 200),
         (200, 3200, 0, 25),
     ],

@@ -20,7 +20,7 @@ class OutputOptions(Options):
     there are about 20 lines a stage. metrics.jsonl has a line for every step."""
     eval_steps: Annotated[int | None, tyro.conf.arg(aliases=["--eval-every"])] = None
     """Number of steps between evaluations. By default a stage is evaluated at both ends, and up to 7 times
-    between them: 10 steps or more apart, and on no more examples than are trained on."""
+    between them: 10 steps or more apart, and on at most half as many examples as are trained on."""
     save_steps: Annotated[int, tyro.conf.arg(aliases=["--save-every"])] = 200
     """Number of steps between checkpoints, of which the newest is kept; the last is written before the final
     evaluation. 0 for none but the one that SIGINT or SIGTERM asks for. With AdamW a checkpoint has three
