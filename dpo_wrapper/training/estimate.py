@@ -1,5 +1,6 @@
 """What a run will take, from a few measured steps: `dpo-wrapper train --plan`."""
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -10,13 +11,13 @@ from torch import nn
 
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.prefix_tree import PrefixTree
-from dpo_wrapper.training.evaluator import MAX_TRAIN_EXAMPLES_EVALUATED
 from dpo_wrapper.training.flops import ForwardFlops
 from dpo_wrapper.training.monitoring.memory import (
     measure_held_memory,
     measure_peak_memory,
     reset_peak_memory,
 )
+from dpo_wrapper.training.schedule import MAX_TRAIN_EVALUATED
 from dpo_wrapper.training.trainer import Trainer
 
 NUM_MEASURED_STEPS = 3
@@ -127,12 +128,14 @@ def estimate_stage(trainer: Trainer) -> StageEstimate:
     batches = [batch.to(device) for step in measured for batch in make_batches(sampler[step])]
     eval_rate = time_calls(stage.evaluate, [(trainer.module, batches, None)]) / measured_cost
     eval_cost = cost(count_split(trainer))
-    num_evaluated = min(len(trainer.splits.train), MAX_TRAIN_EXAMPLES_EVALUATED)
+    num_evaluated = min(len(trainer.splits.train), trainer.schedule.max_train_evaluated)
     train_cost = cost(epoch) * num_evaluated / len(trainer.splits.train)
     num_evaluations = 1 + trainer.schedule.count_due(trainer.schedule.eval_steps, 0)
     seconds = {"steps": rate * mean * trainer.num_steps}
     if has_cache:
-        seconds["reference"] = max(0.0, first_rate - rate) * (cost(epoch) + eval_cost)
+        shares = (trainer.num_steps / num_epoch_steps, num_evaluated / len(trainer.splits.train))
+        share = 1 - math.prod(1 - min(1, share) for share in shares)  # of the pairs, in steps or evaluations
+        seconds["reference"] = max(0.0, first_rate - rate) * (share * cost(epoch) + eval_cost)
     seconds["evaluation"] = eval_rate * (num_evaluations * eval_cost + 2 * train_cost)
     has_reference = isinstance(stage.module, DPO) and stage.module.loss.needs_reference
     forward = ForwardFlops.of_model(stage.scorer.language_model.model)
@@ -158,7 +161,7 @@ def count_split(trainer: Trainer) -> TokenCounts:
     examples = trainer.splits.eval
     if not len(examples):
         return TokenCounts()
-    indices = list(range(min(len(examples), MAX_TRAIN_EXAMPLES_EVALUATED)))
+    indices = list(range(min(len(examples), MAX_TRAIN_EVALUATED)))
     counts = TokenCounts.of_batches(trainer.micro_batch_maker(examples)(indices))
     return counts * (len(examples) / len(indices))
 

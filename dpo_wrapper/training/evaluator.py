@@ -20,9 +20,6 @@ from dpo_wrapper.training.stage_plan import Splits
 from dpo_wrapper.training.stages import Stage
 from dpo_wrapper.training.stopping import check_finite
 
-MAX_TRAIN_EXAMPLES_EVALUATED = 256
-"""Number of train examples that are evaluated at both ends of a stage, to see how their log-probs changed."""
-
 MAX_SAMPLE_CHARS = 160
 """Of a text of a sample that is printed during a stage."""
 
@@ -75,7 +72,7 @@ class Evaluator:
         if self.splits.eval:
             metrics = self.evaluate(step, "eval", self.splits.eval, needs_answers=is_end)
         if is_end:
-            self.evaluate(step, "train", self.splits.train[:MAX_TRAIN_EXAMPLES_EVALUATED])
+            self.evaluate(step, "train", self.splits.train[: self.schedule.max_train_evaluated])
         return metrics
 
     def evaluate(

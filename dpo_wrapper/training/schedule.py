@@ -11,6 +11,9 @@ MAX_EVALUATIONS = 8
 MIN_EVAL_STEPS = 10
 """Least number of steps between evaluations, where --eval-steps is not given."""
 
+MAX_TRAIN_EVALUATED = 256
+"""Train examples that are evaluated at both ends of a stage, to see how their log-probs changed."""
+
 NUM_LINES = 20
 """Lines of a stage, where --logging-steps is not given."""
 
@@ -21,6 +24,7 @@ class Schedule:
 
     Attributes:
         num_steps: of the stage.
+        max_train_evaluated: number of train examples that are evaluated at both ends of the stage.
     """
 
     num_steps: int
@@ -28,6 +32,7 @@ class Schedule:
     eval_steps: int
     save_steps: int
     sample_steps: int
+    max_train_evaluated: int = MAX_TRAIN_EVALUATED
 
     def is_end(self, step: int) -> bool:
         """Whether the stage begins or ends here."""
@@ -47,7 +52,8 @@ def plan_schedule(config: TrainConfig, num_steps: int, num_trained: int, num_eva
     """The schedule of a stage.
 
     By default a stage is evaluated at both ends and up to 7 times between them, but not more often than every
-    10 steps, nor on more than half as many examples as are trained on.
+    10 steps, nor on more than half as many examples as are trained on. Of the train examples no more are
+    evaluated than are trained on.
 
     Args:
         num_steps: of the stage.
@@ -62,4 +68,5 @@ def plan_schedule(config: TrainConfig, num_steps: int, num_trained: int, num_eva
         eval_steps=config.eval_steps or max(1, math.ceil(num_steps / intervals)),
         save_steps=config.save_steps,
         sample_steps=config.sample_steps,
+        max_train_evaluated=min(MAX_TRAIN_EVALUATED, num_trained),
     )

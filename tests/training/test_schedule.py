@@ -29,6 +29,11 @@ def test_a_run_is_evaluated_as_often_as_is_worth_it(num_steps, num_trained, num_
     assert plan(num_steps, num_trained, num_eval, eval_steps=3).eval_steps == 3
 
 
+@pytest.mark.parametrize("num_trained, expected", [(120, 120), (10_000, 256)])
+def test_no_more_train_examples_are_evaluated_than_are_trained_on(num_trained, expected):
+    assert plan(30, num_trained).max_train_evaluated == expected
+
+
 def test_there_are_about_twenty_lines_a_stage():
     assert [plan(num_steps).logging_steps for num_steps in (0, 1, 20, 21, 1000)] == [1, 1, 1, 2, 50]
     assert plan(1000, logging_steps=7).logging_steps == 7
