@@ -89,7 +89,8 @@ class StageEstimate:
 def estimate_stage(trainer: Trainer) -> StageEstimate:
     """Count the tokens of a stage and measure some of its steps, which train its model.
 
-    Three steps are run, and run again where the reference's log-probs are kept: later epochs look them up.
+    Three steps are run to warm up, then timed, and timed again where the reference's log-probs are kept:
+    later epochs look them up.
     """
     trainer.probe_model()
     stage, sampler, device = trainer.stage, trainer.sampler, trainer.accelerator.device
@@ -117,7 +118,7 @@ def estimate_stage(trainer: Trainer) -> StageEstimate:
 
     reset_peak_memory(device)
     held = measure_held_memory(device)
-    trainer.train_step(measured[0] + 1, make_batches(sampler[measured[0]]))  # makes the optimizer's state
+    time_steps()  # makes the optimizer's state, and takes memory for the first time, which is slower
     if isinstance(stage.module, DPO):
         stage.module.forget_ref_log_probs()
     first_rate = time_steps()
