@@ -63,6 +63,12 @@ def generate_completions(
     return [tokenizer.decode(completion) for completion in completions]
 
 
+def decode_prompt(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of a prompt, with the markers between its turns but without a BOS in front of it."""
+    text, marked_text = tokenizer.decode(ids), tokenizer.decode(ids, skip_special_tokens=False)
+    return text if marked_text.endswith(text) else marked_text
+
+
 def format_sample(texts: Mapping[str, str | None], max_chars: int = 300) -> str:
     """A prompt and its completions, each on a line behind its name; None is left out.
 

@@ -1,7 +1,13 @@
 """Prompts that are sampled from, and how samples are shown."""
 
-from dpo_wrapper.data import TokenizedExample
-from dpo_wrapper.evaluation.samples import MAX_OPENING_TOKENS, find_prompts, format_sample, shorten
+from dpo_wrapper.data import ByteTokenizer, Message, TokenizedExample
+from dpo_wrapper.evaluation.samples import (
+    MAX_OPENING_TOKENS,
+    decode_prompt,
+    find_prompts,
+    format_sample,
+    shorten,
+)
 
 
 def test_prompts_differ_and_have_a_completion_to_imitate():
@@ -25,3 +31,10 @@ def test_texts_are_short_and_leave_the_terminal_alone():
         f"policy     {'y' * 10}…",
         "chosen     (empty)",
     ]
+
+
+def test_turns_of_a_prompt_are_told_apart_but_no_bos_is_shown():
+    tokenizer = ByteTokenizer()
+    assert decode_prompt(tokenizer, tokenizer.encode_prompt("cat?")) == "cat?"
+    turns = (Message("user", "cat?"),)
+    assert decode_prompt(tokenizer, tokenizer.encode_prompt(turns)) == "<bos><user>cat?<assistant>"

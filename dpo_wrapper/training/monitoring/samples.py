@@ -5,7 +5,7 @@ from statistics import fmean
 
 from torch import nn
 
-from dpo_wrapper.evaluation.samples import find_prompts, generate_completions
+from dpo_wrapper.evaluation.samples import decode_prompt, find_prompts, generate_completions
 from dpo_wrapper.pretrained import PretrainedModel
 from dpo_wrapper.training.config import STAGES
 from dpo_wrapper.training.files import write_json_lines
@@ -67,7 +67,7 @@ class Samples:
             {
                 "stage": self.stage.name,
                 "step": step,
-                "prompt": decode(prompt.ids),
+                "prompt": decode_prompt(self.pretrained.tokenizer, prompt.ids),
                 "reference": reference,
                 "policy": completion,
                 "chosen": decode(prompt.completion),
