@@ -14,6 +14,7 @@ from dpo_wrapper.data import read_examples, split_examples
 from dpo_wrapper.pretrained import PRESETS, load_pretrained
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.train import train
+from helpers.curves import rendered_curves
 from helpers.examples import EXAMPLES, load_example
 from helpers.marks import mark_slow_except
 from helpers.runs import SMALL_DECODER, read_metrics, run_under_torchrun
@@ -166,7 +167,8 @@ def test_answers_in_the_bundled_data_are_right():
 @pytest.mark.slow
 def test_a_run_on_the_bundled_data_learns_to_answer_exactly(tmp_path):
     """The first command of the README."""
-    train(TrainConfig(data=EXAMPLES / "data", out=tmp_path / "run", cpu=True, save_steps=0))
+    with rendered_curves():
+        train(TrainConfig(data=EXAMPLES / "data", out=tmp_path / "run", cpu=True, save_steps=0))
     rates = [
         record["exact_answers"] for record in read_metrics(tmp_path / "run") if "exact_answers" in record
     ]
