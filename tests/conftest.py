@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.curves import unrendered_curves
 from helpers.runs import BUNDLED
 
 
@@ -28,6 +29,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def one_thread():
     """Tiny models: a second thread costs more than it does, the more so where tests run side by side."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_curves() -> Iterator[None]:
+    with unrendered_curves():
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

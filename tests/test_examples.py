@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ import torch
 from dpo_wrapper.data import read_examples, split_examples
 from dpo_wrapper.pretrained import PRESETS, load_pretrained
 from dpo_wrapper.training.config import TrainConfig
+from dpo_wrapper.training.setup import set_up_training
 from dpo_wrapper.training.train import train
+from helpers.curves import rendered_curves
 from helpers.examples import EXAMPLES, load_example
 from helpers.marks import mark_slow_except
 from helpers.runs import SMALL_DECODER, read_metrics, run_under_torchrun
@@ -165,9 +168,12 @@ def test_answers_in_the_bundled_data_are_right():
 
 @pytest.mark.slow
 def test_a_run_on_the_bundled_data_learns_to_answer_exactly(tmp_path):
-    """The first command of the README."""
-    train(TrainConfig(data=EXAMPLES / "data", out=tmp_path / "run", cpu=True, save_steps=0))
+    """The first command of the README, with two of its five epochs of supervised training."""
+    config = TrainConfig(data=EXAMPLES / "data", out=tmp_path / "run", cpu=True, save_steps=0)
+    assert [stage.epochs for stage in set_up_training(config).stages] == [5, 3]
+    with rendered_curves():
+        train(replace(config, sft_epochs=2))
     rates = [
         record["exact_answers"] for record in read_metrics(tmp_path / "run") if "exact_answers" in record
     ]
-    assert rates[0] < 0.5 and rates[1] >= 0.6
+    assert rates[0] < 0.4 and rates[1] >= 0.5  # after all epochs 0.37 and 1.0

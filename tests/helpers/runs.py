@@ -118,9 +118,11 @@ def train_in_two_processes(script, rows, out, loss=None, launch=run_in_two_proce
         "import torch\n"
         "from dpo_wrapper.pretrained import PRESETS\n"
         "from dpo_wrapper.training.train import train\n"
+        "from helpers.curves import unrendered_curves\n"
         "from helpers.runs import SMALL_DECODER, make_config\n"
         "torch.set_num_threads(1)\n"
         "PRESETS['tiny'] = SMALL_DECODER\n"
-        f"train(make_config(*map(Path, sys.argv[1:]), **{options!r}))\n"
+        "with unrendered_curves():\n"
+        f"    train(make_config(*map(Path, sys.argv[1:]), **{options!r}))\n"
     )
     launch(script, rows, out)

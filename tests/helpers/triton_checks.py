@@ -1,8 +1,9 @@
 """Tests of the Triton kernel, interpreted or on CUDA, which `test_triton_tile.py` runs in another process."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import pytest
@@ -40,6 +41,23 @@ def narrow_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 WIDTHS = (1, 40)
+FLAGS = (True, False)
+
+
+def thin_out(*factors: Iterable[Any], checks: Sequence[Sequence[int]], divisor: int = 2) -> list[Any]:
+    """The product of the factors; for the interpreter, which is slow, a part of it.
+
+    The part is where the indices of the values, summed over the factors of each check, are multiples of the
+    divisor. Any two factors still take all pairs of values, and, if checks have four factors, any three all
+    triples.
+    """
+    cases = []
+    for numbered in product(*map(enumerate, factors)):
+        indices, values = zip(*numbered, strict=True)
+        is_kept = all(sum(indices[factor] for factor in check) % divisor == 0 for check in checks)
+        if is_kept or DEVICE == "cuda":
+            cases.append(pytest.param(*values, id="-".join(map(str, values))))
+    return cases
 
 
 def random_tile(dtype: torch.dtype, options: dict, bias: bool, width: int) -> tuple[torch.Tensor, RawTile]:
@@ -75,21 +93,19 @@ def assert_tile_close(got: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(got.double(), expected, rtol=2 * eps, atol=max(5e-6, eps / 99))
 
 
-@pytest.mark.parametrize("needs_moments", (True, False), ids=("moments", "lse"))
-@pytest.mark.parametrize("is_weighted", (True, False), ids=("weighted", "read"))
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("bias", (True, False), ids=("bias", "no-bias"))
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype, name, bias, width, is_weighted, needs_moments",
+    thin_out(DTYPES, OPTIONS, FLAGS, WIDTHS, FLAGS, FLAGS, checks=[(0, 1, 2, 3), (2, 3, 4, 5)]),
+)
 def test_statistics(
     dtype: torch.dtype,
-    options: dict,
+    name: str,
     bias: bool,
     width: int,
     is_weighted: bool,
     needs_moments: bool,
 ):
-    storage, raw = random_tile(dtype, options, bias, width)
+    storage, raw = random_tile(dtype, OPTIONS[name], bias, width)
     before = storage.clone()
     expected, got = random_statistics(), OnlineSoftmax(random_statistics().values.float())
     reference = torch.tensor([-math.inf, 9.0, 0.0, -9.0, -9.0, 1.0, -math.inf], device=DEVICE)
@@ -110,12 +126,11 @@ def test_statistics(
         assert torch.equal(storage, before)  # nothing was to be written
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("bias", (True, False), ids=("bias", "no-bias"))
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradients_of_logits(dtype: torch.dtype, options: dict, bias: bool, width: int):
-    storage, raw = random_tile(dtype, options, bias, width)
+@pytest.mark.parametrize(
+    "dtype, name, bias, width", thin_out(DTYPES, OPTIONS, FLAGS, WIDTHS, checks=[(0, 1, 2, 3)])
+)
+def test_gradients_of_logits(dtype: torch.dtype, name: str, bias: bool, width: int):
+    storage, raw = random_tile(dtype, OPTIONS[name], bias, width)
     before, generator = storage.clone(), torch.Generator().manual_seed(2)
     statistics = OnlineSoftmax.initial(7, torch.device(DEVICE), torch.float64)
     TorchBackend().reduce(in_float64(raw), statistics)
@@ -142,10 +157,9 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("is_cached, needs_grad", MODES.values(), ids=MODES)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_log_probs_and_gradients(dtype: torch.dtype, options: dict, is_cached: bool, needs_grad: tuple):
+@pytest.mark.parametrize("dtype, name, mode", thin_out(DTYPES, OPTIONS, MODES, checks=[(0, 1, 2)], divisor=3))
+def test_log_probs_and_gradients(dtype: torch.dtype, name: str, mode: str):
+    options, (is_cached, needs_grad) = OPTIONS[name], MODES[mode]
     cpu = random_inputs(13, 45, 12, dtype, needs_grad=needs_grad, scale=2.0)
     inputs = cpu.to(DEVICE)
     expected = truth(cpu, **options)
@@ -158,19 +172,17 @@ def test_log_probs_and_gradients(dtype: torch.dtype, options: dict, is_cached: b
     assert (fast[0] <= 0).all()
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_fused_loss(dtype: torch.dtype, options: dict):
-    cpu = random_inputs(13, 45, 12, dtype, scale=2.0)
+@pytest.mark.parametrize("dtype, name, groups", thin_out(DTYPES, OPTIONS, (4, 1), checks=[(0, 1, 2)]))
+def test_fused_loss(dtype: torch.dtype, name: str, groups: int):
+    cpu, options = random_inputs(13, 45, 12, dtype, scale=2.0), OPTIONS[name]
     inputs = cpu.to(DEVICE)
     expected, eager = truth(cpu, **options), values_and_grads(cpu.scores(impl="eager", **options), cpu)
-    for groups in (4, 1):
-        fused_loss = FusedLoss(weighted_sum, torch.arange(13, device=DEVICE) // 4 % groups)
-        with tile_size(7, 23), chunk_size(0):
-            fast = values_and_grads(inputs.scores(impl="triton", fused_loss=fused_loss, **options), inputs)
-        for one, plain, true in zip(fast, eager, expected, strict=True):
-            assert one.dtype == plain.dtype
-            assert relative_error(one.cpu(), true) < max(3 * relative_error(plain, true), 1e-6)
+    fused_loss = FusedLoss(weighted_sum, torch.arange(13, device=DEVICE) // 4 % groups)
+    with tile_size(7, 23), chunk_size(0):
+        fast = values_and_grads(inputs.scores(impl="triton", fused_loss=fused_loss, **options), inputs)
+    for one, plain, true in zip(fast, eager, expected, strict=True):
+        assert one.dtype == plain.dtype
+        assert relative_error(one.cpu(), true) < max(3 * relative_error(plain, true), 1e-6)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

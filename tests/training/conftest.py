@@ -4,6 +4,7 @@ import pytest
 
 from dpo_wrapper.pretrained import PRESETS
 from dpo_wrapper.training.train import train
+from helpers.curves import rendered_curves
 from helpers.runs import SMALL_DECODER, make_config
 
 
@@ -16,7 +17,7 @@ def small_decoder(monkeypatch):
 def finished_run(rows, tmp_path_factory):
     """The folder of a run on pairs, without checkpoints."""
     folder = tmp_path_factory.mktemp("run") / "out"
-    with pytest.MonkeyPatch.context() as patch:
+    with rendered_curves(), pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "tiny", SMALL_DECODER)
         train(make_config(rows, folder, save_steps=0))
     return folder

@@ -12,13 +12,7 @@ from dpo_wrapper.training.setup import set_up_training
 from dpo_wrapper.training.train import build_dpo, create_stage, run_training, train
 from helpers.lora_runs import logits_of, make_lora_config, save_decoder, save_llama
 from helpers.marks import mark_slow_except
-from helpers.runs import (
-    assert_metrics_close,
-    interrupt_training,
-    read_metrics,
-    run_in_two_processes,
-    run_under_torchrun,
-)
+from helpers.runs import assert_metrics_close, interrupt_training, read_metrics, run_in_two_processes
 
 peft = pytest.importorskip("peft")
 
@@ -196,8 +190,7 @@ def test_supervised_training_alone_trains_an_adapter_too(rows, tmp_path, llama, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launch", [run_in_two_processes, run_under_torchrun])
-def test_two_processes_train_the_same_adapter(rows, tmp_path, llama, launch):
+def test_two_processes_train_the_same_adapter(rows, tmp_path, llama):
     train(make_lora_config(rows, tmp_path / "one", llama))
     script = tmp_path / "run.py"
     script.write_text(
@@ -209,7 +202,7 @@ def test_two_processes_train_the_same_adapter(rows, tmp_path, llama, launch):
         "torch.set_num_threads(1)\n"
         "train(make_lora_config(*map(Path, sys.argv[1:])))\n"
     )
-    launch(script, rows, tmp_path / "two", llama)
+    run_in_two_processes(script, rows, tmp_path / "two", llama)
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     for name, tensor in one.items():

@@ -14,6 +14,7 @@ from dpo_wrapper.data.prepare.run import prepare_data
 from dpo_wrapper.training.setup import set_up_training
 from dpo_wrapper.training.train import train
 from helpers import tokenizers as tiny
+from helpers.curves import rendered_curves
 from helpers.datasets import write_rows
 from helpers.runs import (
     assert_metrics_close,
@@ -296,10 +297,9 @@ def test_three_stages_in_sequence_and_resumed(tmp_path, capsys):
 )
 def test_one_stage_alone(tmp_path, capsys, name, rows, options):
     file = write_rows(tmp_path / "rows.jsonl", rows)
-    cli.main(
-        ["train", "--data", str(file), "--out", str(tmp_path / "out"), "--batch-size", "2", "--cpu",
-         "--max-length", "64", *options]
-    )  # fmt: skip
+    sizes = ("--batch-size", "2", "--max-length", "64")
+    with rendered_curves():
+        cli.main(["train", "--data", str(file), "--out", str(tmp_path / "out"), "--cpu", *sizes, *options])
     text = capsys.readouterr().out
     assert f"{name}: " in text and "reference" not in text and "loss" in text
     assert (tmp_path / "out" / "curves.png").stat().st_size > 5_000

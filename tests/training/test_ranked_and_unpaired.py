@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from dpo_wrapper.cli import main
 from dpo_wrapper.pretrained import PRESETS
 from dpo_wrapper.training.train import train
+from helpers.curves import rendered_curves
 from helpers.datasets import write_rows
 from helpers.marks import mark_slow_except
 from helpers.runs import (
@@ -54,7 +55,7 @@ def finished(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("listed")
     rows = [ROWS_OF_LOSSES[request.param](row, number) for number, row in enumerate(bundled_rows())]
     path = write_rows(folder / "rows.jsonl", rows)
-    with pytest.MonkeyPatch.context() as patch:
+    with rendered_curves(), pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "tiny", SMALL_DECODER)
         train(make_config(path, folder / "out", loss=request.param, save_steps=0))
     return request.param, path, folder / "out"

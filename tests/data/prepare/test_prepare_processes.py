@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,31 +67,66 @@ def test_two_processes_under_torchrun_write_what_one_writes(tmp_path: Path, expe
         assert (data.folder / name).read_bytes() == (expected.folder / name).read_bytes()
 
 
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[Path], psutil.Process]]:
+    """Starts preparations, each in a process that is forked from one that has imported all it needs."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.replace("prepare_data(PrepareConfig", FORKING))
+    with subprocess.Popen(
+        [sys.executable, script, BUNDLED],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+
+        def start_one(out: Path) -> psutil.Process:
+            print(out, file=process.stdin, flush=True)
+            assert process.stdout is not None
+            return psutil.Process(int(process.stdout.readline()))
+
+        yield start_one
+
+
+FORKING = """
+import os, signal
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # whoever ends is gone at once
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        break
+    print(pid, flush=True)
+else:
+    sys.exit()
+signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+os.dup2(2, 1)
+sys.argv.append(line.strip())
+prepare_data(PrepareConfig"""
+
+
 @pytest.mark.slow
-def test_killed_at_any_moment_and_begun_again(tmp_path: Path, expected: PreparedData) -> None:
+def test_killed_at_any_moment_and_begun_again(
+    tmp_path: Path, expected: PreparedData, start: Callable[[Path], psutil.Process]
+) -> None:
     """At ten moments between the first file and the last; then another process ends it."""
-    script, rng = tmp_path / "script.py", random.Random(0)
-    script.write_text(SCRIPT)
-    duration, num_unfinished = 1.5, 0
+    rng, duration, num_unfinished = random.Random(0), 1.5, 0
     for number in range(10):
         out = tmp_path / f"out{number}"
-        process = subprocess.Popen(
-            [sys.executable, script, BUNDLED, out],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stderr=subprocess.DEVNULL,
-        )
+        process = start(out)
         while not out.exists():
-            assert process.poll() is None
+            assert process.is_running()
             time.sleep(0.01)
         began, moment = time.perf_counter(), duration * (number + rng.random()) / 10
-        while process.poll() is None and time.perf_counter() < began + moment:
+        while process.is_running() and time.perf_counter() < began + moment:
             time.sleep(0.005)
-        workers = psutil.Process(process.pid).children() if process.poll() is None else []
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if process.returncode == 0:  # it was quicker
+        workers = []
+        try:
+            workers = process.children()
+            process.kill()
+        except psutil.NoSuchProcess:  # it was quicker
             duration = min(duration, time.perf_counter() - began)
-        _, alive = psutil.wait_procs(workers, timeout=20)
+        _, alive = psutil.wait_procs([process, *workers], timeout=20)
         assert not alive  # a worker ends with the process that it works for
         if not (out / "manifest.json").exists():
             num_unfinished += 1
