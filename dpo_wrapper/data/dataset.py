@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from dpo_wrapper.data.examples import DEFAULT_FIELDS, Fields, TokenizedExample, 
 from dpo_wrapper.data.readers import PathLike, read_examples
 from dpo_wrapper.data.tokens.encode import tokenize_examples
 from dpo_wrapper.data.tokens.encoded import Score
-from dpo_wrapper.data.tokens.tokenizers import Tokenizer, load_tokenizer
+from dpo_wrapper.data.tokens.tokenizers import as_tokenizer
 
 
 class PreferenceDataset(Dataset[dict[str, Any]]):
@@ -74,7 +73,7 @@ class PreferenceDataset(Dataset[dict[str, Any]]):
     def from_file(
         cls,
         paths: PathLike | Sequence[PathLike],
-        tokenizer: Tokenizer | str | None = None,
+        tokenizer: Any = None,
         max_length: int = 512,
         fields: Fields = DEFAULT_FIELDS,
         on_error: OnError = "raise",
@@ -89,7 +88,8 @@ class PreferenceDataset(Dataset[dict[str, Any]]):
 
         Args:
             paths, fields, on_error: as in `read_examples`.
-            tokenizer: None for bytes, a tokenizer, or what `load_tokenizer` takes.
+            tokenizer: None or "bytes" for bytes, a tokenizer of transformers or of this package, or the name
+                or folder of a model.
             max_length: tokens of prompt and completion.
             pad_id: the tokenizer's if None.
             pad_to: width of every item.
@@ -99,8 +99,7 @@ class PreferenceDataset(Dataset[dict[str, Any]]):
             ValueError: whatever `read_examples`, `convert_examples` and `tokenize_examples` refuse; a
                 `pad_id` that is EOS or BOS; no pair is left.
         """
-        if tokenizer is None or isinstance(tokenizer, (str, Path)):
-            tokenizer = load_tokenizer(tokenizer or "bytes")
+        tokenizer = as_tokenizer(tokenizer)
         pad_id = tokenizer.pad_id if pad_id is None else pad_id
         if pad_id in (tokenizer.eos_id, tokenizer.bos_id):
             problem = f"pad_id should be neither EOS nor BOS, but it is {pad_id}, which hides real tokens"

@@ -5,6 +5,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
+from difflib import get_close_matches
 from inspect import isabstract
 from typing import Any
 
@@ -69,7 +70,9 @@ def _parse_call(node: ast.expr, base: type[ValidatedDataclass], text: str) -> An
     classes, name = subclasses_by_name(base), SYNONYMS.get(name, name)
     if name not in classes:
         expected = f"the {base.__name__.lower()} in {text!r} should be one of {', '.join(classes)}"
-        raise ValueError(f"{expected}, but it is {name!r}: correct it.")
+        close = get_close_matches(name, classes, n=1, cutoff=0.75) if name.isidentifier() else []
+        remedy = f"did you mean {close[0]}?" if close else "correct it."
+        raise ValueError(f"{expected}, but it is {name!r}: {remedy}")
     types: dict[str, Any] = {option.name: option.metadata.get("type") for option in fields(classes[name])}
     values = {str(keyword.arg): keyword.value for keyword in call.keywords}
     if call.args or len(values) < len(call.keywords) or not set(values) <= set(types):

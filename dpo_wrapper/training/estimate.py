@@ -68,7 +68,6 @@ class StageEstimate:
     """What a stage will take on this machine.
 
     Attributes:
-        num_steps: optimizer steps.
         tokens: of an epoch.
         flops: floating-point operations of the first epoch.
         memory: bytes by kind.
@@ -77,7 +76,6 @@ class StageEstimate:
         seconds: by kind, of the whole stage.
     """
 
-    num_steps: int
     tokens: TokenCounts
     flops: float
     memory: dict[str, float]
@@ -141,7 +139,6 @@ def estimate_stage(trainer: Trainer) -> StageEstimate:
     has_reference = isinstance(stage.module, DPO) and stage.module.loss.needs_reference
     forward = ForwardFlops.of_model(stage.scorer.language_model.model)
     return StageEstimate(
-        num_steps=trainer.num_steps,
         tokens=epoch,
         flops=forward.count(cost(epoch), epoch.scored, epoch.attended, has_reference=has_reference),
         memory=memory,
@@ -207,8 +204,8 @@ def measure_storages(model: nn.Module | None) -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in tensors}
 
 
-def format_estimate(estimate: StageEstimate, title: str) -> str:
-    """An estimate in lines that a person reads; `title` is what the stage is trained on."""
+def format_estimate(estimate: StageEstimate) -> str:
+    """An estimate in lines that a person reads."""
     tokens, memory = estimate.tokens, estimate.memory
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items() if size >= 5e6)
     times = ", ".join(f"{name} {format_seconds(value)}" for name, value in estimate.seconds.items())
@@ -220,17 +217,19 @@ def format_estimate(estimate: StageEstimate, title: str) -> str:
         "memory": f"{sum(memory.values()) / 1e9:.2f} GB ({parts})",
         "a checkpoint": f"{estimate.checkpoint_bytes / 1e6:,.0f} MB",
         "time": (
-            f"{format_seconds(sum(estimate.seconds.values()))} ({times}), {estimate.step_seconds:.3g} s for "
-            "each step"
+            f"{format_seconds(sum(estimate.seconds.values()))} ({times}), "
+            f"{estimate.step_seconds:.3g} s a step"
+            f"{', the reference known' if 'reference' in estimate.seconds else ''}"
         ),
     }
-    rows = [f"  {label:20}{text}" for label, text in lines.items()]
-    return "\n".join([f"{title}, {estimate.num_steps:,} steps", *rows])
+    return "\n".join(f"  {label:20}{text}" for label, text in lines.items())
 
 
 def format_seconds(seconds: float) -> str:
     """A duration with two units at most."""
     if seconds < 100:
         return f"{seconds:.0f} s"
+    if seconds < 600:
+        return f"{seconds / 60:.1f} min"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

@@ -92,11 +92,11 @@ def hide_paths(text: str) -> str:
 def format_stages(setup: TrainSetup) -> list[str]:
     """A table of the stages, and the names of the data."""
     rows = [
-        "| stage | trained on | evaluated on | epochs | peak learning rate |",
+        "| stage | trained on | evaluated on | steps | peak learning rate |",
         "| --- | --- | --- | --- | --- |",
     ]
     for plan in setup.stages:
         counts = [f"{len(part):,} {plan.splits.unit}" for part in (plan.splits.train, plan.splits.eval)]
-        rows.append(f"| {plan.name} | {' | '.join(counts)} | {plan.epochs} | {plan.learning_rate:g} |")
+        rows.append(f"| {plan.name} | {' | '.join(counts)} | {plan.num_steps:,} | {plan.learning_rate:.2g} |")
     files = ", ".join(f"`{path.name if path.exists() else path}`" for path in setup.config.data)
     return [f"Data: {files}; {setup.config.batch_size} examples a step.", "\n".join(rows)]

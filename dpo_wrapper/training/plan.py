@@ -32,7 +32,8 @@ def plan_run(config: TrainConfig) -> None:
         accelerator.print(describe_size(setup.pretrained.model), *setup.notes, sep="\n", flush=True)
         trackers = Trackers(setup.config, setup.run)
         for plan in setup.stages:
+            accelerator.print(f"{describe_plan(plan, setup.config)}\n  measuring some steps ...", flush=True)
             stage = create_stage(setup, plan, accelerator)
             trainer = Trainer(setup.config, setup.run, stage, plan.splits, setup.pretrained, trackers)
             estimate = estimate_stage(trainer)
-            accelerator.print(format_estimate(estimate, describe_plan(plan, setup.config)), flush=True)
+            accelerator.print(format_estimate(estimate), flush=True)

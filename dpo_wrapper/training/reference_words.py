@@ -55,4 +55,4 @@ def describe_merging(origin: AdapterOrigin, out: Path) -> str:
     """One sentence on what the adapter in a run folder is merged into."""
     steps = [*origin.merged, str(out)]
     rest = "".join(f", then {folder} into the result" for folder in steps[1:])
-    return f"afterwards: merge {steps[0]} into {origin.base}{rest}."
+    return f"afterwards: to make one model, merge {steps[0]} into {origin.base}{rest}."

@@ -154,9 +154,13 @@ def describe_plan(plan: StagePlan, config: TrainConfig) -> str:
     """What a stage is trained on, in words."""
     splits = plan.splits
     examples = f"{len(splits.train):,} train and {len(splits.eval):,} eval {splits.unit}"
-    limit = "" if config.max_steps is None else f", at most {config.max_steps} steps"
-    epochs = f"{plan.epochs} epoch{'s' * (plan.epochs != 1)}"
-    return f"{plan.name}: {examples}, {epochs}{limit}, learning rate {plan.learning_rate:.2g}"
+    epochs, steps = (
+        f"{n:,} {noun}{'s' * (n != 1)}" for n, noun in ((plan.epochs, "epoch"), (plan.num_steps, "step"))
+    )
+    is_short = config.max_steps is not None and plan.num_steps == config.max_steps
+    length = f"at most {epochs}, {steps}" if is_short else f"{epochs}, {steps}"
+    loss = f", loss {config.loss}" if plan.name == "dpo" else ""
+    return f"{plan.name}: {examples}, {length}, learning rate {plan.learning_rate:.2g}{loss}"
 
 
 def create_stage(setup: TrainSetup, plan: StagePlan, accelerator: Accelerator) -> Stage:

@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dpo_wrapper.data import ByteTokenizer, PreferenceDataset, TokenizedExample
+from helpers.chat_templates import template_tokenizer
 from helpers.datasets import write_rows
 
 PAIRS = [TokenizedExample((1, 2), ((3, 4, 5), (6,))), TokenizedExample((7,), ((8,), (9, 8)))]
@@ -81,6 +82,18 @@ def test_from_file(tmp_path: Path) -> None:
         "Left out of 3 examples: 1 with an error, 1 with the same tokens in every completion."
     )
     assert PreferenceDataset.from_file(path, on_error="skip", pad_id=-7).pad_id == -7
+
+
+def test_a_tokenizer_of_transformers_is_taken_as_it_is(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "cd"}])
+    tokenizer = template_tokenizer("qwen3")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    taken, loaded = (PreferenceDataset.from_file(path, one) for one in (tokenizer, tmp_path / "tokenizer"))
+    assert taken.examples == loaded.examples
+    with pytest.raises(
+        TypeError, match=r"should be one of transformers, .* but it is int: give one of these"
+    ):
+        PreferenceDataset.from_file(path, 3)
 
 
 def test_from_file_refusals(tmp_path: Path) -> None:

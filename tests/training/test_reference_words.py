@@ -71,6 +71,6 @@ def test_no_reference_and_computed_log_probs(switched_off):
 
 def test_adapters_are_merged_in_the_order_in_which_they_were_trained():
     out = Path("/runs/c")
-    assert describe_merging(NEW, out) == "afterwards: merge /runs/c into org/base."
+    assert describe_merging(NEW, out) == "afterwards: to make one model, merge /runs/c into org/base."
     order = "merge /runs/a into org/base, then /runs/b into the result, then /runs/c into the result."
-    assert describe_merging(STACKED, out) == f"afterwards: {order}"
+    assert describe_merging(STACKED, out) == f"afterwards: to make one model, {order}"

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 from dpo_wrapper.data.rows.messages import Message, Turns, answer_turns
 from dpo_wrapper.data.tokens.encoded import EncodedExample, Score, mask_tokens
@@ -176,6 +176,22 @@ class ByteTokenizer:
 def has_tokenizer(folder: str | Path) -> bool:
     """Whether a folder holds the files of a tokenizer."""
     return any((Path(folder) / name).is_file() for name in (_BYTES_FILE, "tokenizer_config.json"))
+
+
+def as_tokenizer(tokenizer: Any) -> Tokenizer:
+    """A `Tokenizer` for a tokenizer of transformers, or for what `load_tokenizer` takes; None is 'bytes'.
+
+    Raises:
+        TypeError: it is none of these.
+    """
+    if tokenizer is None or isinstance(tokenizer, (str, Path)):
+        return load_tokenizer(tokenizer or "bytes")
+    if hasattr(tokenizer, "encode_example"):
+        return cast(Tokenizer, tokenizer)
+    if not hasattr(tokenizer, "eos_token_id"):
+        expected = "the tokenizer should be one of transformers, the name or folder of one, or 'bytes'"
+        raise TypeError(f"{expected}, but it is {type(tokenizer).__name__}: give one of these.")
+    return HuggingFaceTokenizer(tokenizer)
 
 
 def load_tokenizer(name: str | Path, **options: Any) -> Tokenizer:
