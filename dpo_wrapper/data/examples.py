@@ -245,11 +245,11 @@ class TokenizedExamples:
         reasons = ", ".join(f"{n:,} {reason}" for n, reason in left_out if n)
         cuts = ", ".join(f"{n:,} {noun}{'s' * (n > 1)} {end}" for n, noun, end in shortened if n)
         clauses = [f"left out of {total:,} examples: {reasons}"] if reasons else []
-        clauses += [f"cut to fit: {cuts}"] if cuts else []
+        clauses += [f"cut to the maximum length: {cuts}"] if cuts else []
         kinds = [
             (self.num_continued, "in {} a token would span the border, so completions were tokenized apart"),
             (self.num_cut, "in {} the chat template writes less before an answer than to open one"),
-            (self.num_as_chat, "in {} a plain prompt is the user's turn of a dialogue"),
+            (self.num_as_chat, "in {} the chat template makes a plain prompt the user's turn"),
             (self.num_template_text, "in {} a plain prompt has been written by a chat template already"),
             (self.num_split, "{} are texts that are longer than the maximum and became several"),
         ]

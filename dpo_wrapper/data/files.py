@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -68,7 +69,11 @@ def _find(path: str) -> list[Source]:
         (*TEXT_ENDINGS, *TABLE_ENDINGS, *PACKED_ENDINGS)
     ):
         return [Source(path, path, "hub")]
-    raise ValueError(f"the path should be a file, but '{path}' does not exist: check the path.")
+    folder = Path(path).parent
+    siblings = os.listdir(folder) if folder.is_dir() else []
+    close = get_close_matches(Path(path).name, siblings, n=1, cutoff=0.75)
+    remedy = f"did you mean {folder / close[0]}?" if close else "check the path."
+    raise ValueError(f"the path should be a file, but '{path}' does not exist: {remedy}")
 
 
 def _find_in_folder(folder: Path) -> list[Source]:

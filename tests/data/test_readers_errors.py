@@ -145,6 +145,10 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
         ValueError, match=r"the path should be a file, but '.*no.jsonl' does not exist: check the path"
     ):
         read_examples(tmp_path / "no.jsonl")
+    (tmp_path / "pairs.jsonl").touch()
+    with pytest.raises(ValueError, match=r"pair.jsonl' does not exist: did you mean .*pairs.jsonl\?"):
+        read_examples(tmp_path / "pair.jsonl")
+    (tmp_path / "pairs.jsonl").unlink()
     with pytest.raises(
         ValueError, match=r"the folder should hold files of rows, but '.*' holds none: name a"
     ):

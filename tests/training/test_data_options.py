@@ -50,7 +50,9 @@ def test_plain_prompts_and_the_options_of_the_template(tmp_path, small_model):
     data = write_rows(tmp_path / "a.jsonl", PAIRS)
     options = {"model": str(small_model), "max_length": 64, "eval_fraction": 0.0}
     setup = set_up_training(make_config(data, tmp_path / "out", **options))
-    assert any("n 8 examples a plain prompt is the user's turn of a dialogue" in note for note in setup.notes)
+    assert any(
+        "n 8 examples the chat template makes a plain prompt the user's turn" in note for note in setup.notes
+    )
     decode = setup.pretrained.tokenizer.decode
     assert decode(setup.stages[-1].splits.train[0].prompt, skip_special_tokens=False).startswith(
         "<|im_start|>user\n0+0?<|im_end|>"

@@ -121,7 +121,8 @@ def test_an_adapter_is_continued_and_its_reference_is_the_adapter_as_it_was(
     options = {"lora": False} if as_model else {"adapter": first}
     train(make_lora_config(rows, second, first if as_model else "tiny", **options))
     sentence = f"reference: the base model ({llama}) with the adapter as it was loaded from {first}."
-    assert f"{sentence}\nafterwards: to make one model, merge {second} into {llama}.\n" in capsys.readouterr().out
+    merging = f"afterwards: to make one model, merge {second} into {llama}."
+    assert f"{sentence}\n{merging}\n" in capsys.readouterr().out
     assert json.loads((second / "run.json").read_text())["reference"] == sentence
     log = read_metrics(second)
     assert log[0]["rewards/margins"] == 0 and log[0]["loss"] < read_metrics(first)[0]["loss"]
@@ -184,7 +185,9 @@ def test_supervised_training_alone_trains_an_adapter_too(rows, tmp_path, llama, 
     options = {"stage": ("sft",), "sft_epochs": 1, "sft_learning_rate": 1e-2, "epochs": 3}
     train(make_lora_config(rows, out, llama, learning_rate=None, **options))
     printed = capsys.readouterr().out
-    assert f"afterwards: to make one model, merge {out} into {llama}." in printed and "reference" not in printed
+    assert (
+        f"afterwards: to make one model, merge {out} into {llama}." in printed and "reference" not in printed
+    )
     loaded = load_pretrained(str(out), None, 128).model
     assert (logits_of(loaded) - logits_of(loaded.unload())).abs().max() > 0.01
 

@@ -150,11 +150,13 @@ def test_counts_and_summary() -> None:
     ]
     tokenized = tokenize_examples(examples, BYTES, 16)
     assert (tokenized.num_shortened_prompts, tokenized.num_truncated_completions) == (2, 2)
-    assert tokenized.summary() == "Cut to fit: 2 prompts at the front, 2 completions at the end."
+    assert (
+        tokenized.summary() == "Cut to the maximum length: 2 prompts at the front, 2 completions at the end."
+    )
     assert tokenize_examples(examples[:1], BYTES, 16).summary() == ""
     assert TokenizedExamples(tokenized.examples, 1000, 0, 1, 0, [ExampleError("x")]).summary() == (
         "Left out of 1,004 examples: 1 with an error, 1,000 with the same tokens in every completion; "
-        "cut to fit: 1 prompt at the front."
+        "cut to the maximum length: 1 prompt at the front."
     )
 
 
@@ -186,7 +188,7 @@ def test_tokenizer_errors_name_the_row(tmp_path: Path) -> None:
     assert [str(error)[:17] for error in tokenized.errors] == ["a.jsonl, line 2: ", "a.jsonl, line 3: "]
     assert tokenized.summary() == (
         "Left out of 3 examples: 2 with an error; "
-        "in 1 examples a plain prompt is the user's turn of a dialogue."
+        "in 1 examples the chat template makes a plain prompt the user's turn."
     )
 
 
