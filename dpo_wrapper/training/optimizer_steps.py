@@ -1,5 +1,6 @@
 """The optimizer steps of a stage: gradients of micro-batches, sums over processes, an update or none."""
 
+import math
 from contextlib import nullcontext
 from typing import Any
 
@@ -59,7 +60,10 @@ class OptimizerSteps:
         return metrics | ({"num_skipped": self.non_finite.num_skipped} if is_counted else {})
 
     def compute_gradients(self, batches: list[Any], reduce: Reduce, has_examples: bool) -> dict[str, float]:
-        """Leave the gradients of a step in the weights, clipped, and return its metrics."""
+        """Leave the gradients of a step in the weights, clipped, and return its metrics.
+
+        The loss among them is without that which balances experts, but not finite if the sum of both is not.
+        """
         accelerator, stage, sums = self.accelerator, self.stage, MetricSums()
         loss_scale = accelerator.num_processes if has_examples else 0  # DDP takes the mean over processes
         losses: list[Tensor] = []
@@ -72,7 +76,8 @@ class OptimizerSteps:
             sums.add(metrics)
         grad_norm = accelerator.clip_grad_norm_(self.module.parameters(), self.config.max_grad_norm)
         total = float(reduce(torch.stack(losses).sum()))
-        return {"loss": total, **sums.result(reduce), "grad_norm": float(grad_norm)}
+        metrics = {"loss": total, **sums.result(reduce), "grad_norm": float(grad_norm)}
+        return metrics if math.isfinite(total) else metrics | {"loss": total}
 
     def update_weights(self, step: int, metrics: dict[str, float], reduce: Reduce) -> None:
         """Take the optimizer's step. One whose loss or gradients are not finite changes nothing."""

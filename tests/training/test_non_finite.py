@@ -1,6 +1,5 @@
 """Steps whose loss or gradients are not finite: `--on-nan`."""
 
-import json
 import math
 from contextlib import contextmanager
 
@@ -18,7 +17,10 @@ from helpers.runs import interrupt_training, make_config, read_metrics
 
 @contextmanager
 def poison_steps(*steps, stage="dpo", value=math.nan):
-    """The context in which the loss of steps of a stage is multiplied by a value; notes states around them."""
+    """The context in which the loss of some steps of a stage is multiplied by a value.
+
+    It is a list of what the states were before and after each of these steps.
+    """
     train_step, noted = Trainer.train_step, []
 
     def poisoned_step(self, step, batches):
@@ -152,10 +154,6 @@ def test_ten_skipped_steps_in_a_row_stop_the_run(rows, tmp_path, capsys, after_s
     assert len(printed) == 3 and printed[2].endswith(". Later ones are counted in metrics.jsonl alone.")
 
 
-def test_reference_log_probs_that_are_not_finite_are_not_kept():
-    from helpers.batches import random_pairs  # noqa: F401
-
-
 def make_steps(on_nan):
     printed = []
     steps = NonFiniteSteps(on_nan, "dpo", lambda step: [f"row {k}" for k in range(step)], printed.append)
@@ -169,8 +167,8 @@ def test_a_value_that_is_not_finite_stops_by_default(value):
     with pytest.raises(TrainingError) as error:
         steps.is_skipped(5, {"loss": 1.0, "norm of the gradients": value})
     assert str(error.value) == (
-        f"the norm of the gradients should be finite, but at step 5 of dpo it is {value}: begin a new run with "
-        "a lower learning rate or --max-grad-norm, look at the rows of this step (row 0; row 1; row 2 and 2 "
+        f"the norm of the gradients should be finite, but at step 5 of dpo it is {value}: begin a new run "
+        "with a lower learning rate or --max-grad-norm, look at the rows of this step (row 0; row 1; row 2 and 2 "
         "others), or go on from the last checkpoint, which is whole, by --resume --on-nan skip."
     )
     assert not printed
@@ -192,4 +190,3 @@ def test_a_finite_step_begins_the_count_of_a_row_anew():
 def test_a_few_rows_are_named():
     assert describe_rows(["a", "b"]) == "a; b"
     assert describe_rows(["a", "b", "c", "d"]) == "a; b; c and 1 others"
-    json.dumps(describe_rows([]))
