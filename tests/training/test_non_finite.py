@@ -168,8 +168,8 @@ def test_a_value_that_is_not_finite_stops_by_default(value):
         steps.is_skipped(5, {"loss": 1.0, "norm of the gradients": value})
     assert str(error.value) == (
         f"the norm of the gradients should be finite, but at step 5 of dpo it is {value}: begin a new run "
-        "with a lower learning rate or --max-grad-norm, look at the rows of this step (row 0; row 1; row 2 and 2 "
-        "others), or go on from the last checkpoint, which is whole, by --resume --on-nan skip."
+        "with a lower learning rate or --max-grad-norm, look at the rows of this step (row 0; row 1; row 2 "
+        "and 2 others), or go on from the last checkpoint, which is whole, by --resume --on-nan skip."
     )
     assert not printed
 

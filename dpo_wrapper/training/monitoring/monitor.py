@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
@@ -83,7 +82,7 @@ class Monitor(AbstractContextManager["Monitor"]):
         self.log("step", step, metrics | times)
         self.time_left.step_seconds.append(seconds)
         if math.isfinite(metrics["loss"]):
-            self.sums.add({name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()})
+            self.sums.add_values(metrics)
             self.seconds_since_line += seconds
         self.bar.set_postfix_str(f"loss {metrics['loss']:.4f}", refresh=False)
         self.bar.update()
