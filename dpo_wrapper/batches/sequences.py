@@ -179,6 +179,11 @@ class ScoredSequences(TensorDataclass):
         host = self.on_cpu
         return [row[:length] for row, length in zip(host.ids.numpy(), host.real.tolist(), strict=True)]
 
+    @property
+    def has_tree(self) -> bool:
+        """Whether a tree of the sequences has been built."""
+        return bool(vars(self).get("_trees"))
+
     def unique_tokens(self) -> int:
         """Number of tokens if every prefix that sequences share is counted once."""
         for tree in vars(self).get("_trees", {}).values():

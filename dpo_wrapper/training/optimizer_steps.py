@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,7 +54,8 @@ class OptimizerSteps:
         def reduce(sums: Tensor) -> Tensor:
             return sum_over_processes(self.accelerator, sums if has_examples else torch.zeros_like(sums))
 
-        with explain_out_of_memory(f"step {step} of {self.stage.name}", advise_on_steps(self.config)):
+        advise = partial(advise_on_steps, self.config, batches)
+        with explain_out_of_memory(f"step {step} of {self.stage.name}", advise):
             metrics = self.compute_gradients(batches, reduce, has_examples)
             self.update_weights(step, metrics, reduce)
         is_counted = self.config.on_nan == "skip"

@@ -2,8 +2,9 @@
 
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -32,12 +33,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def explain_out_of_memory(what: str, remedy: str) -> Iterator[None]:
+def explain_out_of_memory(what: str, advise: Callable[[], str]) -> Iterator[None]:
     """The context in which errors of memory become a TrainingError.
 
     Args:
         what: is computed, in words.
-        remedy: what to do, in the imperative.
+        advise: says what helps, in the imperative.
     """
     try:
         yield
@@ -47,17 +48,28 @@ def explain_out_of_memory(what: str, remedy: str) -> Iterator[None]:
         size = SIZE.search(str(error))
         tried = f" ({float(size[1]) * BYTES[size[2].lower()] / 1e9:.2g} GB more)" if size else ""
         raise TrainingError(
-            f"{what} should fit in memory, but it needs more than there is{tried}: {remedy}."
+            f"{what} should fit in memory, but it needs more than there is{tried}: {advise()}."
         ) from error
 
 
-def advise_on_steps(config: TrainConfig, *, trains: bool = True) -> str:
-    """What makes a forward pass smaller, and with `trains` the backward pass as well."""
-    tokens, checkpoints = config.micro_batch_tokens // 2, trains and not config.gradient_checkpointing
-    advice = [f"lower --micro-batch-tokens to {tokens}"] if tokens >= config.max_length else []
-    advice += ["add --gradient-checkpointing"] if checkpoints and not config.is_new_model else []
+def advise_on_steps(config: TrainConfig, batches: Sequence[Any] = (), *, trains: bool = True) -> str:
+    """What makes a forward pass smaller, and with `trains` the backward pass as well.
+
+    `batches` are the micro-batches that did not fit, where they are known.
+    """
+    is_one_example = bool(batches) and all(len(batch.sequences.length) <= 2 for batch in batches)
+    limits = [config.micro_batch_tokens, *([max(map(count_tokens_at_once, batches))] if batches else [])]
+    checkpoints = trains and not config.gradient_checkpointing and not config.is_new_model
+    advice = [] if is_one_example else [f"lower --micro-batch-tokens to {min(limits) // 2}"]
+    advice += ["add --gradient-checkpointing"] if checkpoints else []
     advice += ["train a smaller model or shorter rows (--max-length)"] if not advice else []
     return f"{' or '.join(advice)}, and --resume continues from the last checkpoint, which is whole"
+
+
+def count_tokens_at_once(batch: Any) -> int:
+    """The tokens of a micro-batch, as --micro-batch-tokens counts them: without padding where it is a tree."""
+    sequences = batch.sequences
+    return int(sequences.unique_tokens() if sequences.has_tree else sequences.ids.numel())
 
 
 def advise_on_weights(config: TrainConfig) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -55,7 +56,7 @@ def set_up_training(config: TrainConfig) -> TrainSetup:
     config = replace(config, max_length=data.max_length or config.max_length)
 
     set_seed(config.seed)
-    with explain_out_of_memory("the model", advise_on_weights(config)):
+    with explain_out_of_memory("the model", partial(advise_on_weights, config)):
         pretrained = load_policy(
             config,
             run.find_model(stages),

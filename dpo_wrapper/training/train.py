@@ -1,6 +1,7 @@
 """Train a model on a file of preferences: `train(TrainConfig(data = ...))`."""
 
 import errno
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -57,7 +58,10 @@ def run_training(setup: TrainSetup) -> RunFolder:
         StoppedBySignal: SIGINT or SIGTERM came during training; there is a checkpoint.
     """
     try:
-        with hide_sharing_warnings(), explain_out_of_memory("the run", advise_on_weights(setup.config)):
+        with (
+            hide_sharing_warnings(),
+            explain_out_of_memory("the run", partial(advise_on_weights, setup.config)),
+        ):
             run_stages(setup)
     except (OSError, SafetensorError) as error:
         out = setup.run.path

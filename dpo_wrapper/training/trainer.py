@@ -214,7 +214,7 @@ class Trainer:
         if step == self.num_steps and self.save_model is not None:
             self.save_model()
         what = f"the evaluation after step {step} of {self.stage.name}"
-        with explain_out_of_memory(what, advise_on_steps(self.config, trains=False)):
+        with explain_out_of_memory(what, partial(advise_on_steps, self.config, trains=False)):
             metrics = self.evaluator.evaluate_if_due(step)
         if metrics is not None and self.config.compares_evaluations:
             self.compare_evaluation(step, metrics)
@@ -254,7 +254,7 @@ class Trainer:
         is_due = save_steps > 0 and not is_evaluated and self.schedule.is_due(save_steps, step)
         if number or is_due:
             what = f"the checkpoint after step {step} of {self.stage.name}"
-            with explain_out_of_memory(what, advise_on_weights(self.config)):
+            with explain_out_of_memory(what, partial(advise_on_weights, self.config)):
                 self.save_checkpoint(step, is_evaluated, is_trained=step == self.num_steps)
         if number:
             raise StoppedBySignal(number)
