@@ -72,10 +72,10 @@ class OptimizerSteps:
         batches = stage.normalize_over_step([batch.to(accelerator.device) for batch in batches], reduce)
         for batch in batches:
             with nullcontext() if batch is batches[-1] else accelerator.no_sync(self.module):
-                loss, metrics = stage.micro_batch_loss(self.module, batch)
+                loss, of_batch = stage.micro_batch_loss(self.module, batch)
                 accelerator.backward(loss * loss_scale)
             losses.append(loss.detach())
-            sums.add(metrics)
+            sums.add(of_batch)
         grad_norm = accelerator.clip_grad_norm_(self.module.parameters(), self.config.max_grad_norm)
         total = float(reduce(torch.stack(losses).sum()))
         metrics = {"loss": total, **sums.result(reduce), "grad_norm": float(grad_norm)}

@@ -67,7 +67,7 @@ def advise_on_steps(config: TrainConfig, batches: Sequence[Any] = (), *, trains:
 
 
 def count_tokens_at_once(batch: Any) -> int:
-    """The tokens of a micro-batch, as --micro-batch-tokens counts them: without padding where it is a tree."""
+    """The tokens of a micro-batch, as --micro-batch-tokens counts them: of its tree, or of padded rows."""
     sequences = batch.sequences
     return int(sequences.unique_tokens() if sequences.has_tree else sequences.ids.numel())
 

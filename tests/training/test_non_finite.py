@@ -5,14 +5,25 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 
+from dpo_wrapper.training.monitoring.trackers import Trackers
 from dpo_wrapper.training.non_finite import NonFiniteSteps, describe_rows
+from dpo_wrapper.training.processes import create_accelerator
+from dpo_wrapper.training.setup import set_up_training
+from dpo_wrapper.training.stages import DPOStage
 from dpo_wrapper.training.stopping import TrainingError
-from dpo_wrapper.training.train import train
+from dpo_wrapper.training.train import create_stage, train
 from dpo_wrapper.training.trainer import Trainer
 from helpers.lora_runs import save_llama
-from helpers.runs import interrupt_training, make_config, read_metrics
+from helpers.runs import (
+    assert_metrics_close,
+    interrupt_training,
+    make_config,
+    read_metrics,
+    run_in_two_processes,
+)
 
 
 @contextmanager
@@ -98,8 +109,6 @@ def test_a_skipped_step_changes_nothing(rows, tmp_path, capsys, options):
 
 def test_gradients_that_are_not_finite_are_skipped_too(rows, tmp_path, monkeypatch):
     """A loss that is finite, and infinite gradients."""
-    from dpo_wrapper.training.stages import DPOStage
-
     calls, micro_batch_loss = 0, DPOStage.micro_batch_loss
 
     def poisoned_loss(self, module, batch):
@@ -152,6 +161,88 @@ def test_ten_skipped_steps_in_a_row_stop_the_run(rows, tmp_path, capsys, after_s
     assert steps == list(range(1, 12))
     printed = [line for line in capsys.readouterr().out.splitlines() if "is skipped" in line]
     assert len(printed) == 3 and printed[2].endswith(". Later ones are counted in metrics.jsonl alone.")
+
+
+POISON_ONE_PROCESS = """
+import math, sys
+import torch
+from dpo_wrapper.pretrained import PRESETS
+from dpo_wrapper.training.stages import DPOStage
+from dpo_wrapper.training.train import train
+from helpers.runs import SMALL_DECODER, make_config
+torch.set_num_threads(1)
+PRESETS["tiny"] = SMALL_DECODER
+calls, micro_batch_loss = 0, DPOStage.micro_batch_loss
+
+def poisoned_loss(self, module, batch):
+    global calls
+    calls += 1
+    rank = torch.distributed.get_rank()
+    loss, metrics = micro_batch_loss(self, module, batch)
+    return loss * (math.nan if (rank, calls) == (1, 2) else 1.0), metrics
+
+DPOStage.micro_batch_loss = poisoned_loss
+options = {"sft_epochs": 0, "on_nan": "skip", "samples": 0, "exact_answers": 0, "save_steps": 0}
+train(make_config(*sys.argv[1:], **options))
+"""
+
+
+@pytest.mark.slow
+def test_processes_skip_the_same_steps(rows, tmp_path):
+    """The loss of the second process alone is not finite."""
+    (tmp_path / "script.py").write_text(POISON_ONE_PROCESS)
+    run_in_two_processes(tmp_path / "script.py", rows, tmp_path / "two")
+    with poison_steps(2):
+        train(make_config(rows, tmp_path / "one", save_steps=0, **OPTIONS))
+    one, two = (read_metrics(tmp_path / name, "grad_norm") for name in ("one", "two"))
+    skipped = [record for record in two if record.get("num_skipped") == 1]
+    assert skipped[0]["step"] == 2 and skipped[0]["loss"] is None
+    for record in (*one, *two):
+        if record["step"] == 2 and record["part"] == "step":
+            assert record.pop("loss") is None
+            record["loss"] = 0.0
+    assert_metrics_close(one, two)
+
+
+@pytest.fixture
+def scaled_trainer(rows, tmp_path):
+    """A trainer with the scaler of float16, which torch has for the CPU as well."""
+    setup = set_up_training(make_config(rows, tmp_path / "out", **OPTIONS))
+    (plan,) = setup.stages
+    stage = create_stage(setup, plan, create_accelerator(setup.config))
+    trackers = Trackers(setup.config, setup.run)
+    trainer = Trainer(setup.config, setup.run, stage, plan.splits, setup.pretrained, trackers)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    trainer.optimizer = AcceleratedOptimizer(trainer.optimizer.optimizer, scaler=scaler)
+    trainer.accelerator.scaler, trainer.steps.optimizer = scaler, trainer.optimizer
+    trainer.accelerator.unscale_gradients = lambda: scaler.unscale_(trainer.optimizer.optimizer)
+    return trainer
+
+
+@pytest.mark.parametrize(("value", "num_skipped"), [(math.nan, 1), (1e36, 0)])
+def test_a_scaler_goes_on_after_a_skipped_step(scaled_trainer, value, num_skipped):
+    """A loss that is not finite leaves the scale alone; one whose gradients overflow lowers it."""
+    trainer, scaler = scaled_trainer, scaled_trainer.accelerator.scaler
+    micro_batch_loss = trainer.stage.micro_batch_loss
+    make_batches = trainer.micro_batch_maker(trainer.splits.train)
+    trainer.train_step(1, make_batches(trainer.sampler[0]))
+    before = copy_state(trainer)
+
+    def poisoned_loss(module, batch):
+        loss, metrics = micro_batch_loss(module, batch)
+        return loss * value, metrics
+
+    trainer.stage.micro_batch_loss = poisoned_loss
+    metrics = trainer.train_step(2, make_batches(trainer.sampler[1]))
+    assert not math.isfinite(metrics["grad_norm"])
+    assert metrics["num_skipped"] == num_skipped
+    assert_states_equal(before, copy_state(trainer))
+    assert scaler.get_scale() == (2.0**10 if num_skipped else 2.0**9)
+    trainer.stage.micro_batch_loss = micro_batch_loss
+    metrics = trainer.train_step(3, make_batches(trainer.sampler[2]))
+    assert math.isfinite(metrics["grad_norm"]) and metrics["num_skipped"] == num_skipped
+    after = copy_state(trainer)
+    assert any(not torch.equal(value, after[name]) for name, value in before.items())
 
 
 def make_steps(on_nan):
