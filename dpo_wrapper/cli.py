@@ -119,6 +119,8 @@ def train(config: "TrainConfig") -> None:
         setup = set_up_training(config)
     except INPUT_ERRORS as error:
         exit_with_error(error)
+    except TrainingError as error:
+        exit_with_error(error, status=1)
     try:
         run_training(setup)
     except TrainingError as error:

@@ -4,7 +4,7 @@ docs/evaluation.md lists them. Log-probs and rewards are in nats and are means o
 rows); what they are for ranked lists and for rows with a label stands there too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,25 +215,28 @@ class MetricSums:
     """Adds up the metrics of batches, so that means are over all pairs and never means of means."""
 
     def __init__(self) -> None:
-        self.sums: Metrics = {}
+        self.sums: dict[str, float] = {}
 
     def add(self, metrics: Metrics) -> None:
-        if not metrics:
-            return
-        terms = [
-            value.detach() * (1.0 if name in COUNTS else metrics[count_name(name, metrics)])
-            for name, value in metrics.items()
-        ]
-        # one copy from the device for all of them
-        for name, term in zip(metrics, torch.stack(terms).cpu().double(), strict=True):
-            self.sums[name] = self.sums[name] + term if name in self.sums else term
+        """Add the metrics of a batch."""
+        if metrics:  # one copy from the device for all of them
+            values = torch.stack([value.detach() for value in metrics.values()]).tolist()
+            self.add_values(dict(zip(metrics, values, strict=True)))
+
+    def add_values(self, metrics: Mapping[str, float]) -> None:
+        """Add metrics of one batch or of several, as `result` gives them."""
+        for name, value in metrics.items():
+            weight = 1.0 if name in COUNTS else metrics[count_name(name, metrics)]
+            self.sums[name] = self.sums.get(name, 0.0) + value * weight
 
     def result(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
         """Means and counts over everything added; `reduce` sums a tensor over processes."""
         if not self.sums:
             return {}
-        table = torch.stack(list(self.sums.values()))
-        sums = dict(zip(self.sums, (table if reduce is None else reduce(table)).tolist(), strict=True))
+        sums = self.sums
+        if reduce is not None:
+            table = reduce(torch.tensor(list(sums.values()), dtype=torch.float64, device="cpu"))
+            sums = dict(zip(sums, table.tolist(), strict=True))
         result = {
             name: value if name in COUNTS else value / max(1.0, sums[count_name(name, sums)])
             for name, value in sums.items()
@@ -243,7 +246,7 @@ class MetricSums:
         return result
 
 
-def count_name(name: str, metrics: Metrics | dict[str, float]) -> str:
+def count_name(name: str, metrics: Mapping[str, Any]) -> str:
     """The count that a mean is over: of the rows of its own side, where these are counted."""
     side = f"rows/{name.rsplit('/')[-1].removeprefix('ref_')}"
     return side if side in metrics else next(count for count in VALID_COUNTS if count in metrics)

@@ -64,3 +64,11 @@ def test_lower_layers(tmp_path):
     once, whole = (written["results"][name] for name in ("once", "whole"))
     assert once["gradient_norm"] == pytest.approx(whole["gradient_norm"], rel=1e-5)
     assert "1 of 3 layers adapted" in printed and "the ratio is 0.71" in printed
+
+
+@pytest.mark.slow
+def test_loop(tmp_path):
+    printed, written = run("loop.py", "--pairs 4", tmp_path / "loop.json")
+    (figures,) = written["results"].values()
+    assert figures["steps"] == 1 and figures["bare"] > 0 and figures["loop"] > 0
+    assert len(written["seconds"]["bare"]) == 3 and "overhead" in printed

@@ -5,14 +5,16 @@ This is the one place where ids and masks are shifted.
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from beartype import beartype
 from jaxtyping import Bool, Float, Int, jaxtyped
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from dpo_wrapper.prefix_tree.layout import TreeLayout, TreeOptions
 from dpo_wrapper.prefix_tree.tree import PrefixTree
@@ -103,11 +105,12 @@ class ScoredSequences(TensorDataclass):
         `scored` says of each sequence which tokens of prompt and completion are scored; by default, and where
         it is None, these are the completion's.
         """
-        rows = [torch.tensor([*x, *y], dtype=torch.long) for x, y in zip(prompts, completions, strict=True)]
+        rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
         if not rows:
             raise ValueError("a batch should have at least one completion, but it has none: leave it out.")
-        seqs = pad_sequence(rows, batch_first=True)
-        place = torch.arange(seqs.shape[1])
+        width = max(map(len, rows))
+        seqs = torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.long)
+        place = torch.arange(width)
         is_scored = place >= torch.tensor([[len(prompt)] for prompt in prompts])
         for row, mask in enumerate(scored or ()):
             if mask is not None:
@@ -121,7 +124,8 @@ class ScoredSequences(TensorDataclass):
         if options not in trees:
             host = self.on_cpu
             if host is self:
-                with torch.device("cpu"):  # where trees are built, whatever torch's default device is
+                # trees are built on the CPU; inside the context each call of torch takes longer
+                with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
                     trees[options] = ScoredTreeTokens.from_sequences(self, options)
             else:
                 trees[options] = host.as_tree(options).to(self.ids.device)
@@ -146,13 +150,13 @@ class ScoredSequences(TensorDataclass):
         """A hash of each sequence's ids and scored tokens, the same in any batch and with any padding."""
         if "_content_hashes" not in vars(self):
             host = self.on_cpu
-            lengths = host.length.tolist()
-            sources, targets = (t.split(lengths) for t in (host.source, host.target))
-            hashes = []
-            for ids, source, target in zip(self.unpadded_ids(), sources, targets, strict=True):
-                shape = torch.tensor([len(ids), len(source)], device="cpu")
-                content = torch.cat([shape, ids, source, target]).numpy().tobytes()
+            sources, targets, ends = (t.numpy() for t in (host.source, host.target, host.length.cumsum(0)))
+            hashes, start = [], 0
+            for ids, end in zip(self.unpadded_rows(), ends.tolist(), strict=True):
+                parts = (np.array([len(ids), end - start]), ids, sources[start:end], targets[start:end])
+                content = b"".join(part.astype(np.int64, copy=False).tobytes() for part in parts)
                 hashes.append(hashlib.blake2b(content, digest_size=16).digest())
+                start = end
             vars(self)["_content_hashes"] = tuple(hashes)
         return vars(self)["_content_hashes"]
 
@@ -170,16 +174,21 @@ class ScoredSequences(TensorDataclass):
         """Which of `ids` are real."""
         return torch.arange(self.ids.shape[1], device=self.ids.device) < self.real[:, None]
 
-    def unpadded_ids(self) -> list[Int[Tensor, "_"]]:
-        """Each row of `ids` without its padding, on the CPU."""
+    def unpadded_rows(self) -> list[NDArray[np.int64]]:
+        """Each row of `ids` without its padding."""
         host = self.on_cpu
-        return list(host.ids[host.is_input].split(host.real.tolist()))
+        return [row[:length] for row, length in zip(host.ids.numpy(), host.real.tolist(), strict=True)]
+
+    @property
+    def has_tree(self) -> bool:
+        """Whether a tree of the sequences has been built."""
+        return bool(vars(self).get("_trees"))
 
     def unique_tokens(self) -> int:
         """Number of tokens if every prefix that sequences share is counted once."""
         for tree in vars(self).get("_trees", {}).values():
             return len(tree.layout.subtree_end)
-        return len(PrefixTree.from_sequences(self.unpadded_ids()).ids)
+        return len(PrefixTree.from_sequences(self.unpadded_rows()).ids)
 
 
 @dataclass(frozen=True)
@@ -200,7 +209,7 @@ class ScoredTreeTokens(TensorDataclass):
     @classmethod
     def from_sequences(cls, sequences: ScoredSequences, options: TreeOptions) -> "ScoredTreeTokens":
         device = sequences.ids.device
-        tree = PrefixTree.from_sequences(sequences.unpadded_ids())
+        tree = PrefixTree.from_sequences(sequences.unpadded_rows())
         row, place, target = (t.cpu() for t in (sequences.row, sequences.source, sequences.target))
         source, target, entry = unique_pairs(tree.path[tree.start[row] + place], target)
         layout = TreeLayout.from_tree(tree, options)

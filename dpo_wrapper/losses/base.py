@@ -122,6 +122,9 @@ class Loss(ValidatedDataclass, ABC):
     def observe(self, log_probs: Any) -> None:
         """Called once with the log-probs of each forward pass of training, for losses with a state."""
 
+    def discard_step(self) -> None:
+        """Called in place of `end_step` where a step has left the weights alone: forget what it observed."""
+
     def end_step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         """Called after the last forward pass of each optimizer step; `reduce` sums over processes."""
 

@@ -84,6 +84,10 @@ class RunningStatistics(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("std", torch.zeros(()))
+        self.discard_step()
+
+    def discard_step(self) -> None:
+        """Forget the sums of the current step."""
         self.step_sums = [0.0, 0.0, 0.0]
 
     @torch.no_grad()
@@ -99,7 +103,7 @@ class RunningStatistics(nn.Module):
         dtype = torch.float32 if reduce is not None else torch.float64
         sums = torch.tensor(self.step_sums, dtype=dtype, device="cpu")
         count, total, squares = (sums if reduce is None else reduce(sums)).tolist()
-        self.step_sums = [0.0, 0.0, 0.0]
+        self.discard_step()
         if count == 0:
             return
         variance = max(0.0, squares - total * total / count) / max(1.0, count - 1)
@@ -170,3 +174,6 @@ class BetaDPO(PairLoss):
 
     def end_step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         self.statistics.end_step(reduce)
+
+    def discard_step(self) -> None:
+        self.statistics.discard_step()

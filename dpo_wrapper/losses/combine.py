@@ -173,6 +173,11 @@ class CombinedLoss(nn.Module):
         for term, _ in self.terms:
             term.end_step(reduce)
 
+    def discard_step(self) -> None:
+        """Let losses with a state forget a step that has left the weights alone."""
+        for term, _ in self.terms:
+            term.discard_step()
+
     def check_dataset_type(self, dataset_type: str) -> None:
         """Raise TypeError for data of another type than the losses take."""
         if dataset_type != self.dataset_type:

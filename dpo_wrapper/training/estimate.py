@@ -52,7 +52,7 @@ class TokenCounts:
         """The tokens of some micro-batches."""
         counts = cls()
         for sequences in (batch.sequences for batch in batches):
-            tree = PrefixTree.from_sequences(sequences.unpadded_ids())
+            tree = PrefixTree.from_sequences(sequences.unpadded_rows())
             counts += cls(
                 padded=sequences.ids.numel(),
                 real=float(sequences.real.sum()),

@@ -103,6 +103,8 @@ class Explanations:
             step: after which it was measured.
         """
         metrics = {name: value for name, value in metrics.items() if is_finite(value)}
+        if part == "step" and "loss" not in metrics:  # it was skipped
+            return []
         self.first.setdefault(part, metrics)
         if part == "step":
             self.steps.append(metrics)

@@ -28,6 +28,7 @@ from dpo_wrapper.training.files import (
 
 CHANGEABLE_SETTINGS = (
     "resume", "out", "save_steps", "cpu", "logging_steps", "sample_steps", "samples", "report_to", "project",
+    "on_nan", "micro_batch_tokens", "gradient_checkpointing",
 )  # fmt: skip
 """Settings that may change when a run is resumed."""
 

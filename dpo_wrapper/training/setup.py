@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -17,6 +18,7 @@ from dpo_wrapper.training.config import TrainConfig, flag
 from dpo_wrapper.training.lora import load_policy, name_adapter
 from dpo_wrapper.training.monitoring.trackers import check_trackers
 from dpo_wrapper.training.optimizer import create_optimizer, create_schedule, find_optimizer
+from dpo_wrapper.training.out_of_memory import advise_on_weights, explain_out_of_memory
 from dpo_wrapper.training.policy import resolve_dtype, set_up_policy
 from dpo_wrapper.training.read_data import Rows, RunData, count_shared_prompts, split_table
 from dpo_wrapper.training.run_folder import RunFolder
@@ -39,6 +41,7 @@ def set_up_training(config: TrainConfig) -> TrainSetup:
 
     Raises:
         ValueError, TypeError, OSError, ImportError: one sentence about the setting or the row that is wrong.
+        TrainingError: the model does not fit in memory.
     """
     config = name_adapter(config)
     loss = CombinedLoss(parse_losses(config.loss))
@@ -53,13 +56,14 @@ def set_up_training(config: TrainConfig) -> TrainSetup:
     config = replace(config, max_length=data.max_length or config.max_length)
 
     set_seed(config.seed)
-    pretrained = load_policy(
-        config,
-        run.find_model(stages),
-        config.tokenizer_options(run.today),
-        dtype=resolve_dtype(config),
-        attn_implementation=config.attn_implementation,
-    )
+    with explain_out_of_memory("the model", partial(advise_on_weights, config)):
+        pretrained = load_policy(
+            config,
+            run.find_model(stages),
+            config.tokenizer_options(run.today),
+            dtype=resolve_dtype(config),
+            attn_implementation=config.attn_implementation,
+        )
     policy_notes = set_up_policy(pretrained.model, config)
     train, eval, notes = tokenize_splits(data, eval_data, pretrained, config)
     notes = policy_notes + notes

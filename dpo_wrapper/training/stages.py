@@ -77,6 +77,9 @@ class Stage(ABC):
     def end_step(self, step: int, reduce: Reduce) -> None:  # noqa: B027
         """Called after each update of the weights; `step` counts from 1, also in a run that is resumed."""
 
+    def discard_step(self) -> None:  # noqa: B027
+        """Called in place of `end_step` where the weights were not updated."""
+
     @abstractmethod
     def evaluate(
         self,
@@ -199,6 +202,9 @@ class DPOStage(Stage):
         self.dpo.end_step(reduce)
         if self.sync_steps and step % self.sync_steps == 0:
             self.dpo.sync_reference(self.mixup_alpha)
+
+    def discard_step(self) -> None:
+        self.dpo.loss.discard_step()
 
     def evaluate(
         self,

@@ -63,9 +63,9 @@ def ignore_signals(_: int) -> None:
 
 
 def check_finite(stage: str, step: int, name: str, value: float) -> None:
-    """Raise TrainingError if a loss or a norm is not finite."""
+    """Raise TrainingError if a loss is not finite."""
     if not math.isfinite(value):
         raise TrainingError(
             f"the {name} should be finite, but at step {step} of {stage} it is {value}: begin a new run with "
-            "a lower learning rate or --max-grad-norm, or look at the rows of this step."
+            "a lower learning rate or --max-grad-norm."
         )

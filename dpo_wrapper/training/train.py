@@ -1,6 +1,7 @@
 """Train a model on a file of preferences: `train(TrainConfig(data = ...))`."""
 
 import errno
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -27,6 +28,7 @@ from dpo_wrapper.training.model_card import write_model_card
 from dpo_wrapper.training.monitoring.figure import Figure
 from dpo_wrapper.training.monitoring.terminal import create_progress_bar, hide_sharing_warnings, print_line
 from dpo_wrapper.training.monitoring.trackers import Trackers
+from dpo_wrapper.training.out_of_memory import advise_on_weights, explain_out_of_memory
 from dpo_wrapper.training.policy import compile_layers
 from dpo_wrapper.training.processes import create_accelerator
 from dpo_wrapper.training.reference_words import describe_merging, describe_reference
@@ -52,11 +54,14 @@ def run_training(setup: TrainSetup) -> RunFolder:
     """Run supervised training (if there are epochs of it) and preference training; report the result.
 
     Raises:
-        TrainingError: the loss is not finite, or the run folder cannot be written.
+        TrainingError: the loss is not finite, memory does not suffice, or the run folder cannot be written.
         StoppedBySignal: SIGINT or SIGTERM came during training; there is a checkpoint.
     """
     try:
-        with hide_sharing_warnings():
+        with (
+            hide_sharing_warnings(),
+            explain_out_of_memory("the run", partial(advise_on_weights, setup.config)),
+        ):
             run_stages(setup)
     except (OSError, SafetensorError) as error:
         out = setup.run.path

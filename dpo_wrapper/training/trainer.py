@@ -2,16 +2,13 @@
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dpo_wrapper.data import StepSampler, TokenizedExample
-from dpo_wrapper.metrics import MetricSums
 from dpo_wrapper.models.wrappers import is_sharded
 from dpo_wrapper.pretrained import PretrainedModel
 from dpo_wrapper.training.best_model import BestEvaluation, load_best, save_best
@@ -27,9 +24,13 @@ from dpo_wrapper.training.evaluator import Evaluator
 from dpo_wrapper.training.micro_batches import MicroBatches, make_micro_batches
 from dpo_wrapper.training.monitoring.monitor import Monitor
 from dpo_wrapper.training.monitoring.samples import Samples
+from dpo_wrapper.training.monitoring.terminal import print_line
 from dpo_wrapper.training.monitoring.trackers import Trackers
+from dpo_wrapper.training.non_finite import NonFiniteSteps
 from dpo_wrapper.training.optimizer import create_optimizer, create_schedule
-from dpo_wrapper.training.processes import create_accelerator, sum_over_processes
+from dpo_wrapper.training.optimizer_steps import OptimizerSteps
+from dpo_wrapper.training.out_of_memory import advise_on_steps, advise_on_weights, explain_out_of_memory
+from dpo_wrapper.training.processes import create_accelerator
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.schedule import plan_schedule
 from dpo_wrapper.training.stage_plan import Splits
@@ -38,7 +39,6 @@ from dpo_wrapper.training.stopping import (
     StoppedBySignal,
     StopRequest,
     TrainingError,
-    check_finite,
     ignore_signals,
 )
 
@@ -82,6 +82,10 @@ class Trainer:
         optimizer: Any = create_optimizer(stage.module, config, stage.learning_rate, self.accelerator.device)
         self.module, self.optimizer = self.accelerator.prepare(stage.module, optimizer)
         frozen = FrozenWeights(stage.module)
+        print_main = print_line if self.accelerator.is_main_process else hash
+        self.non_finite = NonFiniteSteps(config.on_nan, stage.name, self.list_sources, print_main)
+        trained = (self.accelerator, stage, self.module, self.optimizer, self.sampler)
+        self.steps = OptimizerSteps(config, *trained, self.non_finite)
         self.has_saved = False  # a checkpoint, of which the size is said once
         self.checkpointed = (self.accelerator, frozen, self.optimizer, stage.reference_cache)
 
@@ -89,7 +93,7 @@ class Trainer:
         """Run the steps that are not done yet; eval metrics are logged before, during and after.
 
         Raises:
-            TrainingError: the loss or the norm of the gradients is not finite.
+            TrainingError: the loss or the gradients are not finite, or memory does not suffice.
             StoppedBySignal: SIGINT or SIGTERM came; there is a checkpoint.
         """
         progress, folder = self.run.progress, self.run.checkpoint_folder
@@ -100,7 +104,9 @@ class Trainer:
         self.probe_model()
         is_evaluated = is_resumed and progress.is_evaluated
         self.start_watching(steps_done, steps_done + is_evaluated)
-        records = self.run.read_records() if is_resumed and self.config.compares_evaluations else []
+        records = self.run.read_records() if is_resumed else []
+        self.non_finite.read_records(records)
+        records = records if self.config.compares_evaluations else []
         self.best = BestEvaluation(self.config.best_metric, self.stage.name, records)
         with self.monitor:
             last_step = self.run_steps(steps_done, is_evaluated)
@@ -153,6 +159,10 @@ class Trainer:
                 start_time = time.perf_counter()
         return self.num_steps
 
+    def list_sources(self, step: int) -> list[str]:
+        """Where the rows of a step come from, over all processes."""
+        return [self.splits.train[index].source for index in self.sampler.global_step(step - 1)]
+
     def stops_early(self) -> bool:
         """Whether too many evaluations in a row were no better than the best one."""
         patience = self.config.early_stopping_patience
@@ -197,37 +207,15 @@ class Trainer:
 
     def train_step(self, step: int, batches: list[Any]) -> dict[str, float]:
         """Run one optimizer step on this process's micro-batches; the metrics are of all processes."""
-        accelerator, stage = self.accelerator, self.stage
-        has_examples = accelerator.process_index < self.sampler.step_size(step - 1)
-        loss_scale = accelerator.num_processes if has_examples else 0  # DDP takes the mean over processes
-
-        def reduce(sums: Tensor) -> Tensor:
-            return sum_over_processes(accelerator, sums * has_examples)
-
-        loss, sums = torch.zeros((), device=accelerator.device), MetricSums()
-        batches = stage.normalize_over_step([batch.to(accelerator.device) for batch in batches], reduce)
-        for batch in batches:
-            with nullcontext() if batch is batches[-1] else accelerator.no_sync(self.module):
-                batch_loss, metrics = stage.micro_batch_loss(self.module, batch)
-                accelerator.backward(batch_loss * loss_scale)
-            loss += batch_loss.detach()
-            sums.add(metrics)
-        grad_norm = accelerator.clip_grad_norm_(self.module.parameters(), self.config.max_grad_norm)
-        total_loss = float(reduce(loss))
-        check_finite(stage.name, step, "loss", total_loss)
-        scaler = accelerator.scaler
-        if scaler is None or scaler.get_scale() < 1:  # steps that overflow at a larger scale are left out
-            check_finite(stage.name, step, "norm of the gradients", float(grad_norm))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        stage.end_step(step, reduce)
-        return {"loss": total_loss, **sums.result(reduce), "grad_norm": float(grad_norm)}
+        return self.steps.run(step, batches)
 
     def evaluate_if_due(self, step: int) -> None:
         """Evaluate and sample where that is due; at the end of the stage the model is saved first."""
         if step == self.num_steps and self.save_model is not None:
             self.save_model()
-        metrics = self.evaluator.evaluate_if_due(step)
+        what = f"the evaluation after step {step} of {self.stage.name}"
+        with explain_out_of_memory(what, partial(advise_on_steps, self.config, trains=False)):
+            metrics = self.evaluator.evaluate_if_due(step)
         if metrics is not None and self.config.compares_evaluations:
             self.compare_evaluation(step, metrics)
 
@@ -265,7 +253,9 @@ class Trainer:
         save_steps = self.schedule.save_steps
         is_due = save_steps > 0 and not is_evaluated and self.schedule.is_due(save_steps, step)
         if number or is_due:
-            self.save_checkpoint(step, is_evaluated, is_trained=step == self.num_steps)
+            what = f"the checkpoint after step {step} of {self.stage.name}"
+            with explain_out_of_memory(what, partial(advise_on_weights, self.config)):
+                self.save_checkpoint(step, is_evaluated, is_trained=step == self.num_steps)
         if number:
             raise StoppedBySignal(number)
 

@@ -39,7 +39,7 @@ def score_of(past, target):
 def test_scores_come_back_to_the_sequences_they_belong_to(seed, max_positions):
     sequences = scored_sequences(seed)
     tree = ScoredTreeTokens.from_sequences(sequences, TreeOptions(max_positions))
-    real, rows = PrefixTree.from_sequences(sequences.unpadded_ids()), sequences.unpadded_ids()
+    real, rows = PrefixTree.from_sequences(sequences.unpadded_rows()), sequences.unpadded_rows()
     assert len(tree.layout.subtree_end) == len(real.ids) == sequences.unique_tokens()
     nodes = nodes_of(real)
     table = [score_of(nodes[k], t) for k, t in zip(tree.source.tolist(), tree.target.tolist(), strict=True)]

@@ -205,7 +205,7 @@ def test_padded_groups_hold_so_many_tokens_with_their_padding() -> None:
 def token_ids(sequences: ScoredSequences) -> list[tuple[list[int], list[int]]]:
     """Each sequence's inputs and its scored tokens."""
     targets = sequences.target.split(sequences.length.tolist())
-    return [(ids.tolist(), y.tolist()) for ids, y in zip(sequences.unpadded_ids(), targets, strict=True)]
+    return [(ids.tolist(), y.tolist()) for ids, y in zip(sequences.unpadded_rows(), targets, strict=True)]
 
 
 def test_scored_sequences_are_all_of_the_examples() -> None:

@@ -47,7 +47,7 @@ def test_supervised_training_balances_experts_where_the_model_asks_for_it():
     parts = normalize_over_step([collate_sft(examples[:1]), collate_sft(examples[1:])])
     module, plain = SFTModule(make(0)).train(), SFTModule(make(0), router_aux_loss_coef=0.0).train()
     for part, share in zip(parts, (0.25, 0.75), strict=True):
-        ids = torch.cat(part.sequences.unpadded_ids()).view(-1, 5)
+        ids = part.sequences.ids
         aux_loss = module.model(input_ids=ids, attention_mask=torch.ones_like(ids)).aux_loss
         torch.testing.assert_close(module(part), plain(part) + 0.5 * share * aux_loss)
         with torch.no_grad():

@@ -1,10 +1,10 @@
 """What a person and other programs see of a stage while it runs."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
@@ -81,17 +81,23 @@ class Monitor(AbstractContextManager["Monitor"]):
         }
         self.log("step", step, metrics | times)
         self.time_left.step_seconds.append(seconds)
-        self.sums.add({name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()})
-        self.seconds_since_line += seconds
+        if math.isfinite(metrics["loss"]):
+            self.sums.add_values(metrics)
+            self.seconds_since_line += seconds
         self.bar.set_postfix_str(f"loss {metrics['loss']:.4f}", refresh=False)
         self.bar.update()
         if step == self.steps_done + 1 or self.schedule.is_due(self.schedule.logging_steps, step):
-            recent = self.sums.result()
+            self.print_steps(step)
+        self.explain("step", step, metrics)
+
+    def print_steps(self, step: int) -> None:
+        """Print a line of the steps since the last one, of those with a finite loss if there are any."""
+        recent = self.sums.result()
+        if recent:
             recent |= self.measure_speed(recent, self.seconds_since_line)
             left = self.time_left.estimate(step)
             print_line(format_step_line(self.stage, step, self.schedule.num_steps, recent, left))
-            self.forget_steps()
-        self.explain("step", step, metrics)
+        self.forget_steps()
 
     def measure_speed(self, metrics: dict[str, float], seconds: float) -> dict[str, float]:
         """Tokens per second, and memory, where so many seconds were needed for these metrics."""

@@ -71,6 +71,9 @@ class OptimizationOptions(Options):
     """Weight decay of all weights but biases and norms; decoupled in AdamW."""
     max_grad_norm: float = 1.0
     """Maximum norm of the gradients; larger ones are scaled down to it."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """Where the loss or the norm of the gradients is not finite: stop, or skip the step, which then changes
+    nothing. Ten such steps in a row stop the run all the same."""
 
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision of the forward and backward pass; fp16, which scales the loss, needs CUDA."""
