@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from itertools import chain
 from typing import Any
 
@@ -18,6 +19,7 @@ from dpo_wrapper.training.lora import load_policy, name_adapter
 from dpo_wrapper.training.monitoring.trackers import check_trackers
 from dpo_wrapper.training.optimizer import create_optimizer, create_schedule, find_optimizer
 from dpo_wrapper.training.policy import resolve_dtype, set_up_policy
+from dpo_wrapper.training.processes import create_accelerator
 from dpo_wrapper.training.read_data import Rows, RunData, count_shared_prompts, split_table
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.stage_plan import StagePlan, choose_stages, plan_stages
@@ -45,23 +47,27 @@ def set_up_training(config: TrainConfig) -> TrainSetup:
     check_options(config, loss)
     check_trackers(config.report_to)
     run = RunFolder(config)
+    if create_accelerator(config).is_main_process:
+        run.lock()
     run.check(config.resume)
     data = RunData.open(config.data, config)
     eval_data = None if config.eval_data is None else RunData.open(config.eval_data, config)
     stages = choose_stages(config, data.dataset_types)
-    run.today = data.today or run.today
+    today = data.today or date.fromisoformat(run.record.today)
+    run.record.today = today.isoformat()
     config = replace(config, max_length=data.max_length or config.max_length)
 
     set_seed(config.seed)
     pretrained = load_policy(
         config,
         run.find_model(stages),
-        config.tokenizer_options(run.today),
+        config.tokenizer_options(today),
         dtype=resolve_dtype(config),
         attn_implementation=config.attn_implementation,
     )
     policy_notes = set_up_policy(pretrained.model, config)
     train, eval, notes = tokenize_splits(data, eval_data, pretrained, config)
+    run.check_rows(digest_splits(data, eval_data, train, eval))
     notes = policy_notes + notes
     check_model(pretrained, [train, eval])
     if "dpo" in stages:
@@ -131,6 +137,13 @@ def tokenize_splits(
         notes.append(f"{count:,} rows of --data that are marked as test are left out.")
     notes += [f"eval: {note}" for note in eval_notes]
     return (table, np.flatnonzero(~is_test)), (eval_table, np.arange(len(eval_table))), notes
+
+
+def digest_splits(data: RunData, eval_data: RunData | None, train: Rows, eval: Rows) -> dict[str, str]:
+    """A hash of the rows of each option that names data."""
+    if eval_data is None:
+        return {"data": data.digest(*train, eval[1])}
+    return {"data": data.digest(*train), "eval_data": eval_data.digest(*eval)}
 
 
 def check_plans(

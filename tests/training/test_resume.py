@@ -82,16 +82,20 @@ def test_the_model_is_saved_before_the_last_evaluation(finished_run, rows, tmp_p
     expected = read_metrics(finished_run)
     assert log == (expected if save_steps else expected[:-1])
     assert json.loads((out / "run.json").read_text())["status"] == "finished"
-    assert not (out / "checkpoint").exists() and (out / "curves.png").exists()
+    assert not (out / "checkpoints").exists() and (out / "curves.png").exists()
 
 
 def test_resume_is_refused_with_other_settings(rows, tmp_path):
     with interrupt_training("sft", after_steps=0):
         train(make_config(rows, tmp_path / "out"))
-    with pytest.raises(ValueError, match=r"began with, but it had --batch-size 4\.$"):
-        train(make_config(rows, tmp_path / "out", batch_size=8, resume=True))
-    with pytest.raises(ValueError, match="is not empty: name a new folder, or add --resume"):
-        train(make_config(rows, tmp_path / "out"))
+    changed = {"batch_size": 8, "max_steps": 3, "warmup_ratio": 0.5, "keep_best": True, "stage": ("dpo",)}
+    sentence = (
+        "a run should be continued with the settings that it began with, but that in .* had "
+        r"no --keep-best, no --stage, --batch-size 4, no --max-steps, --warmup-ratio 0\.1: give the same, or"
+    )
+    for resume in (False, True):
+        with pytest.raises(ValueError, match=sentence):
+            train(make_config(rows, tmp_path / "out", resume=resume, **changed))
 
 
 def test_a_finished_run_is_not_resumed_and_an_unfinished_one_is_no_model(finished_run, rows, tmp_path):

@@ -9,15 +9,18 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from accelerate import Accelerator
 
 from dpo_wrapper.pretrained import load_pretrained
 from dpo_wrapper.training import checkpoint, state_files
 from dpo_wrapper.training.monitoring import figure, samples
-from dpo_wrapper.training.run_folder import Progress, RunFolder
+from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.state_files import read_state, write_state
 from dpo_wrapper.training.stopping import TrainingError
 from dpo_wrapper.training.train import train
 from helpers.runs import interrupt_training, make_config, read_metrics
+
+PROCESS = Accelerator(cpu=True)
 
 
 class KilledError(BaseException):
@@ -79,11 +82,10 @@ def killer(monkeypatch):
     return Killer(monkeypatch)
 
 
-def reopen(rows, out):
+def reopen(rows, out, limit=1):
     """The run of a new process in a folder."""
-    is_begun = (out / "run.json").exists()
-    run = RunFolder(make_config(rows, out, resume=is_begun))
-    run.check(resume=is_begun)
+    run = RunFolder(make_config(rows, out, save_total_limit=limit))
+    run.check(resume=False)
     return run
 
 
@@ -94,24 +96,26 @@ def write_checkpoints(run, last_step, completed):
     if done:
         assert read_state(run.checkpoint_folder / checkpoint.STATE_FILE) == {"step": done}
     for step in range(done + 1, last_step + 1):
-        run.log_metrics("sft", "step", step, {"loss": 1.0})
-        run.create_new_checkpoint()
-        write_state(run.new_checkpoint_folder / checkpoint.STATE_FILE, {"step": step})
-        run.replace_checkpoint("sft", step)
+        run.log.append("sft", "step", step, {"loss": 1.0})
+        with run.new_checkpoint(PROCESS, "sft", step) as folder:
+            write_state(folder / checkpoint.STATE_FILE, {"step": step})
         completed.append(step)
 
 
-def test_whenever_a_run_is_killed_its_newest_checkpoint_is_whole(rows, tmp_path, killer):
+@pytest.mark.parametrize("limit", [1, 2])
+def test_whenever_a_run_is_killed_its_newest_checkpoint_is_whole(rows, tmp_path, killer, limit):
     for at in range(1, 100):
         out, completed = tmp_path / str(at), [0]
-        is_killed = killer.is_killed(at, write_checkpoints, reopen(rows, out), 3, completed)
+        is_killed = killer.is_killed(at, write_checkpoints, reopen(rows, out, limit), 3, completed)
         for again in (at % 8 + 1, at % 5 + 1):  # and once more, and again, while it resumes
-            run = reopen(rows, out)
+            run = reopen(rows, out, limit)
             assert run.progress.step >= completed[-1]
             killer.is_killed(again, write_checkpoints, run, 5, completed)
-        run = reopen(rows, out)
+        run = reopen(rows, out, limit)
         write_checkpoints(run, 5, completed)
-        assert [record["step"] for record in run.read_records()] == [1, 2, 3, 4, 5]
+        assert [record["step"] for record in run.log.read()] == [1, 2, 3, 4, 5]
+        kept = {path.name for path in run.checkpoints.path.iterdir()}
+        assert kept == {"sft-5", "sft-4"} if limit == 2 else {"sft-5"}
         if not is_killed:
             break
     assert 15 < at < 99
@@ -131,16 +135,13 @@ def test_whenever_training_is_killed_it_resumes_to_the_same_result(rows, tmp_pat
         is_killed = killer.is_killed(at, train, make_config(rows, out, **options))
         if not is_killed:
             break
-        if (out / "run.json").exists():
-            status = json.loads((out / "run.json").read_text())["status"]
-            if status == "training":
-                with pytest.raises(ValueError, match="has not finished"):
-                    load_pretrained(str(out), None, 16)
-            if status == "finished":
-                continue
-            train(make_config(rows, out, resume=True, **options))
-        else:
-            train(make_config(rows, out, **options))
+        status = json.loads((out / "run.json").read_text())["status"] if (out / "run.json").exists() else None
+        if status == "training":
+            with pytest.raises(ValueError, match="has not finished"):
+                load_pretrained(str(out), None, 16)
+        if status == "finished":
+            continue
+        train(make_config(rows, out, **options))
         assert read_metrics(out) == metrics
         assert (out / "model.safetensors").read_bytes() == weights
         assert sorted(path.name for path in out.iterdir() if path.name != "metrics.1.jsonl") == names
@@ -161,10 +162,11 @@ def test_resuming_runs_no_code_of_the_folder(rows, tmp_path):
     out, Planted.path = tmp_path / "out", tmp_path / "ran"
     with interrupt_training("dpo", after_steps=3):
         train(make_config(rows, out, save_steps=2))
-    names = {path.name for path in (out / "checkpoint").iterdir()}
+    folder = out / "checkpoints" / "dpo-2"
+    names = {path.name for path in folder.iterdir()}
     assert names == {"progress.json", "random-0.safetensors", "state.safetensors"}
     for name in ("optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl", "pytorch_model.bin"):
-        torch.save(Planted(), out / "checkpoint" / name)
+        torch.save(Planted(), folder / name)
     train(make_config(rows, out, save_steps=2, resume=True))
     assert not Planted.path.exists()
     (tmp_path / "state.safetensors").write_bytes(pickle.dumps(Planted()))
@@ -205,22 +207,6 @@ def test_a_state_comes_back_as_it_was(tmp_path):
         write_state(tmp_path / "state", {"set": {1}})
 
 
-def test_the_newest_of_the_checkpoints_is_taken(rows, tmp_path):
-    """Killed between the two renames, a folder holds checkpoint.old and checkpoint.new."""
-    run = RunFolder(make_config(rows, tmp_path / "out"))
-    write_checkpoints(run, 2, [])
-    run.checkpoint_folder.rename(run.old_checkpoint_folder)
-    shutil.copytree(run.old_checkpoint_folder, run.new_checkpoint_folder)
-    (run.new_checkpoint_folder / "progress.json").write_text(
-        json.dumps({"stage": "dpo", "step": 0, "log_bytes": 30})
-    )
-    resumed = reopen(rows, tmp_path / "out")
-    assert resumed.progress == Progress("dpo", 0, 30)
-    resumed.open()
-    assert run.checkpoint_folder.exists() and resumed.metrics_file.stat().st_size == 30
-    assert not run.old_checkpoint_folder.exists() and not run.new_checkpoint_folder.exists()
-
-
 def test_a_log_without_a_checkpoint_is_kept(rows, tmp_path, capsys):
     with interrupt_training("sft", after_steps=3):
         train(make_config(rows, tmp_path / "out", save_steps=0))
@@ -228,7 +214,9 @@ def test_a_log_without_a_checkpoint_is_kept(rows, tmp_path, capsys):
     with interrupt_training("sft", after_steps=1):
         train(make_config(rows, tmp_path / "out", save_steps=0, resume=True))
     assert (tmp_path / "out" / "metrics.1.jsonl").read_text() == logged
-    assert "There is no checkpoint, so the run begins again; what it had logged" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"beginning the run in {tmp_path / 'out'} again, for it has no checkpoint\n" in printed
+    assert "what it had logged is in metrics.1.jsonl\n" in printed
 
 
 def test_settings_that_cannot_be_read_get_a_sentence(rows, tmp_path):
