@@ -57,8 +57,9 @@ class CheckpointFolder:
 
     def create_new(self, progress: Progress) -> None:
         """Create an empty folder for the files of the next checkpoint."""
+        self.path.mkdir(exist_ok=True)
         remove_folder(self.new_folder(progress))
-        self.new_folder(progress).mkdir(parents=True)
+        self.new_folder(progress).mkdir()
 
     def complete(self, progress: Progress) -> None:
         """Give a checkpoint its name once all of its files are written."""

@@ -7,12 +7,13 @@ that is killed at any moment leaves a folder that it can continue from.
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from accelerate import Accelerator
 
+from dpo_wrapper.data.whole_files import flush_to_disk
 from dpo_wrapper.pretrained import RUN_FILE
 from dpo_wrapper.training.checkpoint_folder import CheckpointFolder, Progress
 from dpo_wrapper.training.config import StageName, TrainConfig, flag
@@ -54,27 +55,18 @@ class RunFolder:
         self.notes: list[str] = []
         self._lock: IO[bytes] | None = None
 
-    def lock(self) -> None:
-        """Keep other processes from writing to the folder, if it is there, as long as this process lives.
-
-        Raises:
-            ValueError: another run is writing to it.
-        """
-        if self._lock is None and self.path.is_dir():
-            with suppress(OSError):  # a folder that cannot be written, as `check` says
-                self._lock = lock_run(self.path)
-
     def check(self, resume: bool) -> None:
-        """Check that a run can begin, or be continued, in this folder, and find out how far it is.
+        """Check that a run can begin, or be continued, in this folder, lock it, and find out how far it is.
 
         Args:
             resume: whether there has to be a run to continue.
 
         Raises:
-            ValueError: the folder cannot be written, or it holds anything else than an unfinished run with
-                these settings.
+            ValueError: the folder cannot be written, another run is writing to it, or it holds anything else
+                than an unfinished run with these settings.
         """
         check_writable(self.path)
+        self._lock_folder()
         leftovers = [LOCK_FILE, f"{RUN_FILE}.new"]
         is_empty = not self.path.exists() or all(path.name in leftovers for path in self.path.iterdir())
         if self.run_file.is_file():
@@ -87,6 +79,10 @@ class RunFolder:
                 "--out should be a new folder, an empty one or that of an unfinished run, but "
                 f"{self.path} is not empty: name a new folder."
             )
+
+    def _lock_folder(self) -> None:
+        if self._lock is None and self.path.is_dir():
+            self._lock = lock_run(self.path)
 
     def _read_run(self) -> None:
         record = RunRecord.read(self.path)
@@ -142,7 +138,7 @@ class RunFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         try:
-            self.lock()
+            self._lock_folder()
         except ValueError as error:
             raise TrainingError(str(error)) from error
         if self.run_file.exists() and not self.is_continued:
@@ -218,6 +214,7 @@ class RunFolder:
         self.progress = progress
 
     def _complete_checkpoint(self, progress: Progress) -> None:
+        flush_to_disk(self.log.file)
         if self.best_file.exists():
             link_file(self.best_file, self.checkpoints.new_folder(progress) / self.best_file.name)
         self.checkpoints.complete(progress)
@@ -226,9 +223,21 @@ class RunFolder:
         self.checkpoints.remove_old()
 
     def find_model(self, stages: Sequence[StageName]) -> str | None:
-        """The folder of the model with which a resumed run goes on; None if that is the run's own model."""
+        """The folder of the model with which a resumed run goes on; None if that is the run's own model.
+
+        Raises:
+            ValueError: it is not there.
+        """
         number = stages.index(self.progress.stage) if self.progress.stage in stages else 0
-        return str(self.stage_folder(stages[number - 1])) if number else None
+        if not number:
+            return None
+        folder = self.stage_folder(stages[number - 1])
+        if not folder.is_dir():
+            raise ValueError(
+                f"{folder} should hold the model that the stage {self.progress.stage} began with, but it is "
+                "not there: put it back, or name a new folder."
+            )
+        return str(folder)
 
     def stage_folder(self, stage: StageName) -> Path:
         """Where the model is as it was after a stage that is not the last."""

@@ -19,7 +19,6 @@ from dpo_wrapper.training.lora import load_policy, name_adapter
 from dpo_wrapper.training.monitoring.trackers import check_trackers
 from dpo_wrapper.training.optimizer import create_optimizer, create_schedule, find_optimizer
 from dpo_wrapper.training.policy import resolve_dtype, set_up_policy
-from dpo_wrapper.training.processes import create_accelerator
 from dpo_wrapper.training.read_data import Rows, RunData, count_shared_prompts, split_table
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.stage_plan import StagePlan, choose_stages, plan_stages
@@ -47,8 +46,6 @@ def set_up_training(config: TrainConfig) -> TrainSetup:
     check_options(config, loss)
     check_trackers(config.report_to)
     run = RunFolder(config)
-    if create_accelerator(config).is_main_process:
-        run.lock()
     run.check(config.resume)
     data = RunData.open(config.data, config)
     eval_data = None if config.eval_data is None else RunData.open(config.eval_data, config)

@@ -60,6 +60,11 @@ def run_training(setup: TrainSetup) -> RunFolder:
             run_stages(setup)
     except (OSError, SafetensorError) as error:
         out = setup.run.path
+        if not out.is_dir():
+            raise TrainingError(
+                f"the run should be able to write to {out}, but the folder is not there any more: put it "
+                "back, and the same command continues the run."
+            ) from error
         is_full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         remedy = "make room" if is_full else "mend that"
         raise TrainingError(

@@ -277,6 +277,6 @@ class Trainer:
             self.run.new_checkpoint(self.accelerator, self.stage.name, step, **position) as folder,
         ):
             write_checkpoint(folder, *self.checkpointed)
-        if not self.has_saved:
+        if self.accelerator.is_main_process and not self.has_saved:
             self.monitor.print(describe_checkpoint(self.run.checkpoint_folder, self.config.save_steps))
         self.has_saved = True

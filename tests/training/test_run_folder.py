@@ -1,5 +1,6 @@
 """Run folders, of which something is broken: a kill in the middle of a write, a planted file, no room."""
 
+import gc
 import json
 import os
 import pickle
@@ -13,7 +14,7 @@ from accelerate import Accelerator
 
 from dpo_wrapper.pretrained import load_pretrained
 from dpo_wrapper.training import checkpoint, state_files
-from dpo_wrapper.training.monitoring import figure, samples
+from dpo_wrapper.training.monitoring import figure
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.state_files import read_state, write_state
 from dpo_wrapper.training.stopping import TrainingError
@@ -27,11 +28,12 @@ class KilledError(BaseException):
     """No handler of the package catches it."""
 
 
-class Killer:
-    """Ends the process, as it were, at the nth change of a file, which it leaves half done."""
+class FileChanges:
+    """Calls `on_change` at each change of a file that a run makes, which is half made then."""
 
     def __init__(self, monkeypatch):
-        self.left = 0  # changes until then; 0 for never
+        self.on_change = lambda: None
+        monkeypatch.setattr(os, "fsync", lambda _: None)  # it takes longer than all else
         for module, name, half in (
             (os, "rename", None),
             (os, "replace", None),
@@ -40,15 +42,13 @@ class Killer:
             (safetensors.torch, "save_model", self.save_half),
             (Path, "write_text", self.write_half),
         ):
-            monkeypatch.setattr(module, name, self.counted(getattr(module, name), half))
+            monkeypatch.setattr(module, name, self.watched(getattr(module, name), half))
 
-    def counted(self, function, half):
+    def watched(self, function, half):
         def wrapped(*args, **kwargs):
-            self.left -= 1
-            if self.left == 0:
-                if half is not None:
-                    half(*args)
-                raise KilledError
+            if half is not None:
+                half(*args)
+            self.on_change()
             return function(*args, **kwargs)
 
         return wrapped
@@ -65,21 +65,44 @@ class Killer:
         for file in [file for file in folder.iterdir() if file.is_file()][:1]:
             file.unlink()
 
-    def is_killed(self, at, function, *args):
-        """Whether the call was killed at its change number `at`."""
-        self.left = at
+    def kill(self, at, function, *args):
+        """End the process of a call, as it were, at its change number `at`, if it has so many."""
+        num_changes = 0
+
+        def count():
+            nonlocal num_changes
+            num_changes += 1
+            if num_changes == at:
+                raise KilledError
+
+        self.on_change = count
         try:
             function(*args)
         except KilledError:
             return True
         finally:
-            self.left = 0
+            self.on_change = lambda: None
         return False
+
+    def copy_at_each(self, folder, copies, function, *args):
+        """What a kill at each change of a call would leave of a folder; returns the copies."""
+        made = []
+
+        def copy():
+            made.append(copies / str(len(made)))
+            self.on_change = lambda: None
+            shutil.copytree(folder, made[-1]) if folder.exists() else None
+            self.on_change = copy
+
+        self.on_change = copy
+        function(*args)
+        self.on_change = lambda: None
+        return made
 
 
 @pytest.fixture
-def killer(monkeypatch):
-    return Killer(monkeypatch)
+def changes(monkeypatch):
+    return FileChanges(monkeypatch)
 
 
 def reopen(rows, out, limit=1):
@@ -103,51 +126,49 @@ def write_checkpoints(run, last_step, completed):
 
 
 @pytest.mark.parametrize("limit", [1, 2])
-def test_whenever_a_run_is_killed_its_newest_checkpoint_is_whole(rows, tmp_path, killer, limit):
+def test_whenever_a_run_is_killed_its_newest_checkpoint_is_whole(rows, tmp_path, changes, limit):
     for at in range(1, 100):
         out, completed = tmp_path / str(at), [0]
-        is_killed = killer.is_killed(at, write_checkpoints, reopen(rows, out, limit), 3, completed)
+        is_killed = changes.kill(at, write_checkpoints, reopen(rows, out, limit), 3, completed)
         for again in (at % 8 + 1, at % 5 + 1):  # and once more, and again, while it resumes
             run = reopen(rows, out, limit)
             assert run.progress.step >= completed[-1]
-            killer.is_killed(again, write_checkpoints, run, 5, completed)
+            changes.kill(again, write_checkpoints, run, 5, completed)
         run = reopen(rows, out, limit)
         write_checkpoints(run, 5, completed)
         assert [record["step"] for record in run.log.read()] == [1, 2, 3, 4, 5]
         kept = {path.name for path in run.checkpoints.path.iterdir()}
-        assert kept == {"sft-5", "sft-4"} if limit == 2 else {"sft-5"}
+        assert kept == ({"sft-5", "sft-4"} if limit == 2 else {"sft-5"})
         if not is_killed:
             break
     assert 15 < at < 99
 
 
 @pytest.mark.slow
-def test_whenever_training_is_killed_it_resumes_to_the_same_result(rows, tmp_path, killer, monkeypatch):
+def test_whenever_training_is_killed_it_resumes_to_the_same_result(rows, tmp_path, changes, monkeypatch):
     monkeypatch.setattr(figure, "plot_curves", lambda _, path, title: path.write_text("a plot"))
-    monkeypatch.setattr(samples, "generate_completions", lambda model, prompts, *_: ["text"] * len(prompts))
-    options = {"sft_epochs": 1, "epochs": 1, "batch_size": 32, "max_length": 16}
-    train(make_config(rows, tmp_path / "whole", **options))
-    metrics = read_metrics(tmp_path / "whole")
-    weights = (tmp_path / "whole" / "model.safetensors").read_bytes()
-    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
-    for at in range(1, 100):
-        out = tmp_path / str(at)
-        is_killed = killer.is_killed(at, train, make_config(rows, out, **options))
-        if not is_killed:
-            break
+    options = {"sft_epochs": 1, "epochs": 1, "batch_size": 32, "max_length": 16, "share_prefix": "never"}
+    options |= {"samples": 0, "exact_answers": 0}
+    whole = tmp_path / "whole"
+    copies = changes.copy_at_each(whole, tmp_path, train, make_config(rows, whole, **options))
+    metrics, names = read_metrics(whole), sorted(path.name for path in whole.iterdir())
+    weights = (whole / "model.safetensors").read_bytes()
+    gc.freeze()  # a run collects garbage, which takes long where there is much in memory
+    statuses = []
+    for out in copies:
         status = json.loads((out / "run.json").read_text())["status"] if (out / "run.json").exists() else None
         if status == "training":
             with pytest.raises(ValueError, match="has not finished"):
                 load_pretrained(str(out), None, 16)
-        if status == "finished":
-            continue
-        train(make_config(rows, out, **options))
-        assert read_metrics(out) == metrics
-        assert (out / "model.safetensors").read_bytes() == weights
-        assert sorted(path.name for path in out.iterdir() if path.name != "metrics.1.jsonl") == names
-        load_pretrained(str(out), None, 16)
-        shutil.rmtree(out)
-    assert 15 < at < 99
+        statuses.append(status)
+        if status != "finished":
+            train(make_config(rows, out, **options))
+            assert read_metrics(out) == metrics
+            assert (out / "model.safetensors").read_bytes() == weights
+            assert sorted(path.name for path in out.iterdir() if path.name != "metrics.1.jsonl") == names
+    gc.unfreeze()
+    load_pretrained(str(copies[-1]), None, 16)
+    assert len(copies) > 30 and set(statuses) == {None, "training", "trained", "finished"}
 
 
 class Planted:
