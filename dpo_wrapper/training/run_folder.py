@@ -278,3 +278,9 @@ class RunFolder:
         remove_folder(self.checkpoints.path)
         self.best_file.unlink(missing_ok=True)
         (self.path / LOCK_FILE).unlink(missing_ok=True)
+
+    def unlock(self) -> None:
+        """Let another process continue the run."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None

@@ -71,6 +71,8 @@ def run_training(setup: TrainSetup) -> RunFolder:
             f"the run should be able to write to {out}, but it cannot ({error}): {remedy}, and the same "
             "command continues it."
         ) from error
+    finally:
+        setup.run.unlock()
     return setup.run
 
 
