@@ -182,7 +182,7 @@ BAD = {
     "out is not empty": (
         {"d.jsonl": GOOD, "o/x": ""},
         ["--data", "d.jsonl", "--out", "o"],
-        "--out should be a new or empty folder, but o is not empty",
+        "or that of an unfinished run, but o is not empty: name a new",
     ),
     "nothing to resume": ({"d.jsonl": GOOD}, ["--data", "d.jsonl", "--out", "o", "--resume"], "holds no run"),
 }

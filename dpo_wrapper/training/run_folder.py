@@ -56,7 +56,9 @@ class RunFolder:
         self._lock: IO[bytes] | None = None
 
     def check(self, resume: bool) -> None:
-        """Check that a run can begin, or be continued, in this folder, lock it, and find out how far it is.
+        """Check that a run can begin, or be continued, in this folder, and find out how far it is.
+
+        Other processes cannot write to the folder of a run that is continued from then on.
 
         Args:
             resume: whether there has to be a run to continue.
@@ -66,7 +68,6 @@ class RunFolder:
                 than an unfinished run with these settings.
         """
         check_writable(self.path)
-        self._lock_folder()
         leftovers = [LOCK_FILE, f"{RUN_FILE}.new"]
         is_empty = not self.path.exists() or all(path.name in leftovers for path in self.path.iterdir())
         if self.run_file.is_file():
@@ -81,7 +82,7 @@ class RunFolder:
             )
 
     def _lock_folder(self) -> None:
-        if self._lock is None and self.path.is_dir():
+        if self._lock is None:
             self._lock = lock_run(self.path)
 
     def _read_run(self) -> None:
@@ -92,6 +93,7 @@ class RunFolder:
                 "finished: name a new folder."
             )
         record.check_settings(self.record.settings, self.path)
+        self._lock_folder()
         record.settings = self.record.settings
         self.record, self.is_continued = record, True
         progress, problems = self.checkpoints.find_newest(record.checkpoint)

@@ -45,17 +45,17 @@ def locked_by_another_process(folder):
 def test_the_second_run_in_a_folder_is_refused(rows, tmp_path):
     out = tmp_path / "out"
     sentence = f"no other run writes to, but one is writing to {out} now: wait for its end, or name a new"
-    late, second, third = (RunFolder(make_config(rows, out)) for _ in range(3))
-    late.check(resume=False)
-    out.mkdir()
+    first, second, late = (RunFolder(make_config(rows, out)) for _ in range(3))
+    late.check(resume=False)  # there is no folder yet
+    first.open()
+    first.unlock()
     with locked_by_another_process(out):
         with pytest.raises(ValueError, match=sentence):
             second.check(resume=False)
         with pytest.raises(TrainingError, match=sentence):
             late.open()
-        assert os.listdir(out) == ["run.lock"]
-    third.check(resume=False)
-    third.open()
+    second.check(resume=False)
+    second.open()
     with pytest.raises(TrainingError, match=f"another run has begun in {out} meanwhile"):
         late.open()
 
