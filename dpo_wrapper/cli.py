@@ -126,7 +126,7 @@ def train(config: "TrainConfig") -> None:
     except TrainingError as error:
         exit_with_error(error, status=1)
     except KeyboardInterrupt as interrupt:
-        sentence = "the run was interrupted; the same command with --resume continues it in"
+        sentence = "the run was interrupted; the same command continues it in"
         print(f"\ndpo-wrapper: {sentence} {config.out}.", file=sys.stderr)
         sys.exit(128 + getattr(interrupt, "number", signal.SIGINT))
 

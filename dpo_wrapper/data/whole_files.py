@@ -6,12 +6,13 @@ from pathlib import Path
 
 
 def write_whole(file: Path, content: str | bytes) -> None:
-    """Write a file completely or not at all."""
+    """Write a file completely or not at all, also where the machine loses its power."""
     unfinished = file.with_name(f"{file.name}.new")
     if isinstance(content, bytes):
         unfinished.write_bytes(content)
     else:
         unfinished.write_text(content, encoding="utf-8")
+    flush_to_disk(unfinished)
     os.replace(unfinished, file)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dpo_wrapper.data.whole_files import write_whole
+from dpo_wrapper.data.whole_files import flush_to_disk, write_whole
 
 
 def check_writable(folder: Path) -> None:
@@ -54,3 +54,23 @@ def link_file(file: Path, name: Path) -> None:
 def remove_folder(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
+
+
+def flush_folder(folder: Path) -> None:
+    """Wait until the disk holds the files of a folder and of those in it."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            flush_folder(path)
+        else:
+            flush_to_disk(path)
+    flush_names(folder)
+
+
+def flush_names(folder: Path) -> None:
+    """Wait until the disk holds the names of the files in a folder, where a folder can be opened."""
+    if os.name != "nt":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -37,7 +37,7 @@ def write_model_card(setup: TrainSetup, records: Sequence[Record]) -> None:
 def format_model_card(setup: TrainSetup, records: Sequence[Record]) -> str:
     """The card: metadata, what the model was trained on and how, metrics, and how to load it."""
     config, plan, pretrained = setup.config, setup.stages[-1], setup.pretrained
-    name = setup.run.path.absolute().name
+    name, reference = setup.run.path.absolute().name, setup.run.record.reference or ""
     has_preferences = plan.name == "dpo"
     load = LOAD_HUGGING_FACE if pretrained.adapter is None else LOAD_ADAPTER
     if pretrained.decoder_args is not None:
@@ -47,7 +47,7 @@ def format_model_card(setup: TrainSetup, records: Sequence[Record]) -> str:
         f"# {name}",
         f"{describe_base(config)}, trained with dpo-wrapper {__version__}.",
         *format_stages(setup),
-        *([f"Loss: `{config.loss}`; {hide_paths(setup.run.reference or '')}"] if has_preferences else []),
+        *([f"Loss: `{config.loss}`; {hide_paths(reference)}"] if has_preferences else []),
         f"## Metrics of {plan.name}",
         "```\n" + format_before_and_after([one for one in records if one["stage"] == plan.name]) + "\n```",
         "## Use",

@@ -1,5 +1,6 @@
 """The data of a run: tables of tokenized examples, of raw files or of prepared data."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import date
@@ -15,6 +16,7 @@ from dpo_wrapper.data.examples import DatasetType
 from dpo_wrapper.data.prepared import PreparedData, as_json_option, format_option, is_prepared
 from dpo_wrapper.data.readers import ReadExamples
 from dpo_wrapper.data.split import prompt_digest, split_rows
+from dpo_wrapper.data.table_digest import digest_table
 from dpo_wrapper.data.tokens.encode import tokenize_examples
 from dpo_wrapper.data.tokens.tokenizers import Tokenizer
 from dpo_wrapper.training.config import TrainConfig, flag
@@ -99,6 +101,17 @@ class RunData:
         counts = (tokenized.num_shortened_prompts, tokenized.num_truncated_completions)
         notes += explain_all_cuts(table, *counts, config.max_length)
         return table, notes
+
+    def digest(self, table: ExampleTable, *rows: NDArray[np.int64]) -> str:
+        """A hash of the examples in `table`, and of the indices of those that are used.
+
+        The examples of prepared data are not read for it: its manifest has a hash of them.
+        """
+        content = digest_table(table) if self.prepared is None else self.prepared.manifest["fingerprint"]
+        digest = hashlib.blake2b(content.encode(), digest_size=16)
+        for indices in rows:
+            digest.update(np.append(indices, len(indices)).tobytes())
+        return digest.hexdigest()
 
 
 def explain_all_cuts(

@@ -1,252 +1,245 @@
-"""The run folder: settings, logged metrics, the checkpoint that an interrupted run resumes from, the model.
+"""The run folder: settings, logged metrics, checkpoints that an interrupted run continues from, the model.
 
 docs/training.md lists its files. What must be whole is written beside its place and renamed, so that a run
-that is killed at any moment leaves a folder that it can resume from.
+that is killed at any moment leaves a folder that it can continue from.
 """
 
-import json
-import math
 import os
 import time
-import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from datetime import date
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any
 
-from dpo_wrapper.pretrained import RUN_FILE, read_run
-from dpo_wrapper.training.config import STAGES, StageName, TrainConfig, flag
+from accelerate import Accelerator
+
+from dpo_wrapper.data.whole_files import flush_to_disk
+from dpo_wrapper.pretrained import RUN_FILE
+from dpo_wrapper.training.checkpoint_folder import CheckpointFolder, Progress
+from dpo_wrapper.training.config import StageName, TrainConfig, flag
 from dpo_wrapper.training.files import (
     check_writable,
+    flush_folder,
     link_file,
     read_json_lines,
     remove_folder,
-    write_json,
 )
-
-CHANGEABLE_SETTINGS = (
-    "resume", "out", "save_steps", "cpu", "logging_steps", "sample_steps", "samples", "report_to", "project",
-    "on_nan", "micro_batch_tokens", "gradient_checkpointing",
-)  # fmt: skip
-"""Settings that may change when a run is resumed."""
-
-RunStatus = Literal["training", "trained", "finished"]
-"""A run is trained once its model is saved, and finished once it is evaluated and reported as well."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Position of a run: `step` steps of `stage` are done, and the log had `log_bytes` bytes by then.
-
-    `is_evaluated` says whether the evaluation after this step, if one is due, is logged as well, `is_trained`
-    whether the step is the last of its stage.
-    """
-
-    stage: StageName = "pretrain"
-    step: int = 0
-    log_bytes: int = 0
-    is_evaluated: bool = False
-    is_trained: bool = False
+from dpo_wrapper.training.metrics_log import MetricsLog
+from dpo_wrapper.training.run_lock import LOCK_FILE, lock_run
+from dpo_wrapper.training.run_record import RunRecord, RunStatus
+from dpo_wrapper.training.stopping import TrainingError
 
 
 class RunFolder:
     """Paths and files of one run.
 
     Attributes:
-        progress: the beginning of the run, or its latest checkpoint.
-        status: whether the model is saved, and reported.
-        run_id: what trackers know the run by.
-        today: the day on which the run began, which chat templates may print.
-        reference: what the reference is, in words; None until preference training begins.
-        notes: what a person should know of a run that is resumed.
+        record: what run.json says of the run.
+        progress: the beginning of the run, or its last checkpoint.
+        is_continued: whether the folder holds the run already.
+        notes: what a person should know of a run that is continued.
     """
 
     def __init__(self, config: TrainConfig) -> None:
         self.path = Path(config.out)
         self.run_file = self.path / RUN_FILE
-        self.metrics_file = self.path / "metrics.jsonl"
+        self.log = MetricsLog(self.path / "metrics.jsonl")
         self.samples_file = self.path / "samples.jsonl"
-        self.checkpoint_folder = self.path / "checkpoint"
         self.explanations_file = self.path / "explanations.jsonl"
         self.best_file = self.path / "best.safetensors"
-        self.new_checkpoint_folder = self.path / "checkpoint.new"
-        self.old_checkpoint_folder = self.path / "checkpoint.old"
-        self.settings = json.loads(json.dumps(asdict(config), default=str))
+        self.checkpoints = CheckpointFolder(self.path / "checkpoints", config.save_total_limit)
+        self.record = RunRecord.from_config(config)
         self.progress = Progress()
-        self.status: RunStatus = "training"
-        self.run_id = uuid.uuid4().hex
-        self.today = date.today()
+        self.is_continued = False
         self.start_time = time.monotonic()
-        self.reference: str | None = None
         self.notes: list[str] = []
+        self._lock: IO[bytes] | None = None
 
     def check(self, resume: bool) -> None:
-        """Check that a run can start, or resume, in this folder; a resumed run reads its progress.
+        """Check that a run can begin, or be continued, in this folder, and find out how far it is.
+
+        Other processes cannot write to the folder of a run that is continued from then on.
+
+        Args:
+            resume: whether there has to be a run to continue.
 
         Raises:
-            ValueError: the folder cannot be written or is in use, or it holds no unfinished run with these
-                settings.
+            ValueError: the folder cannot be written, another run is writing to it, or it holds anything else
+                than an unfinished run with these settings.
         """
         check_writable(self.path)
-        if resume:
+        leftovers = [LOCK_FILE, f"{RUN_FILE}.new"]
+        is_empty = not self.path.exists() or all(path.name in leftovers for path in self.path.iterdir())
+        if self.run_file.is_file():
             self._read_run()
-            checkpoints = self._whole_checkpoints()
-            self.progress = checkpoints[0][0] if checkpoints else Progress()
-        elif self.path.exists() and any(path.suffix != ".new" for path in self.path.iterdir()):
+        elif resume:
+            remedy = "leave it out" if is_empty else "name the folder of one"
+            raise ValueError(f"--resume needs an unfinished run, but {self.path} holds no run: {remedy}.")
+        elif not is_empty:
             raise ValueError(
-                f"--out should be a new or empty folder, but {self.path} is not empty: name a new folder, or "
-                "add --resume to continue the run in it."
+                "--out should be a new folder, an empty one or that of an unfinished run, but "
+                f"{self.path} is not empty: name a new folder."
             )
+
+    def _lock_folder(self) -> None:
+        if self._lock is None:
+            self._lock = lock_run(self.path)
 
     def _read_run(self) -> None:
-        if not self.run_file.is_file():
-            raise ValueError(f"--resume needs an unfinished run, but {self.path} holds no run: leave it out.")
-        run = read_run(self.path)
-        if not run.keys() >= {"settings", "status"}:
+        record = RunRecord.read(self.path)
+        if record.status == "finished":
             raise ValueError(
-                f"{self.run_file} should hold the settings of a run, but it does not: name a new folder."
+                f"--out should be a new folder or that of an unfinished run, but the run in {self.path} is "
+                "finished: name a new folder."
             )
-        before, self.status = run["settings"], run["status"]
-        self.today = date.fromisoformat(run.get("today", self.today.isoformat()))
-        self.run_id = run.get("run_id", self.run_id)
-        self.reference = run.get("reference")
-        changed = ", ".join(
-            f"{flag(name)} {before.get(name)}"
-            for name, value in self.settings.items()
-            if name not in CHANGEABLE_SETTINGS and value != before.get(name)
-        )
-        if changed:
-            raise ValueError(f"--resume needs the settings that the run began with, but it had {changed}.")
-        if self.status == "finished":
+        record.check_settings(self.record.settings, self.path)
+        self._lock_folder()
+        record.settings = self.record.settings
+        self.record, self.is_continued = record, True
+        progress, problems = self.checkpoints.find_newest(record.checkpoint)
+        if progress is not None:
+            self.progress = progress
+            self.notes += [f"a checkpoint is left out: {problem}" for problem in problems]
+        elif problems and record.status == "training":
             raise ValueError(
-                f"--resume needs an unfinished run, but that in {self.path} is finished: name a new folder."
+                f"{self.checkpoints.path} should hold a whole checkpoint, but {problems[0]}: put it back, or "
+                "name a new folder."
             )
 
-    def _whole_checkpoints(self) -> list[tuple[Progress, Path]]:
-        """The checkpoints that are complete, the newest first. progress.json is the last file of each."""
-        whole = []
-        for folder in (self.checkpoint_folder, self.new_checkpoint_folder, self.old_checkpoint_folder):
-            with suppress(OSError, ValueError, TypeError):
-                content = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-                whole.append((Progress(**content), folder))
-        return sorted(
-            whole, key=lambda pair: (-STAGES.index(pair[0].stage), -pair[0].step, -pair[0].is_evaluated)
-        )
+    def check_rows(self, digests: Mapping[str, str]) -> None:
+        """Note what the run is trained and evaluated on, by options, such as data.
+
+        Raises:
+            ValueError: a run that is continued began with other rows.
+        """
+        for name, digest in digests.items():
+            if self.record.rows.get(name, digest) != digest:
+                files = ", ".join(self.record.settings[name])
+                raise ValueError(
+                    f"the rows should be those that the run began with, but {files} of {flag(name)} has "
+                    "changed: put it back, or name a new folder."
+                )
+        self.record.rows = dict(digests)
 
     @property
     def needs_training(self) -> bool:
         """Whether steps are left, or the evaluation after the last one, of which there is a checkpoint."""
-        return self.status == "training" or (self.status == "trained" and self.progress.is_trained)
+        status = self.record.status
+        return status == "training" or (status == "trained" and self.progress.is_trained)
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """The last checkpoint, if there is one."""
+        return self.checkpoints.folder(self.progress)
 
     def open(self) -> None:
-        """Create the folder and its settings, or put checkpoint and log back to where the run stands."""
+        """Create the folder and its settings, or put it back to where the run stands.
+
+        Raises:
+            TrainingError: another run has begun in it.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        if not self.run_file.exists():
-            self.set_status("training")
-        for _, folder in self._whole_checkpoints()[:1]:
-            if folder != self.checkpoint_folder:
-                remove_folder(self.checkpoint_folder)
-                os.rename(folder, self.checkpoint_folder)
-        for folder in (self.new_checkpoint_folder, self.old_checkpoint_folder):
-            remove_folder(folder)
+        try:
+            self._lock_folder()
+        except ValueError as error:
+            raise TrainingError(str(error)) from error
+        if self.run_file.exists() and not self.is_continued:
+            raise TrainingError(
+                f"--out should be a new folder, but another run has begun in {self.path} meanwhile: name "
+                "another folder."
+            )
+        self.record.write(self.path)
+        self.checkpoints.remove_unfinished()
         if self.needs_training:
-            self._cut_log()
+            self._restore_log()
             self.best_file.unlink(missing_ok=True)
             if (file := self.checkpoint_folder / self.best_file.name).exists():
                 link_file(file, self.best_file)
-        self.start_time = time.monotonic() - self._last_elapsed_seconds()
+        else:
+            self.notes.append(f"continuing {self.path}: the model is trained, and the report is left")
+        self.start_time = time.monotonic() - self.log.last_elapsed_seconds()
 
     def elapsed_seconds(self) -> float:
         """Time since the run began, without what a resumed run has to do again and without interruptions."""
         return time.monotonic() - self.start_time
 
-    def _last_elapsed_seconds(self) -> float:
-        """Of the last line of the log."""
-        for line in reversed(self.metrics_file.read_text(encoding="utf-8").splitlines()[-1:]):
-            with suppress(ValueError):  # a line that was cut
-                return float(json.loads(line).get("elapsed_seconds", 0.0))
-        return 0.0
-
-    def _cut_log(self) -> None:
-        """Take from the log what came after the checkpoint: it will be logged again."""
-        self.metrics_file.touch()
-        num_bytes, log_bytes = self.metrics_file.stat().st_size, self.progress.log_bytes
-        if self.progress != Progress():
-            self.notes.append(f"Continued after step {self.progress.step} of {self.progress.stage}.")
-        elif num_bytes:
-            number = next(k for k in range(1, 10**6) if not self._earlier_log(k).exists())
-            os.rename(self.metrics_file, self._earlier_log(number))
-            self.metrics_file.touch()
-            self.notes.append(
-                "There is no checkpoint, so the run begins again; what it had logged is now in "
-                f"{self._earlier_log(number).name}."
-            )
+    def _restore_log(self) -> None:
+        """Take from the log what came after the checkpoint, which will be logged again, and note it."""
+        if self.progress == Progress():
+            earlier = self.log.set_aside()
+            if self.is_continued:
+                self.notes.append(f"beginning the run in {self.path} again, for it has no checkpoint")
+            if earlier is not None:
+                self.notes.append(f"what it had logged is in {earlier.name}")
             return
-        if num_bytes < log_bytes:
-            self.notes.append(
-                f"{self.metrics_file} lacks the last {log_bytes - num_bytes} bytes of the run before."
-            )
-        os.truncate(self.metrics_file, min(num_bytes, log_bytes))
-
-    def _earlier_log(self, number: int) -> Path:
-        return self.path / f"metrics.{number}.jsonl"
+        step, stage = self.progress.step, self.progress.stage
+        place = f"after step {step} of {stage}" if step else f"at the beginning of {stage}"
+        self.notes.append(f"continuing {self.path} {place}")
+        if num_missing := self.log.cut(self.progress.log_bytes):
+            self.notes.append(f"{self.log.file} lacks the last {num_missing} bytes of the run before")
 
     def set_status(self, status: RunStatus) -> None:
-        """Write the settings, and whether the model is saved and reported."""
-        self.status = status
-        content = {
-            "status": status,
-            "run_id": self.run_id,
-            "today": self.today.isoformat(),
-            "reference": self.reference,
-        }
-        write_json(self.run_file, content | {"settings": self.settings}, indent=2)
+        """Note whether the model is saved and reported."""
+        self.record.status = status
+        self.record.write(self.path)
 
     def note_reference(self, sentence: str) -> None:
-        """Write what the reference is, in words, beside the settings."""
-        self.reference = sentence
-        self.set_status(self.status)
-
-    def log_metrics(self, stage: str, part: str, step: int, values: dict[str, float]) -> None:
-        """Append one line to the log; `part` is "step" for a training step, or the split evaluated on.
-
-        A value that is not finite is written as null: JSON knows no NaN.
-        """
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with self.metrics_file.open("a", encoding="utf-8") as log:
-            log.write(json.dumps({"stage": stage, "part": part, "step": step, **finite}) + "\n")
-
-    def read_records(self) -> list[dict[str, Any]]:
-        return read_json_lines(self.metrics_file)
+        """Note what the reference is, in words."""
+        self.record.reference = sentence
+        self.record.write(self.path)
 
     def read_samples(self) -> list[dict[str, Any]]:
         return read_json_lines(self.samples_file)
 
-    def create_new_checkpoint(self) -> None:
-        """Create an empty folder for the files of the next checkpoint."""
-        remove_folder(self.new_checkpoint_folder)
-        self.new_checkpoint_folder.mkdir()
+    @contextmanager
+    def new_checkpoint(
+        self,
+        accelerator: Accelerator,
+        stage: StageName,
+        step: int,
+        *,
+        is_evaluated: bool = False,
+        is_trained: bool = False,
+    ) -> Iterator[Path]:
+        """A folder to which all processes write the files of a checkpoint, which is complete afterwards.
 
-    def replace_checkpoint(
-        self, stage: StageName, step: int, is_evaluated: bool = False, *, is_trained: bool = False
-    ) -> None:
-        """Put the new, complete checkpoint in the place of the previous one, which is kept until then."""
-        self.progress = Progress(stage, step, self.metrics_file.stat().st_size, is_evaluated, is_trained)
+        Those before are removed then, but for the last ones.
+        """
+        progress = Progress(stage, step, self.log.count_bytes(), is_evaluated, is_trained)
+        if accelerator.is_main_process:
+            self.checkpoints.create_new(progress)
+        accelerator.wait_for_everyone()
+        yield self.checkpoints.new_folder(progress)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            self._complete_checkpoint(progress)
+        self.progress = progress
+
+    def _complete_checkpoint(self, progress: Progress) -> None:
+        flush_to_disk(self.log.file)
         if self.best_file.exists():
-            link_file(self.best_file, self.new_checkpoint_folder / self.best_file.name)
-        write_json(self.new_checkpoint_folder / "progress.json", asdict(self.progress))
-        remove_folder(self.old_checkpoint_folder)
-        if self.checkpoint_folder.exists():
-            os.rename(self.checkpoint_folder, self.old_checkpoint_folder)
-        os.rename(self.new_checkpoint_folder, self.checkpoint_folder)
-        remove_folder(self.old_checkpoint_folder)
+            link_file(self.best_file, self.checkpoints.new_folder(progress) / self.best_file.name)
+        self.checkpoints.complete(progress)
+        self.record.checkpoint = progress.checkpoint_name
+        self.record.write(self.path)
+        self.checkpoints.remove_old()
 
     def find_model(self, stages: Sequence[StageName]) -> str | None:
-        """The folder of the model with which a resumed run goes on; None if that is the run's own model."""
+        """The folder of the model with which a resumed run goes on; None if that is the run's own model.
+
+        Raises:
+            ValueError: it is not there.
+        """
         number = stages.index(self.progress.stage) if self.progress.stage in stages else 0
-        return str(self.stage_folder(stages[number - 1])) if number else None
+        if not number:
+            return None
+        folder = self.stage_folder(stages[number - 1])
+        if not folder.is_dir():
+            raise ValueError(
+                f"{folder} should hold the model that the stage {self.progress.stage} began with, but it is "
+                "not there: put it back, or name a new folder."
+            )
+        return str(folder)
 
     def stage_folder(self, stage: StageName) -> Path:
         """Where the model is as it was after a stage that is not the last."""
@@ -274,12 +267,22 @@ class RunFolder:
 
     @contextmanager
     def _new_folder(self, name: str) -> Iterator[Path]:
+        """An empty folder, of which the disk holds what is written in its context."""
         remove_folder(self.path / name)
         (self.path / name).mkdir()
         yield self.path / name
+        flush_folder(self.path / name)
 
     def finish(self) -> None:
-        """Mark the run as finished, and delete what it would have resumed from."""
+        """Mark the run as finished, and delete what it would have continued from."""
+        self.record.checkpoint = None
         self.set_status("finished")
-        remove_folder(self.checkpoint_folder)
+        remove_folder(self.checkpoints.path)
         self.best_file.unlink(missing_ok=True)
+        (self.path / LOCK_FILE).unlink(missing_ok=True)
+
+    def unlock(self) -> None:
+        """Let another process continue the run."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None

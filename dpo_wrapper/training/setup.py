@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -52,7 +53,8 @@ def set_up_training(config: TrainConfig) -> TrainSetup:
     data = RunData.open(config.data, config)
     eval_data = None if config.eval_data is None else RunData.open(config.eval_data, config)
     stages = choose_stages(config, data.dataset_types)
-    run.today = data.today or run.today
+    today = data.today or date.fromisoformat(run.record.today)
+    run.record.today = today.isoformat()
     config = replace(config, max_length=data.max_length or config.max_length)
 
     set_seed(config.seed)
@@ -60,12 +62,13 @@ def set_up_training(config: TrainConfig) -> TrainSetup:
         pretrained = load_policy(
             config,
             run.find_model(stages),
-            config.tokenizer_options(run.today),
+            config.tokenizer_options(today),
             dtype=resolve_dtype(config),
             attn_implementation=config.attn_implementation,
         )
     policy_notes = set_up_policy(pretrained.model, config)
     train, eval, notes = tokenize_splits(data, eval_data, pretrained, config)
+    run.check_rows(digest_splits(data, eval_data, train, eval))
     notes = policy_notes + notes
     check_model(pretrained, [train, eval])
     if "dpo" in stages:
@@ -135,6 +138,13 @@ def tokenize_splits(
         notes.append(f"{count:,} rows of --data that are marked as test are left out.")
     notes += [f"eval: {note}" for note in eval_notes]
     return (table, np.flatnonzero(~is_test)), (eval_table, np.arange(len(eval_table))), notes
+
+
+def digest_splits(data: RunData, eval_data: RunData | None, train: Rows, eval: Rows) -> dict[str, str]:
+    """A hash of the rows of each option that names data."""
+    if eval_data is None:
+        return {"data": data.digest(*train, eval[1])}
+    return {"data": data.digest(*train), "eval_data": eval_data.digest(*eval)}
 
 
 def check_plans(

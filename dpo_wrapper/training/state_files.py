@@ -52,8 +52,8 @@ def read_state(file: Path) -> Any:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise TrainingError(
-            f"{file} should be part of a checkpoint, but it cannot be read ({error}): delete "
-            f"{file.parent}, and --resume starts the run again."
+            f"{file} should be part of a checkpoint, but it cannot be read ({error}): delete this "
+            "checkpoint, and the same command continues from the one before, or name a new folder."
         ) from error
 
     def rebuild(value: Any) -> Any:

@@ -65,23 +65,31 @@ def run_training(setup: TrainSetup) -> RunFolder:
             run_stages(setup)
     except (OSError, SafetensorError) as error:
         out = setup.run.path
+        if not out.is_dir():
+            raise TrainingError(
+                f"the run should be able to write to {out}, but the folder is not there any more: put it "
+                "back, and the same command continues the run."
+            ) from error
         is_full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         remedy = "make room" if is_full else "mend that"
         raise TrainingError(
             f"the run should be able to write to {out}, but it cannot ({error}): {remedy}, and the same "
-            "command with --resume continues it."
+            "command continues it."
         ) from error
+    finally:
+        setup.run.unlock()
     return setup.run
 
 
 def run_stages(setup: TrainSetup) -> None:
     config, run, model = setup.config, setup.run, setup.pretrained.model
     accelerator = create_accelerator(config)
+    accelerator.wait_for_everyone()  # all have read the folder
     if accelerator.is_main_process:
         run.open()
     accelerator.wait_for_everyone()
-    notes = (*(describe_plan(plan, config) for plan in setup.stages), *setup.notes, *run.notes)
-    accelerator.print(describe_size(model), *notes, sep="\n", flush=True)
+    notes = (*(describe_plan(plan, config) for plan in setup.stages), *setup.notes)
+    accelerator.print(*run.notes, describe_size(model), *notes, sep="\n", flush=True)
     if setup.stages[-1].name != "dpo":
         report_merging(setup, accelerator)
 
@@ -103,8 +111,8 @@ def run_stages(setup: TrainSetup) -> None:
                         report_reference(setup, stage.dpo, accelerator)
                     parts = (config, run, stage, plan.splits, setup.pretrained, trackers, step_offset)
                     Trainer(*parts, save_model=None if following else save_model).train()
-                    if following is not None and accelerator.is_main_process:
-                        save_stage(setup, plan, following)
+                    if following is not None:
+                        save_stage(setup, plan, following, accelerator)
                 step_offset += plan.num_steps
     if accelerator.is_main_process:
         report_results(setup)
@@ -112,14 +120,15 @@ def run_stages(setup: TrainSetup) -> None:
     accelerator.wait_for_everyone()
 
 
-def save_stage(setup: TrainSetup, plan: StagePlan, following: StagePlan) -> None:
+def save_stage(setup: TrainSetup, plan: StagePlan, following: StagePlan, accelerator: Accelerator) -> None:
     """Save the model as it is after a stage, from which the following one starts."""
     run = setup.run
-    print_line(f"saving the model in {run.stage_folder(plan.name)}")
-    with run.new_stage_folder(plan.name) as folder:
-        save_pretrained(setup.pretrained, setup.pretrained.model, folder)
-    run.create_new_checkpoint()
-    run.replace_checkpoint(following.name, 0)
+    if accelerator.is_main_process:
+        print_line(f"saving the model in {run.stage_folder(plan.name)}")
+        with run.new_stage_folder(plan.name) as folder:
+            save_pretrained(setup.pretrained, setup.pretrained.model, folder)
+    with run.new_checkpoint(accelerator, following.name, 0):
+        pass
 
 
 def describe_size(model: nn.Module) -> str:
@@ -233,7 +242,7 @@ def precompute_reference(setup: TrainSetup, splits: Splits, accelerator: Acceler
 def report_results(setup: TrainSetup) -> None:
     """Plot the curves, write a model card, and print metrics before and after training, and samples."""
     run, plan = setup.run, setup.stages[-1]
-    records = run.read_records()
+    records = run.log.read()
     Figure(run).draw()
     write_model_card(setup, records)
     of_stage = [record for record in records if record["stage"] == plan.name]

@@ -104,7 +104,7 @@ class Trainer:
         self.probe_model()
         is_evaluated = is_resumed and progress.is_evaluated
         self.start_watching(steps_done, steps_done + is_evaluated)
-        records = self.run.read_records() if is_resumed else []
+        records = self.run.log.read() if is_resumed else []
         self.non_finite.read_records(records)
         records = records if self.config.compares_evaluations else []
         self.best = BestEvaluation(self.config.best_metric, self.stage.name, records)
@@ -260,15 +260,13 @@ class Trainer:
             raise StoppedBySignal(number)
 
     def save_checkpoint(self, step: int, is_evaluated: bool, is_trained: bool) -> None:
-        """Write a checkpoint; the previous one stays until it is complete."""
-        if self.accelerator.is_main_process:
-            self.run.create_new_checkpoint()
-        self.accelerator.wait_for_everyone()
-        with self.monitor.measure("save", "writing a checkpoint"):
-            write_checkpoint(self.run.new_checkpoint_folder, *self.checkpointed)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            self.run.replace_checkpoint(self.stage.name, step, is_evaluated, is_trained=is_trained)
-            if not self.has_saved:
-                self.monitor.print(describe_checkpoint(self.run.checkpoint_folder, self.config.save_steps))
-            self.has_saved = True
+        """Write a checkpoint; the ones before stay until it is complete."""
+        position = {"is_evaluated": is_evaluated, "is_trained": is_trained}
+        with (
+            self.monitor.measure("save", "writing a checkpoint"),
+            self.run.new_checkpoint(self.accelerator, self.stage.name, step, **position) as folder,
+        ):
+            write_checkpoint(folder, *self.checkpointed)
+        if self.accelerator.is_main_process and not self.has_saved:
+            self.monitor.print(describe_checkpoint(self.run.checkpoint_folder, self.config.save_steps))
+        self.has_saved = True

@@ -405,5 +405,5 @@ def test_options_that_cannot_act_are_refused(rows, tmp_path):
     with pytest.raises(TypeError, match="cache_ref_log_probs should be True or False"):
         DPO(ZOO["xt-rotary"](0), cache_ref_log_probs=1)
     assert DPO(ZOO["xt-rotary"](0), loss=Sigmoid()).reference.cache is None
-    settings = json.dumps(RunFolder(make_config(rows, Path("x"))).settings)
+    settings = json.dumps(RunFolder(make_config(rows, Path("x"))).record.settings)
     assert '"precompute_ref_log_probs": false' in settings

@@ -63,7 +63,7 @@ def test_plain_peft_loads_the_adapter_on_the_base_as_it_is(rows, tmp_path, llama
     torch.testing.assert_close(logits_of(ours.model), trained, rtol=1e-4, atol=1e-4)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "byte_tokenizer.json"} < names
-    assert names.isdisjoint({"model.safetensors", "config.json", "checkpoint"})
+    assert names.isdisjoint({"model.safetensors", "config.json", "checkpoints"})
     first = read_metrics(tmp_path / "out")[0]
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-4)
 

@@ -264,7 +264,7 @@ def test_the_date_of_a_template_is_that_of_preparation(tmp_path, monkeypatch):
     assert data.manifest["template"] == {"date": "2021-02-03"}
     setup = set_up_training(make_config(tmp_path / "prepared", tmp_path / "out", model=str(model)))
     decode, (example, *_) = setup.pretrained.tokenizer.decode, setup.stages[-1].splits.train
-    assert decode(example.prompt).startswith("2021") and setup.run.today == date(2021, 2, 3)
+    assert decode(example.prompt).startswith("2021") and setup.run.record.today == "2021-02-03"
 
 
 @pytest.mark.slow
@@ -273,7 +273,7 @@ def test_three_stages_in_sequence_and_resumed(tmp_path, capsys):
     arguments = {"sft_epochs": 2, "epochs": 1, "batch_size": 4, "save_steps": 1}
     whole = train(make_config(tmp_path / "prepared", tmp_path / "whole", **arguments))
     assert (whole.path / "pretrain" / "model.safetensors").is_file() and (whole.path / "sft").is_dir()
-    stages = [record["stage"] for record in whole.read_records()]
+    stages = [record["stage"] for record in whole.log.read()]
     assert list(dict.fromkeys(stages)) == ["pretrain", "sft", "dpo"]
     for stage in ("pretrain", "sft", "dpo"):
         out = tmp_path / stage

@@ -1,5 +1,6 @@
 """Run folders, of which something is broken: a kill in the middle of a write, a planted file, no room."""
 
+import gc
 import json
 import os
 import pickle
@@ -9,26 +10,30 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from accelerate import Accelerator
 
 from dpo_wrapper.pretrained import load_pretrained
 from dpo_wrapper.training import checkpoint, state_files
-from dpo_wrapper.training.monitoring import figure, samples
-from dpo_wrapper.training.run_folder import Progress, RunFolder
+from dpo_wrapper.training.monitoring import figure
+from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.state_files import read_state, write_state
 from dpo_wrapper.training.stopping import TrainingError
 from dpo_wrapper.training.train import train
 from helpers.runs import interrupt_training, make_config, read_metrics
+
+PROCESS = Accelerator(cpu=True)
 
 
 class KilledError(BaseException):
     """No handler of the package catches it."""
 
 
-class Killer:
-    """Ends the process, as it were, at the nth change of a file, which it leaves half done."""
+class FileChanges:
+    """Calls `on_change` at each change of a file that a run makes, which is half made then."""
 
     def __init__(self, monkeypatch):
-        self.left = 0  # changes until then; 0 for never
+        self.on_change = lambda: None
+        monkeypatch.setattr(os, "fsync", lambda _: None)  # it takes longer than all else
         for module, name, half in (
             (os, "rename", None),
             (os, "replace", None),
@@ -37,15 +42,13 @@ class Killer:
             (safetensors.torch, "save_model", self.save_half),
             (Path, "write_text", self.write_half),
         ):
-            monkeypatch.setattr(module, name, self.counted(getattr(module, name), half))
+            monkeypatch.setattr(module, name, self.watched(getattr(module, name), half))
 
-    def counted(self, function, half):
+    def watched(self, function, half):
         def wrapped(*args, **kwargs):
-            self.left -= 1
-            if self.left == 0:
-                if half is not None:
-                    half(*args)
-                raise KilledError
+            if half is not None:
+                half(*args)
+            self.on_change()
             return function(*args, **kwargs)
 
         return wrapped
@@ -62,28 +65,50 @@ class Killer:
         for file in [file for file in folder.iterdir() if file.is_file()][:1]:
             file.unlink()
 
-    def is_killed(self, at, function, *args):
-        """Whether the call was killed at its change number `at`."""
-        self.left = at
+    def kill(self, at, function, *args):
+        """End the process of a call, as it were, at its change number `at`, if it has so many."""
+        num_changes = 0
+
+        def count():
+            nonlocal num_changes
+            num_changes += 1
+            if num_changes == at:
+                raise KilledError
+
+        self.on_change = count
         try:
             function(*args)
         except KilledError:
             return True
         finally:
-            self.left = 0
+            self.on_change = lambda: None
         return False
+
+    def copy_at_each(self, folder, copies, function, *args):
+        """What a kill at each change of a call would leave of a folder; returns the copies."""
+        made = []
+
+        def copy():
+            made.append(copies / str(len(made)))
+            self.on_change = lambda: None
+            shutil.copytree(folder, made[-1]) if folder.exists() else None
+            self.on_change = copy
+
+        self.on_change = copy
+        function(*args)
+        self.on_change = lambda: None
+        return made
 
 
 @pytest.fixture
-def killer(monkeypatch):
-    return Killer(monkeypatch)
+def changes(monkeypatch):
+    return FileChanges(monkeypatch)
 
 
-def reopen(rows, out):
+def reopen(rows, out, limit=1):
     """The run of a new process in a folder."""
-    is_begun = (out / "run.json").exists()
-    run = RunFolder(make_config(rows, out, resume=is_begun))
-    run.check(resume=is_begun)
+    run = RunFolder(make_config(rows, out, save_total_limit=limit))
+    run.check(resume=False)
     return run
 
 
@@ -94,59 +119,55 @@ def write_checkpoints(run, last_step, completed):
     if done:
         assert read_state(run.checkpoint_folder / checkpoint.STATE_FILE) == {"step": done}
     for step in range(done + 1, last_step + 1):
-        run.log_metrics("sft", "step", step, {"loss": 1.0})
-        run.create_new_checkpoint()
-        write_state(run.new_checkpoint_folder / checkpoint.STATE_FILE, {"step": step})
-        run.replace_checkpoint("sft", step)
+        run.log.append("sft", "step", step, {"loss": 1.0})
+        with run.new_checkpoint(PROCESS, "sft", step) as folder:
+            write_state(folder / checkpoint.STATE_FILE, {"step": step})
         completed.append(step)
 
 
-def test_whenever_a_run_is_killed_its_newest_checkpoint_is_whole(rows, tmp_path, killer):
+@pytest.mark.parametrize("limit", [1, 2])
+def test_whenever_a_run_is_killed_its_newest_checkpoint_is_whole(rows, tmp_path, changes, limit):
     for at in range(1, 100):
         out, completed = tmp_path / str(at), [0]
-        is_killed = killer.is_killed(at, write_checkpoints, reopen(rows, out), 3, completed)
+        is_killed = changes.kill(at, write_checkpoints, reopen(rows, out, limit), 3, completed)
         for again in (at % 8 + 1, at % 5 + 1):  # and once more, and again, while it resumes
-            run = reopen(rows, out)
+            run = reopen(rows, out, limit)
             assert run.progress.step >= completed[-1]
-            killer.is_killed(again, write_checkpoints, run, 5, completed)
-        run = reopen(rows, out)
+            changes.kill(again, write_checkpoints, run, 5, completed)
+        run = reopen(rows, out, limit)
         write_checkpoints(run, 5, completed)
-        assert [record["step"] for record in run.read_records()] == [1, 2, 3, 4, 5]
+        assert [record["step"] for record in run.log.read()] == [1, 2, 3, 4, 5]
+        kept = {path.name for path in run.checkpoints.path.iterdir()}
+        assert kept == ({"sft-5", "sft-4"} if limit == 2 else {"sft-5"})
         if not is_killed:
             break
     assert 15 < at < 99
 
 
 @pytest.mark.slow
-def test_whenever_training_is_killed_it_resumes_to_the_same_result(rows, tmp_path, killer, monkeypatch):
+def test_whenever_training_is_killed_it_resumes_to_the_same_result(rows, tmp_path, changes, monkeypatch):
     monkeypatch.setattr(figure, "plot_curves", lambda _, path, title: path.write_text("a plot"))
-    monkeypatch.setattr(samples, "generate_completions", lambda model, prompts, *_: ["text"] * len(prompts))
-    options = {"sft_epochs": 1, "epochs": 1, "batch_size": 32, "max_length": 16}
-    train(make_config(rows, tmp_path / "whole", **options))
-    metrics = read_metrics(tmp_path / "whole")
-    weights = (tmp_path / "whole" / "model.safetensors").read_bytes()
-    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
-    for at in range(1, 100):
-        out = tmp_path / str(at)
-        is_killed = killer.is_killed(at, train, make_config(rows, out, **options))
-        if not is_killed:
-            break
-        if (out / "run.json").exists():
-            status = json.loads((out / "run.json").read_text())["status"]
-            if status == "training":
-                with pytest.raises(ValueError, match="has not finished"):
-                    load_pretrained(str(out), None, 16)
-            if status == "finished":
-                continue
-            train(make_config(rows, out, resume=True, **options))
-        else:
+    monkeypatch.setattr(gc, "collect", lambda *_: 0)
+    options = {"sft_epochs": 1, "epochs": 1, "batch_size": 32, "max_length": 16, "share_prefix": "never"}
+    options |= {"samples": 0, "exact_answers": 0}
+    whole = tmp_path / "whole"
+    copies = changes.copy_at_each(whole, tmp_path, train, make_config(rows, whole, **options))
+    metrics, names = read_metrics(whole), sorted(path.name for path in whole.iterdir())
+    weights = (whole / "model.safetensors").read_bytes()
+    statuses = []
+    for out in copies:
+        status = json.loads((out / "run.json").read_text())["status"] if (out / "run.json").exists() else None
+        if status == "training":
+            with pytest.raises(ValueError, match="has not finished"):
+                load_pretrained(str(out), None, 16)
+        statuses.append(status)
+        if status != "finished":
             train(make_config(rows, out, **options))
-        assert read_metrics(out) == metrics
-        assert (out / "model.safetensors").read_bytes() == weights
-        assert sorted(path.name for path in out.iterdir() if path.name != "metrics.1.jsonl") == names
-        load_pretrained(str(out), None, 16)
-        shutil.rmtree(out)
-    assert 15 < at < 99
+            assert read_metrics(out) == metrics
+            assert (out / "model.safetensors").read_bytes() == weights
+            assert sorted(path.name for path in out.iterdir() if path.name != "metrics.1.jsonl") == names
+    load_pretrained(str(copies[-1]), None, 16)
+    assert len(copies) > 30 and set(statuses) == {None, "training", "trained", "finished"}
 
 
 class Planted:
@@ -161,10 +182,11 @@ def test_resuming_runs_no_code_of_the_folder(rows, tmp_path):
     out, Planted.path = tmp_path / "out", tmp_path / "ran"
     with interrupt_training("dpo", after_steps=3):
         train(make_config(rows, out, save_steps=2))
-    names = {path.name for path in (out / "checkpoint").iterdir()}
+    folder = out / "checkpoints" / "dpo-2"
+    names = {path.name for path in folder.iterdir()}
     assert names == {"progress.json", "random-0.safetensors", "state.safetensors"}
     for name in ("optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl", "pytorch_model.bin"):
-        torch.save(Planted(), out / "checkpoint" / name)
+        torch.save(Planted(), folder / name)
     train(make_config(rows, out, save_steps=2, resume=True))
     assert not Planted.path.exists()
     (tmp_path / "state.safetensors").write_bytes(pickle.dumps(Planted()))
@@ -205,22 +227,6 @@ def test_a_state_comes_back_as_it_was(tmp_path):
         write_state(tmp_path / "state", {"set": {1}})
 
 
-def test_the_newest_of_the_checkpoints_is_taken(rows, tmp_path):
-    """Killed between the two renames, a folder holds checkpoint.old and checkpoint.new."""
-    run = RunFolder(make_config(rows, tmp_path / "out"))
-    write_checkpoints(run, 2, [])
-    run.checkpoint_folder.rename(run.old_checkpoint_folder)
-    shutil.copytree(run.old_checkpoint_folder, run.new_checkpoint_folder)
-    (run.new_checkpoint_folder / "progress.json").write_text(
-        json.dumps({"stage": "dpo", "step": 0, "log_bytes": 30})
-    )
-    resumed = reopen(rows, tmp_path / "out")
-    assert resumed.progress == Progress("dpo", 0, 30)
-    resumed.open()
-    assert run.checkpoint_folder.exists() and resumed.metrics_file.stat().st_size == 30
-    assert not run.old_checkpoint_folder.exists() and not run.new_checkpoint_folder.exists()
-
-
 def test_a_log_without_a_checkpoint_is_kept(rows, tmp_path, capsys):
     with interrupt_training("sft", after_steps=3):
         train(make_config(rows, tmp_path / "out", save_steps=0))
@@ -228,7 +234,9 @@ def test_a_log_without_a_checkpoint_is_kept(rows, tmp_path, capsys):
     with interrupt_training("sft", after_steps=1):
         train(make_config(rows, tmp_path / "out", save_steps=0, resume=True))
     assert (tmp_path / "out" / "metrics.1.jsonl").read_text() == logged
-    assert "There is no checkpoint, so the run begins again; what it had logged" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"beginning the run in {tmp_path / 'out'} again, for it has no checkpoint\n" in printed
+    assert "what it had logged is in metrics.1.jsonl\n" in printed
 
 
 def test_settings_that_cannot_be_read_get_a_sentence(rows, tmp_path):

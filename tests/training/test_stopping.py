@@ -59,7 +59,7 @@ def test_a_signal_writes_a_checkpoint_first(
         patch.setattr(owner, name, kill)
         train(make_config(rows, out, save_steps=0))
     assert stopped.value.number == number and signal.getsignal(number) == before
-    assert (out / "checkpoint" / checkpoint.STATE_FILE).exists()
+    assert list(out.glob(f"checkpoints/*/{checkpoint.STATE_FILE}"))
     train(make_config(rows, out, save_steps=0, resume=True))
     assert read_metrics(out) == read_metrics(finished_run)
     assert (out / "model.safetensors").read_bytes() == (finished_run / "model.safetensors").read_bytes()
@@ -102,7 +102,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(rows, tmp_path, capsys, stage):
         f"should be finite, but at step 2 of {stage} it is nan: begin a new run with a lower" in sentences[0]
     )
     assert not (out / "model.safetensors").exists()
-    assert json.loads((out / "checkpoint" / "progress.json").read_text())["step"] == 1
+    assert [folder.name for folder in (out / "checkpoints").iterdir()] == [f"{stage}-1"]
     for line in (out / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)
 
@@ -131,9 +131,9 @@ def test_a_full_disk_gets_one_sentence_and_the_run_resumes(rows, tmp_path, monke
         patch.setattr(checkpoint, "write_state", after_calls(checkpoint.write_state, 4, fail))
         status, sentences = run_command(capsys, *args)
     assert status == 1 and len(sentences) == 1
-    assert "No space left on device): make room, and the same command with --resume" in sentences[0]
-    assert json.loads((out / "checkpoint" / "progress.json").read_text())["step"] == 1
-    cli.main([*map(str, args), "--resume"])
+    assert "No space left on device): make room, and the same command continues" in sentences[0]
+    assert sorted(folder.name for folder in (out / "checkpoints").iterdir()) == ["dpo-1", "dpo-2.new"]
+    cli.main(list(map(str, args)))
     assert [r["step"] for r in read_metrics(out) if r["part"] == "step"] == [1, 2, 3]
 
 
@@ -144,7 +144,11 @@ def test_random_states_that_cannot_be_loaded_are_told(rows, tmp_path, capsys, mo
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "train_step", fail)
         train(make_config(rows, tmp_path / "out", **options))
-    (tmp_path / "out" / "checkpoint" / "random-0.safetensors").unlink()
+    folder = tmp_path / "out" / "checkpoints" / "dpo-1"
+    (folder / "random-0.safetensors").unlink()
+    progress = json.loads((folder / "progress.json").read_text())
+    del progress["files"]["random-0.safetensors"]  # as of a run of fewer processes
+    (folder / "progress.json").write_text(json.dumps(progress))
     train(make_config(rows, tmp_path / "out", resume=True, **options))
     sentence = "The random state of process 0 is not that of the interrupted run: the checkpoint has none."
     assert sentence in capsys.readouterr().out

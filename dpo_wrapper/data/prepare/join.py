@@ -89,7 +89,6 @@ def join_parts(job: PrepareJob, num_parts: int) -> None:
     for file in files:
         flush_to_disk(folder / file["name"])
     write_whole(folder / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")
-    flush_to_disk(folder / MANIFEST_FILE)
     for work in folder.glob("work-*"):
         shutil.rmtree(work)
 

@@ -20,9 +20,9 @@ class Figure:
     def draw(self) -> None:
         """Draw what is logged so far."""
         start = time.monotonic()
-        settings = self.run.settings
+        settings = self.run.record.settings
         title = f"{self.run.path.absolute().name}: {Path(settings['model']).name}, {settings['loss']}"
-        plot_curves(self.run.read_records(), self.run.path / "curves.png", title)
+        plot_curves(self.run.log.read(), self.run.path / "curves.png", title)
         self.last_time = time.monotonic()
         self.seconds = self.last_time - start
 

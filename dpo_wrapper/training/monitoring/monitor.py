@@ -51,8 +51,10 @@ class Monitor(AbstractContextManager["Monitor"]):
         self.trackers, self.step_offset = trackers, step_offset
         self.is_main_process = accelerator.is_main_process
         if self.is_main_process:
-            records = [record for record in run.read_records() if record["stage"] == stage]
-            self.explanations = Explanations(run.explanations_file, run.settings, schedule.num_steps, records)
+            records = [record for record in run.log.read() if record["stage"] == stage]
+            self.explanations = Explanations(
+                run.explanations_file, run.record.settings, schedule.num_steps, records
+            )
         self.time_left = TimeLeft(schedule)
         self.figure = Figure(run)
         self.forget_steps()
@@ -126,7 +128,7 @@ class Monitor(AbstractContextManager["Monitor"]):
 
     def log(self, part: str, step: int, metrics: dict[str, float]) -> None:
         values = metrics | {"elapsed_seconds": self.run.elapsed_seconds()}
-        self.run.log_metrics(self.stage, part, step, values)
+        self.run.log.append(self.stage, part, step, values)
         self.trackers.log(self.stage, part, self.step_offset + step, values)
 
     @contextmanager

@@ -10,7 +10,8 @@ from accelerate.utils import ProjectConfiguration
 
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.processes import create_accelerator
-from dpo_wrapper.training.run_folder import CHANGEABLE_SETTINGS, RunFolder
+from dpo_wrapper.training.run_folder import RunFolder
+from dpo_wrapper.training.run_record import CHANGEABLE_SETTINGS
 from dpo_wrapper.training.stopping import TrainingError
 
 
@@ -41,12 +42,12 @@ class Trackers(AbstractContextManager["Trackers"]):
         self.accelerator = create_accelerator(config, log_with=self.names, project_config=folders)
         settings = {
             name: value if isinstance(value, (bool, int, float)) else str(value)
-            for name, value in run.settings.items()
+            for name, value in run.record.settings.items()
             if name not in CHANGEABLE_SETTINGS  # MLflow refuses others when the run is resumed
         }
-        name = f"{run.path.absolute().name}-{run.run_id[:6]}"
+        name = f"{run.path.absolute().name}-{run.record.run_id[:6]}"
         options: dict[str, Any] = {
-            "wandb": {"name": name, "id": run.run_id, "resume": "allow"},
+            "wandb": {"name": name, "id": run.record.run_id, "resume": "allow"},
             "trackio": {"name": name, "resume": "allow"},
             "mlflow": {"run_name": name},
         }
@@ -58,7 +59,7 @@ class Trackers(AbstractContextManager["Trackers"]):
             reason = " ".join(str(error).split()) or type(error).__name__
             raise TrainingError(
                 f"--report-to {' '.join(self.names)} should start its trackers, but one does not ({reason}): "
-                "mend that, or leave it out, and repeat the command with --resume."
+                "mend that, or leave it out, and repeat the command."
             ) from error
 
     def log(self, stage: str, part: str, step: int, values: Mapping[str, float]) -> None:

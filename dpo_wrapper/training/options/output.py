@@ -14,7 +14,8 @@ class OutputOptions(Options):
     """Where results are written, and how often a run is evaluated and saved."""
 
     out: Path = Path("runs/dpo")
-    """Run folder, where the results are written. It must be new or empty, unless --resume is given."""
+    """Run folder, where the results are written. It must be new or empty, or hold an unfinished run with the
+    same settings, which is continued."""
     logging_steps: Annotated[int | None, tyro.conf.arg(aliases=["--log-every"])] = None
     """Number of steps between lines on the terminal, which tell of all steps since the last one; by default
     there are about 20 lines a stage. metrics.jsonl has a line for every step."""
@@ -22,9 +23,11 @@ class OutputOptions(Options):
     """Number of steps between evaluations. By default a stage is evaluated at both ends, and up to 7 times
     between them: 10 steps or more apart, and on at most half as many examples as are trained on."""
     save_steps: Annotated[int, tyro.conf.arg(aliases=["--save-every"])] = 200
-    """Number of steps between checkpoints, of which the newest is kept; the last is written before the final
-    evaluation. 0 for none but the one that SIGINT or SIGTERM asks for. With AdamW a checkpoint has three
-    times the size of the weights that train, and two are there while one is written."""
+    """Number of steps between checkpoints; the last is written before the final evaluation. 0 for none but
+    the one that SIGINT or SIGTERM asks for."""
+    save_total_limit: Annotated[int, tyro.conf.arg(aliases=["--keep-checkpoints"])] = 1
+    """Number of checkpoints that are kept, the newest ones. With AdamW a checkpoint has three times the size
+    of the weights that train. While one is written there is one more."""
     sample_steps: Annotated[int, tyro.conf.arg(aliases=["--sample-every"])] = 0
     """Number of steps between samples: completions of reference and policy for the same prompts, side by
     side, on the terminal and in samples.jsonl; 0 for the end of the run alone."""
@@ -46,11 +49,12 @@ class OutputOptions(Options):
     project: str = "dpo-wrapper"
     """The project (experiment) that they show the run in."""
     resume: bool = False
-    """Continue an interrupted run in --out, with the settings that it began with."""
+    """Insist on an unfinished run in --out to continue. Without it, one is continued if there is one."""
 
     def __post_init__(self) -> None:
         self.check("eval_steps", lambda value: value >= 1, "at least 1")
         self.check("logging_steps", lambda value: value >= 1, "at least 1")
+        self.check("save_total_limit", lambda value: value >= 1, "at least 1")
         for name in ("save_steps", "sample_steps", "samples", "exact_answers"):
             self.check(name, lambda value: value >= 0, "0 or more")
         if self.sample_steps and not self.samples:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from dpo_wrapper.training.monitoring.monitor import Monitor
 from dpo_wrapper.training.monitoring.trackers import Trackers
@@ -54,7 +55,7 @@ def test_a_mean_over_pairs_is_no_mean_of_means(run, capsys):
 def test_the_log_has_the_speed_of_each_step(run):
     with watch(run, Schedule(5, logging_steps=2, eval_steps=5, save_steps=0, sample_steps=0)) as monitor:
         monitor.log_step(1, step_metrics(2, 0.5), 2, seconds=0.5)
-    (record,) = run.read_records()
+    (record,) = run.log.read()
     speeds = {name: record[name] for name in record if name.endswith("/second")}
     assert speeds == {"pairs/second": 4.0, "unique_tokens/second": 40.0, "padded_tokens/second": 120.0}
     assert record["seconds"] == 0.5 and record["elapsed_seconds"] > 0 and 0.05 < record["memory_gb"] < 100
@@ -67,18 +68,18 @@ def test_other_processes_are_silent(run, capfd):
         with monitor.measure("eval", "evaluating"):
             pass
         monitor.log_evaluation("eval", 1, {"loss": 0.5}, 3)
-    assert run.read_records() == [] and capfd.readouterr().out == ""
+    assert run.log.read() == [] and capfd.readouterr().out == ""
 
 
 def test_time_goes_on_where_an_interrupted_run_stopped(run):
-    run.log_metrics("sft", "step", 1, {"elapsed_seconds": 5000.0})
-    run.create_new_checkpoint()
-    run.replace_checkpoint("sft", 1)
-    run.log_metrics("sft", "step", 2, {"elapsed_seconds": 9000.0})  # will be done again
+    run.log.append("sft", "step", 1, {"elapsed_seconds": 5000.0})
+    with run.new_checkpoint(Accelerator(cpu=True), "sft", 1):
+        pass
+    run.log.append("sft", "step", 2, {"elapsed_seconds": 9000.0})  # will be done again
     settings = json.loads(run.run_file.read_text())["settings"]
     resumed = RunFolder(make_config(settings["data"], run.path, resume=True))
-    resumed.settings["data"] = settings["data"]
+    resumed.record.settings["data"] = settings["data"]
     resumed.check(resume=True)
     resumed.open()
     assert 5000.0 < resumed.elapsed_seconds() < 5900.0
-    assert resumed.run_id == run.run_id
+    assert resumed.record.run_id == run.record.run_id

@@ -75,7 +75,7 @@ def test_a_run_reports_all_its_stages_on_one_axis(library, rows, tmp_path):
     }
     assert steps == {"sft": [1, 2, 3], "dpo": [4, 5, 6]}
     assert [step for step, values in library.logged if "dpo/eval/loss" in values] == [3, 6]
-    records = RunFolder(config).read_records()
+    records = RunFolder(config).log.read()
     for record, (_, values) in zip(records, library.logged, strict=True):
         place = (record.pop("stage"), record.pop("part"), record.pop("step"))
         prefix = place[0] if place[1] == "step" else f"{place[0]}/{place[1]}"

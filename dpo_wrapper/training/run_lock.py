@@ -1,0 +1,41 @@
+"""A lock on a run folder, so that no two runs write to it at the same time."""
+
+from pathlib import Path
+from typing import IO
+
+from accelerate.utils import get_int_from_env
+
+LOCK_FILE = "run.lock"
+RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+"""Where launchers say the number of a process, which is asked for before the processes have met."""
+
+
+def lock_run(folder: Path) -> IO[bytes] | None:
+    """Lock a run folder for this process, until the file that is returned is closed.
+
+    The lock ends with the process, however that ends. Worker processes do not inherit it, so that they do not
+    keep it for a process that was killed. None where the system has no such locks, and in all processes of a
+    run but the first.
+
+    Raises:
+        ValueError: another process has the lock.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    if get_int_from_env(RANKS, 0) > 0:
+        return None
+    file = (folder / LOCK_FILE).open("ab")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.close()
+        raise ValueError(
+            f"--out should be a folder that no other run writes to, but one is writing to {folder} now: wait "
+            "for its end, or name a new folder."
+        ) from error
+    except OSError:  # a file system without locks
+        file.close()
+        return None
+    return file
