@@ -156,7 +156,7 @@ class ModelReference(Reference):
         is_known = is_true_everywhere(log_probs is not None, self.model)
         if log_probs is None or not is_known:
             log_probs = self.compute(sequences)
-            if can_be_cached and bool(log_probs.sums.isfinite().all()):
+            if can_be_cached:
                 self.cache.store(sequences, log_probs, state)
         return log_probs
 
