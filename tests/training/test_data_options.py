@@ -152,5 +152,5 @@ def test_several_files_are_one_run(tmp_path):
     config = make_config(tuple(map(Path, files)), tmp_path / "out", eval_fraction=0.0)
     assert len(set_up_training(config).stages[-1].splits.train) == 8
     RunFolder(config).open()
-    with pytest.raises(ValueError, match="but that in .* had --data"):
+    with pytest.raises(ValueError, match=r"but that in .* had --data"):
         RunFolder(make_config(files[0], tmp_path / "out", eval_fraction=0.0)).check(resume=True)
