@@ -126,8 +126,10 @@ def train(config: "TrainConfig") -> None:
     except TrainingError as error:
         exit_with_error(error, status=1)
     except KeyboardInterrupt as interrupt:
-        sentence = "the run was interrupted; the same command continues it in"
-        print(f"\ndpo-wrapper: {sentence} {config.out}.", file=sys.stderr)
+        has_checkpoint = any(config.out.glob("checkpoints/*/progress.json"))
+        goes_on = "continues it" if has_checkpoint else "begins it again, for it has no checkpoint,"
+        sentence = f"the run was interrupted; the same command {goes_on} in {config.out}"
+        print(f"\ndpo-wrapper: {sentence}.", file=sys.stderr)
         sys.exit(128 + getattr(interrupt, "number", signal.SIGINT))
 
 

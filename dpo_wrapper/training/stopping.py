@@ -20,6 +20,10 @@ class StoppedBySignal(KeyboardInterrupt):
         self.number = number
 
 
+class EvaluationInterrupted(KeyboardInterrupt):
+    """A signal came during an evaluation, which a checkpoint written now leaves out."""
+
+
 class StopRequest:
     """Notes SIGINT and SIGTERM inside its context, so that a run can finish its step and write a checkpoint.
 
@@ -45,12 +49,17 @@ class StopRequest:
             signal.signal(number, handler)
         self.handlers = {}
 
+    def interrupt(self) -> None:
+        """Raise EvaluationInterrupted if a signal has come."""
+        if self.number is not None:
+            raise EvaluationInterrupted
+
     def _note(self, number: int, _: FrameType | None) -> None:
         self.number = number
         self.__exit__()
         name = signal.Signals(number).name
-        text = f"\n{name}: the run stops after this step, with a checkpoint; repeat it to stop now\n"
-        os.write(2, text.encode())  # a handler may run in the middle of a print
+        what = "the run writes a checkpoint after this step or batch, and stops; repeat it to stop now"
+        os.write(2, f"\n{name}: {what}\n".encode())  # a handler may run in the middle of a print
 
 
 def ignore_signals(_: int) -> None:

@@ -36,6 +36,7 @@ from dpo_wrapper.training.schedule import plan_schedule
 from dpo_wrapper.training.stage_plan import Splits
 from dpo_wrapper.training.stages import Stage
 from dpo_wrapper.training.stopping import (
+    EvaluationInterrupted,
     StoppedBySignal,
     StopRequest,
     TrainingError,
@@ -139,9 +140,10 @@ class Trainer:
         `is_evaluated` says whether the evaluation after the last of `steps_done` is logged.
         """
         with StopRequest() as stop_request:
+            if self.accelerator.num_processes == 1:  # others would wait for what is interrupted here
+                self.monitor.on_update = stop_request.interrupt
             if not is_evaluated:
-                self.evaluate_if_due(steps_done)
-                self.save_or_stop(steps_done, stop_request, is_evaluated=True)
+                self.evaluate_or_stop(steps_done, stop_request)
             start_time = time.perf_counter()
             for step, batches in enumerate(self.create_step_loader(steps_done), start=steps_done + 1):
                 if self.stops_early():
@@ -154,8 +156,7 @@ class Trainer:
                 seconds = time.perf_counter() - start_time
                 self.monitor.log_step(step, metrics, self.sampler.step_size(step - 1), seconds)
                 self.save_or_stop(step, stop_request)
-                self.evaluate_if_due(step)
-                self.save_or_stop(step, stop_request, is_evaluated=True)
+                self.evaluate_or_stop(step, stop_request)
                 start_time = time.perf_counter()
         return self.num_steps
 
@@ -208,6 +209,16 @@ class Trainer:
     def train_step(self, step: int, batches: list[Any]) -> dict[str, float]:
         """Run one optimizer step on this process's micro-batches; the metrics are of all processes."""
         return self.steps.run(step, batches)
+
+    def evaluate_or_stop(self, step: int, stop_request: StopRequest) -> None:
+        """Evaluate and sample where that is due; a signal stops that, and the run, which will do it again."""
+        log_bytes = self.run.log.count_bytes()
+        try:
+            self.evaluate_if_due(step)
+        except EvaluationInterrupted:
+            self.run.log.cut(log_bytes)
+            self.save_or_stop(step, stop_request)
+        self.save_or_stop(step, stop_request, is_evaluated=True)
 
     def evaluate_if_due(self, step: int) -> None:
         """Evaluate and sample where that is due; at the end of the stage the model is saved first."""

@@ -14,6 +14,7 @@ import torch
 from dpo_wrapper import cli
 from dpo_wrapper.pretrained import PRESETS
 from dpo_wrapper.training import checkpoint, stages
+from dpo_wrapper.training.monitoring.monitor import MeasuredProgress
 from dpo_wrapper.training.stopping import StoppedBySignal, StopRequest, TrainingError
 from dpo_wrapper.training.train import train
 from dpo_wrapper.training.trainer import Trainer
@@ -65,6 +66,25 @@ def test_a_signal_writes_a_checkpoint_first(
     assert (out / "model.safetensors").read_bytes() == (finished_run / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("call", [1, 4, 6, 9])
+def test_a_signal_during_an_evaluation_stops_it(rows, tmp_path, monkeypatch, call):
+    """Before the first step, between steps, and after the last: the evaluation is made again as a whole."""
+    monkeypatch.setitem(PRESETS, "tiny", SMALL_DECODER)
+    options = {"sft_epochs": 0, "epochs": 1, "eval_steps": 2, "save_steps": 0, "exact_answers": 2}
+    train(make_config(rows, tmp_path / "whole", **options))
+    with monkeypatch.context() as patch, pytest.raises(StoppedBySignal):
+        patch.setattr(signal, "getsignal", lambda _: signal.default_int_handler)
+        kill = after_calls(MeasuredProgress.update, call, lambda: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(MeasuredProgress, "update", kill)
+        train(make_config(rows, tmp_path / "stopped", **options))
+    stopped = read_metrics(tmp_path / "stopped")
+    train(make_config(rows, tmp_path / "stopped", **options))
+    whole = read_metrics(tmp_path / "whole")
+    assert read_metrics(tmp_path / "stopped") == whole and stopped == whole[: len(stopped)] != whole
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "stopped")]
+    assert weights[0] == weights[1]
+
+
 def test_a_second_signal_acts_at_once(capfd):
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -72,7 +92,10 @@ def test_a_second_signal_acts_at_once(capfd):
             os.kill(os.getpid(), signal.SIGINT)
             assert request.number == signal.SIGINT
             os.kill(os.getpid(), signal.SIGINT)
-        assert "SIGINT: the run stops after this step, with a checkpoint" in capfd.readouterr().err
+        assert (
+            "SIGINT: the run writes a checkpoint after this step or batch, and stops"
+            in capfd.readouterr().err
+        )
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         with StopRequest() as request:

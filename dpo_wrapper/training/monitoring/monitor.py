@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 from accelerate import Accelerator
@@ -21,6 +21,19 @@ from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.schedule import Schedule
 
 
+class MeasuredProgress:
+    """The progress of something between two steps: a bar, and what is called after each advance of it."""
+
+    def __init__(self, bar: tqdm, on_update: Callable[[], object] | None) -> None:
+        self.bar, self.on_update = bar, on_update
+
+    def update(self, number: int = 1) -> None:
+        """Advance by a number of units."""
+        self.bar.update(number)
+        if self.on_update is not None:
+            self.on_update()
+
+
 class Monitor(AbstractContextManager["Monitor"]):
     """Logs the metrics of a stage, prints lines of them and shows its progress.
 
@@ -33,6 +46,9 @@ class Monitor(AbstractContextManager["Monitor"]):
         steps_done: steps that an earlier run has done.
         trackers: other programs that get the metrics.
         step_offset: number of steps of the stages before, so that trackers have one axis for all of them.
+
+    Attributes:
+        on_update: called after each advance of what is measured between two steps; it may raise.
     """
 
     def __init__(
@@ -49,6 +65,7 @@ class Monitor(AbstractContextManager["Monitor"]):
         self.run, self.accelerator, self.stage, self.unit = run, accelerator, stage, unit
         self.schedule, self.steps_done = schedule, steps_done
         self.trackers, self.step_offset = trackers, step_offset
+        self.on_update: Callable[[], object] | None = None
         self.is_main_process = accelerator.is_main_process
         if self.is_main_process:
             records = [record for record in run.log.read() if record["stage"] == stage]
@@ -132,7 +149,9 @@ class Monitor(AbstractContextManager["Monitor"]):
         self.trackers.log(self.stage, part, self.step_offset + step, values)
 
     @contextmanager
-    def measure(self, name: str, label: str, unit: str = "", total: int | None = None) -> Iterator[tqdm]:
+    def measure(
+        self, name: str, label: str, unit: str = "", total: int | None = None
+    ) -> Iterator[MeasuredProgress]:
         """Time something between two steps, and show its progress in a bar of its own.
 
         Args:
@@ -142,7 +161,7 @@ class Monitor(AbstractContextManager["Monitor"]):
         """
         start = time.perf_counter()
         with create_progress_bar(self.accelerator, label, unit, total=total, leave=False) as bar:
-            yield bar
+            yield MeasuredProgress(bar, self.on_update)
         self.time_left.seconds[name] = time.perf_counter() - start
 
     def print(self, text: str) -> None:
