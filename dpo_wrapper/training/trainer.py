@@ -28,10 +28,12 @@ from dpo_wrapper.training.micro_batches import MicroBatches, make_micro_batches
 from dpo_wrapper.training.monitoring.monitor import Monitor
 from dpo_wrapper.training.monitoring.samples import Samples
 from dpo_wrapper.training.monitoring.trackers import Trackers
-from dpo_wrapper.training.optimizer import create_optimizer, create_schedule
+from dpo_wrapper.training.optimizer import create_schedule
+from dpo_wrapper.training.prepare import prepare_stage
 from dpo_wrapper.training.processes import create_accelerator, sum_over_processes
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.schedule import plan_schedule
+from dpo_wrapper.training.sharding import call_gathered, equalize_batches, gather_tensor
 from dpo_wrapper.training.stage_plan import Splits
 from dpo_wrapper.training.stages import Stage
 from dpo_wrapper.training.stopping import (
@@ -79,8 +81,7 @@ class Trainer:
         num_trained = min(len(splits.train) * stage.epochs, self.num_steps * config.batch_size)
         self.schedule = plan_schedule(config, self.num_steps, num_trained, len(splits.eval))
         self.rate_of_step = create_schedule(config, stage.learning_rate, self.num_steps)
-        optimizer: Any = create_optimizer(stage.module, config, stage.learning_rate, self.accelerator.device)
-        self.module, self.optimizer = self.accelerator.prepare(stage.module, optimizer)
+        self.module, self.optimizer = prepare_stage(stage, config, self.accelerator)
         frozen = FrozenWeights(stage.module)
         self.has_saved = False  # a checkpoint, of which the size is said once
         self.checkpointed = (self.accelerator, frozen, self.optimizer, stage.reference_cache)
@@ -112,9 +113,10 @@ class Trainer:
         watched = (self.run, self.accelerator, self.stage.name, self.splits.unit, self.schedule)
         self.monitor = Monitor(*watched, steps_done, self.trackers, self.step_offset)
         samples = None
-        if self.accelerator.is_main_process and self.config.samples and not is_sharded(self.stage.model):
+        is_writer = self.accelerator.is_main_process
+        if self.config.samples and (is_writer or is_sharded(self.module)):  # where all have to generate
             sampled = (self.run, self.stage, self.splits, self.pretrained)
-            samples = Samples(*sampled, self.config.samples, first_step)
+            samples = Samples(*sampled, self.config.samples, first_step, is_writer=is_writer)
         self.evaluator = Evaluator(
             self.accelerator,
             self.module,
@@ -190,7 +192,7 @@ class Trainer:
         batch = self.stage.collate_fn(self.splits.train[:1]).to(self.accelerator.device)
         try:
             with self.accelerator.autocast():
-                self.stage.scorer.check(batch.sequences)
+                call_gathered(self.module, lambda: self.stage.scorer.check(batch.sequences))
         except (TypeError, ValueError) as error:  # a model that the probe refuses
             raise TrainingError(str(error)) from error
         self.accelerator.print(f"{self.stage.name}: {self.stage.scorer.explain()}", flush=True)
@@ -205,6 +207,7 @@ class Trainer:
             return sum_over_processes(accelerator, sums * has_examples)
 
         loss, sums = torch.zeros((), device=accelerator.device), MetricSums()
+        batches = equalize_batches(accelerator, stage, batches, self.splits.train)
         batches = stage.normalize_over_step([batch.to(accelerator.device) for batch in batches], reduce)
         for batch in batches:
             with nullcontext() if batch is batches[-1] else accelerator.no_sync(self.module):
@@ -213,6 +216,7 @@ class Trainer:
             loss += batch_loss.detach()
             sums.add(metrics)
         grad_norm = accelerator.clip_grad_norm_(self.module.parameters(), self.config.max_grad_norm)
+        grad_norm = gather_tensor(grad_norm)
         total_loss = float(reduce(loss))
         check_finite(stage.name, step, "loss", total_loss)
         scaler = accelerator.scaler
@@ -234,8 +238,9 @@ class Trainer:
     def compare_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Note whether an evaluation is the best of the stage, and keep the weights of the best."""
         is_best = self.best.observe(step, metrics)
-        if is_best and self.config.keep_best and self.accelerator.is_main_process:
-            save_best(self.stage.model, self.run.best_file)
+        is_writer = self.accelerator.is_main_process
+        if is_best and self.config.keep_best and (is_writer or is_sharded(self.module)):
+            save_best(self.stage.model, self.run.best_file, is_writer=is_writer)
 
     def create_step_loader(self, steps_done: int) -> DataLoader[Any]:
         """This process's micro-batches of each step that is not done yet."""
