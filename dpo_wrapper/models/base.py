@@ -76,7 +76,7 @@ class LanguageModel:
         return []
 
     def layers_to_shard(self) -> list[nn.Module]:
-        """The modules whose weights are gathered together where FSDP shards them: each is called by itself."""
+        """The modules whose weights FSDP gathers together, each of which is called by itself."""
         return []
 
     def why_own_forward(self) -> str | None:

@@ -104,6 +104,8 @@ def write_checkpoint(
     """Write this process's part: its random states, its shards and, of the main process, everything else."""
     module = frozen.module
     write_state(random_file(folder, accelerator), get_random_state(accelerator.device))
+    if cache is not None and not (accelerator.is_main_process or cache.is_shared):
+        write_state(cache_file(folder, accelerator.process_index), dict(cache.state_dict()))
     if not (accelerator.is_main_process or is_sharded(module)):
         return
     undo_rescaling(module)
@@ -159,13 +161,29 @@ def load_checkpoint(
     if accelerator.scaler is not None and state["scaler"] is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
     if cache is not None and state["reference_cache"] is not None:
-        cache.load_state_dict(state["reference_cache"])
+        load_cache(folder, accelerator, cache, state["reference_cache"])
     problem: str | None = "the checkpoint has none"
     if (file := random_file(folder, accelerator)).is_file():
         problem = set_random_state(read_state(file), accelerator.device)
     if problem:
         process = f"process {accelerator.process_index}"
         print(f"The random state of {process} is not that of the interrupted run: {problem}.")
+
+
+def load_cache(
+    folder: Path, accelerator: Accelerator, cache: LogProbCache, of_main: dict[str, Tensor]
+) -> None:
+    """Give a process the log-probs that it knew, or all of them where there are more processes or fewer."""
+    num_written = len(list(folder.glob("random-*.safetensors")))
+    known = {k: file for k in range(1, num_written) if (file := cache_file(folder, k)).is_file()}
+    is_same = num_written == accelerator.num_processes and bool(known)
+    index = accelerator.process_index
+    if index == 0 or not is_same:
+        cache.load_state_dict(of_main)
+    for k, file in known.items():
+        if k == index or not is_same:
+            cache.load_state_dict(read_state(file))
+    cache.is_shared = not is_same
 
 
 def list_targets(module: nn.Module, optimizer: Any) -> dict[tuple[Any, ...], Any]:
@@ -176,7 +194,7 @@ def list_targets(module: nn.Module, optimizer: Any) -> dict[tuple[Any, ...], Any
 
 
 def read_sharded(folder: Path, state: Any, targets: dict[tuple[Any, ...], Any]) -> Any:
-    """The state with tensors in place of its sharded entries; all tensors are sharded as their targets are."""
+    """The state with a tensor in place of each sharded entry; tensors are sharded as their targets are."""
     tensors: dict[str, Tensor] = {}
 
     def find_target(place: tuple[Any, ...]) -> Any:
@@ -229,6 +247,11 @@ def describe_checkpoint(folder: Path, save_steps: int) -> str:
 
 def random_file(folder: Path, accelerator: Accelerator) -> Path:
     return folder / f"random-{accelerator.process_index}.safetensors"
+
+
+def cache_file(folder: Path, index: int) -> Path:
+    """What a process other than the main one knows of the reference, until all know the same."""
+    return folder / f"cache-{index}.safetensors"
 
 
 def get_random_state(device: torch.device) -> dict[str, Any]:
