@@ -92,7 +92,7 @@ def empty_like_entry(entry: ShardedEntry, target: Any) -> Tensor:
 
 
 def import_storage() -> Any:
-    """torch's module that writes checkpoints as safetensors."""
+    """Torch's module that writes checkpoints as safetensors."""
     try:
         from torch.distributed.checkpoint import hf_storage
     except ImportError as error:

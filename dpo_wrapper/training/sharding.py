@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ from dpo_wrapper.data import TokenizedExample
 from dpo_wrapper.models import language_model
 from dpo_wrapper.models.wrappers import wrapper_kind
 from dpo_wrapper.training.config import TrainConfig
+from dpo_wrapper.training.processes import join_processes
 from dpo_wrapper.training.stages import Stage
 
 T = TypeVar("T")
@@ -28,7 +29,7 @@ def find_fsdp_plugin(config: TrainConfig) -> FullyShardedDataParallelPlugin | No
     is_configured = parse_flag_from_env("ACCELERATE_USE_FSDP")
     if not (config.fsdp or is_configured):
         return None
-    if PartialState(cpu=config.cpu).num_processes == 1:
+    if join_processes(config).num_processes == 1:
         raise ValueError(
             "weights should be sharded over several processes, but there is one: start them by torchrun "
             "--nproc-per-node N or accelerate launch, or leave --fsdp out."
