@@ -47,7 +47,7 @@ def set_up_policy(model: nn.Module, config: TrainConfig) -> list[str]:
     if config.share_prefix == "always":
         check_sharing(model)
     if config.torch_compile:
-        try_compiler(PartialState(cpu=config.cpu).device)
+        try_compiler(join_processes(config).device)
         notes.append(f"compiled: {compile_layers(model)} feed-forward layers")
     return notes
 

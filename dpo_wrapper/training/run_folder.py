@@ -27,7 +27,8 @@ from dpo_wrapper.training.files import (
 )
 
 CHANGEABLE_SETTINGS = (
-    "resume", "out", "save_steps", "cpu", "fsdp", "logging_steps", "sample_steps", "samples", "report_to", "project",
+    "resume", "out", "save_steps", "cpu", "fsdp", "logging_steps", "sample_steps", "samples", "report_to",
+    "project",
 )  # fmt: skip
 """Settings that may change when a run is resumed."""
 

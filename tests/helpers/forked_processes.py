@@ -1,7 +1,7 @@
 """`python -m helpers.forked_processes NUMBER FOLDER SCRIPT ARGUMENTS`: a script in so many processes.
 
-Each leaves a file, named "rank n of m"; the script has to have joined the processes itself, for the count is a sum
-over the group that it left behind. (A file, for what several processes print may run into one line.)
+Each leaves a file, named "rank n of m"; the script has to have joined the processes itself, for the count is
+a sum over the group that it left behind. (A file, for what several processes print may run into one line.)
 
 They are forked from one process that has imported the libraries, which takes longer than most scripts run,
 and find each other as those of `torch.distributed.run` do: in a store that the first process holds.
