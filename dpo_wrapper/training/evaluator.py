@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
@@ -88,7 +89,7 @@ class Evaluator:
         if len(examples) >= self.accelerator.num_processes:  # or else every process evaluates all of them
             indices = indices[self.accelerator.process_index :: self.accelerator.num_processes]
             reduce = partial(sum_over_processes, self.accelerator)
-        batches = self.make_batches(examples)(indices)
+        batches: list[Any] = self.make_batches(examples)(indices)
         label = f"evaluating {name} {self.splits.unit}"
         with self.monitor.measure(name, label, "batch", len(batches)) as bar:
             batches = equalize_batches(self.accelerator, self.stage, batches, examples)

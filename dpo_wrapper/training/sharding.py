@@ -26,6 +26,11 @@ def find_fsdp_plugin(config: TrainConfig) -> FullyShardedDataParallelPlugin | No
     Raises:
         ValueError: there is one process alone, or the configuration asks for what cannot be.
     """
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(
+            "accelerate's configuration should shard by FSDP2, but it asks for DeepSpeed, which updates "
+            "weights inside of backward and pickles checkpoints: take examples/accelerate/fsdp2.yaml."
+        )
     is_configured = parse_flag_from_env("ACCELERATE_USE_FSDP")
     if not (config.fsdp or is_configured):
         return None
@@ -34,9 +39,7 @@ def find_fsdp_plugin(config: TrainConfig) -> FullyShardedDataParallelPlugin | No
             "weights should be sharded over several processes, but there is one: start them by torchrun "
             "--nproc-per-node N or accelerate launch, or leave --fsdp out."
         )
-    plugin = (
-        FullyShardedDataParallelPlugin() if is_configured else FullyShardedDataParallelPlugin(fsdp_version=2)
-    )
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=None if is_configured else 2)
     if plugin.fsdp_version != 2:
         raise ValueError(
             "accelerate's configuration should shard by FSDP2, but its fsdp_version is "
@@ -49,8 +52,8 @@ def find_fsdp_plugin(config: TrainConfig) -> FullyShardedDataParallelPlugin | No
         )
     if config.reference_device is not None:
         raise ValueError(
-            "--reference-device should be left out where weights are sharded, for those of the reference are "
-            f"as well, but it is {config.reference_device}: leave it out."
+            "--reference-device should be left out where weights are sharded, for the reference's are too, "
+            f"but it is {config.reference_device}: leave it out."
         )
     return plugin
 
@@ -109,10 +112,16 @@ def find_layers(model: nn.Module, names: list[str] | None) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
+def is_fsdp_module(module: nn.Module) -> bool:
+    """Whether FSDP gathers weights when a module is called: that of a stage, and each layer in it."""
+    module_class: Any = type(module)
+    return wrapper_kind(module_class) == "sharded"
+
+
 def call_gathered(module: nn.Module, function: Callable[[], T]) -> T:
     """Call a function that runs the model of a stage otherwise than by the module's forward."""
     sharded: Any = module
-    if wrapper_kind(type(sharded)) != "sharded":
+    if not is_fsdp_module(module):
         return function()
     result = sharded.call_function(function)
     reshard(module)
@@ -123,7 +132,7 @@ def reshard(module: nn.Module) -> None:
     """Free the weights that are still gathered, so that all parameters are sharded ones."""
     sharded: Any
     for sharded in module.modules():
-        if wrapper_kind(type(sharded)) == "sharded":
+        if is_fsdp_module(sharded):
             sharded.reshard()
 
 
@@ -174,14 +183,14 @@ def whole_weights(model: nn.Module, is_needed: bool, names: Collection[str] | No
 
 
 def equalize_batches(
-    accelerator: Accelerator, stage: Stage, batches: Sequence[Any], examples: Sequence[TokenizedExample]
+    accelerator: Accelerator, stage: Stage, batches: list[Any], examples: Sequence[TokenizedExample]
 ) -> list[Any]:
     """The micro-batches of this process, as many as of any other where each pass of a model takes them all.
 
     Those that are added have no scored tokens, so that they count nowhere.
     """
-    if wrapper_kind(type(stage.module)) != "sharded":
-        return list(batches)
+    if not is_fsdp_module(stage.module):
+        return batches
     numbers = accelerator.gather(torch.tensor([len(batches)], device=accelerator.device))
     num_missing = int(numbers.max()) - len(batches)
     return [*batches, *([stage.collate_fn([leave_unscored(examples[0])])] * num_missing)]
