@@ -49,12 +49,16 @@ def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Write what each process has of sharded tensors; all processes call this.
 
     Raises:
-        TrainingError: this torch cannot write such files.
+        OSError: a process cannot write.
     """
-    from torch.distributed.checkpoint import save
+    from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter, save
 
-    writer = import_storage().HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    save(dict(tensors), storage_writer=writer)
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    try:
+        save(dict(tensors), storage_writer=writer)
+    except CheckpointException as error:  # of any process
+        reason = next(iter(error.failures.values()))[0]
+        raise OSError(getattr(reason, "errno", None), str(reason)) from error
 
 
 def read_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -64,9 +68,9 @@ def read_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
         TrainingError: the files cannot be read, or do not hold these tensors.
     """
     from torch.distributed import is_initialized
-    from torch.distributed.checkpoint import CheckpointException, load
+    from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, load
 
-    reader = import_storage().HuggingFaceStorageReader(str(folder))
+    reader = HuggingFaceStorageReader(str(folder))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of one process alone
@@ -89,14 +93,3 @@ def empty_like_entry(entry: ShardedEntry, target: Any) -> Tensor:
     placements = target.placements if has_its_shape else [Replicate()] * target.device_mesh.ndim
     options: Any = {"device_mesh": target.device_mesh, "placements": placements}
     return empty(entry.shape, dtype=entry.dtype, **options)
-
-
-def import_storage() -> Any:
-    """Torch's module that writes checkpoints as safetensors."""
-    try:
-        from torch.distributed.checkpoint import hf_storage
-    except ImportError as error:
-        raise TrainingError(
-            f"checkpoints of sharded weights need torch 2.9, but this is {torch.__version__}: upgrade torch."
-        ) from error
-    return hf_storage

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from dpo_wrapper.data import TokenizedExample
 from dpo_wrapper.models import language_model
 from dpo_wrapper.models.wrappers import wrapper_kind
-from dpo_wrapper.training.config import TrainConfig
+from dpo_wrapper.training.config import TrainConfig, flag
 from dpo_wrapper.training.processes import join_processes
 from dpo_wrapper.training.stages import Stage
+from dpo_wrapper.training.stopping import TrainingError
 
 T = TypeVar("T")
 
@@ -25,6 +26,7 @@ def find_fsdp_plugin(config: TrainConfig) -> FullyShardedDataParallelPlugin | No
 
     Raises:
         ValueError: there is one process alone, or the configuration asks for what cannot be.
+        ImportError: accelerate is too old.
     """
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(
@@ -34,6 +36,8 @@ def find_fsdp_plugin(config: TrainConfig) -> FullyShardedDataParallelPlugin | No
     is_configured = parse_flag_from_env("ACCELERATE_USE_FSDP")
     if not (config.fsdp or is_configured):
         return None
+    if not hasattr(FullyShardedDataParallelPlugin, "fsdp_version"):
+        raise ImportError("weights are sharded with accelerate 1.6 or newer: pip install -U accelerate.")
     if join_processes(config).num_processes == 1:
         raise ValueError(
             "weights should be sharded over several processes, but there is one: start them by torchrun "
@@ -50,11 +54,12 @@ def find_fsdp_plugin(config: TrainConfig) -> FullyShardedDataParallelPlugin | No
             "accelerate's configuration should have each process load the model, of which it makes the "
             "reference, but fsdp_cpu_ram_efficient_loading is true: write false."
         )
-    if config.reference_device is not None:
-        raise ValueError(
-            "--reference-device should be left out where weights are sharded, for the reference's are too, "
-            f"but it is {config.reference_device}: leave it out."
-        )
+    for name in ("reference_device", "load_in_4bit"):
+        if getattr(config, name):
+            raise ValueError(
+                f"{flag(name)} should be left out where weights are sharded, for all of them are on the "
+                "device of each process and in a dtype of floats: leave it out."
+            )
     return plugin
 
 
@@ -70,10 +75,19 @@ def shard_module(
         module: that of a stage.
         model: the policy in it.
         plugin: names the classes of layers, or else the model's family does.
+
+    Raises:
+        TrainingError: a parameter cannot be sharded.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    for name, p in module.named_parameters():
+        if not p.ndim:
+            raise TrainingError(
+                f"parameters should have a dimension along which they are sharded, but {name} is a single "
+                "number: train without --fsdp."
+            )
     reference = getattr(module, "ref_model", None)
     if reference is not None:
         unshare_weights(reference, model)

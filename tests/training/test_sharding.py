@@ -1,4 +1,4 @@
-"""What sharding needs that one process can show: its options, layers, batches that count nothing, checksums."""
+"""What sharding needs that one process can show: options, layers, batches that count nothing, checksums."""
 
 import pytest
 import torch
@@ -44,6 +44,7 @@ def test_what_cannot_be_sharded_is_refused(variables, options, message, rows, tm
         ({"FSDP_VERSION": "1"}, {}, "its fsdp_version is 1: write fsdp_version: 2"),
         ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, {}, "fsdp_cpu_ram_efficient_loading is true"),
         ({}, {"reference_device": "cpu"}, "--reference-device should be left out"),
+        ({}, {"load_in_4bit": True, "lora": True, "model": "x"}, "--load-in-4bit should be left out"),
     ],
 )
 def test_configurations_that_do_not_fit_are_refused(variables, options, message, rows, tmp_path, monkeypatch):
@@ -55,6 +56,19 @@ def test_configurations_that_do_not_fit_are_refused(variables, options, message,
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         sharding.find_fsdp_plugin(make_config(rows, tmp_path / "out", **options))
+
+
+def test_accelerate_that_knows_no_fsdp2_is_named(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(sharding, "FullyShardedDataParallelPlugin", object)
+    with pytest.raises(ImportError, match=r"accelerate 1\.6 or newer: pip install -U accelerate"):
+        sharding.find_fsdp_plugin(make_config(rows, tmp_path / "out", fsdp=True))
+
+
+def test_a_single_number_cannot_be_sharded(rows, tmp_path):
+    model = nn.Linear(2, 2)
+    model.scale = nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(TrainingError, match="but scale is a single number: train without --fsdp"):
+        sharding.shard_module(model, model, None, None)
 
 
 def test_layers_are_those_that_are_called_by_themselves():
