@@ -52,24 +52,24 @@ for job in json.loads(sys.argv[3]):
     train(config)
 """
 
-SHORT = {"sft_epochs": 0, "epochs": 1, "max_steps": 5, "learning_rate": 1e-3, "save_steps": 2, "samples": 2}
+SHORT = {"sft_epochs": 0, "epochs": 1, "max_steps": 4, "learning_rate": 1e-3, "save_steps": 2}
+WATCHED = {"samples": 1, "exact_answers": 4}
 UNEVEN = {"micro_batch_tokens": 150}
 """Several micro-batches a step, of which one process has more than another."""
 
 CASES = {
-    "decoder": SHORT | UNEVEN | {"sft_epochs": 1, "keep_best": True, "max_steps": 4},
-    "frozen-layers": SHORT | {"freeze": ("attn_layers[.]layers[.]0",)},
-    "labelled-rows": SHORT | UNEVEN | {"loss": "kto"},
-    "llama": SHORT | {"model": "llama"},
-    "llama-tied": SHORT | UNEVEN | {"model": "tied", "ref_model_sync_steps": 2},
-    "llama-checkpointed": SHORT | {"model": "tied", "gradient_checkpointing": True},
-    "llama-adapter": SHORT | {"model": "llama", "lora": True, "lora_r": 4, "keep_best": True},
+    "decoder": WATCHED | UNEVEN | {"sft_epochs": 1, "keep_best": True},
+    "frozen-layers": {"freeze": ("attn_layers[.]layers[.]0",)},
+    "labelled-rows": UNEVEN | {"loss": "kto"},
+    "llama": WATCHED | {"model": "llama"},
+    "llama-tied": UNEVEN | {"model": "tied", "ref_model_sync_steps": 2, "gradient_checkpointing": True},
+    "llama-adapter": WATCHED | {"model": "llama", "lora": True, "lora_r": 4, "keep_best": True},
 }
 
 RESUMED = {
-    "decoder": SHORT | {"ref_model_sync_steps": 2},
-    "llama": SHORT | {"model": "llama", "epochs": 2, "max_steps": 8},
-    "adapter": SHORT | {"model": "llama", "lora": True, "lora_r": 4},
+    "decoder": {"ref_model_sync_steps": 2},
+    "llama": {"model": "llama", "epochs": 2, "max_steps": 8},
+    "adapter": {"model": "llama", "lora": True, "lora_r": 4},
 }
 
 
@@ -84,15 +84,15 @@ def folder(tmp_path_factory):
     return folder
 
 
-def with_model(options, folder):
-    """The options with the model's folder and tokenizer."""
+def all_options(options, folder):
+    """The options of a short run, with the model's folder and tokenizer."""
     own = {"model": str(folder / options["model"]), "tokenizer": "bytes"} if "model" in options else {}
-    return options | own
+    return SHORT | {"samples": 0, "exact_answers": 0} | options | own
 
 
 def run_jobs(number, rows, folder, jobs):
     """Run jobs in so many processes, or in this one."""
-    jobs = [job | {"options": with_model(job["options"], folder)} for job in jobs]
+    jobs = [job | {"options": all_options(job["options"], folder)} for job in jobs]
     if number > 1:
         run_in_processes(number, folder / "script.py", rows, folder, json.dumps(jobs))
         return
@@ -157,11 +157,9 @@ def test_two_processes_train_what_one_does(name, rows, folder, sharded_runs):
     one, two = folder / "one" / name, sharded_runs / name
     assert_weights_close(load_weights(two), load_weights(one))
     assert_metrics_close(read_metrics(one), read_metrics(two))
-    assert (one / "samples.jsonl").read_text() == (two / "samples.jsonl").read_text()
     assert {file.name for file in two.iterdir()} == {file.name for file in one.iterdir()}
-    for file in ("config.json", "adapter_config.json"):
-        assert (one / file).exists() == (two / file).exists()
-        assert not (one / file).exists() or (one / file).read_text() == (two / file).read_text()
+    for file in {"config.json", "samples.jsonl"} & {file.name for file in two.iterdir()}:
+        assert (one / file).read_text() == (two / file).read_text()
 
 
 @pytest.mark.parametrize("name", RESUMED)
