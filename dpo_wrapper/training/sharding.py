@@ -54,6 +54,11 @@ def find_fsdp_plugin(config: TrainConfig) -> FullyShardedDataParallelPlugin | No
             "accelerate's configuration should have each process load the model, of which it makes the "
             "reference, but fsdp_cpu_ram_efficient_loading is true: write false."
         )
+    if plugin.activation_checkpointing:
+        raise ValueError(
+            "accelerate's configuration should leave activations alone, but fsdp_activation_checkpointing is "
+            "true: write false, and give --gradient-checkpointing."
+        )
     for name in ("reference_device", "load_in_4bit"):
         if getattr(config, name):
             raise ValueError(
@@ -77,7 +82,7 @@ def shard_module(
         plugin: names the classes of layers, or else the model's family does.
 
     Raises:
-        TrainingError: a parameter cannot be sharded.
+        TrainingError: a parameter cannot be sharded, or the model has no such layers.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -123,6 +128,12 @@ def find_layers(model: nn.Module, names: list[str] | None) -> list[nn.Module]:
     if names is None:
         chosen = {id(layer) for layer in language_model(model).layers_to_shard()}
         return [module for module in model.modules() if id(module) in chosen]
+    unknown = set(names) - {type(module).__name__ for module in model.modules()}
+    if unknown:
+        raise TrainingError(
+            "fsdp_transformer_layer_cls_to_wrap should name classes of modules of the model, but "
+            f"{min(unknown)} is none: correct it, or leave it out."
+        )
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
@@ -158,10 +169,10 @@ def gather_tensor(tensor: Tensor) -> Tensor:
 
 def shard_like(value: Tensor, target: Any) -> Tensor:
     """A whole tensor that every process has, sharded as a target is, if it is."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if isinstance(value, DTensor) or not isinstance(target, DTensor):
+    if is_sharded_tensor(value) or not is_sharded_tensor(target):
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     value = value.to(target.device)
     return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
 

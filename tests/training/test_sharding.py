@@ -43,6 +43,7 @@ def test_what_cannot_be_sharded_is_refused(variables, options, message, rows, tm
     [
         ({"FSDP_VERSION": "1"}, {}, "its fsdp_version is 1: write fsdp_version: 2"),
         ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, {}, "fsdp_cpu_ram_efficient_loading is true"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, "write false, and give --gradient-checkpointing"),
         ({}, {"reference_device": "cpu"}, "--reference-device should be left out"),
         ({}, {"load_in_4bit": True, "lora": True, "model": "x"}, "--load-in-4bit should be left out"),
     ],
@@ -78,6 +79,8 @@ def test_layers_are_those_that_are_called_by_themselves():
     assert language_model(llama).layers_to_shard() == list(llama.model.layers)
     assert language_model(nn.Linear(2, 2)).layers_to_shard() == []
     assert sharding.find_layers(llama, ["LlamaMLP"]) == [layer.mlp for layer in llama.model.layers]
+    with pytest.raises(TrainingError, match="but MLP is none: correct it, or leave it out"):
+        sharding.find_layers(llama, ["LlamaMLP", "MLP"])
 
 
 PAIR = TokenizedExample((1, 2, 3), ((4, 5), (6,)))
