@@ -75,6 +75,10 @@ class LanguageModel:
         """The layers that hidden states pass in turn, the lowest first; none where they cannot be told."""
         return []
 
+    def layers_to_shard(self) -> list[nn.Module]:
+        """The modules whose weights FSDP gathers together, each of which is called by itself."""
+        return []
+
     def why_own_forward(self) -> str | None:
         """Why the model has to be called as a whole for its logits, as a part of a sentence; else None."""
         return None

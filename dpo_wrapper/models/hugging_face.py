@@ -149,6 +149,11 @@ class HuggingFaceModel(LanguageModel):
     def decoder_layers(self) -> list[DecoderLayer]:
         return [DecoderLayer(layer, layer) for layer in self.layer_list]
 
+    def layers_to_shard(self) -> list[nn.Module]:
+        names = set(getattr(self.inner, "_no_split_modules", None) or ())
+        named = [module for module in self.inner.modules() if type(module).__name__ in names]
+        return named or list(self.layer_list)
+
     def output_head(self) -> OutputHead | None:
         if self.inner.base_model is self.inner:
             return None

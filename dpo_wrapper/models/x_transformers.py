@@ -57,6 +57,9 @@ class XTransformersModel(LanguageModel):
         layers: Any = self.net.attn_layers.layers  # each a list of norms, attention or feed-forward, residual
         return [DecoderLayer(layer, layer[2], {layer[1]: skip_block}) for layer in layers]
 
+    def layers_to_shard(self) -> list[nn.Module]:
+        return [layer[1] for layer in self.net.attn_layers.layers]
+
     def why_own_forward(self) -> str | None:
         return "hooks are called with the model as a whole" if has_hooks(self.net) else None
 

@@ -17,12 +17,16 @@ class LogProbCache:
 
     The batch that a sequence stands in and its padding do not matter. What `state` names does: log-probs that
     are kept under one state are not found under another.
+
+    Attributes:
+        is_shared: whether every process knows what this one does.
     """
 
     def __init__(self, per_token: bool = False) -> None:
         self.per_token = per_token
         self.values: dict[bytes, Any] = {}
         self.dtype = torch.float32
+        self.is_shared = False
 
     def __len__(self) -> int:
         return len(self.values)
@@ -44,6 +48,7 @@ class LogProbCache:
         self.dtype = values.dtype
         split = values.split(sequences.length.tolist()) if self.per_token else values.tolist()
         for key, value in zip(cache_keys(sequences, state), split, strict=True):
+            self.is_shared = self.is_shared and key in self.values
             self.values.setdefault(key, value.clone() if self.per_token else value)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -74,6 +79,7 @@ class LogProbCache:
             torch.distributed.all_gather_object(states, self.state_dict())
             for state in states:
                 self.load_state_dict(state)
+            self.is_shared = True
 
 
 def cache_keys(sequences: ScoredSequences, state: str) -> tuple[bytes, ...]:

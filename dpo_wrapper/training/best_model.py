@@ -11,6 +11,7 @@ from torch import nn
 from dpo_wrapper.pretrained import undo_rescaling
 from dpo_wrapper.training.checkpoint import load_weights
 from dpo_wrapper.training.options.output import parse_best_metric
+from dpo_wrapper.training.sharding import whole_weights
 from dpo_wrapper.training.state_files import read_state, write_state
 from dpo_wrapper.training.stopping import TrainingError
 
@@ -61,14 +62,19 @@ class BestEvaluation:
         return f"step {self.step}, with the best eval {self.name} ({self.value:.4g})"
 
 
-def save_best(model: nn.Module, file: Path) -> None:
-    """Write what trains of a model, and its buffers, whole or not at all."""
+def save_best(model: nn.Module, file: Path, *, is_writer: bool) -> None:
+    """Write what trains of a model, and its buffers, whole or not at all.
+
+    Where weights are sharded all processes call this, and one of them is the writer.
+    """
     undo_rescaling(model)
     trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
-    weights = {name: value for name, value in model.state_dict().items() if name in trained | buffers}
-    write_state(file.with_suffix(".new"), weights)
-    os.replace(file.with_suffix(".new"), file)
+    with whole_weights(model, is_needed=is_writer, names=trained):
+        weights = {name: value for name, value in model.state_dict().items() if name in trained | buffers}
+    if is_writer:
+        write_state(file.with_suffix(".new"), weights)
+        os.replace(file.with_suffix(".new"), file)
 
 
 def load_best(model: nn.Module, file: Path) -> None:

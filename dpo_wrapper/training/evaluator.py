@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
@@ -16,6 +17,7 @@ from dpo_wrapper.training.monitoring.monitor import Monitor
 from dpo_wrapper.training.monitoring.samples import Samples
 from dpo_wrapper.training.processes import sum_over_processes
 from dpo_wrapper.training.schedule import Schedule
+from dpo_wrapper.training.sharding import call_gathered, equalize_batches, reshard
 from dpo_wrapper.training.stage_plan import Splits
 from dpo_wrapper.training.stages import Stage
 from dpo_wrapper.training.stopping import check_finite
@@ -30,7 +32,7 @@ class Evaluator:
     Args:
         module: that of the stage, perhaps wrapped (by DDP).
         make_batches: makes micro-batches of examples, as a function of their indices.
-        samples: of the stage; None for none. Other processes than the main one have none.
+        samples: of the stage; None for none. Where weights are whole, the main process alone has any.
         is_last_stage: whether samples are due at the end of the stage, even if `--sample-steps` is 0.
     """
 
@@ -87,12 +89,14 @@ class Evaluator:
         if len(examples) >= self.accelerator.num_processes:  # or else every process evaluates all of them
             indices = indices[self.accelerator.process_index :: self.accelerator.num_processes]
             reduce = partial(sum_over_processes, self.accelerator)
-        batches = self.make_batches(examples)(indices)
+        batches: list[Any] = self.make_batches(examples)(indices)
         label = f"evaluating {name} {self.splits.unit}"
         with self.monitor.measure(name, label, "batch", len(batches)) as bar:
+            batches = equalize_batches(self.accelerator, self.stage, batches, examples)
             on_device = [batch.to(self.accelerator.device) for batch in batches]
             metrics = self.stage.evaluate(self.module, on_device, reduce, bar.update)
-        if needs_answers and self.accelerator.is_main_process:
+        reshard(self.module)
+        if needs_answers and (self.accelerator.is_main_process or is_sharded(self.module)):
             metrics |= self.measure_exact_answers()
         self.monitor.log_evaluation(name, step, metrics, len(examples))
         check_finite(self.stage.name, step, f"{name} loss", metrics["loss"])
@@ -101,17 +105,17 @@ class Evaluator:
     def measure_exact_answers(self) -> dict[str, float]:
         """How many prompts the model answers exactly, as a metric; nothing if it is not asked."""
         answers, model = self.stage.exact_answers, self.stage.model
-        if answers is None or is_sharded(model):  # which no process can compute alone
+        if answers is None:
             return {}
         label = "answering eval prompts"
         measured = self.monitor.measure("answers", label, "prompt", len(answers.examples))
         with measured as bar, self.accelerator.autocast():
-            rate = answers.measure_rate(model, progress=bar.update)
+            rate = call_gathered(self.module, lambda: answers.measure_rate(model, progress=bar.update))
         undo_rescaling(model)
         return {"exact_answers": rate}
 
     def are_samples_due(self, step: int) -> bool:
-        """Whether the main process should sample after a step."""
+        """Whether this process should sample after a step."""
         if self.samples is None or not self.samples.prompts:
             return False
         interval = self.schedule.sample_steps
@@ -120,13 +124,16 @@ class Evaluator:
 
     def sample(self, step: int, is_end: bool) -> None:
         """Write completions of the same prompts to the run folder, and print them but for the last ones."""
-        assert self.samples is not None
+        samples = self.samples
+        assert samples is not None
         measured = self.monitor.measure("sample", "writing samples", "prompt")
         with measured as bar, self.accelerator.autocast():
-            records = self.samples.take(step, bar.update)
+            records = call_gathered(self.module, lambda: samples.take(step, bar.update))
         undo_rescaling(self.stage.model)
+        if not samples.is_writer:
+            return
         if not is_end:
             self.monitor.print(f"\n{format_samples(records, MAX_SAMPLE_CHARS)}\n")
-        lengths = self.samples.measure_lengths(records)
+        lengths = samples.measure_lengths(records)
         if "length/reference" in lengths:
             self.monitor.explain("samples", step, lengths)

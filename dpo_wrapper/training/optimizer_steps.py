@@ -16,6 +16,7 @@ from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.non_finite import NonFiniteSteps
 from dpo_wrapper.training.out_of_memory import advise_on_steps, explain_out_of_memory
 from dpo_wrapper.training.processes import sum_over_processes
+from dpo_wrapper.training.sharding import gather_tensor
 from dpo_wrapper.training.stages import Stage
 
 
@@ -76,7 +77,8 @@ class OptimizerSteps:
                 accelerator.backward(loss * loss_scale)
             losses.append(loss.detach())
             sums.add(of_batch)
-        grad_norm = accelerator.clip_grad_norm_(self.module.parameters(), self.config.max_grad_norm)
+        clipped = accelerator.clip_grad_norm_(self.module.parameters(), self.config.max_grad_norm)
+        grad_norm = gather_tensor(clipped)
         total = float(reduce(torch.stack(losses).sum()))
         metrics = {"loss": total, **sums.result(reduce), "grad_norm": float(grad_norm)}
         return metrics if math.isfinite(total) else metrics | {"loss": total}

@@ -10,6 +10,7 @@ from dpo_wrapper.training.monitoring.terminal import hide_sharing_warnings
 from dpo_wrapper.training.monitoring.trackers import Trackers
 from dpo_wrapper.training.processes import create_accelerator
 from dpo_wrapper.training.setup import set_up_training
+from dpo_wrapper.training.sharding import find_fsdp_plugin
 from dpo_wrapper.training.train import create_stage, describe_plan, describe_size
 from dpo_wrapper.training.trainer import Trainer
 
@@ -24,6 +25,10 @@ def plan_run(config: TrainConfig) -> None:
         ValueError, TypeError, OSError, ImportError: as in `set_up_training`.
         TrainingError: the model cannot be trained.
     """
+    if find_fsdp_plugin(config) is not None:
+        raise ValueError(
+            "--plan should be asked for by one process, but weights are sharded: leave --fsdp out."
+        )
     with tempfile.TemporaryDirectory() as folder, hide_sharing_warnings():
         setup = set_up_training(
             replace(config, out=Path(folder), report_to=(), precompute_ref_log_probs=False, resume=False)

@@ -6,7 +6,6 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 
 from dpo_wrapper.error_text import summarize_error
@@ -14,6 +13,7 @@ from dpo_wrapper.models import language_model
 from dpo_wrapper.pretrained import rescales_in_eval_mode
 from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.training.config import TrainConfig
+from dpo_wrapper.training.processes import join_processes
 
 FEED_FORWARD = re.compile(r"(MLP|FeedForward|FFN)$", re.IGNORECASE)
 """Names of classes of feed-forward layers."""
@@ -24,7 +24,7 @@ def resolve_dtype(config: TrainConfig) -> torch.dtype | None:
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     # on a CPU, float32 is exact, and faster than bfloat16 where the CPU has no units for it
-    is_stored = config.has_adapter and PartialState(cpu=config.cpu).device.type != "cpu"
+    is_stored = config.has_adapter and join_processes(config).device.type != "cpu"
     return None if is_stored else torch.float32
 
 
@@ -47,7 +47,7 @@ def set_up_policy(model: nn.Module, config: TrainConfig) -> list[str]:
     if config.share_prefix == "always":
         check_sharing(model)
     if config.torch_compile:
-        try_compiler(PartialState(cpu=config.cpu).device)
+        try_compiler(join_processes(config).device)
         notes.append(f"compiled: {compile_layers(model)} feed-forward layers")
     return notes
 

@@ -13,8 +13,9 @@ from dpo_wrapper.training.config import TrainConfig, flag
 from dpo_wrapper.training.files import write_json
 
 CHANGEABLE_SETTINGS = (
-    "resume", "out", "save_steps", "save_total_limit", "num_workers", "cpu", "logging_steps", "sample_steps",
-    "samples", "report_to", "project", "on_nan", "micro_batch_tokens", "gradient_checkpointing",
+    "resume", "out", "save_steps", "save_total_limit", "num_workers", "cpu", "fsdp", "logging_steps",
+    "sample_steps", "samples", "report_to", "project", "on_nan", "micro_batch_tokens",
+    "gradient_checkpointing",
 )  # fmt: skip
 """Settings that may change when a run is continued."""
 

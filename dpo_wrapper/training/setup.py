@@ -23,6 +23,7 @@ from dpo_wrapper.training.out_of_memory import advise_on_weights, explain_out_of
 from dpo_wrapper.training.policy import resolve_dtype, set_up_policy
 from dpo_wrapper.training.read_data import Rows, RunData, count_shared_prompts, split_table
 from dpo_wrapper.training.run_folder import RunFolder
+from dpo_wrapper.training.sharding import find_fsdp_plugin
 from dpo_wrapper.training.stage_plan import StagePlan, choose_stages, plan_stages
 
 
@@ -48,6 +49,7 @@ def set_up_training(config: TrainConfig) -> TrainSetup:
     loss = CombinedLoss(parse_losses(config.loss))
     check_options(config, loss)
     check_trackers(config.report_to)
+    find_fsdp_plugin(config)
     run = RunFolder(config)
     run.check(config.resume)
     data = RunData.open(config.data, config)
@@ -58,15 +60,7 @@ def set_up_training(config: TrainConfig) -> TrainSetup:
     config = replace(config, max_length=data.max_length or config.max_length)
 
     set_seed(config.seed)
-    with explain_out_of_memory("the model", partial(advise_on_weights, config)):
-        pretrained = load_policy(
-            config,
-            run.find_model(stages),
-            config.tokenizer_options(today),
-            dtype=resolve_dtype(config),
-            attn_implementation=config.attn_implementation,
-        )
-    policy_notes = set_up_policy(pretrained.model, config)
+    pretrained, policy_notes = load_stage_policy(config, run, run.find_model(stages))
     train, eval, notes = tokenize_splits(data, eval_data, pretrained, config)
     run.check_rows(digest_splits(data, eval_data, train, eval))
     notes = policy_notes + notes
@@ -100,6 +94,21 @@ def set_up_training(config: TrainConfig) -> TrainSetup:
             "metrics do not say how the policy does on new prompts."
         )
     return TrainSetup(config, run, pretrained, plans, notes)
+
+
+def load_stage_policy(
+    config: TrainConfig, run: RunFolder, stage_folder: str | None
+) -> tuple[PretrainedModel, list[str]]:
+    """The model as the run began with it, or as it was after a stage, and notes for the start of the run."""
+    with explain_out_of_memory("the model", partial(advise_on_weights, config)):
+        pretrained = load_policy(
+            config,
+            stage_folder,
+            config.tokenizer_options(date.fromisoformat(run.record.today)),
+            dtype=resolve_dtype(config),
+            attn_implementation=config.attn_implementation,
+        )
+    return pretrained, set_up_policy(pretrained.model, config)
 
 
 def check_options(config: TrainConfig, loss: CombinedLoss) -> None:

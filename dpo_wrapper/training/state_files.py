@@ -1,9 +1,11 @@
 """Nested states, such as that of an optimizer, in safetensors files: reading one runs no code."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -12,8 +14,17 @@ from dpo_wrapper.tensor_files import apply_umask
 from dpo_wrapper.training.stopping import TrainingError
 
 
+@dataclass(frozen=True)
+class ShardedEntry:
+    """Stands in a state for a sharded tensor, which is in files of its own under this name."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
 def write_state(file: Path, state: Any) -> None:
-    """Write dicts, lists and tuples of tensors, numbers, strings, bools and None.
+    """Write dicts, lists and tuples of tensors, sharded entries, numbers, strings, bools and None.
 
     A tensor that stands in several places, as tied weights do, is written once.
     """
@@ -28,6 +39,8 @@ def write_state(file: Path, state: Any) -> None:
                 names[key] = str(len(names))
                 tensors[names[key]] = _own_copy(value)
             return {"tensor": names[key]}
+        if isinstance(value, ShardedEntry):
+            return {"sharded": [value.name, list(value.shape), str(value.dtype).removeprefix("torch.")]}
         if isinstance(value, dict):
             return {"dict": [[describe(name), describe(part)] for name, part in value.items()]}
         if isinstance(value, (list, tuple)):
@@ -62,6 +75,9 @@ def read_state(file: Path) -> Any:
         ((kind, content),) = value.items()
         if kind == "tensor":
             return tensors[content]
+        if kind == "sharded":
+            name, shape, dtype = content
+            return ShardedEntry(name, tuple(shape), getattr(torch, dtype))
         if kind == "dict":
             return {rebuild(name): rebuild(part) for name, part in content}
         parts = [rebuild(part) for part in content]

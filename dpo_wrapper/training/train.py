@@ -1,6 +1,7 @@
 """Train a model on a file of preferences: `train(TrainConfig(data = ...))`."""
 
 import errno
+from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 from typing import Any
@@ -33,7 +34,8 @@ from dpo_wrapper.training.policy import compile_layers
 from dpo_wrapper.training.processes import create_accelerator
 from dpo_wrapper.training.reference_words import describe_merging, describe_reference
 from dpo_wrapper.training.run_folder import RunFolder
-from dpo_wrapper.training.setup import TrainSetup, set_up_training
+from dpo_wrapper.training.setup import TrainSetup, load_stage_policy, set_up_training
+from dpo_wrapper.training.sharding import is_sharded_tensor, whole_weights
 from dpo_wrapper.training.stage_plan import Splits, StagePlan
 from dpo_wrapper.training.stages import DPOStage, SFTStage, Stage
 from dpo_wrapper.training.stopping import TrainingError
@@ -82,22 +84,24 @@ def run_training(setup: TrainSetup) -> RunFolder:
 
 
 def run_stages(setup: TrainSetup) -> None:
-    config, run, model = setup.config, setup.run, setup.pretrained.model
+    config, run = setup.config, setup.run
     accelerator = create_accelerator(config)
     accelerator.wait_for_everyone()  # all have read the folder
     if accelerator.is_main_process:
         run.open()
     accelerator.wait_for_everyone()
     notes = (*(describe_plan(plan, config) for plan in setup.stages), *setup.notes)
-    accelerator.print(*run.notes, describe_size(model), *notes, sep="\n", flush=True)
+    accelerator.print(*run.notes, describe_size(setup.pretrained.model), *notes, sep="\n", flush=True)
     if setup.stages[-1].name != "dpo":
         report_merging(setup, accelerator)
 
     def save_model() -> None:
-        if accelerator.is_main_process:
-            print_line(f"saving the model in {run.path}")
-            with run.new_model_folder() as folder:
-                save_pretrained(setup.pretrained, model, folder)
+        model = setup.pretrained.model
+        with whole_weights(model, is_needed=accelerator.is_main_process):
+            if accelerator.is_main_process:
+                print_line(f"saving the model in {run.path}")
+                with run.new_model_folder() as folder:
+                    save_pretrained(setup.pretrained, model, folder)
         accelerator.wait_for_everyone()
 
     if run.needs_training:
@@ -113,6 +117,7 @@ def run_stages(setup: TrainSetup) -> None:
                     Trainer(*parts, save_model=None if following else save_model).train()
                     if following is not None:
                         save_stage(setup, plan, following, accelerator)
+                        setup = with_whole_policy(setup, plan)
                 step_offset += plan.num_steps
     if accelerator.is_main_process:
         report_results(setup)
@@ -122,13 +127,22 @@ def run_stages(setup: TrainSetup) -> None:
 
 def save_stage(setup: TrainSetup, plan: StagePlan, following: StagePlan, accelerator: Accelerator) -> None:
     """Save the model as it is after a stage, from which the following one starts."""
-    run = setup.run
-    if accelerator.is_main_process:
-        print_line(f"saving the model in {run.stage_folder(plan.name)}")
-        with run.new_stage_folder(plan.name) as folder:
-            save_pretrained(setup.pretrained, setup.pretrained.model, folder)
+    run, model = setup.run, setup.pretrained.model
+    with whole_weights(model, is_needed=accelerator.is_main_process):
+        if accelerator.is_main_process:
+            print_line(f"saving the model in {run.stage_folder(plan.name)}")
+            with run.new_stage_folder(plan.name) as folder:
+                save_pretrained(setup.pretrained, model, folder)
     with run.new_checkpoint(accelerator, following.name, 0):
         pass
+
+
+def with_whole_policy(setup: TrainSetup, plan: StagePlan) -> TrainSetup:
+    """The set-up with the model as it was saved after a stage, if the stage has sharded it."""
+    if not any(map(is_sharded_tensor, setup.pretrained.model.parameters())):
+        return setup
+    folder = str(setup.run.stage_folder(plan.name))
+    return replace(setup, pretrained=load_stage_policy(setup.config, setup.run, folder)[0])
 
 
 def describe_size(model: nn.Module) -> str:

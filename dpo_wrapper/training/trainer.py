@@ -27,12 +27,14 @@ from dpo_wrapper.training.monitoring.samples import Samples
 from dpo_wrapper.training.monitoring.terminal import print_line
 from dpo_wrapper.training.monitoring.trackers import Trackers
 from dpo_wrapper.training.non_finite import NonFiniteSteps
-from dpo_wrapper.training.optimizer import create_optimizer, create_schedule
+from dpo_wrapper.training.optimizer import create_schedule
 from dpo_wrapper.training.optimizer_steps import OptimizerSteps
 from dpo_wrapper.training.out_of_memory import advise_on_steps, advise_on_weights, explain_out_of_memory
+from dpo_wrapper.training.prepare import prepare_stage
 from dpo_wrapper.training.processes import create_accelerator
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.schedule import plan_schedule
+from dpo_wrapper.training.sharding import call_gathered, equalize_batches
 from dpo_wrapper.training.stage_plan import Splits
 from dpo_wrapper.training.stages import Stage
 from dpo_wrapper.training.stopping import (
@@ -80,8 +82,7 @@ class Trainer:
         num_trained = min(len(splits.train) * stage.epochs, self.num_steps * config.batch_size)
         self.schedule = plan_schedule(config, self.num_steps, num_trained, len(splits.eval))
         self.rate_of_step = create_schedule(config, stage.learning_rate, self.num_steps)
-        optimizer: Any = create_optimizer(stage.module, config, stage.learning_rate, self.accelerator.device)
-        self.module, self.optimizer = self.accelerator.prepare(stage.module, optimizer)
+        self.module, self.optimizer = prepare_stage(stage, config, self.accelerator)
         frozen = FrozenWeights(stage.module)
         print_main = print_line if self.accelerator.is_main_process else hash
         self.non_finite = NonFiniteSteps(config.on_nan, stage.name, self.list_sources, print_main)
@@ -119,9 +120,10 @@ class Trainer:
         watched = (self.run, self.accelerator, self.stage.name, self.splits.unit, self.schedule)
         self.monitor = Monitor(*watched, steps_done, self.trackers, self.step_offset)
         samples = None
-        if self.accelerator.is_main_process and self.config.samples and not is_sharded(self.stage.model):
+        is_writer = self.accelerator.is_main_process
+        if self.config.samples and (is_writer or is_sharded(self.module)):  # where all have to generate
             sampled = (self.run, self.stage, self.splits, self.pretrained)
-            samples = Samples(*sampled, self.config.samples, first_step)
+            samples = Samples(*sampled, self.config.samples, first_step, is_writer=is_writer)
         self.evaluator = Evaluator(
             self.accelerator,
             self.module,
@@ -201,13 +203,14 @@ class Trainer:
         batch = self.stage.collate_fn(self.splits.train[:1]).to(self.accelerator.device)
         try:
             with self.accelerator.autocast():
-                self.stage.scorer.check(batch.sequences)
+                call_gathered(self.module, lambda: self.stage.scorer.check(batch.sequences))
         except (TypeError, ValueError) as error:  # a model that the probe refuses
             raise TrainingError(str(error)) from error
         self.accelerator.print(f"{self.stage.name}: {self.stage.scorer.explain()}", flush=True)
 
     def train_step(self, step: int, batches: list[Any]) -> dict[str, float]:
         """Run one optimizer step on this process's micro-batches; the metrics are of all processes."""
+        batches = equalize_batches(self.accelerator, self.stage, batches, self.splits.train)
         return self.steps.run(step, batches)
 
     def evaluate_or_stop(self, step: int, stop_request: StopRequest) -> None:
@@ -233,8 +236,9 @@ class Trainer:
     def compare_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Note whether an evaluation is the best of the stage, and keep the weights of the best."""
         is_best = self.best.observe(step, metrics)
-        if is_best and self.config.keep_best and self.accelerator.is_main_process:
-            save_best(self.stage.model, self.run.best_file)
+        is_writer = self.accelerator.is_main_process
+        if is_best and self.config.keep_best and (is_writer or is_sharded(self.module)):
+            save_best(self.stage.model, self.run.best_file, is_writer=is_writer)
 
     def create_step_loader(self, steps_done: int) -> DataLoader[Any]:
         """This process's micro-batches of each step that is not done yet."""

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -79,12 +80,12 @@ def interrupt_training(stage: str, *, after_steps: int) -> Iterator[None]:
         yield
 
 
-def run_in_two_processes(script, *arguments):
-    """A script in two processes, of which each has to say, at the end, that it was one of two."""
+def run_in_processes(number, script, *arguments):
+    """A script in so many processes, of which each has to say, at the end, that it was one of them."""
     if not hasattr(os, "fork"):
         pytest.skip("the processes are forked")
     with TemporaryDirectory() as ranks:
-        command = [sys.executable, "-m", "helpers.two_processes", ranks, script, *arguments]
+        command = [sys.executable, "-m", "helpers.forked_processes", number, ranks, script, *arguments]
         done = subprocess.run(
             list(map(str, command)),
             capture_output=True,
@@ -93,7 +94,10 @@ def run_in_two_processes(script, *arguments):
             env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
         )
         assert done.returncode == 0, done.stderr[-3000:]
-        assert sorted(os.listdir(ranks)) == ["rank 0 of 2", "rank 1 of 2"], done.stdout
+        assert sorted(os.listdir(ranks)) == [f"rank {k} of {number}" for k in range(number)], done.stdout
+
+
+run_in_two_processes = partial(run_in_processes, 2)
 
 
 def run_under_torchrun(script, *arguments, **variables):

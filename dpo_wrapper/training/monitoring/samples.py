@@ -18,7 +18,7 @@ Sample = dict[str, str | int | None]
 
 
 class Samples:
-    """The samples of a stage, which samples.jsonl of the run folder holds. The main process alone has any.
+    """The samples of a stage, which samples.jsonl of the run folder holds.
 
     The reference's completions are generated once, unless the reference changes. Where no model of it is
     kept, they are those of the policy before the first step.
@@ -26,6 +26,7 @@ class Samples:
     Args:
         count: number of prompts: the first ones with a completion to imitate, of the eval examples if any.
         first_step: the first step whose samples are not taken yet; those that there are of it are dropped.
+        is_writer: whether this process writes the file. Where weights are sharded, others generate as well.
     """
 
     def __init__(
@@ -36,7 +37,10 @@ class Samples:
         pretrained: PretrainedModel,
         count: int,
         first_step: int,
+        *,
+        is_writer: bool = True,
     ) -> None:
+        self.is_writer = is_writer
         self.run, self.stage, self.pretrained = run, stage, pretrained
         self.prompts = find_prompts((splits.eval, splits.train), count)
         point = (STAGES.index(stage.name), first_step)
@@ -78,7 +82,8 @@ class Samples:
         ]
         place = (self.stage.name, step)  # of which there are samples if other weights are taken at the end
         self.records = [one for one in self.records if (one["stage"], one["step"]) != place] + new
-        write_json_lines(self.run.samples_file, self.records)
+        if self.is_writer:
+            write_json_lines(self.run.samples_file, self.records)
         return new
 
     def measure_lengths(self, records: Sequence[Sample]) -> dict[str, float]:

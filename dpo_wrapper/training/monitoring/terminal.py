@@ -27,8 +27,12 @@ def hide_library_bars() -> None:
 
 @contextmanager
 def hide_sharing_warnings() -> Iterator[None]:
-    """Leave the warning that prefixes are not shared out, of which `Trainer` prints a line."""
+    """Leave the warning that prefixes are not shared out, of which `Trainer` prints a line.
+
+    And FSDP's of layers that return a view: the layers of no model here write into those of others.
+    """
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
         warnings.filterwarnings("ignore", message="prefixes are not shared")
         yield
 

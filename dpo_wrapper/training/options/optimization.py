@@ -77,6 +77,9 @@ class OptimizationOptions(Options):
 
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision of the forward and backward pass; fp16, which scales the loss, needs CUDA."""
+    fsdp: bool = False
+    """Shard weights, gradients and optimizer states over the processes that torchrun has started (FSDP2).
+    Under accelerate launch its configuration says so."""
     cpu: bool = False
     """Train on the CPU even if there is an accelerator."""
     seed: int = 0

@@ -1,7 +1,7 @@
-"""`python -m helpers.two_processes FOLDER SCRIPT ARGUMENTS`: a script in two processes, each leaves a file.
+"""`python -m helpers.forked_processes NUMBER FOLDER SCRIPT ARGUMENTS`: a script in so many processes.
 
-The file is named "rank n of m"; the script has to have joined the processes itself, for the count is a sum
-over the group that it left behind. (A file, for what several processes print may run into one line.)
+Each leaves a file, named "rank n of m"; the script has to have joined the processes itself, for the count is
+a sum over the group that it left behind. (A file, for what several processes print may run into one line.)
 
 They are forked from one process that has imported the libraries, which takes longer than most scripts run,
 and find each other as those of `torch.distributed.run` do: in a store that the first process holds.
@@ -20,10 +20,10 @@ from torch import distributed, multiprocessing
 import dpo_wrapper  # noqa: F401
 
 
-def run_rank(rank: int, port: int, folder: Path, script: list[str]) -> None:
+def run_rank(rank: int, size: int, port: int, folder: Path, script: list[str]) -> None:
     address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    sizes = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= address | sizes
+    sizes = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    os.environ |= address | sizes | {"LOCAL_WORLD_SIZE": str(size)}
     sys.argv = script
     runpy.run_path(script[0], run_name="__main__")
     count = torch.ones(())
@@ -38,5 +38,6 @@ def run_rank(rank: int, port: int, folder: Path, script: list[str]) -> None:
 
 if __name__ == "__main__":
     store = distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    arguments = (store.port, Path(sys.argv[1]), sys.argv[2:])
-    multiprocessing.start_processes(run_rank, arguments, nprocs=2, start_method="fork")
+    size = int(sys.argv[1])
+    arguments = (size, store.port, Path(sys.argv[2]), sys.argv[3:])
+    multiprocessing.start_processes(run_rank, arguments, nprocs=size, start_method="fork")
