@@ -17,6 +17,7 @@ from dpo_wrapper.data.prepare import parts
 from dpo_wrapper.data.prepare.config import PrepareConfig
 from dpo_wrapper.data.prepare.run import prepare_data
 from dpo_wrapper.data.prepared import PreparedData
+from helpers.forked_runs import forked_runs
 from helpers.runs import BUNDLED, ROOT, run_under_torchrun
 
 SCRIPT = """
@@ -67,42 +68,21 @@ def test_two_processes_under_torchrun_write_what_one_writes(tmp_path: Path, expe
         assert (data.folder / name).read_bytes() == (expected.folder / name).read_bytes()
 
 
+IMPORTS = """
+from dpo_wrapper.data.prepare import parts
+from dpo_wrapper.data.prepare.config import PrepareConfig
+from dpo_wrapper.data.prepare.run import prepare_data
+from helpers.runs import BUNDLED
+parts.MAX_PART_ROWS = 26
+"""
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[[Path], psutil.Process]]:
-    """Starts preparations, each in a process that is forked from one that has imported all it needs."""
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.replace("prepare_data(PrepareConfig", FORKING))
-    with subprocess.Popen(
-        [sys.executable, script, BUNDLED],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as process:
-
-        def start_one(out: Path) -> psutil.Process:
-            print(out, file=process.stdin, flush=True)
-            assert process.stdout is not None
-            return psutil.Process(int(process.stdout.readline()))
-
+    """Starts preparations with two workers."""
+    call = "prepare_data(PrepareConfig(data=BUNDLED, out=out, workers=2))"
+    with forked_runs(tmp_path / "script.py", IMPORTS, call) as start_one:
         yield start_one
-
-
-FORKING = """
-import os, signal
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # whoever ends is gone at once
-for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        break
-    print(pid, flush=True)
-else:
-    sys.exit()
-signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-os.dup2(2, 1)
-sys.argv.append(line.strip())
-prepare_data(PrepareConfig"""
 
 
 @pytest.mark.slow

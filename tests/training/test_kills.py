@@ -1,0 +1,69 @@
+"""Runs that are ended at random moments by SIGKILL or SIGTERM, and continued by the same command."""
+
+import os
+import random
+import signal
+import time
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+
+from helpers.forked_runs import forked_runs
+from helpers.runs import read_metrics
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the runs are forked")
+
+IMPORTS = """
+import torch, transformers
+from pathlib import Path
+from dpo_wrapper.pretrained import PRESETS
+from dpo_wrapper.training.train import train
+from helpers.runs import SMALL_DECODER, make_config
+PRESETS["tiny"] = SMALL_DECODER
+rows = Path({rows!r})
+"""
+CALL = """
+torch.set_num_threads(1)
+train(make_config(rows, out, epochs=1, save_steps=1, keep_best=True, exact_answers=2))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, count", [(signal.SIGKILL, 20), (signal.SIGTERM, 10)], ids=["kill", "term"])
+def test_a_run_that_is_ended_at_any_moment_goes_on_to_the_same_weights(rows, tmp_path, number, count):
+    """Moments are spread over the whole run: steps, checkpoints after each, evaluations, the last save."""
+    rng, unfinished = random.Random(count), 0
+    with forked_runs(tmp_path / "script.py", IMPORTS.format(rows=str(rows)), CALL) as start:
+        started = time.perf_counter()
+        start(tmp_path / "whole").wait()
+        duration = time.perf_counter() - started
+        expected = read_weights(tmp_path / "whole")
+        for k in range(count):
+            out = tmp_path / f"out{k}"
+            process = start(out)
+            time.sleep(duration * (k + rng.random()) / count)
+            end(process, number)
+            if not is_finished(out):
+                unfinished += 1
+                start(out).wait(timeout=120)
+            assert is_finished(out), k
+            assert read_weights(out) == expected, k
+            assert read_metrics(out) == read_metrics(tmp_path / "whole"), k
+    assert unfinished >= count // 2
+
+
+def end(process, number):
+    try:
+        process.send_signal(number)
+        process.wait(timeout=60)
+    except psutil.NoSuchProcess:  # it was quicker
+        pass
+
+
+def read_weights(out):
+    return (out / "model.safetensors").read_bytes()
+
+
+def is_finished(out):
+    file = out / "run.json"
+    return file.exists() and '"status": "finished"' in file.read_text(encoding="utf-8")
