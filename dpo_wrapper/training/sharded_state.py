@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_wrapper.training.state_files import ShardedEntry
-from dpo_wrapper.training.stopping import TrainingError
+from dpo_wrapper.training.state_files import CheckpointError, ShardedEntry
 
 Place = tuple[Any, ...]
 """The keys under which a value stands in a nested state."""
@@ -65,7 +64,7 @@ def read_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Fill tensors, sharded or whole ones, from the files that `write_shards` wrote; all processes call this.
 
     Raises:
-        TrainingError: the files cannot be read, or do not hold these tensors.
+        CheckpointError: the files cannot be read, or do not hold these tensors.
     """
     from torch.distributed import is_initialized
     from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, load
@@ -77,10 +76,7 @@ def read_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
             load(tensors, storage_reader=reader, no_dist=not is_initialized())
     except (CheckpointException, OSError, RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()[-1]
-        raise TrainingError(
-            f"{folder} should be part of a checkpoint, but it cannot be read ({reason}): delete "
-            f"{folder.parent}, and --resume starts the run again."
-        ) from error
+        raise CheckpointError(folder, reason) from error
 
 
 def empty_like_entry(entry: ShardedEntry, target: Any) -> Tensor:

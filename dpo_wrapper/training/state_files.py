@@ -14,6 +14,16 @@ from dpo_wrapper.tensor_files import apply_umask
 from dpo_wrapper.training.stopping import TrainingError
 
 
+class CheckpointError(TrainingError):
+    """A part of a checkpoint, a file or a folder, cannot be read for this reason."""
+
+    def __init__(self, part: Path, reason: object) -> None:
+        super().__init__(
+            f"{part} should be part of a checkpoint, but it cannot be read ({reason}): delete this "
+            "checkpoint, and the same command continues from the one before, or name a new folder."
+        )
+
+
 @dataclass(frozen=True)
 class ShardedEntry:
     """Stands in a state for a sharded tensor, which is in files of its own under this name."""
@@ -57,17 +67,14 @@ def read_state(file: Path) -> Any:
     """Read what `write_state` wrote, its tensors on the CPU.
 
     Raises:
-        TrainingError: the file is not there, or it holds no such state.
+        CheckpointError: the file is not there, or it holds no such state.
     """
     try:
         with safe_open(str(file), framework="pt") as opened:
             description = json.loads(opened.metadata()["state"])
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise TrainingError(
-            f"{file} should be part of a checkpoint, but it cannot be read ({error}): delete this "
-            "checkpoint, and the same command continues from the one before, or name a new folder."
-        ) from error
+        raise CheckpointError(file, error) from error
 
     def rebuild(value: Any) -> Any:
         if not isinstance(value, dict):
