@@ -51,6 +51,9 @@ STUCK_STEPS = 10
 MOVED = 0.01
 """Nats per token on chosen completions from which on a policy has moved, though its margin has not."""
 
+MOSTLY_RIGHT = 0.75
+"""Mean accuracy from which on a small margin means that the policy learns slowly."""
+
 CLIPPED_STEPS = 50
 CLIPPED_NORM = 10.0
 """Steps in a row with a gradient norm above --max-grad-norm, and by how many times in the median.
@@ -208,6 +211,7 @@ class Explanations:
         recent = list(self.steps)[-STUCK_STEPS:]
         if len(recent) < STUCK_STEPS or step < self.num_steps / 2:
             return None
+        is_right = fmean(one.get("rewards/accuracies", 0.5) for one in recent) >= MOSTLY_RIGHT
         margins = [one["rewards/margins"] for one in recent if "rewards/margins" in one]
         if not margins or abs(fmean(margins)) >= STUCK_MARGIN:
             return None
@@ -215,7 +219,7 @@ class Explanations:
             why = "The two sides of each pair are the same: look at the data."
         elif all(one.get("grad_norm", 1) < 1e-6 for one in recent):
             why = "The gradients are zero: what trains does not reach the output."
-        elif abs(fmean(distance_per_token(one) for one in recent)) >= MOVED:
+        elif not is_right and abs(fmean(distance_per_token(one) for one in recent)) >= MOVED:
             why = (
                 "The policy moves, but its two sides move alike: the pairs are too hard to tell apart or "
                 f"labelled by chance, or the learning rate, {metrics['lr']:.1e}, is too large."

@@ -107,6 +107,7 @@ def test_nothing_is_learned(observe_all, margin, is_said):
         ({"grad_norm": 0.0}, "what trains does not reach the output"),
         ({"kl/chosen": 0.09}, "The learning rate, 1.0e-05, is too small"),
         ({"kl/chosen": -0.11}, "The policy moves, but its two sides move alike"),
+        ({"kl/chosen": -0.11, "rewards/accuracies": 0.9}, "The learning rate, 1.0e-05, is too small"),
     ],
 )
 def test_why_nothing_is_learned(tmp_path, change, why):
