@@ -24,7 +24,6 @@ from dpo_wrapper.training.evaluator import Evaluator
 from dpo_wrapper.training.micro_batches import MicroBatches, make_micro_batches
 from dpo_wrapper.training.monitoring.monitor import Monitor
 from dpo_wrapper.training.monitoring.samples import Samples
-from dpo_wrapper.training.monitoring.terminal import print_line
 from dpo_wrapper.training.monitoring.trackers import Trackers
 from dpo_wrapper.training.non_finite import NonFiniteSteps
 from dpo_wrapper.training.optimizer import create_schedule
@@ -84,8 +83,9 @@ class Trainer:
         self.rate_of_step = create_schedule(config, stage.learning_rate, self.num_steps)
         self.module, self.optimizer = prepare_stage(stage, config, self.accelerator)
         frozen = FrozenWeights(stage.module)
-        print_main = print_line if self.accelerator.is_main_process else hash
-        self.non_finite = NonFiniteSteps(config.on_nan, stage.name, self.list_sources, print_main)
+        self.non_finite = NonFiniteSteps(
+            config.on_nan, stage.name, self.list_sources, lambda text: self.monitor.print(text)
+        )
         trained = (self.accelerator, stage, self.module, self.optimizer, self.sampler)
         self.steps = OptimizerSteps(config, *trained, self.non_finite)
         self.has_saved = False  # a checkpoint, of which the size is said once
