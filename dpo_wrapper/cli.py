@@ -47,8 +47,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
             config, is_plan = parse_arguments(arguments)
             (plan if is_plan else train)(config)
-    except KeyboardInterrupt:
-        exit_with_error("interrupted before anything was done.", status=128 + signal.SIGINT)
+    except KeyboardInterrupt as interrupt:
+        exit_with_error("interrupted before anything was done.", status=status_of(interrupt))
     except ValueError as error:  # options that contradict each other
         exit_with_error(error)
 
@@ -112,9 +112,10 @@ def train(config: "TrainConfig") -> None:
     try:
         from dpo_wrapper.training.monitoring.terminal import hide_library_bars
         from dpo_wrapper.training.setup import set_up_training
-        from dpo_wrapper.training.stopping import TrainingError
+        from dpo_wrapper.training.stopping import TrainingError, raise_at_sigterm
         from dpo_wrapper.training.train import run_training
 
+        raise_at_sigterm()
         hide_library_bars()
         setup = set_up_training(config)
     except INPUT_ERRORS as error:
@@ -130,7 +131,12 @@ def train(config: "TrainConfig") -> None:
         goes_on = "continues it" if has_checkpoint else "begins it again, for it has no checkpoint,"
         sentence = f"the run was interrupted; the same command {goes_on} in {config.out}"
         print(f"\ndpo-wrapper: {sentence}.", file=sys.stderr)
-        sys.exit(128 + getattr(interrupt, "number", signal.SIGINT))
+        sys.exit(status_of(interrupt))
+
+
+def status_of(interrupt: KeyboardInterrupt) -> int:
+    """The exit status of a program that a signal has stopped, as shells have it."""
+    return 128 + int(getattr(interrupt, "number", signal.SIGINT))
 
 
 def exit_with_error(error: object, status: int = 2) -> NoReturn:

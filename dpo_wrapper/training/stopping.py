@@ -12,8 +12,16 @@ class TrainingError(RuntimeError):
     """Says in one sentence why a run cannot go on. Its last checkpoint stays."""
 
 
+class NonFiniteError(TrainingError):
+    """An evaluation has a loss that is not finite, so that its model is of no use."""
+
+
 class StoppedBySignal(KeyboardInterrupt):
-    """A run has stopped after a step, of which it wrote a checkpoint; `number` is the signal's."""
+    """A signal has stopped a run, after a checkpoint if it came during the steps of a stage.
+
+    Attributes:
+        number: of the signal.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -62,6 +70,16 @@ class StopRequest:
         os.write(2, f"\n{name}: {what}\n".encode())  # a handler may run in the middle of a print
 
 
+def raise_at_sigterm() -> None:
+    """Let SIGTERM raise StoppedBySignal from now on, as SIGINT raises KeyboardInterrupt."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise StoppedBySignal(number)
+
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, stop)
+
+
 def ignore_signals(_: int) -> None:
     """What a worker process does at its start: a signal to all processes is answered by the main process.
 
@@ -72,9 +90,9 @@ def ignore_signals(_: int) -> None:
 
 
 def check_finite(stage: str, step: int, name: str, value: float) -> None:
-    """Raise TrainingError if a loss is not finite."""
+    """Raise NonFiniteError if a loss is not finite."""
     if not math.isfinite(value):
-        raise TrainingError(
+        raise NonFiniteError(
             f"the {name} should be finite, but at step {step} of {stage} it is {value}: begin a new run with "
             "a lower learning rate or --max-grad-norm."
         )

@@ -65,14 +65,16 @@ def run_training(setup: TrainSetup) -> RunFolder:
             explain_out_of_memory("the run", partial(advise_on_weights, setup.config)),
         ):
             run_stages(setup)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # the tokenizers library has none of its own for a full disk
+        is_full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        if not (is_full or isinstance(error, (OSError, SafetensorError))):
+            raise
         out = setup.run.path
         if not out.is_dir():
             raise TrainingError(
                 f"the run should be able to write to {out}, but the folder is not there any more: put it "
                 "back, and the same command continues the run."
             ) from error
-        is_full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         remedy = "make room" if is_full else "mend that"
         raise TrainingError(
             f"the run should be able to write to {out}, but it cannot ({error}): {remedy}, and the same "

@@ -38,6 +38,7 @@ from dpo_wrapper.training.stage_plan import Splits
 from dpo_wrapper.training.stages import Stage
 from dpo_wrapper.training.stopping import (
     EvaluationInterrupted,
+    NonFiniteError,
     StoppedBySignal,
     StopRequest,
     TrainingError,
@@ -221,6 +222,10 @@ class Trainer:
         except EvaluationInterrupted:
             self.run.log.cut(log_bytes)
             self.save_or_stop(step, stop_request)
+        except NonFiniteError:
+            if self.accelerator.is_main_process:
+                self.run.set_status("training")  # whatever model it has saved
+            raise
         self.save_or_stop(step, stop_request, is_evaluated=True)
 
     def evaluate_if_due(self, step: int) -> None:
@@ -266,8 +271,9 @@ class Trainer:
             numbers = torch.tensor([number], device=self.accelerator.device)
             number = int(self.accelerator.gather(numbers).max())
         save_steps = self.schedule.save_steps
-        is_due = save_steps > 0 and not is_evaluated and self.schedule.is_due(save_steps, step)
-        if number or is_due:
+        is_due = save_steps > 0 and self.schedule.is_due(save_steps, step)
+        is_due |= self.config.keep_best and step == self.num_steps  # the model that is saved may not stay
+        if number or (is_due and not is_evaluated):
             what = f"the checkpoint after step {step} of {self.stage.name}"
             with explain_out_of_memory(what, partial(advise_on_weights, self.config)):
                 self.save_checkpoint(step, is_evaluated, is_trained=step == self.num_steps)

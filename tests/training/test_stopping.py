@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import random
 import signal
@@ -10,9 +11,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from dpo_wrapper import cli
-from dpo_wrapper.pretrained import PRESETS
+from dpo_wrapper.pretrained import PRESETS, load_pretrained
 from dpo_wrapper.training import checkpoint, stages
 from dpo_wrapper.training.monitoring.monitor import MeasuredProgress
 from dpo_wrapper.training.stopping import StoppedBySignal, StopRequest, TrainingError
@@ -141,10 +143,36 @@ def test_an_evaluation_that_is_not_finite_is_logged_as_null(rows, tmp_path, monk
     assert record["loss"] is None and record["kl"] is None
 
 
+def test_a_last_evaluation_that_is_not_finite_leaves_no_model_to_load(rows, tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", SMALL_DECODER)
+    evaluate, out = stages.DPOStage.evaluate, tmp_path / "out"
+
+    def fail(self, *args):
+        metrics = evaluate(self, *args)
+        return metrics | {"loss": math.nan} if (out / "model.safetensors").exists() else metrics
+
+    monkeypatch.setattr(stages.DPOStage, "evaluate", fail)
+    for _ in range(2):  # the same command does not end better
+        with pytest.raises(
+            TrainingError, match="the eval loss should be finite, but at step 6 of dpo it is nan"
+        ):
+            train(make_config(rows, out, sft_epochs=0, epochs=1, save_steps=2, samples=0))
+        with pytest.raises(ValueError, match="has not finished"):
+            load_pretrained(str(out), None, 128)
+
+
+DISK_IS_FULL = {
+    "system": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    "safetensors": SafetensorError("I/O error: No space left on device (os error 28)"),
+    "tokenizers": Exception("No space left on device (os error 28)"),
+}
+
+
 @pytest.mark.slow
-def test_a_full_disk_gets_one_sentence_and_the_run_resumes(rows, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("library", DISK_IS_FULL)
+def test_a_full_disk_gets_one_sentence_and_the_run_resumes(rows, tmp_path, monkeypatch, capsys, library):
     def fail():
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise DISK_IS_FULL[library]
 
     monkeypatch.setitem(PRESETS, "tiny", SMALL_DECODER)
     out = tmp_path / "out"
@@ -154,7 +182,7 @@ def test_a_full_disk_gets_one_sentence_and_the_run_resumes(rows, tmp_path, monke
         patch.setattr(checkpoint, "write_state", after_calls(checkpoint.write_state, 4, fail))
         status, sentences = run_command(capsys, *args)
     assert status == 1 and len(sentences) == 1
-    assert "No space left on device): make room, and the same command continues" in sentences[0]
+    assert "No space left on device" in sentences[0] and "): make room, and the same command" in sentences[0]
     assert sorted(folder.name for folder in (out / "checkpoints").iterdir()) == ["dpo-1", "dpo-2.new"]
     cli.main(list(map(str, args)))
     assert [r["step"] for r in read_metrics(out) if r["part"] == "step"] == [1, 2, 3]
