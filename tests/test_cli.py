@@ -223,7 +223,7 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_continue(tmp_path, number)
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     log = out / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (log.exists() and log.read_text().count("\n") > 2) and time.monotonic() < deadline:
         time.sleep(0.1)
     os.killpg(process.pid, number)

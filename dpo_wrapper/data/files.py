@@ -70,9 +70,9 @@ def _find(path: str) -> list[Source]:
     ):
         return [Source(path, path, "hub")]
     folder = Path(path).parent
-    siblings = os.listdir(folder) if folder.is_dir() else []
-    close = get_close_matches(Path(path).name, siblings, n=1, cutoff=0.75)
-    remedy = f"did you mean {folder / close[0]}?" if close else "check the path."
+    siblings = {file.stem: file for file in folder.iterdir()} if folder.is_dir() else {}
+    close = get_close_matches(Path(path).stem, siblings, n=1, cutoff=0.75)
+    remedy = f"did you mean {siblings[close[0]]}?" if close else "check the path."
     raise ValueError(f"the path should be a file, but '{path}' does not exist: {remedy}")
 
 

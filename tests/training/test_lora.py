@@ -146,7 +146,7 @@ def test_a_new_adapter_on_an_older_one_is_merged_after_it(rows, tmp_path, capsys
     merged = f"({base_folder}, {first} merged into it, {second} merged into it)"
     assert f"reference: the base model {merged} with the adapter switched off." in out
     order = f"merge {first} into {base_folder}, then {second} into the result, then {third} into the result."
-    assert f"afterwards: {order}" in out
+    assert f"afterwards: to make one model, {order}" in out
 
     model = load_pretrained(str(base_folder), None, 128).model
     for folder in (first, second, third):

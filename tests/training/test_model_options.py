@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,11 +58,8 @@ def set_up(rows, tmp_path, **options):
 def test_the_dtype_of_weights(rows, tmp_path, monkeypatch, dtype, lora, is_cpu, expected):
     from dpo_wrapper.training import policy
 
-    class State:
-        def __init__(self, cpu):
-            self.device = torch.device("cpu" if is_cpu else "cuda")
-
-    monkeypatch.setattr(policy, "PartialState", State)
+    state = SimpleNamespace(device=torch.device("cpu" if is_cpu else "cuda"))
+    monkeypatch.setattr(policy, "join_processes", lambda config: state)
     assert resolve_dtype(make_config(rows, tmp_path, dtype=dtype, lora=lora)) == expected
 
 

@@ -101,6 +101,7 @@ NOT_SHOWN = {
     "load_in_4bit": "it takes CUDA: tests/training/test_lora_options.py",
     "reference_device": "it takes a second device: tests/gpu/test_references.py",
     "cpu": "it takes an accelerator",
+    "fsdp": "it takes several processes: tests/training/test_sharded.py",
     "on_nan": "it takes a loss that is not finite: tests/training/test_non_finite.py",
     "out": "every run here has its own",
     "report_to": "it takes other programs: tests/training/monitoring/test_trackers.py",
