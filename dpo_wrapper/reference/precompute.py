@@ -12,6 +12,7 @@ from dpo_wrapper.batches.sequences import ScoredSequences
 from dpo_wrapper.models.batch_dependence import max_independent_length
 from dpo_wrapper.reference.cache import LogProbCache
 from dpo_wrapper.reference.reference import CachedReference, FrozenModel, ModelReference, Reference
+from dpo_wrapper.reference.sharding import gather_tensor
 from dpo_wrapper.scoring.scorer import Scorer
 from dpo_wrapper.tensor_files import apply_umask
 from dpo_wrapper.validation import describe_type
@@ -124,7 +125,7 @@ def hash_tensors(tensors: Mapping[str, Any]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):
         if isinstance(tensor, Tensor):
-            full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            full = gather_tensor(tensor)
             digest.update(f"{name} {full.dtype} {tuple(full.shape)};".encode())
             content: Any = full.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
             digest.update(content)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def is_true_everywhere(is_true: bool, model: nn.Module) -> bool:
@@ -22,3 +22,14 @@ def is_true_everywhere(is_true: bool, model: nn.Module) -> bool:
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN, group=group)
         is_true = bool(flag)
     return is_true
+
+
+def is_sharded_tensor(value: object) -> bool:
+    """Whether a value is a tensor of which each process has a part."""
+    return isinstance(value, Tensor) and hasattr(value, "full_tensor")
+
+
+def gather_tensor(tensor: Tensor) -> Tensor:
+    """A tensor that may be sharded, whole; all processes call this."""
+    sharded: Any = tensor
+    return sharded.full_tensor() if is_sharded_tensor(tensor) else tensor

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dpo_wrapper.models.wrappers import is_sharded
 from dpo_wrapper.pretrained import undo_rescaling
 from dpo_wrapper.reference import LogProbCache
+from dpo_wrapper.reference.sharding import is_sharded_tensor
 from dpo_wrapper.reference.shared_weights import compute_checksums, local_tensor
 from dpo_wrapper.training.sharded_state import (
     empty_like_entry,
@@ -24,7 +25,7 @@ from dpo_wrapper.training.sharded_state import (
     take_sharded,
     write_shards,
 )
-from dpo_wrapper.training.sharding import is_sharded_tensor, shard_like
+from dpo_wrapper.training.sharding import shard_like
 from dpo_wrapper.training.state_files import ShardedEntry, read_state, write_state
 from dpo_wrapper.training.stopping import TrainingError
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from dpo_wrapper.batches import Reduce
 from dpo_wrapper.data import StepSampler
 from dpo_wrapper.metrics import MetricSums
+from dpo_wrapper.reference.sharding import gather_tensor
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.non_finite import NonFiniteSteps
 from dpo_wrapper.training.out_of_memory import advise_on_steps, explain_out_of_memory
 from dpo_wrapper.training.processes import sum_over_processes
-from dpo_wrapper.training.sharding import gather_tensor
 from dpo_wrapper.training.stages import Stage
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_wrapper.reference.sharding import is_sharded_tensor
 from dpo_wrapper.training.state_files import CheckpointError, ShardedEntry
 
 Place = tuple[Any, ...]
@@ -23,7 +24,7 @@ def take_sharded(state: Any) -> tuple[Any, dict[str, Tensor]]:
     names: dict[Place, str] = {}
 
     def take(value: Any, place: Place) -> Any:
-        if not hasattr(value, "full_tensor"):
+        if not is_sharded_tensor(value):
             return value
         local = value.to_local()
         key = (local.untyped_storage()._cdata, local.storage_offset(), value.shape)
@@ -81,7 +82,7 @@ def read_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 def empty_like_entry(entry: ShardedEntry, target: Any) -> Tensor:
     """A tensor to read an entry into: sharded as a parameter is, if it is, or else whole."""
-    if not hasattr(target, "full_tensor"):
+    if not is_sharded_tensor(target):
         return torch.empty(entry.shape, dtype=entry.dtype)
     from torch.distributed.tensor import Replicate, empty
 

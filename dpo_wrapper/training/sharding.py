@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dpo_wrapper.data import TokenizedExample
 from dpo_wrapper.models import language_model
 from dpo_wrapper.models.wrappers import wrapper_kind
+from dpo_wrapper.reference.sharding import gather_tensor, is_sharded_tensor
 from dpo_wrapper.training.config import TrainConfig, flag
 from dpo_wrapper.training.processes import join_processes
 from dpo_wrapper.training.stages import Stage
@@ -161,12 +162,6 @@ def reshard(module: nn.Module) -> None:
             sharded.reshard()
 
 
-def gather_tensor(tensor: Tensor) -> Tensor:
-    """A tensor that may be sharded, whole."""
-    sharded: Any = tensor
-    return sharded.full_tensor() if hasattr(sharded, "full_tensor") else tensor
-
-
 def shard_like(value: Tensor, target: Any) -> Tensor:
     """A whole tensor that every process has, sharded as a target is, if it is."""
     if is_sharded_tensor(value) or not is_sharded_tensor(target):
@@ -225,7 +220,3 @@ def leave_unscored(example: TokenizedExample) -> TokenizedExample:
     """The same example without a scored token."""
     lengths = [len(example.prompt) + len(completion) for completion in example.completions]
     return replace(example, scored=tuple((False,) * length for length in lengths), kl_completion=())
-
-
-def is_sharded_tensor(value: object) -> bool:
-    return isinstance(value, Tensor) and hasattr(value, "full_tensor")

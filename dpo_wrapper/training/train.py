@@ -23,6 +23,7 @@ from dpo_wrapper.pretrained import rescales_in_eval_mode, save_pretrained
 from dpo_wrapper.reference import CachedReference, precompute_ref_log_probs
 from dpo_wrapper.reference.build import ReferenceKind
 from dpo_wrapper.reference.reference import FrozenModel
+from dpo_wrapper.reference.sharding import is_sharded_tensor
 from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.training.config import STAGES, TrainConfig
 from dpo_wrapper.training.model_card import write_model_card
@@ -35,7 +36,7 @@ from dpo_wrapper.training.processes import create_accelerator
 from dpo_wrapper.training.reference_words import describe_merging, describe_reference
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.setup import TrainSetup, load_stage_policy, set_up_training
-from dpo_wrapper.training.sharding import is_sharded_tensor, whole_weights
+from dpo_wrapper.training.sharding import whole_weights
 from dpo_wrapper.training.stage_plan import Splits, StagePlan
 from dpo_wrapper.training.stages import DPOStage, SFTStage, Stage
 from dpo_wrapper.training.stopping import TrainingError
