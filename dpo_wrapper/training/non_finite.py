@@ -85,4 +85,4 @@ class NonFiniteSteps:
 def describe_rows(sources: Sequence[str]) -> str:
     """The first of some rows, and how many others there are."""
     named, others = list(sources[:MAX_SOURCES]), len(sources) - MAX_SOURCES
-    return "; ".join(named) + (f" and {others} others" if others > 0 else "")
+    return "; ".join(named) + (f" and {others} other{'s' * (others > 1)}" if others > 0 else "")

@@ -212,6 +212,7 @@ def scaled_trainer(rows, tmp_path):
     stage = create_stage(setup, plan, create_accelerator(setup.config))
     trackers = Trackers(setup.config, setup.run)
     trainer = Trainer(setup.config, setup.run, stage, plan.splits, setup.pretrained, trackers)
+    trainer.start_watching(steps_done=0, first_step=0)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     trainer.optimizer = AcceleratedOptimizer(trainer.optimizer.optimizer, scaler=scaler)
     trainer.accelerator.scaler, trainer.steps.optimizer = scaler, trainer.optimizer
