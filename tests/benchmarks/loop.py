@@ -5,9 +5,9 @@
     python tests/benchmarks/loop.py --model FOLDER --data pairs.jsonl --pairs 8 --runs 8
 
 Loop and bare step run in turns in one process, each with a model of its own from the same seed, on the same
-batches. A step of the loop is all that lies between two steps: to collate the batch, metrics, checks, the log,
-the bar. The batches of the bare step are collated before its time begins.
-Evaluations, samples and checkpoints are left out. The first epoch computes the reference, later ones look it
+batches. A step of the loop is all that lies between two steps: to collate the batch, metrics, checks, the log
+and the bar. The batches of the bare step are collated before its time begins. Evaluations, samples and
+checkpoints are left out. The first epoch computes the reference, later ones look it
 up, so that their steps are shorter and the loop's part in them is larger.
 """
 
