@@ -1,7 +1,6 @@
 """Steps whose loss or gradients are not finite: `--on-nan`."""
 
 import math
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from dpo_wrapper.training.stopping import TrainingError
 from dpo_wrapper.training.train import create_stage, train
 from dpo_wrapper.training.trainer import Trainer
 from helpers.lora_runs import save_llama
+from helpers.poisoned_steps import assert_states_equal, copy_state, poison_steps
 from helpers.runs import (
     assert_metrics_close,
     interrupt_training,
@@ -24,53 +24,6 @@ from helpers.runs import (
     read_metrics,
     run_in_two_processes,
 )
-
-
-@contextmanager
-def poison_steps(*steps, stage="dpo", value=math.nan):
-    """The context in which the loss of some steps of a stage is multiplied by a value.
-
-    It is a list of what the states were before and after each of these steps.
-    """
-    train_step, noted = Trainer.train_step, []
-
-    def poisoned_step(self, step, batches):
-        if self.stage.name != stage or step not in steps:
-            return train_step(self, step, batches)
-        micro_batch_loss = self.stage.micro_batch_loss
-
-        def poisoned_loss(module, batch):
-            loss, metrics = micro_batch_loss(module, batch)
-            return loss * value, metrics
-
-        self.stage.micro_batch_loss = poisoned_loss
-        before = copy_state(self)
-        try:
-            return train_step(self, step, batches)
-        finally:
-            noted.append((before, copy_state(self)))
-            self.stage.micro_batch_loss = micro_batch_loss
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "train_step", poisoned_step)
-        yield noted
-
-
-def copy_state(trainer):
-    """Weights and statistics of the module, moments and step counts of the optimizer, by their names."""
-    state = {name: value.clone() for name, value in trainer.stage.module.state_dict().items()}
-    for k, of_weight in enumerate(trainer.optimizer.state.values()):
-        state |= {f"{name} {k}": torch.as_tensor(value).clone() for name, value in of_weight.items()}
-    if trainer.stage.name == "dpo":
-        states = trainer.stage.dpo.loss.states
-        state |= {f"sums {k}": torch.tensor(one.step_sums) for k, one in enumerate(states)}
-    return state
-
-
-def assert_states_equal(one, other):
-    assert one.keys() == other.keys()
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
 
 
 OPTIONS = {"sft_epochs": 0, "on_nan": "skip", "samples": 0, "exact_answers": 0}
@@ -141,6 +94,27 @@ def test_skipped_steps_are_counted_on_where_a_run_is_resumed(rows, tmp_path):
     assert read_metrics(tmp_path / "out") == read_metrics(tmp_path / "whole")
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
     assert_states_equal(one, other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after_steps, save_steps", [(3, 1), (3, 2), (0, 3)])
+def test_a_run_that_stopped_goes_on_as_if_it_had_skipped(rows, tmp_path, after_steps, save_steps):
+    """From the checkpoint of the step before, of an earlier step, or from the beginning, without any."""
+    options = {"loss": "betadpo", "ref_model_sync_steps": 3, "ref_model_mixup_alpha": 0.5}
+    options |= OPTIONS | {"save_steps": save_steps, "eval_steps": 1, "keep_best": True}
+    poison = after_steps + 1
+    with poison_steps(poison):
+        train(make_config(rows, tmp_path / "whole", **options))
+        with pytest.raises(TrainingError, match=f"at step {poison} of dpo .* --resume --on-nan skip"):
+            train(make_config(rows, tmp_path / "out", **(options | {"on_nan": "stop"})))
+        train(make_config(rows, tmp_path / "out", resume=True, **options))
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert_states_equal(one, other)
+    expected, actual = (read_metrics(tmp_path / name) for name in ("whole", "out"))
+    for record in actual[: actual.index(next(r for r in actual if r.get("num_skipped")))]:
+        if record["part"] == "step":  # of the run that would have stopped, and counted nothing
+            record.setdefault("num_skipped", 0)
+    assert actual == expected
 
 
 @pytest.mark.slow
