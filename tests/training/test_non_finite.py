@@ -25,7 +25,6 @@ from helpers.runs import (
     run_in_two_processes,
 )
 
-
 OPTIONS = {"sft_epochs": 0, "on_nan": "skip", "samples": 0, "exact_answers": 0}
 
 
@@ -255,4 +254,4 @@ def test_a_finite_step_begins_the_count_of_a_row_anew():
 
 def test_a_few_rows_are_named():
     assert describe_rows(["a", "b"]) == "a; b"
-    assert describe_rows(["a", "b", "c", "d"]) == "a; b; c and 1 others"
+    assert describe_rows(["a", "b", "c", "d"]) == "a; b; c and 1 other"
