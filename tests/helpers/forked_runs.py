@@ -12,8 +12,9 @@ import psutil  # type: ignore[import-untyped]
 from helpers.runs import ROOT
 
 FORKING = """
-import os, signal, sys
+import gc, os, signal, sys
 from pathlib import Path
+gc.freeze()  # what is imported need not be looked at again in each run
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # whoever ends is gone at once
 for line in sys.stdin:
     pid = os.fork()
