@@ -93,7 +93,9 @@ def choose_stages(config: TrainConfig, types: Collection[DatasetType]) -> tuple[
     defaults = {field.name: field.default for field in fields(TrainConfig)}
     for stage, names in options.items():
         given = [name for name in names if getattr(config, name) != defaults[name]]
-        if stage not in stages and given and not (given == ["sft_epochs"] and config.sft_epochs == 0):
+        if "sft_epochs" in given and config.sft_epochs == 0:  # which asks for no such stage
+            given.remove("sft_epochs")
+        if stage not in stages and given:
             has = f"the stages of this run are {', '.join(stages)}"
             own = f"{stages[-1]}_{given[0]}"
             remedy = f"give {flag(own)}" if own in defaults else "leave it out"

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,27 +122,56 @@ def test_without_eval_rows_the_train_metrics_are_printed(rows, tmp_path, capsys)
     assert "reference" in printed and "policy" in printed
 
 
-@pytest.mark.slow
-def test_weights_that_a_model_rescales_in_eval_mode_are_saved_as_they_train(rows, tmp_path):
-    """RWKV-4 divides some of its weights in eval mode, by 2 and 4 with these options."""
-    from transformers import AutoModelForCausalLM, RwkvConfig, RwkvForCausalLM
+@pytest.fixture
+def rwkv(tmp_path):
+    """RWKV-4, which divides some of its weights in eval mode, by 2 and 4 with these options."""
+    from transformers import RwkvConfig, RwkvForCausalLM
 
     sizes = {"hidden_size": 16, "attention_hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 6}
-    base, out = tmp_path / "base", tmp_path / "out"
     torch.manual_seed(0)
-    RwkvForCausalLM(RwkvConfig(vocab_size=300, context_length=32, rescale_every=2, **sizes)).save_pretrained(
-        base
-    )
-    options = {"model": str(base), "tokenizer": "bytes", "max_length": 12, "batch_size": 4, "save_steps": 1}
-    config = make_config(rows, out, learning_rate=1e-30, sft_epochs=0, epochs=1, **options)
+    model = RwkvForCausalLM(RwkvConfig(vocab_size=300, context_length=32, rescale_every=2, **sizes))
+    model.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def train_rescaled(rows, out, base, **options):
+    """Train at a rate at which no weight moves."""
+    limits = {"model": str(base), "tokenizer": "bytes", "max_length": 12, "batch_size": 4, "save_steps": 1}
+    return train(make_config(rows, out, learning_rate=1e-30, epochs=1, **limits, **options))
+
+
+def assert_same_weights(one, other):
+    from transformers import AutoModelForCausalLM
+
+    models = [AutoModelForCausalLM.from_pretrained(folder) for folder in (one, other)]
+    for (name, weight), (_, same) in zip(*(model.named_parameters() for model in models), strict=True):
+        torch.testing.assert_close(weight, same, rtol=0, atol=1e-20, msg=name)  # zeros move by the rate
+
+
+@pytest.mark.slow
+def test_weights_that_a_model_rescales_in_eval_mode_are_saved_as_they_train(rows, tmp_path, rwkv):
+    out = tmp_path / "out"
     with interrupt_training("dpo", after_steps=2):
-        train(config)
-    train(replace(config, resume=True))
-    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (base, out))
-    for (name, one), other in zip(before.named_parameters(), after.parameters(), strict=True):
-        torch.testing.assert_close(one, other, msg=name)
+        train_rescaled(rows, out, rwkv, sft_epochs=0)
+    train_rescaled(rows, out, rwkv, sft_epochs=0, resume=True)
+    assert_same_weights(rwkv, out)
     losses = [record["loss"] for record in read_metrics(out)]
     assert losses == pytest.approx([losses[0]] * len(losses), rel=0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep_best", [False, True])
+def test_weights_that_a_model_rescales_are_right_where_stages_stop_early(rows, tmp_path, rwkv, keep_best):
+    """No evaluation is better than the first one; `sft/` and the run then hold what they began with."""
+    out = tmp_path / "out"
+    options = {"eval_steps": 1, "exact_answers": 1, "keep_best": keep_best}
+    train_rescaled(rows, out, rwkv, sft_learning_rate=1e-30, early_stopping_patience=2, **options)
+    records = read_metrics(out)
+    assert max(record["step"] for record in records) < 5
+    for folder in (out / "sft", out):
+        assert_same_weights(rwkv, folder)
+    margins = [record["rewards/margins"] for record in records if record["stage"] == "dpo"]
+    assert margins == pytest.approx([0] * len(margins), abs=1e-5)
 
 
 def test_prompts_that_are_trained_on_and_evaluated_on_are_counted(rows, tmp_path):
