@@ -126,7 +126,8 @@ class Evaluator:
         """Write completions of the same prompts to the run folder, and print them but for the last ones."""
         samples = self.samples
         assert samples is not None
-        measured = self.monitor.measure("sample", "writing samples", "prompt")
+        total = samples.count_completions()
+        measured = self.monitor.measure("sample", "writing samples", "completion", total)
         with measured as bar, self.accelerator.autocast():
             records = call_gathered(self.module, lambda: samples.take(step, bar.update))
         undo_rescaling(self.stage.model)

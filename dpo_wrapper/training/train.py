@@ -1,9 +1,11 @@
 """Train a model on a file of preferences: `train(TrainConfig(data = ...))`."""
 
 import errno
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,12 +101,7 @@ def run_stages(setup: TrainSetup) -> None:
         report_merging(setup, accelerator)
 
     def save_model() -> None:
-        model = setup.pretrained.model
-        with whole_weights(model, is_needed=accelerator.is_main_process):
-            if accelerator.is_main_process:
-                print_line(f"saving the model in {run.path}")
-                with run.new_model_folder() as folder:
-                    save_pretrained(setup.pretrained, model, folder)
+        save_policy(setup, run.path, run.new_model_folder(), accelerator)
         accelerator.wait_for_everyone()
 
     if run.needs_training:
@@ -130,14 +127,23 @@ def run_stages(setup: TrainSetup) -> None:
 
 def save_stage(setup: TrainSetup, plan: StagePlan, following: StagePlan, accelerator: Accelerator) -> None:
     """Save the model as it is after a stage, from which the following one starts."""
-    run, model = setup.run, setup.pretrained.model
-    with whole_weights(model, is_needed=accelerator.is_main_process):
-        if accelerator.is_main_process:
-            print_line(f"saving the model in {run.stage_folder(plan.name)}")
-            with run.new_stage_folder(plan.name) as folder:
-                save_pretrained(setup.pretrained, model, folder)
+    run = setup.run
+    save_policy(setup, run.stage_folder(plan.name), run.new_stage_folder(plan.name), accelerator)
     with run.new_checkpoint(accelerator, following.name, 0):
         pass
+
+
+def save_policy(
+    setup: TrainSetup, path: Path, new_folder: AbstractContextManager[Path], accelerator: Accelerator
+) -> None:
+    """Save the model as it is now, into a new folder whose files are in `path` afterwards."""
+    model, is_writer = setup.pretrained.model, accelerator.is_main_process
+    bar = create_progress_bar(accelerator, "saving the model", leave=False)
+    with bar, whole_weights(model, is_needed=is_writer):
+        if is_writer:
+            print_line(f"saving the model in {path}")
+            with new_folder as folder:
+                save_pretrained(setup.pretrained, model, folder)
 
 
 def with_whole_policy(setup: TrainSetup, plan: StagePlan) -> TrainSetup:

@@ -157,7 +157,7 @@ class Monitor(AbstractContextManager["Monitor"]):
         Args:
             name: what `TimeLeft` knows it by.
             label: what is done, in words.
-            unit, total: of the bar, which is to be updated; without them only the label is seen.
+            unit, total: of the bar, which is to be updated; without a total only the label is seen.
         """
         start = time.perf_counter()
         with create_progress_bar(self.accelerator, label, unit, total=total, leave=False) as bar:

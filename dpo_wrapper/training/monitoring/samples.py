@@ -56,13 +56,24 @@ class Samples:
         with self.stage.reference_model() as model:
             return self.stage.has_reference and model is None
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the next samples take the reference's completions anew."""
+        return self.reference_completions is None or self.stage.reference_changes
+
+    def count_completions(self) -> int:
+        """How many completions the next samples generate."""
+        with self.stage.reference_model() as model:
+            num_models = 2 if self.needs_reference and model is not None else 1
+        return num_models * len(self.prompts)
+
     def take(self, step: int, progress: ProgressCallback = ignore_progress) -> list[Sample]:
         """Generate completions after a step, and write them; returns their records.
 
         `progress` is called with the number of prompts that were just answered.
         """
         policy = self.generate(self.stage.model, progress)
-        if self.reference_completions is None or self.stage.reference_changes:
+        if self.reference_completions is None or self.needs_reference:
             self.reference_completions = self.generate_from_reference(progress)
             if step == 0 and self.needs_start:
                 self.reference_completions = [*policy]

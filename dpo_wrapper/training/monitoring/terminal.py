@@ -37,7 +37,15 @@ def hide_sharing_warnings() -> Iterator[None]:
         yield
 
 
-def create_progress_bar(accelerator: Accelerator, label: str, unit: str, **options: Any) -> tqdm:
-    """The main process's progress bar in a terminal. In a file nothing of it is seen."""
+def create_progress_bar(
+    accelerator: Accelerator, label: str, unit: str = "", total: int | None = None, **options: Any
+) -> tqdm:
+    """The main process's progress bar in a terminal, or its label where there is nothing to count.
+
+    In a file nothing of it is seen.
+    """
     is_disabled = not (accelerator.is_main_process and sys.stderr.isatty())
-    return tqdm(desc=label, unit=unit, mininterval=0.2, dynamic_ncols=True, disable=is_disabled, **options)
+    options |= {"mininterval": 0.2, "dynamic_ncols": True, "disable": is_disabled}
+    if total is None:
+        options["bar_format"] = "{desc} …"
+    return tqdm(desc=label, unit=unit, total=total, **options)
