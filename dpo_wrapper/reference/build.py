@@ -144,5 +144,6 @@ def parse_device(device: object) -> torch.device:
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"reference_device should be a device of this machine, like 'cpu', but it is {device!r}: {reason}"
+            f"reference_device should be a device of this machine, like 'cpu', but it is {device!r} "
+            f"({reason.rstrip('.')}): name another one, or leave it out."
         ) from error

@@ -62,8 +62,8 @@ def precompute_ref_log_probs(
     if longest > (limit := max_independent_length(reference.model)):
         raise ValueError(
             "log-probs that are computed ahead should not depend on the batch that a sequence stands in, but "
-            f"those of this model do in batches longer than {limit} tokens, and one has {longest}: compute "
-            "them in training, with reference = 'copy' or 'adapter'."
+            f"those of this model do in batches longer than {limit} tokens, and one has {longest}: leave "
+            "precompute_ref_log_probs out, and they are computed in training."
         )
     device = next((p.device for p in reference.model.parameters()), torch.device("cpu"))
     contents = b"".join(content for batch in sequences for content in batch.content_hashes())

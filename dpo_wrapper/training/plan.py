@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.estimate import estimate_stage, format_estimate
+from dpo_wrapper.training.flags_in_errors import flags_in_errors
 from dpo_wrapper.training.monitoring.terminal import hide_sharing_warnings
 from dpo_wrapper.training.monitoring.trackers import Trackers
 from dpo_wrapper.training.processes import create_accelerator
@@ -15,6 +16,7 @@ from dpo_wrapper.training.train import create_stage, describe_plan, describe_siz
 from dpo_wrapper.training.trainer import Trainer
 
 
+@flags_in_errors()
 def plan_run(config: TrainConfig) -> None:
     """Measure a few steps of each stage of a run, and print what the run would take.
 

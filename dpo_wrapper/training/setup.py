@@ -16,6 +16,7 @@ from dpo_wrapper.losses import CombinedLoss, parse_losses
 from dpo_wrapper.pretrained import PretrainedModel
 from dpo_wrapper.reference.build import parse_device
 from dpo_wrapper.training.config import TrainConfig, flag
+from dpo_wrapper.training.flags_in_errors import flags_in_errors
 from dpo_wrapper.training.lora import load_policy, name_adapter
 from dpo_wrapper.training.monitoring.trackers import check_trackers
 from dpo_wrapper.training.optimizer import create_optimizer, create_schedule, find_optimizer
@@ -38,6 +39,7 @@ class TrainSetup:
     notes: list[str]
 
 
+@flags_in_errors()
 def set_up_training(config: TrainConfig) -> TrainSetup:
     """Read and check everything before training starts.
 

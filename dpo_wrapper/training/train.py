@@ -28,6 +28,7 @@ from dpo_wrapper.reference.reference import FrozenModel
 from dpo_wrapper.reference.sharding import is_sharded_tensor
 from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.training.config import STAGES, TrainConfig
+from dpo_wrapper.training.flags_in_errors import flags_in_errors
 from dpo_wrapper.training.model_card import write_model_card
 from dpo_wrapper.training.monitoring.figure import Figure
 from dpo_wrapper.training.monitoring.terminal import create_progress_bar, hide_sharing_warnings, print_line
@@ -55,6 +56,7 @@ def train(config: TrainConfig) -> RunFolder:
     return run_training(set_up_training(config))
 
 
+@flags_in_errors()
 def run_training(setup: TrainSetup) -> RunFolder:
     """Run supervised training (if there are epochs of it) and preference training; report the result.
 

@@ -16,7 +16,7 @@ IDS = torch.arange(20)[None]
 
 def save_llama(folder: Path, **options: object) -> Path:
     """A tiny Llama that reads bytes."""
-    model = hf_llama(0, vocab_size=300, max_position_embeddings=256, **options)
+    model = hf_llama(0, **({"vocab_size": 300, "max_position_embeddings": 256} | options))
     save_pretrained(PretrainedModel(model, load_tokenizer("bytes"), "bytes", None), model, folder)
     return folder
 
