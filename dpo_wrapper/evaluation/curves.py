@@ -91,7 +91,7 @@ def plot_curves(records: Sequence[Record], path: Path, title: str = "") -> None:
         draw_panel(axes, panel, stage_records)
     for axes in all_axes[len(panels) :]:
         axes.remove()
-    add_key(figure)
+    add_key(figure, records)
     picture = io.BytesIO()
     figure.savefig(picture, format=path.suffix[1:], dpi=110)
     write_whole(path, picture.getvalue())
@@ -122,21 +122,27 @@ def draw_panel(axes: Any, panel: Panel, records: Sequence[Record]) -> None:
         style = "--" if series.is_dashed else "-"
         if window > 1:
             axes.plot(steps, values, color=series.color, alpha=0.18, lw=0.8)
-        handles += axes.plot(
+        (line,) = axes.plot(
             steps, smooth(values, window), style, color=series.color, alpha=0.8, lw=1.5, label=series.label
         )
         marks = {"mfc": "white"} if series.is_dashed else {}
-        axes.plot(*extract_curve(evaluations, series.metric), "o", color=series.color, ms=5, **marks)
+        evaluated, dots = extract_curve(evaluations, series.metric)
+        axes.plot(evaluated, dots, "o", color=series.color, ms=5, **marks)
+        if values or dots:
+            handles.append(line)
     axes.set(ylabel=panel.unit, xlabel="step")
+    axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     axes.set_title(panel.title, loc="left", fontsize=10.5, fontweight="bold")
     axes.grid(alpha=0.25)
     if panel.unit == "fraction":
         axes.set_ylim(-0.03, 1.03)
     if panel.has_learning_rate:
-        handles += draw_learning_rate(axes, steps_done)
-    if len(handles) > 1:  # beside the title, which says what a single one is
+        handles = draw_learning_rate(axes, steps_done)
+    elif len(handles) == 1:
+        handles = []  # the title says what it is
+    if handles:
         axes.legend(
-            handles=handles[-1:] if panel.has_learning_rate else handles,
+            handles=handles,
             loc="lower right",
             bbox_to_anchor=(1.0, 1.0),
             ncols=len(handles),
@@ -149,9 +155,12 @@ def draw_panel(axes: Any, panel: Panel, records: Sequence[Record]) -> None:
 
 
 def draw_learning_rate(axes: Any, records: Sequence[Record]) -> list[Any]:
-    """The learning rate behind the other curves, with an axis on the right."""
+    """The learning rate behind the other curves, if there is one yet, with an axis on the right."""
+    steps, rates = extract_curve(records, "lr")
+    if not steps:
+        return []
     right = axes.twinx()
-    lines = right.plot(*extract_curve(records, "lr"), ":", color="0.45", lw=1.3, label="learning rate")
+    lines = right.plot(steps, rates, ":", color="0.45", lw=1.3, label="learning rate")
     right.set_ylim(bottom=0)
     right.locator_params(axis="y", nbins=5)
     right.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -161,14 +170,15 @@ def draw_learning_rate(axes: Any, records: Sequence[Record]) -> list[Any]:
     return lines
 
 
-def add_key(figure: Any) -> None:
-    """Say below the panels what lines and dots are."""
+def add_key(figure: Any, records: Sequence[Record]) -> None:
+    """Say below the panels what lines and dots are, where there are any."""
     from matplotlib.lines import Line2D
 
-    handles = [
-        Line2D([], [], color="0.2", lw=1.5, label="training steps, smoothed"),
-        Line2D([], [], color="0.2", marker="o", ms=5, lw=0, label="evaluation"),
-    ]
+    of_parts = {
+        "step": Line2D([], [], color="0.2", lw=1.5, label="training steps, smoothed"),
+        "eval": Line2D([], [], color="0.2", marker="o", ms=5, lw=0, label="evaluation"),
+    }
+    handles = [line for part, line in of_parts.items() if select_records(records, part)]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
 
 

@@ -94,3 +94,24 @@ def test_without_a_reference_its_panels_have_one_curve():
     panels = [panel.title for panel, _ in list_panels(records)]
     assert panels == ["preference training: loss", "log-prob of chosen"]
     assert curves.PREFERENCE_PANELS[0].title not in panels
+
+
+def list_key(figure):
+    return [text.get_text() for text in figure.legends[0].texts]
+
+
+def test_one_evaluation_has_whole_steps_and_no_legend_of_what_is_not_there(draw):
+    figure = draw([record for record in make_records() if record["part"] == "eval" and record["step"] == 0])
+    assert list_key(figure) == ["evaluation"]
+    labels = {text.get_text() for axes in figure.axes if (one := axes.get_legend()) for text in one.texts}
+    assert labels == {"chosen", "rejected", "policy", "reference"}
+    for axes in figure.axes:
+        low, high = axes.get_xlim()
+        assert [step for step in axes.get_xticks() if low <= step <= high] == [0]
+
+
+@pytest.mark.parametrize("num_steps", [1, 7])
+def test_steps_are_whole_numbers(draw, num_steps):
+    figure = draw([record for record in make_records(num_steps) if record["part"] == "step"])
+    assert list_key(figure) == ["training steps, smoothed"]
+    assert all(step == int(step) for axes in figure.axes for step in axes.get_xticks())
