@@ -8,23 +8,23 @@ import time
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from helpers.forked_runs import forked_runs
+from helpers.forked_scripts import ForkedScript
 from helpers.runs import read_metrics
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the runs are forked")
 
-IMPORTS = """
-import torch, transformers
+SCRIPT = """
+import sys
 from pathlib import Path
+import torch
 from dpo_wrapper.pretrained import PRESETS
 from dpo_wrapper.training.train import train
+from helpers.curves import unrendered_curves
 from helpers.runs import SMALL_DECODER, make_config
-PRESETS["tiny"] = SMALL_DECODER
-rows = Path({rows!r})
-"""
-CALL = """
 torch.set_num_threads(1)
-train(make_config(rows, out, epochs=1, save_steps=1, keep_best=True, exact_answers=2))
+PRESETS["tiny"] = SMALL_DECODER
+with unrendered_curves():
+    train(make_config(*map(Path, sys.argv[1:]), epochs=1, save_steps=1, keep_best=True, exact_answers=2))
 """
 
 
@@ -32,23 +32,27 @@ train(make_config(rows, out, epochs=1, save_steps=1, keep_best=True, exact_answe
 @pytest.mark.parametrize("number, count", [(signal.SIGKILL, 20), (signal.SIGTERM, 10)], ids=["kill", "term"])
 def test_a_run_that_is_ended_at_any_moment_goes_on_to_the_same_weights(rows, tmp_path, number, count):
     """Moments are spread over the whole run: steps, checkpoints after each, evaluations, the last save."""
-    rng, unfinished = random.Random(count), 0
-    with forked_runs(tmp_path / "script.py", IMPORTS.format(rows=str(rows)), CALL) as start:
-        started = time.perf_counter()
-        start(tmp_path / "whole").wait()
-        duration = time.perf_counter() - started
-        expected = read_weights(tmp_path / "whole")
-        for k in range(count):
-            out = tmp_path / f"out{k}"
-            process = start(out)
-            time.sleep(duration * (k + rng.random()) / count)
-            end(process, number)
-            if not is_finished(out):
-                unfinished += 1
-                start(out).wait(timeout=120)
-            assert is_finished(out), k
-            assert read_weights(out) == expected, k
-            assert read_metrics(out) == read_metrics(tmp_path / "whole"), k
+    rng, unfinished, script = random.Random(count), 0, tmp_path / "script.py"
+    script.write_text(SCRIPT)
+
+    def start(out):
+        return ForkedScript(0, tmp_path / "printed", script, rows, out).process
+
+    started = time.perf_counter()
+    start(tmp_path / "whole").wait()
+    duration = time.perf_counter() - started
+    expected = read_weights(tmp_path / "whole")
+    for k in range(count):
+        out = tmp_path / f"out{k}"
+        process = start(out)
+        time.sleep(duration * (k + rng.random()) / count)
+        end(process, number)
+        if not is_finished(out):
+            unfinished += 1
+            start(out).wait(timeout=120)
+        assert is_finished(out), k
+        assert read_weights(out) == expected, k
+        assert read_metrics(out) == read_metrics(tmp_path / "whole"), k
     assert unfinished >= count // 2
 
 
