@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-TIMEOUT = 300
+TIMEOUT = 120
 
 
 @cache
@@ -80,3 +80,8 @@ class ForkedScript:
     @property
     def output(self) -> str:
         return (self.folder / "stdout").read_text(encoding="utf-8")
+
+    @property
+    def sentences(self) -> list[str]:
+        """What the command said of its end."""
+        return [line for line in self.errors.splitlines() if line.startswith("dpo-wrapper: ")]

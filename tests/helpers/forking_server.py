@@ -23,6 +23,10 @@ import dpo_wrapper.training.train  # noqa: F401
 from helpers.counted_script import run_counted
 
 
+STORES: list[Any] = []
+"""Kept until the process ends: in a fork, the end of one would wait for threads that are not there."""
+
+
 def serve() -> NoReturn:
     """Fork a process for each line of the input, and print its number."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # whoever ends is gone at once
@@ -70,8 +74,8 @@ def run_script(folder: str, size: int, script: list[str], environ: dict[str, str
 
 def run_ranks(folder: Path, size: int, script: list[str]) -> list[int]:
     """The status of each process of a script."""
-    store = distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+    STORES.append(distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False))
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(STORES[0].port)}
     os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     pids = []

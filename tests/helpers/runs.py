@@ -81,7 +81,7 @@ def interrupt_training(stage: str, *, after_steps: int) -> Iterator[None]:
 
 
 def run_in_processes(number, script, *arguments):
-    """Run a script in so many processes, of which each says, at the end, that it was one; return what they print."""
+    """A script in so many processes, of which each has to have been one of them; returns what they print."""
     with TemporaryDirectory() as folder:
         forked = ForkedScript(number, Path(folder), script, *arguments)
         codes = forked.wait()
