@@ -22,7 +22,6 @@ from torch.distributed import checkpoint, fsdp  # noqa: F401
 import dpo_wrapper.training.train  # noqa: F401
 from helpers.counted_script import run_counted
 
-
 STORES: list[Any] = []
 """Kept until the process ends: in a fork, the end of one would wait for threads that are not there."""
 

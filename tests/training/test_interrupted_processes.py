@@ -1,4 +1,4 @@
-"""A run of two processes that is interrupted again and again, and continued to the same weights by the same two."""
+"""A run of two processes that is interrupted again and again, and continued to the same weights."""
 
 import signal
 
