@@ -17,7 +17,7 @@ def create_accelerator(config: TrainConfig, **options: Any) -> Accelerator:
 
 
 def check_launcher(config: TrainConfig) -> None:
-    """Raise ValueError if accelerate's configuration asks for what cannot be, or for what is an option here."""
+    """Raise ValueError if accelerate's configuration asks for what cannot be, or is an option here."""
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(
             "accelerate's configuration should shard by FSDP2, but it asks for DeepSpeed, which updates "

@@ -32,7 +32,7 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
         (
             {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"},
             {},
-            "its dynamo_backend is inductor: leave it out, and give",
+            "its dynamo_backend is inductor: leave it out",
         ),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {}, "--precision should be bf16, .*, but it is no: give"),
     ],
