@@ -114,7 +114,7 @@ def assert_were_all(folder, number):
     assert {file.name for file in folder.glob("rank *")} == {f"rank {k} of {number}" for k in range(number)}
 
 
-def train_in_two_processes(script, rows, out, loss=None, launch=run_in_two_processes):
+def train_in_two_processes(script, rows, out, loss=None):
     """A run of two processes with the small decoder and the settings of `make_config`."""
     options = {"save_steps": 0} | ({} if loss is None else {"loss": loss})
     script.write_text(
@@ -130,4 +130,4 @@ def train_in_two_processes(script, rows, out, loss=None, launch=run_in_two_proce
         "with unrendered_curves():\n"
         f"    train(make_config(*map(Path, sys.argv[1:]), **{options!r}))\n"
     )
-    launch(script, rows, out)
+    run_in_two_processes(script, rows, out)
