@@ -1,7 +1,7 @@
 """Frozen dataclasses of tensors: one call moves all of their tensors to a device or into pinned memory."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -30,8 +30,22 @@ class TensorDataclass:
         names = [field.name for field in fields(self)]  # type: ignore[arg-type]
         return type(self)(**{name: map_value(getattr(self, name)) for name in names})
 
+    def iterate_tensors(self) -> Iterator[Tensor]:
+        """Every tensor in the fields, those in tuples and in other `TensorDataclass`es among them."""
+        values = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
+        while values:
+            value = values.pop()
+            if isinstance(value, Tensor):
+                yield value
+            elif isinstance(value, TensorDataclass):
+                yield from value.iterate_tensors()
+            elif isinstance(value, tuple):
+                values.extend(value)
+
     def to(self: T, device: torch.device | str) -> T:
-        """Return a copy on `device`. A copy to the CPU has arrived when this returns."""
+        """The same on `device`, itself if it is there. A copy to the CPU has arrived when this returns."""
+        if all(tensor.device == torch.device(device) for tensor in self.iterate_tensors()):
+            return self
         is_asynchronous = torch.device(device).type != "cpu"
         moved = self.map_tensors(lambda tensor: tensor.to(device, non_blocking=is_asynchronous))
         if is_asynchronous:

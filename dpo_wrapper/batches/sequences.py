@@ -154,8 +154,8 @@ class ScoredSequences(TensorDataclass):
             hashes, start = [], 0
             for ids, end in zip(self.unpadded_rows(), ends.tolist(), strict=True):
                 parts = (np.array([len(ids), end - start]), ids, sources[start:end], targets[start:end])
-                content = b"".join(part.astype(np.int64, copy=False).tobytes() for part in parts)
-                hashes.append(hashlib.blake2b(content, digest_size=16).digest())
+                content = np.concatenate(parts, dtype=np.int64)
+                hashes.append(hashlib.blake2b(content.data, digest_size=16).digest())
                 start = end
             vars(self)["_content_hashes"] = tuple(hashes)
         return vars(self)["_content_hashes"]
@@ -208,13 +208,13 @@ class ScoredTreeTokens(TensorDataclass):
 
     @classmethod
     def from_sequences(cls, sequences: ScoredSequences, options: TreeOptions) -> "ScoredTreeTokens":
-        device = sequences.ids.device
+        """Build the tree of sequences on the CPU."""
         tree = PrefixTree.from_sequences(sequences.unpadded_rows())
-        row, place, target = (t.cpu() for t in (sequences.row, sequences.source, sequences.target))
-        source, target, entry = unique_pairs(tree.path[tree.start[row] + place], target)
+        scored = tree.path[tree.start[sequences.row] + sequences.source]
+        source, target, entry = unique_pairs(scored, sequences.target)
         layout = TreeLayout.from_tree(tree, options)
         count = tree.path.bincount(minlength=layout.ids.numel()).view_as(layout.ids)
-        return cls(layout, source, target, entry, count).to(device)
+        return cls(layout, source, target, entry, count)
 
 
 def unique_pairs(

@@ -1,11 +1,12 @@
-"""What the loop of `dpo-wrapper train` adds to a bare step: `dpo(batch)`, backward and `optimizer.step()`.
+"""What the loop of `dpo-wrapper train` adds to a bare step: `dpo(batch)`, backward, clipping and
+`optimizer.step()`.
 
     python tests/benchmarks/loop.py                                        # the preset tiny, bundled pairs
     python tests/benchmarks/loop.py --model FOLDER --data pairs.jsonl --pairs 8 --runs 8
 
 Loop and bare step run in turns in one process, each with a model of its own from the same seed, on the same
-batches. A step of the loop is all that lies between two steps: to collate the batch, the gradients' norm and
-clipping, metrics, the log, the bar. The batches of the bare step are collated before its time begins.
+batches. A step of the loop is all that lies between two steps: to collate the batch, metrics, checks, the log,
+the bar. The batches of the bare step are collated before its time begins.
 Evaluations, samples and checkpoints are left out. The first epoch computes the reference, later ones look it
 up, so that their steps are shorter and the loop's part in them is larger.
 """
@@ -64,6 +65,7 @@ class BareStep:
         assert isinstance(stage, DPOStage)
         self.dpo, self.device = stage.dpo.to(accelerator.device), accelerator.device
         self.optimizer = create_optimizer(self.dpo, config, stage.learning_rate, self.device)
+        self.max_grad_norm = config.max_grad_norm
 
     def __call__(self, batches: list[Any]) -> None:
         batches = [batch.to(self.device) for batch in batches]
@@ -71,6 +73,7 @@ class BareStep:
             batches = self.dpo.normalize_over_step(batches)
         for batch in batches:
             self.dpo(batch).backward()
+        torch.nn.utils.clip_grad_norm_(self.dpo.parameters(), self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
