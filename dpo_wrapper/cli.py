@@ -111,6 +111,7 @@ def plan(config: "TrainConfig") -> None:
 def train(config: "TrainConfig") -> None:
     try:
         from dpo_wrapper.training.monitoring.terminal import hide_library_bars
+        from dpo_wrapper.training.run_lock import is_first_process
         from dpo_wrapper.training.setup import set_up_training
         from dpo_wrapper.training.stopping import TrainingError, raise_at_sigterm
         from dpo_wrapper.training.train import run_training
@@ -127,10 +128,12 @@ def train(config: "TrainConfig") -> None:
     except TrainingError as error:
         exit_with_error(error, status=1)
     except KeyboardInterrupt as interrupt:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by torchrun, when another process has ended before
         has_checkpoint = any(config.out.glob("checkpoints/*/progress.json"))
         goes_on = "continues it" if has_checkpoint else "begins it again, for it has no checkpoint,"
         sentence = f"the run was interrupted; the same command {goes_on} in {config.out}"
-        print(f"\ndpo-wrapper: {sentence}.", file=sys.stderr)
+        if is_first_process():
+            print(f"\ndpo-wrapper: {sentence}.", file=sys.stderr)
         sys.exit(status_of(interrupt))
 
 

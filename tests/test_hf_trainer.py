@@ -7,7 +7,7 @@ import torch
 
 from dpo_wrapper.data import collate_preference
 from helpers.examples import load_example, preference_trainer
-from helpers.runs import run_under_torchrun
+from helpers.runs import run_in_two_processes
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -115,7 +115,7 @@ def test_two_processes_train_as_one(tmp_path):
         "assert trainer.accelerator.num_processes == 2\n"
         "trainer.train()\n"
     )
-    run_under_torchrun(script, tmp_path / "two")
+    run_in_two_processes(script, tmp_path / "two")
     one = preference_trainer(
         tmp_path / "one",
         max_steps=3,

@@ -73,10 +73,14 @@ class LogProbCache:
             self.values.setdefault(content, value)
 
     def gather_from_processes(self) -> None:
-        """Share what every process knows with all others."""
+        """Share what every process knows with all others.
+
+        Of a sequence that several know, all take the value of the first, so that a checkpoint holds it once.
+        """
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             states: list[Any] = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(states, self.state_dict())
+            self.values = {}
             for state in states:
                 self.load_state_dict(state)
             self.is_shared = True

@@ -7,7 +7,12 @@ from accelerate.utils import get_int_from_env
 
 LOCK_FILE = "run.lock"
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-"""Where launchers say the number of a process, which is asked for before the processes have met."""
+"""Where launchers say the number of a process."""
+
+
+def is_first_process() -> bool:
+    """Whether this is the first process of a run, or the only one; known before the processes have met."""
+    return get_int_from_env(RANKS, 0) <= 0
 
 
 def lock_run(folder: Path) -> IO[bytes] | None:
@@ -24,7 +29,7 @@ def lock_run(folder: Path) -> IO[bytes] | None:
         import fcntl
     except ImportError:  # Windows
         return None
-    if get_int_from_env(RANKS, 0) > 0:
+    if not is_first_process():
         return None
     file = (folder / LOCK_FILE).open("ab")
     try:

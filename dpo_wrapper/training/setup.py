@@ -22,6 +22,7 @@ from dpo_wrapper.training.monitoring.trackers import check_trackers
 from dpo_wrapper.training.optimizer import create_optimizer, create_schedule, find_optimizer
 from dpo_wrapper.training.out_of_memory import advise_on_weights, explain_out_of_memory
 from dpo_wrapper.training.policy import resolve_dtype, set_up_policy
+from dpo_wrapper.training.processes import check_launcher
 from dpo_wrapper.training.read_data import Rows, RunData, count_shared_prompts, split_table
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.sharding import find_fsdp_plugin
@@ -51,6 +52,7 @@ def set_up_training(config: TrainConfig) -> TrainSetup:
     loss = CombinedLoss(parse_losses(config.loss))
     check_options(config, loss)
     check_trackers(config.report_to)
+    check_launcher(config)
     find_fsdp_plugin(config)
     run = RunFolder(config)
     run.check(config.resume)

@@ -29,11 +29,6 @@ def find_fsdp_plugin(config: TrainConfig) -> FullyShardedDataParallelPlugin | No
         ValueError: there is one process alone, or the configuration asks for what cannot be.
         ImportError: accelerate is too old.
     """
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        raise ValueError(
-            "accelerate's configuration should shard by FSDP2, but it asks for DeepSpeed, which updates "
-            "weights inside of backward and pickles checkpoints: take examples/accelerate/fsdp2.yaml."
-        )
     is_configured = parse_flag_from_env("ACCELERATE_USE_FSDP")
     if not (config.fsdp or is_configured):
         return None

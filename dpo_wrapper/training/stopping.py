@@ -7,6 +7,8 @@ import threading
 from types import FrameType
 from typing import Any
 
+import torch
+
 
 class TrainingError(RuntimeError):
     """Says in one sentence why a run cannot go on. Its last checkpoint stays."""
@@ -14,6 +16,13 @@ class TrainingError(RuntimeError):
 
 class NonFiniteError(TrainingError):
     """An evaluation has a loss that is not finite, so that its model is of no use."""
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an error says that another process has ended, without which this one cannot go on."""
+    distributed = torch.distributed
+    is_known = distributed.is_available() and isinstance(error, distributed.DistError)
+    return is_known or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
 
 class StoppedBySignal(KeyboardInterrupt):

@@ -42,7 +42,7 @@ from dpo_wrapper.training.setup import TrainSetup, load_stage_policy, set_up_tra
 from dpo_wrapper.training.sharding import whole_weights
 from dpo_wrapper.training.stage_plan import Splits, StagePlan
 from dpo_wrapper.training.stages import DPOStage, SFTStage, Stage
-from dpo_wrapper.training.stopping import TrainingError
+from dpo_wrapper.training.stopping import TrainingError, is_lost_connection
 from dpo_wrapper.training.trainer import Trainer
 
 
@@ -70,7 +70,13 @@ def run_training(setup: TrainSetup) -> RunFolder:
             explain_out_of_memory("the run", partial(advise_on_weights, setup.config)),
         ):
             run_stages(setup)
-    except Exception as error:  # the tokenizers library has none of its own for a full disk
+    except Exception as error:
+        if is_lost_connection(error):
+            raise TrainingError(
+                "all processes should go on to the end of the run, but another one has ended: look for its "
+                "reason, and the same command continues the run."
+            ) from error
+        # the tokenizers library has no error of its own for a full disk
         is_full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         if not (is_full or isinstance(error, (OSError, SafetensorError))):
             raise

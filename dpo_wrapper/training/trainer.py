@@ -278,6 +278,7 @@ class Trainer:
             with explain_out_of_memory(what, partial(advise_on_weights, self.config)):
                 self.save_checkpoint(step, is_evaluated, is_trained=step == self.num_steps)
         if number:
+            self.accelerator.wait_for_everyone()  # torchrun ends all processes as soon as one ends
             raise StoppedBySignal(number)
 
     def save_checkpoint(self, step: int, is_evaluated: bool, is_trained: bool) -> None:

@@ -13,8 +13,8 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from dpo_wrapper.training.config import TrainConfig
+from helpers.forked_scripts import PATHS, ROOT, ForkedScript
 
-ROOT = Path(__file__).parents[2]
 BUNDLED = ROOT / "examples" / "data" / "preferences.jsonl"
 SMALL_DECODER = {"dim": 32, "depth": 1, "heads": 1}
 
@@ -81,39 +81,40 @@ def interrupt_training(stage: str, *, after_steps: int) -> Iterator[None]:
 
 
 def run_in_processes(number, script, *arguments):
-    """A script in so many processes, of which each has to say, at the end, that it was one of them."""
-    if not hasattr(os, "fork"):
-        pytest.skip("the processes are forked")
-    with TemporaryDirectory() as ranks:
-        command = [sys.executable, "-m", "helpers.forked_processes", number, ranks, script, *arguments]
-        done = subprocess.run(
-            list(map(str, command)),
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert sorted(os.listdir(ranks)) == [f"rank {k} of {number}" for k in range(number)], done.stdout
+    """A script in so many processes, of which each has to have been one of them; returns what they print."""
+    with TemporaryDirectory() as folder:
+        forked = ForkedScript(number, Path(folder), script, *arguments)
+        codes = forked.wait()
+        assert not any(codes), (codes, forked.errors[-3000:])
+        assert_were_all(Path(folder), number)
+        return forked.output
 
 
 run_in_two_processes = partial(run_in_processes, 2)
 
 
 def run_under_torchrun(script, *arguments, **variables):
-    """A script in the two processes that `torch.distributed.run` starts; returns what they print."""
+    """The same in the two processes that `torch.distributed.run` starts."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        list(map(str, [sys.executable, *launch, script, *arguments])),
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), **variables},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    with TemporaryDirectory() as folder:
+        counted = ["-m", "helpers.counted_script", folder, script, *arguments]
+        done = subprocess.run(
+            list(map(str, [sys.executable, *launch, *counted])),
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": PATHS, **variables},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert_were_all(Path(folder), 2)
     return done.stdout
 
 
-def train_in_two_processes(script, rows, out, loss=None, launch=run_in_two_processes):
+def assert_were_all(folder, number):
+    """Each of so many processes has said that it was one of them."""
+    assert {file.name for file in folder.glob("rank *")} == {f"rank {k} of {number}" for k in range(number)}
+
+
+def train_in_two_processes(script, rows, out, loss=None):
     """A run of two processes with the small decoder and the settings of `make_config`."""
     options = {"save_steps": 0} | ({} if loss is None else {"loss": loss})
     script.write_text(
@@ -129,4 +130,4 @@ def train_in_two_processes(script, rows, out, loss=None, launch=run_in_two_proce
         "with unrendered_curves():\n"
         f"    train(make_config(*map(Path, sys.argv[1:]), **{options!r}))\n"
     )
-    launch(script, rows, out)
+    run_in_two_processes(script, rows, out)

@@ -1,15 +1,13 @@
 """Heads that are divided among two processes: each check of `helpers/vocab_parallel_checks.py`."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-TESTS = Path(__file__).parents[1]
+from helpers import vocab_parallel_checks
+from helpers.runs import run_in_two_processes
+
 pytestmark = pytest.mark.slow
 CHECKS = (
     "unequal_slices_of_the_vocabulary",
@@ -28,16 +26,7 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | N
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("needs torch.distributed with gloo")
     folder = tmp_path_factory.mktemp("processes")
-    paths = [str(TESTS.parent), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(
-        [sys.executable, str(TESTS / "helpers" / "vocab_parallel_checks.py"), str(folder)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-        timeout=600,
-    )
-    if done.returncode and not (folder / "1.json").exists():
-        pytest.fail(done.stderr[-6000:])
+    run_in_two_processes(vocab_parallel_checks.__file__, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import random
 import signal
 from collections import Counter
@@ -12,29 +11,24 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from helpers.ended_runs import KINDS, find_moment, plan_end, read_durations
-from helpers.forked_runs import forked_runs
+from helpers.forked_scripts import ForkedScript
 from helpers.lora_runs import save_llama
 from helpers.runs import read_metrics
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="the runs are forked"),
-]
+pytestmark = pytest.mark.slow
 
-IMPORTS = """
-import json
-import matplotlib.backends.backend_agg, matplotlib.figure, peft, torch, x_transformers
-import transformers.models.llama.modeling_llama
+SCRIPT = """
+import json, sys
 from pathlib import Path
+import torch
 from dpo_wrapper.pretrained import PRESETS
 from dpo_wrapper.training.train import train
 from helpers.curves import unrendered_curves
 from helpers.ended_runs import watch_moments
 from helpers.runs import SMALL_DECODER, make_config
-PRESETS["tiny"] = SMALL_DECODER
-"""
-CALL = """
 torch.set_num_threads(1)
+PRESETS["tiny"] = SMALL_DECODER
+out = Path(sys.argv[1])
 with unrendered_curves(), watch_moments(out):
     train(make_config(out=out, **json.loads(out.with_suffix(".json").read_text())))
 """
@@ -48,16 +42,17 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(scope="module")
-def start_run(tmp_path_factory):
+@pytest.fixture
+def start_run(tmp_path):
     """Starts a run with some options into a folder, and returns its process."""
-    with forked_runs(tmp_path_factory.mktemp("script") / "script.py", IMPORTS, CALL) as start:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
 
-        def start_run(out, options):
-            out.with_suffix(".json").write_text(json.dumps(OPTIONS | options))
-            return start(out)
+    def start_run(out, options):
+        out.with_suffix(".json").write_text(json.dumps(OPTIONS | options))
+        return ForkedScript(0, tmp_path / "printed", script, out).process
 
-        yield start_run
+    return start_run
 
 
 def end_runs(folder, start, number, count):

@@ -21,7 +21,6 @@ from helpers.runs import (
     interrupt_training,
     make_config,
     read_metrics,
-    run_under_torchrun,
     train_in_two_processes,
 )
 
@@ -70,10 +69,10 @@ def test_metrics_are_those_of_the_raw_file(rows, finished_run, tmp_path, num_wor
 
 
 @pytest.mark.slow
-def test_two_processes_under_torchrun_report_what_one_does(rows, finished_run, tmp_path):
+def test_two_processes_report_what_one_does(rows, finished_run, tmp_path):
     prepare(rows, tmp_path / "prepared")
     out = tmp_path / "out"
-    train_in_two_processes(tmp_path / "script.py", tmp_path / "prepared", out, launch=run_under_torchrun)
+    train_in_two_processes(tmp_path / "script.py", tmp_path / "prepared", out)
     assert_metrics_close(read_metrics(finished_run), read_metrics(out))
 
 

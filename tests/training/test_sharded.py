@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 
 from dpo_wrapper.pretrained import PRESETS
 from dpo_wrapper.training.train import train
+from helpers.lora_runs import save_decoder
+from helpers.recorded_gradients import recorded_gradients
 from helpers.runs import (
     SMALL_DECODER,
     assert_metrics_close,
@@ -27,6 +29,7 @@ import torch
 from dpo_wrapper.pretrained import PRESETS
 from dpo_wrapper.training.train import train
 from dpo_wrapper.training.trainer import Trainer
+from helpers.recorded_gradients import recorded_gradients
 from helpers.runs import SMALL_DECODER, interrupt_training, make_config
 
 torch.set_num_threads(1)
@@ -49,7 +52,8 @@ for job in json.loads(sys.argv[3]):
         with interrupt_training("dpo", after_steps=3):
             train(config)
         continue
-    train(config)
+    with recorded_gradients(folder / f"{job['out']}.gradients"):
+        train(config)
 """
 
 SHORT = {"sft_epochs": 0, "epochs": 1, "max_steps": 4, "learning_rate": 1e-3, "save_steps": 2}
@@ -63,6 +67,7 @@ CASES = {
     "labelled-rows": UNEVEN | {"loss": "kto"},
     "llama": WATCHED | {"model": "llama"},
     "llama-tied": UNEVEN | {"model": "tied", "ref_model_sync_steps": 2, "gradient_checkpointing": True},
+    "decoder-adapter": UNEVEN | {"model": "decoder", "lora": True, "lora_r": 4},
     "llama-adapter": WATCHED | {"model": "llama", "lora": True, "lora_r": 4, "keep_best": True},
 }
 
@@ -80,6 +85,9 @@ def folder(tmp_path_factory):
     for name, is_tied in (("llama", False), ("tied", True)):
         options = {"vocab_size": 300, "max_position_embeddings": 128, "tie_word_embeddings": is_tied}
         hf("Llama", **options)(0).save_pretrained(folder / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "tiny", SMALL_DECODER)
+        save_decoder(folder / "decoder")
     (folder / "script.py").write_text(SCRIPT)
     return folder
 
@@ -99,7 +107,8 @@ def run_jobs(number, rows, folder, jobs):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "tiny", SMALL_DECODER)
         for job in jobs:
-            train(make_config(rows, folder / job["out"], **job["options"]))
+            with recorded_gradients(folder / f"{job['out']}.gradients"):
+                train(make_config(rows, folder / job["out"], **job["options"]))
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +171,11 @@ def assert_weights_close(actual, expected):
 def test_two_processes_train_what_one_does(name, rows, folder, sharded_runs):
     run_jobs(1, rows, folder, [{"out": f"one/{name}", "options": CASES[name]}])
     one, two = folder / "one" / name, sharded_runs / name
+    gradients, expected = (load_file(f"{run}.gradients") for run in (two, one))
+    assert gradients.keys() == expected.keys() and any(value.any() for value in expected.values())
+    for key, value in expected.items():
+        margin = 1e-3 * float(value.abs().max()) + 1e-6
+        torch.testing.assert_close(gradients[key], value, rtol=1e-3, atol=margin, msg=key)
     assert_weights_close(load_weights(two), load_weights(one))
     assert_metrics_close(read_metrics(one), read_metrics(two))
     assert {file.name for file in two.iterdir()} == {file.name for file in one.iterdir()}

@@ -29,9 +29,15 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
         ({}, {"fsdp": True}, "over several processes, but there is one: start them by torchrun"),
         (FSDP, {}, "over several processes, but there is one"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "shard by FSDP2, but it asks for DeepSpeed"),
+        (
+            {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"},
+            {},
+            "its dynamo_backend is inductor: leave it out",
+        ),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {}, "--precision should be bf16, .*, but it is no: give"),
     ],
 )
-def test_what_cannot_be_sharded_is_refused(variables, options, message, rows, tmp_path, monkeypatch):
+def test_what_accelerate_cannot_ask_for_is_refused(variables, options, message, rows, tmp_path, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):

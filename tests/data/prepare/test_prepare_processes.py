@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from dpo_wrapper.data.prepare import parts
 from dpo_wrapper.data.prepare.config import PrepareConfig
 from dpo_wrapper.data.prepare.run import prepare_data
 from dpo_wrapper.data.prepared import PreparedData
-from helpers.forked_runs import forked_runs
+from helpers.forked_scripts import ForkedScript
 from helpers.runs import BUNDLED, ROOT, run_under_torchrun
 
 SCRIPT = """
@@ -43,6 +42,11 @@ def record(self, part):
 PartMaker.make = record
 """
 
+JOINING = """
+from accelerate import PartialState
+PartialState(cpu=True)
+"""
+
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
@@ -58,7 +62,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
 @pytest.mark.slow
 def test_two_processes_under_torchrun_write_what_one_writes(tmp_path: Path, expected: PreparedData) -> None:
     script = tmp_path / "script.py"
-    script.write_text(RECORDING + SCRIPT)
+    script.write_text(RECORDING + SCRIPT + JOINING)
     run_under_torchrun(script, BUNDLED, tmp_path / "out", RECORDS=str(tmp_path))
     made = [{int(name) for name in (tmp_path / f"rank{rank}").read_text().split()} for rank in (0, 1)]
     assert made == [set(range(0, 24, 2)), set(range(1, 24, 2))]
@@ -68,32 +72,15 @@ def test_two_processes_under_torchrun_write_what_one_writes(tmp_path: Path, expe
         assert (data.folder / name).read_bytes() == (expected.folder / name).read_bytes()
 
 
-IMPORTS = """
-from dpo_wrapper.data.prepare import parts
-from dpo_wrapper.data.prepare.config import PrepareConfig
-from dpo_wrapper.data.prepare.run import prepare_data
-from helpers.runs import BUNDLED
-parts.MAX_PART_ROWS = 26
-"""
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[[Path], psutil.Process]]:
-    """Starts preparations with two workers."""
-    call = "prepare_data(PrepareConfig(data=BUNDLED, out=out, workers=2))"
-    with forked_runs(tmp_path / "script.py", IMPORTS, call) as start_one:
-        yield start_one
-
-
 @pytest.mark.slow
-def test_killed_at_any_moment_and_begun_again(
-    tmp_path: Path, expected: PreparedData, start: Callable[[Path], psutil.Process]
-) -> None:
+def test_killed_at_any_moment_and_begun_again(tmp_path: Path, expected: PreparedData) -> None:
     """At ten moments between the first file and the last; then another process ends it."""
     rng, duration, num_unfinished = random.Random(0), 1.5, 0
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
     for number in range(10):
         out = tmp_path / f"out{number}"
-        process = start(out)
+        process = ForkedScript(0, tmp_path / "printed", script, BUNDLED, out).process
         while not out.exists():
             assert process.is_running()
             time.sleep(0.01)

@@ -1,0 +1,87 @@
+"""Scripts in processes of their own, one or several that belong together, started by a server that forks."""
+
+import atexit
+import json
+import os
+import subprocess
+import sys
+import time
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+TIMEOUT = 120
+
+
+@cache
+def start_server() -> "subprocess.Popen[str]":
+    """The server of this test session, which ends with it."""
+    server = subprocess.Popen(
+        [sys.executable, "-m", "helpers.forking_server"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": PATHS},
+    )
+    atexit.register(server.communicate)
+    return server
+
+
+class ForkedScript:
+    """A script that runs, in so many processes that belong together; 0 is one by itself.
+
+    Args:
+        folder: for what it prints and what is known of it, a new one.
+
+    Attributes:
+        process: the one that waits for the others, or the script's own if it runs by itself.
+    """
+
+    def __init__(self, size: int, folder: Path, script: Path, *arguments: Any) -> None:
+        if not hasattr(os, "fork"):
+            pytest.skip("the processes are forked")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.size, self.folder = size, folder
+        words = [str(script), *map(str, arguments)]
+        asked = {"folder": str(folder), "size": size, "script": words, "environ": dict(os.environ)}
+        server = start_server()
+        assert server.stdin is not None and server.stdout is not None
+        print(json.dumps(asked), file=server.stdin, flush=True)
+        self.process = psutil.Process(int(server.stdout.readline()))
+
+    @cached_property
+    def ranks(self) -> list[psutil.Process]:
+        """The processes that belong together."""
+        deadline = time.monotonic() + TIMEOUT
+        while not (file := self.folder / "pids.json").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        return [psutil.Process(pid) for pid in json.loads(file.read_text())]
+
+    def wait(self) -> list[int]:
+        """The status of each of the processes that belong together, once all have ended."""
+        try:
+            self.process.wait(TIMEOUT)
+        finally:
+            if self.process.is_running():
+                psutil.wait_procs([one.kill() or one for one in (self.process, *self.process.children())])
+        return json.loads((self.folder / "codes.json").read_text()) if self.size else []
+
+    @property
+    def errors(self) -> str:
+        return (self.folder / "stderr").read_text(encoding="utf-8")
+
+    @property
+    def output(self) -> str:
+        return (self.folder / "stdout").read_text(encoding="utf-8")
+
+    @property
+    def sentences(self) -> list[str]:
+        """What the command said of its end."""
+        return [line for line in self.errors.splitlines() if line.startswith("dpo-wrapper: ")]
