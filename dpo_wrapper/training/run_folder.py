@@ -138,7 +138,8 @@ class RunFolder:
         Raises:
             TrainingError: another run has begun in it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        if not self.is_continued:
+            self.path.mkdir(parents=True, exist_ok=True)
         try:
             self._lock_folder()
         except ValueError as error:
@@ -156,6 +157,7 @@ class RunFolder:
             if (file := self.checkpoint_folder / self.best_file.name).exists():
                 link_file(file, self.best_file)
         else:
+            self.log.cut_unfinished()
             self.notes.append(f"continuing {self.path}: the model is trained, and the report is left")
         self.start_time = time.monotonic() - self.log.last_elapsed_seconds()
 
@@ -274,11 +276,11 @@ class RunFolder:
         flush_folder(self.path / name)
 
     def finish(self) -> None:
-        """Mark the run as finished, and delete what it would have continued from."""
-        self.record.checkpoint = None
-        self.set_status("finished")
+        """Delete what the run would have continued from, and mark it as finished."""
         remove_folder(self.checkpoints.path)
         self.best_file.unlink(missing_ok=True)
+        self.record.checkpoint = None
+        self.set_status("finished")
         (self.path / LOCK_FILE).unlink(missing_ok=True)
 
     def unlock(self) -> None:
