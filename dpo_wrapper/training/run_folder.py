@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -182,8 +183,9 @@ class RunFolder:
 
     def set_status(self, status: RunStatus) -> None:
         """Note whether the model is saved and reported."""
-        self.record.status = status
-        self.record.write(self.path)
+        record = replace(self.record, status=status)
+        record.write(self.path)
+        self.record = record
 
     def note_reference(self, sentence: str) -> None:
         """Note what the reference is, in words."""

@@ -46,7 +46,9 @@ def explain_write_errors(folder: Path) -> Iterator[None]:
         if number in FULL:
             sentence += f"it cannot ({error}): make room, and the same command continues it."
         elif not folder.is_dir():
-            sentence += "the folder is not there any more: put it back, and the same command continues the run."
+            sentence += (
+                "the folder is not there any more: put it back, and the same command continues the run."
+            )
         else:
             sentence += f"it cannot ({error}): mend that, and the same command continues it."
         raise TrainingError(sentence) from error

@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
@@ -27,6 +29,27 @@ for number in (signal.SIGCHLD, signal.SIGINT):
 os.dup2(2, 1)
 out = Path(line.strip())
 """
+
+
+def call_in_fork(function: Callable[[], object], printed: Path) -> int:
+    """Call a function in a process that is forked from this one; returns its exit status.
+
+    What it prints to standard output and standard error is written to `printed`.
+    """
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    status: Any = 99
+    try:
+        sys.stdout = sys.stderr = printed.open("w", buffering=1)
+        function()
+        status = 0
+    except SystemExit as exit_:
+        status = exit_.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)  # no handler of the tests is called
 
 
 @contextmanager

@@ -34,13 +34,15 @@ sys.addaudithook(_report)  # for good: there is no way to remove it
 class WatchedWrites:
     """Makes trouble at each change below a folder, once at each, over as many runs as it takes.
 
-    A change is what is done to which file, by which lines of the package, and how long the run's log is then.
+    A change is what is done to which file, by which lines of the package and, in the steps of a stage, how
+    long the log of the run is then.
 
     Args:
-        folder: of the run.
+        folder: a run folder.
         troubles: by the kind of a change the functions that are called with the path before it is made, and
             that may raise: the first one when a change is met for the first time, and so on.
         is_once: whether a run meets one trouble at most.
+        part: the part of the folder whose changes count.
 
     Attributes:
         num_met: the number of troubles in the last run.
@@ -53,8 +55,10 @@ class WatchedWrites:
         troubles: Mapping[str, Sequence[Callable[[Path], object]]],
         *,
         is_once: bool = False,
+        part: str = "",
     ) -> None:
-        self.folder, self.troubles, self.is_once = folder, troubles, is_once
+        self.folder, self.part = folder, folder / part
+        self.troubles, self.is_once = troubles, is_once
         self.num_met, self.names = 0, set[str]()
         self._seen: dict[tuple[Any, ...], int] = {}
 
@@ -84,9 +88,11 @@ class WatchedWrites:
         _listeners.remove(self._meet)  # what follows is not of the run
         try:
             name = Path(path).name if "tmp" not in Path(path).name else "tmp"
-            log = self.folder / "metrics.jsonl"
-            num_lines = log.read_bytes().count(b"\n") if log.exists() else 0
-            change = (kind, str(Path(path).parent), name, list_lines(sys._getframe()), num_lines)
+            lines = list_lines(sys._getframe())
+            log, num_logged = self.folder / "metrics.jsonl", 0
+            if log.exists() and any(function == "run_steps" for function, _ in lines):
+                num_logged = log.read_bytes().count(b"\n")
+            change = (kind, str(Path(path).parent), name, lines, num_logged)
             number = self._seen.get(change, 0)
             if number < len(self.troubles[kind]):
                 self._seen[change] = number + 1
@@ -102,8 +108,8 @@ class WatchedWrites:
         if kind == "open" and not flags & IS_WRITTEN:
             return False
         if kind in REMOVING and not os.path.isabs(path):  # in a folder that is removed
-            return True
-        return Path(path).is_relative_to(self.folder)
+            return self.part == self.folder
+        return Path(path).is_relative_to(self.part)
 
 
 def list_rust_writers() -> list[tuple[Any, str, Callable[..., Any]]]:
