@@ -120,16 +120,15 @@ def test_sigterm_outside_of_the_steps(rows, tmp_path, monkeypatch):
         (train_module, "precompute_ref_log_probs"): "the same command continues it in {}.",
         (train_module, "report_results"): "the same command continues it in {}.",
     }
-    options = {"epochs": 1, "batch_size": 16, "max_length": 16, "samples": 0, "save_steps": 1}
-    options |= {"precompute_ref_log_probs": True}
+    options = {"epochs": 1, "batch_size": 32, "max_length": 16, "share_prefix": "never", "exact_answers": 0}
+    options |= {"samples": 0, "save_steps": 1, "precompute_ref_log_probs": True}
 
-    def run(out, owner=None, name=None):
+    def run(out, owner, name):
         config = make_config(rows, out, **options)
-        monkeypatch.setattr(command_line, "parse_arguments", lambda _: (config, False))
+        kill = after_calls(getattr(owner, name), 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with monkeypatch.context() as patch:
-            if owner is not None:
-                kill = after_calls(getattr(owner, name), 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
-                patch.setattr(owner, name, kill)
+            patch.setattr(command_line, "parse_arguments", lambda _: (config, False))
+            patch.setattr(owner, name, kill)
             status = call_in_fork(lambda: cli.main(["train"]), tmp_path / "printed")
         return status, (tmp_path / "printed").read_text()
 
@@ -143,7 +142,7 @@ def test_sigterm_outside_of_the_steps(rows, tmp_path, monkeypatch):
         lines = printed.split("dpo-wrapper: ")
         assert status == 128 + signal.SIGTERM and len(lines) == 2, (name, printed)
         assert lines[1].rstrip().endswith(sentence.format(out)) and "Traceback" not in printed
-        assert run(out)[0] == 0
+        train(make_config(rows, out, **options))
         assert read_weights(out) == read_weights(tmp_path / "whole"), name
         assert read_metrics(out) == read_metrics(tmp_path / "whole"), name
 
