@@ -13,10 +13,12 @@ import sys
 import pytest
 
 from dpo_wrapper import cli
+from dpo_wrapper.data.whole_files import write_whole
 from dpo_wrapper.pretrained import load_pretrained
 from dpo_wrapper.training import command_line
 from dpo_wrapper.training.best_model import BestEvaluation
 from dpo_wrapper.training.checkpoint_folder import CheckpointFolder, sort_key
+from dpo_wrapper.training.monitoring import figure
 from helpers.models import hf_llama
 from helpers.runs import make_config, read_metrics
 from helpers.tokenizers import save_tokenizer
@@ -32,8 +34,8 @@ PAIRS |= {"samples": 0, "exact_answers": 0, "eval_steps": 1, "save_steps": 1}
 BEST = {"keep_best": True, "samples": 1, "precompute_ref_log_probs": True}
 RUNS = {
     "two stages": PAIRS | BEST | {"sft_epochs": 1},
-    "pairs": PAIRS | BEST,
-    "no checkpoints": PAIRS | {"save_steps": 0},
+    "one step": PAIRS | BEST | {"batch_size": 32},
+    "no checkpoints": PAIRS | {"batch_size": 32, "save_steps": 0},
     "best without checkpoints": PAIRS | {"keep_best": True, "save_steps": 0},
     "hugging face": PAIRS | {"batch_size": 32},
     "lora": PAIRS | {"batch_size": 32, "lora": True},
@@ -116,9 +118,10 @@ def whole_runs():
 
 @pytest.fixture
 def command(request, rows, monkeypatch, capsys, whole_runs, tmp_path_factory):
-    """The command of a run whose best evaluation is that after the first step of two."""
+    """The command of a run whose best evaluation is that after the first step of two; its plots are none."""
     monkeypatch.setattr(os, "fsync", lambda _: None)  # it takes longer than all else
     monkeypatch.setattr(gc, "collect", lambda *_: 0)
+    monkeypatch.setattr(figure, "plot_curves", lambda _, path, title: write_whole(path, "a plot"))
     observe = BestEvaluation.observe
     monkeypatch.setattr(
         BestEvaluation, "observe", lambda self, step, _: observe(self, step, {"loss": abs(step - 1)})
@@ -197,7 +200,7 @@ def test_sigterm(command, tmp_path):
     assert number > 15
 
 
-@runs("pairs", "hugging face")
+@runs("one step", "hugging face")
 def test_a_folder_that_is_taken_away(command, tmp_path):
     """And brought back, before the command is repeated."""
     out, away = tmp_path / "out", tmp_path / "away"

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 from accelerate import Accelerator
 
@@ -37,7 +36,6 @@ class FileChanges:
             (os, "replace", None),
             (shutil, "rmtree", self.remove_half),
             (state_files, "save_file", self.save_half),
-            (safetensors.torch, "save_model", self.save_half),
             (Path, "write_text", self.write_half),
         ):
             monkeypatch.setattr(module, name, self.watched(getattr(module, name), half))
