@@ -221,9 +221,7 @@ def precompute_reference(setup: TrainSetup, splits: Splits, accelerator: Acceler
     """The log-probs of all examples under the model as it is now, kept in the run folder."""
     config, model = setup.config, setup.pretrained.model
     model.to(accelerator.device)
-    (setup.run.path / "reference").mkdir(
-        exist_ok=True
-    )  # not with its parents: the run folder has to be there
+    (setup.run.path / "reference").mkdir(exist_ok=True)  # raises where the run folder is gone
     per_token = config.ld_alpha < 1
     cached = CachedReference(per_token=per_token)
     scorer = Scorer(model, share_prefix=config.prefix_sharing)
