@@ -129,8 +129,11 @@ def train(config: "TrainConfig") -> None:
         exit_with_error(error, status=1)
     except KeyboardInterrupt as interrupt:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by torchrun, when another process has ended before
-        has_checkpoint = any(config.out.glob("checkpoints/*/progress.json"))
-        goes_on = "continues it" if has_checkpoint else "begins it again, for it has no checkpoint,"
+        status = setup.run.record.status
+        if status == "finished":  # it came at the very end
+            return
+        is_continued = status == "trained" or any(config.out.glob("checkpoints/*/progress.json"))
+        goes_on = "continues it" if is_continued else "begins it again, for it has no checkpoint,"
         sentence = f"the run was interrupted; the same command {goes_on} in {config.out}"
         if is_first_process():
             print(f"\ndpo-wrapper: {sentence}.", file=sys.stderr)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_wrapper.data.whole_files import flush_to_disk, write_whole
+from dpo_wrapper.training.write_errors import refuse_folder
 
 
 def check_writable(folder: Path) -> None:
@@ -19,10 +20,7 @@ def check_writable(folder: Path) -> None:
             raise ValueError(f"--out should be a folder, but {existing} is a file: name a new folder.")
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
-        raise ValueError(
-            f"--out should be a folder that can be written, but {folder} cannot ({error.strerror}): name "
-            "another."
-        ) from error
+        raise refuse_folder(folder, error) from error
 
 
 def write_json(file: Path, content: Any, indent: int | None = None) -> None:

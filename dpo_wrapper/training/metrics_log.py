@@ -39,6 +39,11 @@ class MetricsLog:
         os.truncate(self.file, num_bytes - num_missing)
         return num_missing
 
+    def cut_unfinished(self) -> None:
+        """Take away what a run that was killed, or whose disk was full, had written of a line."""
+        if self.file.exists():
+            self.cut(self.file.read_bytes().rfind(b"\n") + 1)
+
     def set_aside(self) -> Path | None:
         """Begin an empty log, and keep what is logged in another file; returns its name, if it is needed."""
         numbered = (self.file.with_name(f"{self.file.stem}.{k}.jsonl") for k in range(1, 10**6))

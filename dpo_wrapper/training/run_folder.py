@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -138,7 +139,8 @@ class RunFolder:
         Raises:
             TrainingError: another run has begun in it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        if not self.is_continued:
+            self.path.mkdir(parents=True, exist_ok=True)
         try:
             self._lock_folder()
         except ValueError as error:
@@ -156,6 +158,7 @@ class RunFolder:
             if (file := self.checkpoint_folder / self.best_file.name).exists():
                 link_file(file, self.best_file)
         else:
+            self.log.cut_unfinished()
             self.notes.append(f"continuing {self.path}: the model is trained, and the report is left")
         self.start_time = time.monotonic() - self.log.last_elapsed_seconds()
 
@@ -180,8 +183,9 @@ class RunFolder:
 
     def set_status(self, status: RunStatus) -> None:
         """Note whether the model is saved and reported."""
-        self.record.status = status
-        self.record.write(self.path)
+        record = replace(self.record, status=status)
+        record.write(self.path)
+        self.record = record
 
     def note_reference(self, sentence: str) -> None:
         """Note what the reference is, in words."""
@@ -274,11 +278,11 @@ class RunFolder:
         flush_folder(self.path / name)
 
     def finish(self) -> None:
-        """Mark the run as finished, and delete what it would have continued from."""
-        self.record.checkpoint = None
-        self.set_status("finished")
+        """Delete what the run would have continued from, and mark it as finished."""
         remove_folder(self.checkpoints.path)
         self.best_file.unlink(missing_ok=True)
+        self.record.checkpoint = None
+        self.set_status("finished")
         (self.path / LOCK_FILE).unlink(missing_ok=True)
 
     def unlock(self) -> None:

@@ -5,6 +5,8 @@ from typing import IO
 
 from accelerate.utils import get_int_from_env
 
+from dpo_wrapper.training.write_errors import refuse_folder
+
 LOCK_FILE = "run.lock"
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 """Where launchers say the number of a process."""
@@ -23,7 +25,7 @@ def lock_run(folder: Path) -> IO[bytes] | None:
     run but the first.
 
     Raises:
-        ValueError: another process has the lock.
+        ValueError: another process has the lock, or the folder cannot be written.
     """
     try:
         import fcntl
@@ -31,7 +33,10 @@ def lock_run(folder: Path) -> IO[bytes] | None:
         return None
     if not is_first_process():
         return None
-    file = (folder / LOCK_FILE).open("ab")
+    try:
+        file = (folder / LOCK_FILE).open("ab")
+    except OSError as error:
+        raise refuse_folder(folder, error) from error
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:

@@ -4,6 +4,8 @@ import math
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -18,11 +20,20 @@ class NonFiniteError(TrainingError):
     """An evaluation has a loss that is not finite, so that its model is of no use."""
 
 
-def is_lost_connection(error: BaseException) -> bool:
-    """Whether an error says that another process has ended, without which this one cannot go on."""
-    distributed = torch.distributed
-    is_known = distributed.is_available() and isinstance(error, distributed.DistError)
-    return is_known or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
+@contextmanager
+def explain_lost_process() -> Iterator[None]:
+    """The context in which the end of another process, without which none can go on, is a TrainingError."""
+    try:
+        yield
+    except RuntimeError as error:
+        distributed = torch.distributed
+        is_known = distributed.is_available() and isinstance(error, distributed.DistError)
+        if not (is_known or "gloo/transport" in str(error)):
+            raise
+        raise TrainingError(
+            "all processes should go on to the end of the run, but another one has ended: look for its "
+            "reason, and the same command continues the run."
+        ) from error
 
 
 class StoppedBySignal(KeyboardInterrupt):

@@ -1,6 +1,5 @@
 """Train a model on a file of preferences: `train(TrainConfig(data = ...))`."""
 
-import errno
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from safetensors import SafetensorError
 from torch import nn
 
 from dpo_wrapper.data import scored_sequences
@@ -42,8 +40,9 @@ from dpo_wrapper.training.setup import TrainSetup, load_stage_policy, set_up_tra
 from dpo_wrapper.training.sharding import whole_weights
 from dpo_wrapper.training.stage_plan import Splits, StagePlan
 from dpo_wrapper.training.stages import DPOStage, SFTStage, Stage
-from dpo_wrapper.training.stopping import TrainingError, is_lost_connection
+from dpo_wrapper.training.stopping import explain_lost_process
 from dpo_wrapper.training.trainer import Trainer
+from dpo_wrapper.training.write_errors import explain_write_errors
 
 
 def train(config: TrainConfig) -> RunFolder:
@@ -67,30 +66,11 @@ def run_training(setup: TrainSetup) -> RunFolder:
     try:
         with (
             hide_sharing_warnings(),
+            explain_write_errors(setup.run.path),
+            explain_lost_process(),
             explain_out_of_memory("the run", partial(advise_on_weights, setup.config)),
         ):
             run_stages(setup)
-    except Exception as error:
-        if is_lost_connection(error):
-            raise TrainingError(
-                "all processes should go on to the end of the run, but another one has ended: look for its "
-                "reason, and the same command continues the run."
-            ) from error
-        # the tokenizers library has no error of its own for a full disk
-        is_full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        if not (is_full or isinstance(error, (OSError, SafetensorError))):
-            raise
-        out = setup.run.path
-        if not out.is_dir():
-            raise TrainingError(
-                f"the run should be able to write to {out}, but the folder is not there any more: put it "
-                "back, and the same command continues the run."
-            ) from error
-        remedy = "make room" if is_full else "mend that"
-        raise TrainingError(
-            f"the run should be able to write to {out}, but it cannot ({error}): {remedy}, and the same "
-            "command continues it."
-        ) from error
     finally:
         setup.run.unlock()
     return setup.run
@@ -251,6 +231,7 @@ def precompute_reference(setup: TrainSetup, splits: Splits, accelerator: Acceler
     """The log-probs of all examples under the model as it is now, kept in the run folder."""
     config, model = setup.config, setup.pretrained.model
     model.to(accelerator.device)
+    (setup.run.path / "reference").mkdir(exist_ok=True)  # raises where the run folder is gone
     per_token = config.ld_alpha < 1
     cached = CachedReference(per_token=per_token)
     scorer = Scorer(model, share_prefix=config.prefix_sharing)

@@ -100,7 +100,8 @@ class Trainer:
             StoppedBySignal: SIGINT or SIGTERM came; there is a checkpoint.
         """
         progress, folder = self.run.progress, self.run.checkpoint_folder
-        is_resumed = progress.stage == self.stage.name and (folder / STATE_FILE).is_file()
+        has_state = progress.step > 0 or (folder / STATE_FILE).is_file()
+        is_resumed = progress.stage == self.stage.name and has_state
         steps_done = progress.step if is_resumed else 0
         if is_resumed:
             load_checkpoint(folder, *self.checkpointed)

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,27 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 TIMEOUT = 120
+
+
+def call_in_fork(function: Callable[[], object], printed: Path) -> int:
+    """Call a function in a process that is forked from this one; returns its exit status.
+
+    What it prints to standard output and standard error is written to `printed`.
+    """
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    status: Any = 99
+    try:
+        sys.stdout = sys.stderr = printed.open("w", buffering=1)
+        function()
+        status = 0
+    except SystemExit as exit_:
+        status = exit_.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)  # no handler of the tests is called
 
 
 @cache

@@ -1,14 +1,11 @@
 """Run folders, of which something is broken: a kill in the middle of a write, a planted file, no room."""
 
-import gc
-import json
 import os
 import pickle
 import shutil
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 from accelerate import Accelerator
 
@@ -39,7 +36,6 @@ class FileChanges:
             (os, "replace", None),
             (shutil, "rmtree", self.remove_half),
             (state_files, "save_file", self.save_half),
-            (safetensors.torch, "save_model", self.save_half),
             (Path, "write_text", self.write_half),
         ):
             monkeypatch.setattr(module, name, self.watched(getattr(module, name), half))
@@ -84,21 +80,6 @@ class FileChanges:
             self.on_change = lambda: None
         return False
 
-    def copy_at_each(self, folder, copies, function, *args):
-        """What a kill at each change of a call would leave of a folder; returns the copies."""
-        made = []
-
-        def copy():
-            made.append(copies / str(len(made)))
-            self.on_change = lambda: None
-            shutil.copytree(folder, made[-1]) if folder.exists() else None
-            self.on_change = copy
-
-        self.on_change = copy
-        function(*args)
-        self.on_change = lambda: None
-        return made
-
 
 @pytest.fixture
 def changes(monkeypatch):
@@ -142,32 +123,6 @@ def test_whenever_a_run_is_killed_its_newest_checkpoint_is_whole(rows, tmp_path,
         if not is_killed:
             break
     assert 15 < at < 99
-
-
-@pytest.mark.slow
-def test_whenever_training_is_killed_it_resumes_to_the_same_result(rows, tmp_path, changes, monkeypatch):
-    monkeypatch.setattr(figure, "plot_curves", lambda _, path, title: path.write_text("a plot"))
-    monkeypatch.setattr(gc, "collect", lambda *_: 0)
-    options = {"sft_epochs": 1, "epochs": 1, "batch_size": 32, "max_length": 16, "share_prefix": "never"}
-    options |= {"samples": 0, "exact_answers": 0}
-    whole = tmp_path / "whole"
-    copies = changes.copy_at_each(whole, tmp_path, train, make_config(rows, whole, **options))
-    metrics, names = read_metrics(whole), sorted(path.name for path in whole.iterdir())
-    weights = (whole / "model.safetensors").read_bytes()
-    statuses = []
-    for out in copies:
-        status = json.loads((out / "run.json").read_text())["status"] if (out / "run.json").exists() else None
-        if status == "training":
-            with pytest.raises(ValueError, match="has not finished"):
-                load_pretrained(str(out), None, 16)
-        statuses.append(status)
-        if status != "finished":
-            train(make_config(rows, out, **options))
-            assert read_metrics(out) == metrics
-            assert (out / "model.safetensors").read_bytes() == weights
-            assert sorted(path.name for path in out.iterdir() if path.name != "metrics.1.jsonl") == names
-    load_pretrained(str(copies[-1]), None, 16)
-    assert len(copies) > 30 and set(statuses) == {None, "training", "trained", "finished"}
 
 
 class Planted:

@@ -15,11 +15,13 @@ from safetensors import SafetensorError
 
 from dpo_wrapper import cli
 from dpo_wrapper.pretrained import PRESETS, load_pretrained
-from dpo_wrapper.training import checkpoint, stages
+from dpo_wrapper.training import checkpoint, command_line, setup, stages
+from dpo_wrapper.training import train as train_module
 from dpo_wrapper.training.monitoring.monitor import MeasuredProgress
 from dpo_wrapper.training.stopping import StoppedBySignal, StopRequest, TrainingError
 from dpo_wrapper.training.train import train
 from dpo_wrapper.training.trainer import Trainer
+from helpers.forked_scripts import call_in_fork
 from helpers.runs import SMALL_DECODER, make_config, read_metrics
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
@@ -105,6 +107,44 @@ def test_a_second_signal_acts_at_once(capfd):
         assert request.number is None
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.slow
+def test_sigterm_outside_of_the_steps(rows, tmp_path, monkeypatch):
+    """In processes of their own, which say in one line what the same command does."""
+    sentences = {
+        (setup, "tokenize_splits"): "interrupted before anything was done.",
+        (setup, "load_stage_policy"): "interrupted before anything was done.",
+        (train_module, "create_stage"): "the same command begins it again, for it has no checkpoint, in {}.",
+        (train_module, "save_stage"): "the same command continues it in {}.",
+        (train_module, "precompute_ref_log_probs"): "the same command continues it in {}.",
+        (train_module, "report_results"): "the same command continues it in {}.",
+    }
+    options = {"epochs": 1, "batch_size": 32, "max_length": 16, "share_prefix": "never", "exact_answers": 0}
+    options |= {"samples": 0, "save_steps": 1, "precompute_ref_log_probs": True}
+
+    def run(out, owner, name):
+        config = make_config(rows, out, **options)
+        kill = after_calls(getattr(owner, name), 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with monkeypatch.context() as patch:
+            patch.setattr(command_line, "parse_arguments", lambda _: (config, False))
+            patch.setattr(owner, name, kill)
+            status = call_in_fork(lambda: cli.main(["train"]), tmp_path / "printed")
+        return status, (tmp_path / "printed").read_text()
+
+    def read_weights(out):
+        return (out / "model.safetensors").read_bytes()
+
+    train(make_config(rows, tmp_path / "whole", **options))  # here: what it imports no fork has to import
+    for (owner, name), sentence in sentences.items():
+        out = tmp_path / name
+        status, printed = run(out, owner, name)
+        lines = printed.split("dpo-wrapper: ")
+        assert status == 128 + signal.SIGTERM and len(lines) == 2, (name, printed)
+        assert lines[1].endswith(sentence.format(out) + "\n") and lines[1].count("\n") == 1
+        train(make_config(rows, out, **options))
+        assert read_weights(out) == read_weights(tmp_path / "whole"), name
+        assert read_metrics(out) == read_metrics(tmp_path / "whole"), name
 
 
 def run_command(capsys, *args):
