@@ -188,6 +188,7 @@ def test_sigterm(command, tmp_path):
         goes_on = "continues it" if has_checkpoint else "begins it again, for it has no checkpoint,"
         assert status == 128 + signal.SIGTERM and sentences[0] in (unstarted, stopped.format(goes_on))
         assert len(sentences) == 1
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as the next process has it
 
     def kill(_):
         os.kill(os.getpid(), signal.SIGTERM)
