@@ -172,11 +172,8 @@ class DPO(ReferenceOwner):
     @torch.no_grad()
     def kl_sums(self, batch: UnpairedBatch) -> Float[Tensor, "2"]:
         """What a batch adds to its step's KL estimate: the sum of log-ratios in nats, and their number."""
-        with self.lower_layers.recording() as record:
-            reference = self.reference(batch.kl_sequences)
-        with self.policy_mode(), self.lower_layers.replaying(record, batch.kl_sequences):
-            ratios = self.policy(batch.kl_sequences).sums
-        ratios = ratios if reference is None else ratios - reference.sums
+        policy, reference = self.score_sequences(batch.kl_sequences)
+        ratios = policy.sums if reference is None else policy.sums - reference.sums
         is_counted = batch.kl_sequences.length > 0
         return torch.stack([ratios.where(is_counted, 0.0).sum(), is_counted.sum().to(ratios.dtype)])
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from helpers.curves import unrendered_curves
-from helpers.runs import BUNDLED
+from helpers.runs import BUNDLED, QUICK, SMALL_DECODER, make_config
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -77,3 +77,37 @@ def rows(tmp_path_factory):
     lines = BUNDLED.read_text(encoding="utf-8").splitlines()[:26]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    """A tiny Llama in a folder."""
+    pytest.importorskip("transformers")
+    from helpers.lora_runs import save_llama
+
+    return save_llama(tmp_path_factory.mktemp("llama") / "base")
+
+
+@pytest.fixture(scope="session")
+def lora_run(rows, tmp_path_factory, llama):
+    """A run that has trained an adapter of the Llama."""
+    pytest.importorskip("peft")
+    from dpo_wrapper.training.train import train
+    from helpers.lora_runs import make_lora_config
+
+    out = tmp_path_factory.mktemp("runs") / "lora"
+    train(make_lora_config(rows, out, llama, **QUICK))
+    return out
+
+
+@pytest.fixture(scope="session")
+def staged_run(rows, tmp_path_factory):
+    """A new decoder after supervised training and preference training."""
+    from dpo_wrapper.pretrained import PRESETS
+    from dpo_wrapper.training.train import train
+
+    out = tmp_path_factory.mktemp("runs") / "staged"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "tiny", SMALL_DECODER)
+        train(make_config(rows, out, **QUICK, loss="simpo", learning_rate=1e-2))
+    return out

@@ -9,6 +9,9 @@ import pytest
 import torch
 
 import dpo_wrapper
+from dpo_wrapper.commands.chat.config import ChatConfig
+from dpo_wrapper.commands.evaluate.config import EvaluateConfig
+from dpo_wrapper.commands.pairs.config import PairsConfig
 from dpo_wrapper.data.prepare.config import PrepareConfig
 from dpo_wrapper.losses import PairLogProbs
 from dpo_wrapper.losses.registry import builtin_losses, losses_table
@@ -107,10 +110,12 @@ def test_files_that_are_named_exist(page):
 
 OPTIONS = {
     flag(name)
-    for options in (TrainConfig, PrepareConfig, TrainArguments)
-    for name in options.__dataclass_fields__
+    for options in (TrainConfig, PrepareConfig, EvaluateConfig, PairsConfig, TrainArguments)
+    for name, field in options.__dataclass_fields__.items()
+    if field.init
     if options is not TrainArguments or name not in GROUPS
 }
+CHAT_OPTIONS = {flag(name) for name in ChatConfig.__dataclass_fields__ if name != "model"}
 
 
 def find_flags(page: str) -> set[str]:
@@ -120,12 +125,14 @@ def find_flags(page: str) -> set[str]:
 @pytest.mark.parametrize("page", ["README.md", *(page for page in PAGES if page.startswith("docs/"))])
 def test_options_that_are_named_exist(page):
     aliases = {f"--{alias}" for alias in ALIASES}
-    assert find_flags(page) <= OPTIONS | aliases | {"--help", "--version"}
+    assert find_flags(page) <= OPTIONS | CHAT_OPTIONS | aliases | {"--help", "--version"}
 
 
 def test_options_that_exist_are_named():
-    named = find_flags("docs/training.md") | find_flags("docs/data.md")
+    pages = ("training", "data", "evaluation", "pairs")
+    named = set().union(*(find_flags(f"docs/{page}.md") for page in pages))
     assert named >= OPTIONS
+    assert find_flags("docs/chat.md") == CHAT_OPTIONS
 
 
 @pytest.mark.parametrize("name", sorted(dpo_wrapper.__all__))

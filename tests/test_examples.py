@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dpo_wrapper.data import read_examples, split_examples
+from dpo_wrapper.evaluation import reward
 from dpo_wrapper.pretrained import PRESETS, load_pretrained
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.setup import set_up_training
@@ -19,9 +20,13 @@ from dpo_wrapper.training.train import train
 from helpers.curves import rendered_curves
 from helpers.examples import EXAMPLES, load_example
 from helpers.marks import mark_slow_except
-from helpers.runs import SMALL_DECODER, read_metrics, run_in_two_processes
+from helpers.runs import QUICK, SMALL_DECODER, read_metrics, run_in_two_processes
 
-NAMES = sorted(path.relative_to(EXAMPLES).with_suffix("").as_posix() for path in EXAMPLES.rglob("*.py"))
+NAMES = sorted(
+    path.relative_to(EXAMPLES).with_suffix("").as_posix()
+    for path in EXAMPLES.rglob("*.py")
+    if "__main__" in path.read_text(encoding="utf-8")
+)
 
 
 @pytest.mark.parametrize("name", mark_slow_except({"custom_loop"}, NAMES))
@@ -108,6 +113,19 @@ def test_lightning(tmp_path, small_decoder):
 def test_the_name_of_the_example_with_lightning_hides_no_library():
     pytest.importorskip("pytorch_lightning")
     subprocess.run([sys.executable, str(EXAMPLES / "lightning.py"), "--help"], check=True)
+
+
+@pytest.mark.slow
+def test_best_of_n_ranks_answers_by_their_rewards(tmp_path, small_decoder, rows, capsys):
+    options = QUICK | {"max_steps": 2, "max_length": 96, "sft_epochs": 1, "cpu": True}
+    train(TrainConfig(data=rows, out=tmp_path / "run", **options))
+    run, prompt = str(tmp_path / "run"), "Repeat wolf leaf."
+    answers = load_example("best_of_n").main(run, prompt, n=4, max_new_tokens=5)
+    lines = capsys.readouterr().out.splitlines()[-len(answers) :]
+    rewards = [float(line.split()[0]) for line in lines]
+    assert len(answers) > 1 and rewards == sorted(rewards, reverse=True)
+    expected = reward(run, None, prompt, answers)
+    assert rewards == pytest.approx(expected, abs=1e-3)
 
 
 def read_bundled(name):

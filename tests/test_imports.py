@@ -12,18 +12,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "dpo_wrapper"
 
-LEAVES = "tensor_dataclass tensor_files error_text hub cpu_matmul version"
+LEAVES = "tensor_dataclass libraries cpu_matmul display version"
 """These import nothing of ours but one another, and every other part may import them."""
 
 CORE = "losses log_probs prefix_tree models batches scoring reference metrics"
 
 ALLOWED = {
     "tensor_dataclass": "",
-    "tensor_files": "",
-    "error_text": "",
-    "hub": "",
+    "libraries": "",
     "cpu_matmul": "",
     "version": "",
+    "display": "",
     "validation": "",
     # 1. these import nothing of each other
     "losses": "",
@@ -42,9 +41,10 @@ ALLOWED = {
     "pretrained": "validation models data.tokens.tokenizers",
     # 5. commands
     "training": f"validation {CORE} dpo data pretrained evaluation",
-    "evaluation": "dpo data metrics models.eval_mode",
+    "evaluation": "dpo data metrics models.eval_mode batches losses pretrained reference scoring.rounding",
+    "commands": f"validation {CORE} dpo data pretrained training evaluation",
     "export": "pretrained",
-    "cli": "data.prepare data.prepared data.preview training evaluation export",
+    "cli": "data.prepare data.prepared data.preview training commands export",
     "__main__": "cli",
     "__init__": f"{CORE} dpo data",
 }
@@ -54,7 +54,7 @@ ONLY_HERE = {"data": ("batches", "data/collate.py")}
 """Of `data`, one file alone imports batches."""
 
 OPTIONAL = "transformers peft accelerate datasets pyarrow safetensors tokenizers matplotlib tqdm tyro triton"
-MAY_NEED_OPTIONAL = ("training/", "cli.py", "log_probs/triton_tile.py")
+MAY_NEED_OPTIONAL = ("training/", "commands/", "cli.py", "log_probs/triton_tile.py")
 """Files that may import an optional library at the top: they themselves are imported inside functions."""
 
 

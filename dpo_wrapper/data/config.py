@@ -10,6 +10,12 @@ from dpo_wrapper.data.examples import DATASET_TYPES, DatasetType, Fields
 from dpo_wrapper.data.tokens.encoded import Score
 from dpo_wrapper.data.tokens.options import OnLong, TokenizeOptions
 
+
+def flag(field_name: str) -> str:
+    """The command line's flag for an option."""
+    return f"--{field_name.replace('_', '-')}"
+
+
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "kind": (None, *DATASET_TYPES),
     "on_bad_row": ("error", "skip"),
@@ -32,8 +38,8 @@ class DataConfig:
     columns: tuple[str, ...] = ()
     """Names of columns that differ from the usual ones, like prompt=question chosen=best. Names with dots
     reach into nested objects. Known: prompt, chosen, rejected, completions, completion, label, split, weight,
-    margin, system, tools, text, loss_masking_spans. An empty name, as in margin=, ignores the column; prompt=
-    says that texts have no prompt."""
+    margin, system, tools, text, loss_masking_spans, subset. An empty name, as in margin=, ignores the column;
+    prompt= says that texts have no prompt."""
     split: str | None = None
     """The split to read of data sets that have several; by default all. Splits called test, val or the like
     are evaluated on."""
@@ -78,13 +84,13 @@ class DataConfig:
             value = getattr(self, name)
             if value not in choices:
                 known = ", ".join(str(choice) for choice in choices if choice is not None)
-                problem = f"--{name.replace('_', '-')} should be one of {known}, but it is {value!r}"
+                problem = f"{flag(name)} should be one of {known}, but it is {value!r}"
                 raise ValueError(f"{problem}: choose one of them.")
         try:
             TokenizeOptions(**self.tokenize_options)
         except ValueError as error:
             name, _, rest = str(error).partition(" ")
-            raise ValueError(f"--{name.replace('_', '-')} {rest}") from error
+            raise ValueError(f"{flag(name)} {rest}") from error
 
     @property
     def fields(self) -> Fields:

@@ -51,6 +51,7 @@ class Fields:
     tools: str = "tools"
     text: str = "text"
     loss_masking_spans: str = "loss_masking_spans"
+    subset: str = "subset"
 
     def __post_init__(self) -> None:
         given = {key: name for key, name in vars(self).items() if name is not None and name != ""}
@@ -108,6 +109,7 @@ class Example:
         loss_masking_spans: ranges [start, end) of the completion's characters that are not scored.
         is_document: whether the only completion is a text to continue from its beginning, without a prompt.
         form: the name of the form that the row had.
+        subset: the part of a benchmark that the row belongs to; None if the data does not say.
     """
 
     prompt: str | Turns
@@ -122,6 +124,7 @@ class Example:
     loss_masking_spans: tuple[tuple[int, int], ...] = ()
     is_document: bool = False
     form: str = field(default="", compare=False)
+    subset: str | None = field(default=None, compare=False)
 
     @property
     def dataset_type(self) -> DatasetType:

@@ -6,7 +6,7 @@ from typing import Any
 from dpo_wrapper.data.errors import ExampleError
 from dpo_wrapper.data.files import Source, import_pyarrow, open_packed
 from dpo_wrapper.data.json_records import Record, decode
-from dpo_wrapper.error_text import summarize_error
+from dpo_wrapper.libraries.error_text import summarize_error
 
 IsNeeded = Callable[[str], bool]
 """Whether a column is read; others may hold what Python has no value for, such as far dates."""

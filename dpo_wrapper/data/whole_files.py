@@ -1,8 +1,9 @@
-"""Files that are written completely or not at all, and hashes of their contents."""
+"""Files that are written completely or not at all, or by one process alone, and hashes of their contents."""
 
 import hashlib
 import os
 from pathlib import Path
+from typing import IO
 
 
 def write_whole(file: Path, content: str | bytes) -> None:
@@ -20,6 +21,25 @@ def flush_to_disk(file: Path) -> None:
     """Wait until the disk holds what has been written to a file."""
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
+
+
+def try_lock(stream: IO[bytes]) -> bool:
+    """Lock an open file for this process, until it is closed; False if another process has the lock.
+
+    The lock ends with the process, however that ends. Processes that are started do not inherit it. True as
+    well where the system or the file system has no such locks.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
 
 
 def hash_file(file: Path) -> str:

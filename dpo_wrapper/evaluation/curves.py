@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_wrapper.data.whole_files import write_whole
+from dpo_wrapper.display import format_figure
 from dpo_wrapper.evaluation.report import Record, select_records
 
 NUM_SMOOTHED = 25
@@ -40,30 +41,33 @@ class Panel:
     has_learning_rate: bool = False
 
 
-LOSS = Series("loss", "loss", "C0")
+BLUE, GREEN, RED, GREY = "#3b82c4", "#2ca02c", "#dd4b4b", "0.5"
+"""Colours that read on white and on near black; grey is beside the curves."""
+
+LOSS = Series("loss", "loss", BLUE)
 
 PREFERENCE_PANELS = (
-    Panel("reward accuracy", "fraction", (Series("accuracy", "rewards/accuracies", "C0"),), level=0.5),
+    Panel("reward accuracy", "fraction", (Series("accuracy", "rewards/accuracies", BLUE),), level=0.5),
     Panel(
-        "reward margin", "chosen − rejected, nats", (Series("margin", "rewards/margins", "C0"),), level=0.0
+        "reward margin", "chosen − rejected, nats", (Series("margin", "rewards/margins", BLUE),), level=0.0
     ),
     Panel(
         "rewards",
         "nats, as the loss scales them",
-        (Series("chosen", "rewards/chosen", "C2"), Series("rejected", "rewards/rejected", "C3")),
+        (Series("chosen", "rewards/chosen", GREEN), Series("rejected", "rewards/rejected", RED)),
         level=0.0,
     ),
     Panel(
         "log-prob of chosen",
         "nats per completion",
-        (Series("policy", "logps/chosen", "C2"), Series("reference", "logps/ref_chosen", "0.35", True)),
+        (Series("policy", "logps/chosen", GREEN), Series("reference", "logps/ref_chosen", GREY, True)),
     ),
     Panel(
         "log-prob of rejected",
         "nats per completion",
-        (Series("policy", "logps/rejected", "C3"), Series("reference", "logps/ref_rejected", "0.35", True)),
+        (Series("policy", "logps/rejected", RED), Series("reference", "logps/ref_rejected", GREY, True)),
     ),
-    Panel("gradient norm", "before clipping", (Series("norm", "grad_norm", "C0"),)),
+    Panel("gradient norm", "before clipping", (Series("norm", "grad_norm", BLUE),)),
 )
 
 STAGE_TITLES = {"pretrain": "pretraining", "sft": "supervised training", "dpo": "preference training"}
@@ -97,6 +101,37 @@ def plot_curves(records: Sequence[Record], path: Path, title: str = "") -> None:
     write_whole(path, picture.getvalue())
 
 
+def format_curves(records: Sequence[Record]) -> list[str]:
+    """The panels of `plot_curves`, each as a figure of a page."""
+    return [
+        format_panel(f"curve{number}", panel, of_stage)
+        for number, (panel, of_stage) in enumerate(list_panels(records))
+    ]
+
+
+def format_panel(name: str, panel: Panel, records: Sequence[Record]) -> str:
+    """A panel of a stage with its records, as a figure of a page; `name` as in `format_figure`."""
+    changes = describe_changes(panel, records)
+    stage = STAGE_TITLES[records[0]["stage"]]
+    return format_figure(
+        name,
+        lambda figure: draw_panel(figure.subplots(), panel, records),
+        label=f"Curve over the steps of {stage}: {panel.title}, {panel.unit}. {changes}",
+        caption=changes,
+        size=(4.7, 3.1),
+    )
+
+
+def describe_changes(panel: Panel, records: Sequence[Record]) -> str:
+    """The first and the last value of each curve, from evaluations if there are any."""
+    changes = []
+    for series in panel.series:
+        curves = [extract_curve(select_records(records, part), series.metric)[1] for part in ("eval", "step")]
+        if values := next(filter(None, curves), None):
+            changes.append(f"{series.label} from {values[0]:,.4g} to {values[-1]:,.4g}")
+    return f"{'; '.join(changes)}." if changes else ""
+
+
 def list_panels(records: Sequence[Record]) -> list[tuple[Panel, list[Record]]]:
     """The panels of each stage, with its records."""
     panels: list[tuple[Panel, list[Record]]] = []
@@ -114,7 +149,7 @@ def draw_panel(axes: Any, panel: Panel, records: Sequence[Record]) -> None:
     """Smoothed values of the steps as a line, all values faintly behind it, and evaluations as dots."""
     steps_done, evaluations = select_records(records, "step"), select_records(records, "eval")
     if panel.level is not None:
-        axes.axhline(panel.level, color="0.6", lw=0.8)
+        axes.axhline(panel.level, color=GREY, lw=0.8)
     handles = []
     for series in panel.series:
         steps, values = extract_curve(steps_done, series.metric)
@@ -123,9 +158,9 @@ def draw_panel(axes: Any, panel: Panel, records: Sequence[Record]) -> None:
         if window > 1:
             axes.plot(steps, values, color=series.color, alpha=0.18, lw=0.8)
         (line,) = axes.plot(
-            steps, smooth(values, window), style, color=series.color, alpha=0.8, lw=1.5, label=series.label
+            steps, smooth(values, window), style, color=series.color, alpha=0.9, lw=1.5, label=series.label
         )
-        marks = {"mfc": "white"} if series.is_dashed else {}
+        marks = {"mfc": "none"} if series.is_dashed else {}
         evaluated, dots = extract_curve(evaluations, series.metric)
         axes.plot(evaluated, dots, "o", color=series.color, ms=5, **marks)
         if values or dots:
@@ -134,6 +169,7 @@ def draw_panel(axes: Any, panel: Panel, records: Sequence[Record]) -> None:
     axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     axes.set_title(panel.title, loc="left", fontsize=10.5, fontweight="bold")
     axes.grid(alpha=0.25)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     if panel.unit == "fraction":
         axes.set_ylim(-0.03, 1.03)
     if panel.has_learning_rate:
@@ -160,11 +196,11 @@ def draw_learning_rate(axes: Any, records: Sequence[Record]) -> list[Any]:
     if not steps:
         return []
     right = axes.twinx()
-    lines = right.plot(steps, rates, ":", color="0.45", lw=1.3, label="learning rate")
+    lines = right.plot(steps, rates, ":", color=GREY, lw=1.3, label="learning rate")
     right.set_ylim(bottom=0)
     right.locator_params(axis="y", nbins=5)
     right.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    right.tick_params(axis="y", colors="0.45", labelsize=8)
+    right.tick_params(axis="y", labelsize=8)
     right.set_zorder(axes.get_zorder() - 1)
     axes.patch.set_visible(False)
     return lines

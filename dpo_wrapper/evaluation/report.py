@@ -13,6 +13,7 @@ TABLE_ROWS = (
     ("  standard error", "accuracy/standard_error", "{:.1%}"),
     ("reward margin", "rewards/margins", "{:.3f}"),
     ("exact answers", "exact_answers", "{:.1%}"),
+    ("  standard error", "exact_answers/standard_error", "{:.1%}"),
     ("loss", "loss", "{:.4f}"),
     ("log-prob of chosen", "logps/chosen", "{:.2f}"),
     ("log-prob of rejected", "logps/rejected", "{:.2f}"),
@@ -28,20 +29,33 @@ def select_records(records: Sequence[Record], part: str) -> list[Record]:
     return [record for record in records if record["part"] == part]
 
 
-def format_before_and_after(records: Sequence[Record]) -> str:
-    """A table of the eval and train metrics before and after a stage of training, from its records."""
-    records = [record | estimate_standard_error(record) for record in records]
+def list_before_and_after(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Eval and train metrics before and after a stage of training, from its records.
+
+    Returns headings of the columns, and rows with a label and a value for each of them.
+    """
+    records = [record | estimate_standard_errors(record) for record in records]
     columns: list[tuple[str, Record]] = []
     for part in ("eval", "train"):
         if selected := select_records(records, part):
             columns += [(f"{part} before", selected[0]), ("after", selected[-1])]
-    rows = [["", *(heading for heading, _ in columns)]]
+    rows = []
     for label, metric, template in TABLE_ROWS:
         if any(metric in record for _, record in columns):
             values = [record.get(metric) for _, record in columns]
-            rows.append(
-                [label, *("-" if value is None else format_metric(template, value) for value in values)]
-            )
+            cells = ["-" if value is None else format_metric(template, value) for value in values]
+            rows.append([label, *cells])
+    return [heading for heading, _ in columns], rows
+
+
+def format_before_and_after(records: Sequence[Record]) -> str:
+    """The table of `list_before_and_after` as text."""
+    headings, rows = list_before_and_after(records)
+    return align_columns([["", *headings], *rows])
+
+
+def align_columns(rows: Sequence[Sequence[str]]) -> str:
+    """A table with a line below its first row: the first column to the left, all others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for label, *cells in rows:
@@ -51,10 +65,18 @@ def format_before_and_after(records: Sequence[Record]) -> str:
     return "\n".join(lines)
 
 
-def estimate_standard_error(record: Record) -> Record:
-    """The standard error of the reward accuracy as that of a share of independent pairs (lists, rows)."""
-    accuracy = record.get("rewards/accuracies")
-    count = next((record[name] for name in VALID_COUNTS if record.get(name)), None)
-    if accuracy is None or count is None:
-        return {}
-    return {"accuracy/standard_error": math.sqrt(accuracy * (1 - accuracy) / count)}
+def estimate_standard_errors(record: Record) -> Record:
+    """The standard errors of shares as those of independent pairs (lists, rows), and of prompts.
+
+    Where all or none are right, it would be 0, and says nothing: then there is none.
+    """
+    num_examples = next((record[name] for name in VALID_COUNTS if record.get(name)), None)
+    shares = {
+        "accuracy": (record.get("rewards/accuracies"), num_examples),
+        "exact_answers": (record.get("exact_answers"), record.get("exact_answers/prompts")),
+    }
+    return {
+        f"{name}/standard_error": math.sqrt(share * (1 - share) / count)
+        for name, (share, count) in shares.items()
+        if share is not None and 0 < share < 1 and count
+    }

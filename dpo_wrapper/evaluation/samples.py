@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from dpo_wrapper.data import TokenizedExample, Tokenizer
+from dpo_wrapper.display.terminal import replace_controls
 from dpo_wrapper.evaluation.generate import generate, list_end_ids
 
 MAX_COMPLETION_TOKENS = 120
@@ -89,7 +90,7 @@ def format_samples(records: Sequence[Mapping[str, Any]], max_chars: int = 300) -
 
 def shorten(text: str, max_chars: int = 300, *, keep_end: bool = False) -> str:
     """The text on one line, without what a terminal would obey; of a long text the beginning, or the end."""
-    line = "".join(char if char.isprintable() else "\ufffd" for char in " ".join(text.split()))
+    line = replace_controls(" ".join(text.split()))
     if len(line) <= max_chars:
         return line
     return f"…{line[-max_chars:]}" if keep_end else f"{line[:max_chars]}…"

@@ -44,6 +44,12 @@ class AdapterOrigin:
         """The name that PEFT notes as the base: of the adapter that was merged last, or else of the base."""
         return self.merged[-1] if self.merged else self.base
 
+    @property
+    def base_in_words(self) -> str:
+        """The base with what is merged into it."""
+        merged = "".join(f", {folder} merged into it" for folder in self.merged)
+        return f"the base model ({self.base}{merged})"
+
 
 def import_peft() -> Any:
     """The library; ImportError with what to install if it is missing."""

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from dpo_wrapper.data.tokens.tokenizers import load_tokenizer
-from dpo_wrapper.error_text import summarize_error
-from dpo_wrapper.hub import NotOnHubError, find_on_hub
+from dpo_wrapper.libraries.error_text import summarize_error
+from dpo_wrapper.libraries.hub import NotOnHubError, find_on_hub
 from dpo_wrapper.pretrained.decoder import PRESETS
 from dpo_wrapper.pretrained.model import PretrainedModel
 

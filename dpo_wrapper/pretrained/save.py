@@ -5,10 +5,10 @@ from pathlib import Path
 
 from torch import nn
 
+from dpo_wrapper.libraries.tensor_files import apply_umask
 from dpo_wrapper.pretrained.adapter import save_adapter
 from dpo_wrapper.pretrained.model import CONFIG_FILE, WEIGHTS_FILE, PretrainedModel
 from dpo_wrapper.pretrained.rescaling import undo_rescaling
-from dpo_wrapper.tensor_files import apply_umask
 
 
 def save_pretrained(pretrained: PretrainedModel, model: nn.Module, folder: Path) -> None:

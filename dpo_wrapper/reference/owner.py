@@ -1,12 +1,13 @@
 """The side of `DPO` that keeps policy and reference together: moves, copies, replacements."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dpo_wrapper.batches.sequences import ScoredSequences, SequenceLogProbs
 from dpo_wrapper.models.adapters import is_merged
 from dpo_wrapper.models.eval_mode import eval_mode
 from dpo_wrapper.reference.build import build_reference, follow_policy
@@ -87,6 +88,24 @@ class ReferenceOwner(nn.Module):
     def policy_mode(self) -> AbstractContextManager[None]:
         """The context in which the policy is computed: without dropout, unless that should stay on."""
         return eval_mode(self.policy_model) if self.disable_dropout else nullcontext()
+
+    @contextmanager
+    def reference_model(self) -> Iterator[nn.Module | None]:
+        """The context in which a language model is the reference; None where there is no model of it."""
+        if not isinstance(self.reference, ModelReference):
+            yield None
+            return
+        with self.reference.frozen():
+            yield self.reference.model
+
+    @torch.no_grad()
+    def score_sequences(self, sequences: ScoredSequences) -> tuple[SequenceLogProbs, SequenceLogProbs | None]:
+        """The log-probs of sequences under policy and reference, without gradients; None without one."""
+        with self.lower_layers.recording() as record:
+            reference = self.reference(sequences)
+        with self.policy_mode(), self.lower_layers.replaying(record, sequences):
+            policy = self.policy(sequences)
+        return policy, reference
 
     def sync_reference(self, alpha: float = 0.6) -> None:
         """Move the reference towards the policy: `ref <- alpha * policy + (1 - alpha) * ref` (TR-DPO).

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from dpo_wrapper.batches.sequences import ScoredSequences
+from dpo_wrapper.libraries.tensor_files import apply_umask
 from dpo_wrapper.models.batch_dependence import max_independent_length
 from dpo_wrapper.reference.cache import LogProbCache
 from dpo_wrapper.reference.reference import CachedReference, FrozenModel, ModelReference, Reference
 from dpo_wrapper.reference.sharding import gather_tensor
 from dpo_wrapper.scoring.scorer import Scorer
-from dpo_wrapper.tensor_files import apply_umask
 from dpo_wrapper.validation import describe_type
 from dpo_wrapper.version import __version__
 

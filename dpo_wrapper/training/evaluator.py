@@ -112,7 +112,7 @@ class Evaluator:
         with measured as bar, self.accelerator.autocast():
             rate = call_gathered(self.module, lambda: answers.measure_rate(model, progress=bar.update))
         undo_rescaling(model)
-        return {"exact_answers": rate}
+        return {"exact_answers": rate, "exact_answers/prompts": len(answers.examples)}
 
     def are_samples_due(self, step: int) -> bool:
         """Whether this process should sample after a step."""

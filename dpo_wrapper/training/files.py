@@ -1,26 +1,13 @@
-"""Folders that can be written, and files that are written whole."""
+"""Files that are written whole, and folders of them."""
 
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dpo_wrapper.data.whole_files import flush_to_disk, write_whole
-from dpo_wrapper.training.write_errors import refuse_folder
-
-
-def check_writable(folder: Path) -> None:
-    """Raise ValueError if `folder` is no folder, or cannot be written or created. Nothing is left behind."""
-    try:
-        existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-        if not existing.is_dir():
-            raise ValueError(f"--out should be a folder, but {existing} is a file: name a new folder.")
-        tempfile.TemporaryFile(dir=existing).close()
-    except OSError as error:
-        raise refuse_folder(folder, error) from error
 
 
 def write_json(file: Path, content: Any, indent: int | None = None) -> None:

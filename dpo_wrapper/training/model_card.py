@@ -1,7 +1,6 @@
 """The model card of a run: README.md with metadata that the Hugging Face Hub reads."""
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,24 +8,15 @@ from dpo_wrapper.data.whole_files import write_whole
 from dpo_wrapper.evaluation.report import Record, format_before_and_after
 from dpo_wrapper.pretrained import PretrainedModel
 from dpo_wrapper.training.config import TrainConfig
+from dpo_wrapper.training.run_summary import (
+    describe_base,
+    format_loading,
+    hide_paths,
+    list_stages,
+    name_data,
+)
 from dpo_wrapper.training.setup import TrainSetup
 from dpo_wrapper.version import __version__
-
-LOAD_HUGGING_FACE = """from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")"""
-
-LOAD_ADAPTER = """from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
-
-model = AutoPeftModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")"""
-
-LOAD_DECODER = """from dpo_wrapper.pretrained import load_pretrained
-
-pretrained = load_pretrained("{name}", None, {max_length})
-model, tokenizer = pretrained.model, pretrained.tokenizer"""
 
 
 def write_model_card(setup: TrainSetup, records: Sequence[Record]) -> None:
@@ -39,9 +29,6 @@ def format_model_card(setup: TrainSetup, records: Sequence[Record]) -> str:
     config, plan, pretrained = setup.config, setup.stages[-1], setup.pretrained
     name, reference = setup.run.path.absolute().name, setup.run.record.reference or ""
     has_preferences = plan.name == "dpo"
-    load = LOAD_HUGGING_FACE if pretrained.adapter is None else LOAD_ADAPTER
-    if pretrained.decoder_args is not None:
-        load = LOAD_DECODER
     sections = [
         format_metadata(config, pretrained, has_preferences),
         f"# {name}",
@@ -50,8 +37,9 @@ def format_model_card(setup: TrainSetup, records: Sequence[Record]) -> str:
         *([f"Loss: `{config.loss}`; {hide_paths(reference)}"] if has_preferences else []),
         f"## Metrics of {plan.name}",
         "```\n" + format_before_and_after([one for one in records if one["stage"] == plan.name]) + "\n```",
+        f"`{setup.run.page_file.name}` has curves and samples.",
         "## Use",
-        f"```python\n{load.format(name=name, max_length=config.max_length)}\n```",
+        f"```python\n{format_loading(pretrained, name, config.max_length)}\n```",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -74,29 +62,10 @@ def format_metadata(config: TrainConfig, pretrained: PretrainedModel, has_prefer
     return "\n".join(["---", *lines, "---"])
 
 
-def describe_base(config: TrainConfig) -> str:
-    if config.is_new_model:
-        return f"A new decoder ({hide_paths(config.model)})"
-    return f"`{hide_paths(config.model)}`"
-
-
-def hide_paths(text: str) -> str:
-    """The text with names in place of the paths of this machine."""
-    for word in re.findall(r"[^\s(),;]+", text):
-        path = word.rstrip(".")
-        if "/" in path and Path(path).exists():
-            text = text.replace(path, Path(path).name)
-    return text
-
-
 def format_stages(setup: TrainSetup) -> list[str]:
     """A table of the stages, and the names of the data."""
-    rows = [
-        "| stage | trained on | evaluated on | steps | peak learning rate |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for plan in setup.stages:
-        counts = [f"{len(part):,} {plan.splits.unit}" for part in (plan.splits.train, plan.splits.eval)]
-        rows.append(f"| {plan.name} | {' | '.join(counts)} | {plan.num_steps:,} | {plan.learning_rate:.2g} |")
-    files = ", ".join(f"`{path.name if path.exists() else path}`" for path in setup.config.data)
-    return [f"Data: {files}; {setup.config.batch_size} examples a step.", "\n".join(rows)]
+    head, lines = list_stages(setup)
+    rows = [head, ["---"] * len(head), *lines]
+    files = ", ".join(f"`{name}`" for name in name_data(setup.config))
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return [f"Data: {files}; {setup.config.batch_size} examples a step.", table]

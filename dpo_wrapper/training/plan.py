@@ -4,10 +4,10 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from dpo_wrapper.display.terminal import hide_sharing_warnings
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.estimate import estimate_stage, format_estimate
 from dpo_wrapper.training.flags_in_errors import flags_in_errors
-from dpo_wrapper.training.monitoring.terminal import hide_sharing_warnings
 from dpo_wrapper.training.monitoring.trackers import Trackers
 from dpo_wrapper.training.processes import create_accelerator
 from dpo_wrapper.training.setup import set_up_training

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpo_wrapper.error_text import summarize_error
+from dpo_wrapper.libraries.error_text import summarize_error
 from dpo_wrapper.models import language_model
 from dpo_wrapper.pretrained import rescales_in_eval_mode
 from dpo_wrapper.scoring import Scorer

@@ -52,3 +52,16 @@ def sum_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
     if accelerator.num_processes == 1:  # sums are in float64, which an Apple GPU does not have
         return values
     return accelerator.reduce(values.to(accelerator.device), reduction="sum")
+
+
+def describe_machine(accelerator: Accelerator) -> str:
+    """What each process computes on, and how many there are."""
+    device, count = accelerator.device, accelerator.num_processes
+    if device.type == "cuda":
+        place = torch.cuda.get_device_name(device)
+    elif device.type == "cpu":
+        threads = torch.get_num_threads()
+        place = f"{threads} {'core' if threads == 1 else 'cores'} of the CPU"
+    else:
+        place = device.type
+    return place if count == 1 else f"{count} processes with {place} each"

@@ -18,7 +18,7 @@ def describe_reference(
     model = describe_model(pretrained, config, stage_before)
     if isinstance(reference, AdapterDisabled):
         assert pretrained.adapter is not None
-        return f"reference: {describe_base(pretrained.adapter)} with the adapter switched off."
+        return f"reference: {pretrained.adapter.base_in_words} with the adapter switched off."
     if isinstance(reference, CachedReference):
         return f"reference: {model}; its log-probs are computed before training, and no copy is kept."
     places = [f"in {config.reference_dtype}"] if config.reference_dtype else []
@@ -38,17 +38,12 @@ def describe_model(pretrained: PretrainedModel, config: TrainConfig, stage_befor
         return "the new model" if config.is_new_model else f"the model as it was loaded from {config.model}"
     if origin is None:
         return f"the model as it is after {stage_before}"
-    base = describe_base(origin)
+    base = origin.base_in_words
     if stage_before is not None:
         return f"{base} with the adapter as it is after {stage_before}"
     if origin.folder is not None:
         return f"{base} with the adapter as it was loaded from {origin.folder}"
     return f"{base} with the adapter as it begins, which changes nothing"
-
-
-def describe_base(origin: AdapterOrigin) -> str:
-    merged = "".join(f", {folder} merged into it" for folder in origin.merged)
-    return f"the base model ({origin.base}{merged})"
 
 
 def describe_merging(origin: AdapterOrigin, out: Path) -> str:

@@ -15,11 +15,11 @@ from typing import IO, Any
 from accelerate import Accelerator
 
 from dpo_wrapper.data.whole_files import flush_to_disk
+from dpo_wrapper.data.writable import check_writable
 from dpo_wrapper.pretrained import RUN_FILE
 from dpo_wrapper.training.checkpoint_folder import CheckpointFolder, Progress
 from dpo_wrapper.training.config import StageName, TrainConfig, flag
 from dpo_wrapper.training.files import (
-    check_writable,
     flush_folder,
     link_file,
     read_json_lines,
@@ -47,6 +47,7 @@ class RunFolder:
         self.log = MetricsLog(self.path / "metrics.jsonl")
         self.samples_file = self.path / "samples.jsonl"
         self.explanations_file = self.path / "explanations.jsonl"
+        self.page_file = self.path / "report.html"
         self.best_file = self.path / "best.safetensors"
         self.checkpoints = CheckpointFolder(self.path / "checkpoints", config.save_total_limit)
         self.record = RunRecord.from_config(config)
@@ -88,7 +89,7 @@ class RunFolder:
 
     def _read_run(self) -> None:
         record = RunRecord.read(self.path)
-        if record.status == "finished":
+        if record.status == "finished" and self.page_file.exists():
             raise ValueError(
                 f"--out should be a new folder or that of an unfinished run, but the run in {self.path} is "
                 "finished: name a new folder."
@@ -190,6 +191,11 @@ class RunFolder:
     def note_reference(self, sentence: str) -> None:
         """Note what the reference is, in words."""
         self.record.reference = sentence
+        self.record.write(self.path)
+
+    def note_machine(self, words: str) -> None:
+        """Note what the run runs on."""
+        self.record.machine = words
         self.record.write(self.path)
 
     def read_samples(self) -> list[dict[str, Any]]:

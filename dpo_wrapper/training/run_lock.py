@@ -5,7 +5,8 @@ from typing import IO
 
 from accelerate.utils import get_int_from_env
 
-from dpo_wrapper.training.write_errors import refuse_folder
+from dpo_wrapper.data.whole_files import try_lock
+from dpo_wrapper.data.writable import refuse_folder
 
 LOCK_FILE = "run.lock"
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
@@ -21,31 +22,21 @@ def lock_run(folder: Path) -> IO[bytes] | None:
     """Lock a run folder for this process, until the file that is returned is closed.
 
     The lock ends with the process, however that ends. Worker processes do not inherit it, so that they do not
-    keep it for a process that was killed. None where the system has no such locks, and in all processes of a
-    run but the first.
+    keep it for a process that was killed. None in all processes of a run but the first.
 
     Raises:
         ValueError: another process has the lock, or the folder cannot be written.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
     if not is_first_process():
         return None
     try:
         file = (folder / LOCK_FILE).open("ab")
     except OSError as error:
         raise refuse_folder(folder, error) from error
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
+    if not try_lock(file):
         file.close()
         raise ValueError(
             f"--out should be a folder that no other run writes to, but one is writing to {folder} now: wait "
             "for its end, or name a new folder."
-        ) from error
-    except OSError:  # a file system without locks
-        file.close()
-        return None
+        )
     return file

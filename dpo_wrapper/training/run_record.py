@@ -33,6 +33,7 @@ class RunRecord:
         run_id: what trackers know the run by.
         today: the day on which the run began, which chat templates may print, in ISO's form.
         reference: what the reference is, in words; None until preference training begins.
+        machine: what it ran on last, in words.
         rows: a hash of the rows of each option that names data.
         checkpoint: name of the last checkpoint that was completed.
     """
@@ -42,6 +43,7 @@ class RunRecord:
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     today: str = field(default_factory=lambda: date.today().isoformat())
     reference: str | None = None
+    machine: str | None = None
     rows: dict[str, str] = field(default_factory=dict)
     checkpoint: str | None = None
 

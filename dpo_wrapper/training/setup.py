@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,9 @@ import torch
 from accelerate.utils import set_seed
 
 from dpo_wrapper.data import check_ranking
+from dpo_wrapper.data.example_table import ExampleTable
+from dpo_wrapper.data.input_data import InputData
+from dpo_wrapper.evaluation.model_limits import check_limits
 from dpo_wrapper.losses import CombinedLoss, parse_losses
 from dpo_wrapper.pretrained import PretrainedModel
 from dpo_wrapper.reference.build import parse_device
@@ -23,7 +25,7 @@ from dpo_wrapper.training.optimizer import create_optimizer, create_schedule, fi
 from dpo_wrapper.training.out_of_memory import advise_on_weights, explain_out_of_memory
 from dpo_wrapper.training.policy import resolve_dtype, set_up_policy
 from dpo_wrapper.training.processes import check_launcher
-from dpo_wrapper.training.read_data import Rows, RunData, count_shared_prompts, split_table
+from dpo_wrapper.training.read_data import Rows, count_shared_prompts, explain_all_cuts, split_table
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.sharding import find_fsdp_plugin
 from dpo_wrapper.training.stage_plan import StagePlan, choose_stages, plan_stages
@@ -56,8 +58,8 @@ def set_up_training(config: TrainConfig) -> TrainSetup:
     find_fsdp_plugin(config)
     run = RunFolder(config)
     run.check(config.resume)
-    data = RunData.open(config.data, config)
-    eval_data = None if config.eval_data is None else RunData.open(config.eval_data, config)
+    data = InputData.open(config.data, config)
+    eval_data = None if config.eval_data is None else InputData.open(config.eval_data, config)
     stages = choose_stages(config, data.dataset_types)
     today = data.today or date.fromisoformat(run.record.today)
     run.record.today = today.isoformat()
@@ -68,7 +70,8 @@ def set_up_training(config: TrainConfig) -> TrainSetup:
     train, eval, notes = tokenize_splits(data, eval_data, pretrained, config)
     run.check_rows(digest_splits(data, eval_data, train, eval))
     notes = policy_notes + notes
-    check_model(pretrained, [train, eval])
+    for table, _ in (train, eval):
+        check_limits(pretrained, table)
     if "dpo" in stages:
         dataset_type: Any = loss.dataset_type
         check_ranking(config.ranking, dataset_type, bool((train[0].num_completions() > 2).any()))
@@ -134,18 +137,19 @@ def check_options(config: TrainConfig, loss: CombinedLoss) -> None:
 
 
 def tokenize_splits(
-    data: RunData, eval_data: RunData | None, pretrained: PretrainedModel, config: TrainConfig
+    data: InputData, eval_data: InputData | None, pretrained: PretrainedModel, config: TrainConfig
 ) -> tuple[Rows, Rows, list[str]]:
     """The rows to train and to evaluate on, and sentences on what was left out or not used."""
-    table, notes = data.tokenize(pretrained.tokenizer, config)
+    table, notes = tokenize(data, pretrained, config)
     if not len(table):
         names = ", ".join(map(str, config.data))
         raise ValueError(
             f"--data should hold rows to train on, but {names} leaves none ({' '.join(notes)}): add rows."
         )
     if eval_data is None:
-        return *split_table(table, config.eval_fraction, config.seed), notes
-    eval_table, eval_notes = eval_data.tokenize(pretrained.tokenizer, config)
+        seed = config.seed if config.split_seed is None else config.split_seed
+        return *split_table(table, config.eval_fraction, seed), notes
+    eval_table, eval_notes = tokenize(eval_data, pretrained, config)
     is_test = table.column("split") == "test"
     if count := int(is_test.sum()):
         notes.append(f"{count:,} rows of --data that are marked as test are left out.")
@@ -153,7 +157,16 @@ def tokenize_splits(
     return (table, np.flatnonzero(~is_test)), (eval_table, np.arange(len(eval_table))), notes
 
 
-def digest_splits(data: RunData, eval_data: RunData | None, train: Rows, eval: Rows) -> dict[str, str]:
+def tokenize(
+    data: InputData, pretrained: PretrainedModel, config: TrainConfig
+) -> tuple[ExampleTable, list[str]]:
+    """The examples as a table, and sentences on what was left out, not used or cut."""
+    tokenized = data.tokenize(pretrained.tokenizer, config)
+    cuts = explain_all_cuts(tokenized, data.max_length or config.max_length)
+    return tokenized.table, tokenized.notes + cuts
+
+
+def digest_splits(data: InputData, eval_data: InputData | None, train: Rows, eval: Rows) -> dict[str, str]:
     """A hash of the rows of each option that names data."""
     if eval_data is None:
         return {"data": data.digest(*train, eval[1])}
@@ -185,29 +198,4 @@ def check_plans(
             raise ValueError(
                 f"{type(loss.first_loss).__name__} estimates a KL from completions of other prompts, but all "
                 "rows of a split have the same prompt: add rows, or evaluate on none (--eval-fraction 0)."
-            )
-
-
-def check_model(pretrained: PretrainedModel, parts: Sequence[Rows]) -> None:
-    """Raise ValueError if an example has a token or a position that the model does not know."""
-    num_ids, max_positions = pretrained.num_embeddings, pretrained.max_positions
-    for table, _ in parts:
-        if table.largest_id >= num_ids:
-            largest, example = next(
-                (largest, one)
-                for one in table
-                if (largest := max(chain(one.prompt, *one.completions))) >= num_ids
-            )
-            raise ValueError(
-                f"{example.source}: token ids should be below {num_ids}, the size of the model's vocabulary, "
-                f"but one is {largest}: use the model's own tokenizer, not {pretrained.tokenizer_name}."
-            )
-        lengths = table.lengths()
-        if (
-            max_positions is not None and len(table) and lengths.max() - 1 > max_positions
-        ):  # the last is no input
-            row = int(np.argmax(lengths - 1 > max_positions))
-            raise ValueError(
-                f"--max-length should be at most {max_positions + 1}, for the positions of the model end "
-                f"at {max_positions}, but {table[row].source} has {lengths[row]} tokens: lower it."
             )

@@ -5,8 +5,8 @@ update however a step is split.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,6 @@ from dpo_wrapper.log_probs import FusedLoss
 from dpo_wrapper.metrics import count_tokens
 from dpo_wrapper.models.eval_mode import eval_mode
 from dpo_wrapper.reference import LogProbCache
-from dpo_wrapper.reference.reference import ModelReference
 from dpo_wrapper.scoring import Scorer, SharePrefix
 from dpo_wrapper.training.config import StageName, TrainConfig
 from dpo_wrapper.training.micro_batches import CollateFn
@@ -95,10 +94,9 @@ class Stage(ABC):
         """The language model that is trained."""
         return self.scorer.language_model.model
 
-    @contextmanager
-    def reference_model(self) -> Iterator[nn.Module | None]:
+    def reference_model(self) -> AbstractContextManager[nn.Module | None]:
         """The context in which a language model is the reference; None where there is no model of it."""
-        yield None
+        return nullcontext()
 
 
 class SFTModule(nn.Module):
@@ -216,11 +214,5 @@ class DPOStage(Stage):
         with eval_mode(self.dpo.policy_model) if self.has_dropout else nullcontext():
             return evaluate(module, batches, reduce, progress)
 
-    @contextmanager
-    def reference_model(self) -> Iterator[nn.Module | None]:
-        reference = self.dpo.reference
-        if not isinstance(reference, ModelReference):
-            yield None
-            return
-        with reference.frozen():
-            yield reference.model
+    def reference_model(self) -> AbstractContextManager[nn.Module | None]:
+        return self.dpo.reference_model()

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dpo_wrapper.tensor_files import apply_umask
+from dpo_wrapper.libraries.tensor_files import apply_umask
 from dpo_wrapper.training.stopping import TrainingError
 
 

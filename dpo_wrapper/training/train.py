@@ -13,6 +13,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from dpo_wrapper.data import scored_sequences
+from dpo_wrapper.display.terminal import create_progress_bar, hide_sharing_warnings, print_line
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.evaluation.exact_answers import ExactAnswers
 from dpo_wrapper.evaluation.generate import list_end_ids
@@ -29,13 +30,13 @@ from dpo_wrapper.training.config import STAGES, TrainConfig
 from dpo_wrapper.training.flags_in_errors import flags_in_errors
 from dpo_wrapper.training.model_card import write_model_card
 from dpo_wrapper.training.monitoring.figure import Figure
-from dpo_wrapper.training.monitoring.terminal import create_progress_bar, hide_sharing_warnings, print_line
 from dpo_wrapper.training.monitoring.trackers import Trackers
 from dpo_wrapper.training.out_of_memory import advise_on_weights, explain_out_of_memory
 from dpo_wrapper.training.policy import compile_layers
-from dpo_wrapper.training.processes import create_accelerator
+from dpo_wrapper.training.processes import create_accelerator, describe_machine
 from dpo_wrapper.training.reference_words import describe_merging, describe_reference
 from dpo_wrapper.training.run_folder import RunFolder
+from dpo_wrapper.training.run_page import write_run_page
 from dpo_wrapper.training.setup import TrainSetup, load_stage_policy, set_up_training
 from dpo_wrapper.training.sharding import whole_weights
 from dpo_wrapper.training.stage_plan import Splits, StagePlan
@@ -93,6 +94,8 @@ def run_stages(setup: TrainSetup) -> None:
         accelerator.wait_for_everyone()
 
     if run.needs_training:
+        if accelerator.is_main_process:
+            run.note_machine(describe_machine(accelerator))
         with Trackers(config, run) as trackers:
             step_offset = 0
             for plan, following in zip_longest(setup.stages, setup.stages[1:]):
@@ -126,7 +129,7 @@ def save_policy(
 ) -> None:
     """Save the model as it is now, into a new folder whose files are in `path` afterwards."""
     model, is_writer = setup.pretrained.model, accelerator.is_main_process
-    bar = create_progress_bar(accelerator, "saving the model", leave=False)
+    bar = create_progress_bar("saving the model", is_main_process=is_writer, leave=False)
     with bar, whole_weights(model, is_needed=is_writer):
         if is_writer:
             print_line(f"saving the model in {path}")
@@ -242,7 +245,8 @@ def precompute_reference(setup: TrainSetup, splits: Splits, accelerator: Acceler
         sequences = scored_sequences(examples, config.micro_batch_tokens, is_padded=is_padded)
         total = sum(len(batch.length) for batch in sequences)
         accelerator.print(f"computing the reference's log-probs of {total:,} {name} sequences", flush=True)
-        bar = create_progress_bar(accelerator, f"reference, {name}", "sequence", total=total)
+        options = {"is_main_process": accelerator.is_main_process, "total": total}
+        bar = create_progress_bar(f"reference, {name}", "sequence", **options)
         folder = setup.run.path / "reference" / name
         with bar, accelerator.autocast():
             cached |= precompute_ref_log_probs(
@@ -252,15 +256,16 @@ def precompute_reference(setup: TrainSetup, splits: Splits, accelerator: Acceler
 
 
 def report_results(setup: TrainSetup) -> None:
-    """Plot the curves, write a model card, and print metrics before and after training, and samples."""
+    """Write the figure, the model card and the page; print metrics before and after training, and samples."""
     run, plan = setup.run, setup.stages[-1]
     records = run.log.read()
     Figure(run).draw()
     write_model_card(setup, records)
+    write_run_page(setup, records)
     of_stage = [record for record in records if record["stage"] == plan.name]
     print("\n" + format_before_and_after(of_stage))
     samples = run.read_samples()
     if samples:
         last = [one for one in samples if (one["stage"], one["step"]) == (plan.name, samples[-1]["step"])]
         print("\n" + format_samples(last))
-    print(f"\nThe model, its metrics and curves.png are in {run.path}")
+    print(f"\nThe model, its metrics and {run.page_file.name} are in {run.path}")

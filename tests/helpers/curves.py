@@ -1,6 +1,6 @@
-"""The figure of a run in tests: it is made in full, but rendered only where a test looks at the picture.
+"""The figures of a run in tests: they are rendered only where a test looks at the picture or the page.
 
-To render it takes as long as all the rest of a small run.
+To render them takes as long as all the rest of a small run.
 """
 
 from collections.abc import Iterator, Sequence
@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
-from dpo_wrapper.evaluation.curves import plot_curves
+from dpo_wrapper.evaluation.curves import format_curves, plot_curves
 from dpo_wrapper.evaluation.report import Record
+from dpo_wrapper.training import run_page
 from dpo_wrapper.training.monitoring import figure
 
 
@@ -22,13 +23,19 @@ def plot_unrendered(records: Sequence[Record], path: Path, title: str = "") -> N
 
 @contextmanager
 def unrendered_curves() -> Iterator[None]:
-    """Runs inside do not render their curves."""
-    with patch.object(figure, "plot_curves", plot_unrendered):
+    """Runs inside do not render their curves, and their pages have none."""
+    with (
+        patch.object(figure, "plot_curves", plot_unrendered),
+        patch.object(run_page, "format_curves", lambda records: []),
+    ):
         yield
 
 
 @contextmanager
 def rendered_curves() -> Iterator[None]:
     """Runs inside do, as those of users."""
-    with patch.object(figure, "plot_curves", plot_curves):
+    with (
+        patch.object(figure, "plot_curves", plot_curves),
+        patch.object(run_page, "format_curves", format_curves),
+    ):
         yield

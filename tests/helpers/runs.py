@@ -17,6 +17,8 @@ from helpers.forked_scripts import PATHS, ROOT, ForkedScript
 
 BUNDLED = ROOT / "examples" / "data" / "preferences.jsonl"
 SMALL_DECODER = {"dim": 32, "depth": 1, "heads": 1}
+QUICK = {"epochs": 1, "save_steps": 0, "sample_steps": 0, "samples": 0, "exact_answers": 0}
+"""Options of a run whose model is all that a test needs."""
 
 
 def make_config(data, out, **options):

@@ -3,10 +3,12 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from torch import nn
 
 from dpo_wrapper.pretrained import AdapterOrigin, PretrainedModel
-from dpo_wrapper.training.model_card import format_metadata, hide_paths
+from dpo_wrapper.training.model_card import format_metadata
+from dpo_wrapper.training.run_summary import hide_paths
 from helpers.datasets import write_rows
 from helpers.runs import make_config
 
@@ -20,6 +22,21 @@ def test_a_run_has_a_card(finished_run):
     assert "Loss: `sigmoid(beta=0.1) + 1.0*sft`; reference: a frozen copy of the model as" in card
     assert "reward accuracy" in card and 'load_pretrained("out", None, 128)' in card
     assert str(finished_run.parent) not in card, "a path of this machine"
+
+
+def test_the_hub_reads_the_metadata(tmp_path):
+    hub = pytest.importorskip("huggingface_hub")
+    config = make_config((Path("trl-lib/ultrafeedback"),), tmp_path / "out", model="a/b")
+    adapter = AdapterOrigin(base="a/b")
+    pretrained = PretrainedModel(nn.Module(), None, "bytes", None, adapter)
+    data = hub.ModelCard(format_metadata(config, pretrained, has_preferences=True)).data
+    assert data.to_dict() == {
+        "library_name": "peft",
+        "base_model": "a/b",
+        "pipeline_tag": "text-generation",
+        "datasets": ["trl-lib/ultrafeedback"],
+        "tags": ["dpo-wrapper", "dpo", "lora"],
+    }
 
 
 def test_the_hub_is_told_names_that_it_knows(tmp_path):

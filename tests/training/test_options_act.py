@@ -83,6 +83,7 @@ EFFECTS: list[tuple[str, Any, str, dict[str, Any]]] = [
     ("max_grad_norm", 1e-3, "weights", SGD),
     ("precision", "bf16", "log", {}),
     ("seed", 1, "setup", {}),
+    ("split_seed", 1, "setup", {"eval_fraction": 0.5}),
     ("logging_steps", 3, "lines", {"batch_size": 2}),
     ("eval_steps", 1, "log", {}),
     ("save_steps", 1, "lines", {}),

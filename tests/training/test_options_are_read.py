@@ -5,6 +5,7 @@ import re
 import sys
 from collections import defaultdict
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from accelerate import Accelerator
 
 import dpo_wrapper
 from dpo_wrapper import cli
+from dpo_wrapper.commands.chat.config import ChatConfig
+from dpo_wrapper.commands.evaluate.config import EvaluateConfig
+from dpo_wrapper.commands.pairs.config import PairsConfig
 from dpo_wrapper.data.prepare.config import PrepareConfig
 from dpo_wrapper.pretrained import PRESETS
 from dpo_wrapper.training import setup
@@ -24,7 +28,15 @@ from helpers.option_effects import BASE, FILES
 from helpers.runs import SMALL_DECODER
 
 PACKAGE = Path(dpo_wrapper.__file__).parent
-DEFINITIONS = ("training/options/", "training/config.py", "data/config.py", "data/prepare/config.py")
+DEFINITIONS = (
+    "training/options/",
+    "training/config.py",
+    "data/config.py",
+    "data/prepare/config.py",
+    "commands/evaluate/config.py",
+    "commands/pairs/config.py",
+    "commands/chat/config.py",
+)
 """Where options are defined and checked one by one: what reads them through a property there counts."""
 
 WORDS_ALONE = (
@@ -104,11 +116,38 @@ def test_every_option_of_training_is_read(folder, monkeypatch):
     assert [name for name in TrainConfig.__dataclass_fields__ if name not in readers] == []
 
 
-def test_every_option_of_prepare_is_read(folder):
-    recorded, readers = record_reads(PrepareConfig)
+FEW = {"max_new_tokens": 1, "cpu": True}
+
+COMMANDS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "prepare": (PrepareConfig, {"data": "pairs.jsonl", "out": "data", "workers": 1, "strict": True}),
+    "evaluate": (
+        EvaluateConfig,
+        FEW
+        | {"data": "pairs.jsonl", "out": "evaluation", "model": "llama", "reference": "none"}
+        | {"judge": "judge.py:judge", "num_samples": 1, "resamples": 100},
+    ),
+    "pairs": (
+        PairsConfig,
+        FEW
+        | {"data": "pairs.jsonl", "out": "made.jsonl", "model": "llama"}
+        | {"judge": "judge.py:judge", "num_samples": 2, "temperature": 2.0},
+    ),
+    "chat": (ChatConfig, FEW | {"model": "llama", "prompt": "a", "temperature": 1.0, "reference": True}
+        | {"reference_model": "llama"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_of_a_command_is_read(folder, monkeypatch, command):
+    config_class, options = COMMANDS[command]
+    recorded, readers = record_reads(config_class)
+    monkeypatch.chdir(folder)
+    Path("judge.py").write_text("def judge(prompt, completion): return len(completion)\n")
+    options = options | {name: Path(options[name]) for name in ("data", "out") if name in options}
+    monkeypatch.setattr(cli, "parse_options", lambda *_: recorded(**options))
     with suppress(SystemExit):  # the status of --strict
-        cli.prepare(recorded(data=folder / "pairs.jsonl", out=folder / "data", workers=1, strict=True))
-    assert [name for name in PrepareConfig.__dataclass_fields__ if name not in readers] == []
+        cli.main([command])
+    assert [field.name for field in fields(config_class) if field.init and field.name not in readers] == []
 
 
 def test_an_option_that_is_only_checked_is_not_read(folder):

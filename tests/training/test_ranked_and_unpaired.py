@@ -225,7 +225,7 @@ def row(**columns):
             ["--ranking", "best"],
             "but it is 'best' and no row has more than two completions: leave the ranking out",
         ),
-        ("kto", [row(chosen="a", rejected="b")], ["--ld-alpha", "0.5"], "ld_alpha compares the two sides"),
+        ("kto", [row(chosen="a", rejected="b")], ["--ld-alpha", "0.5"], "--ld-alpha compares the two sides"),
         ("kto", [row(chosen="a", rejected="b")], ["--wpo"], "wpo weights pairs, and KTO learns from other"),
         ("kto + sft", [row(chosen="a", rejected="b")], [], "KTO and SFT learn from different data"),
         ("plackettluce", [row(completions=["a", "a"])], [], "--data should hold rows to train on, but"),

@@ -6,7 +6,7 @@ import os
 import pytest
 from safetensors import SafetensorError
 
-from dpo_wrapper.training.files import check_writable
+from dpo_wrapper.data.writable import check_writable
 from dpo_wrapper.training.stopping import TrainingError
 from dpo_wrapper.training.write_errors import explain_write_errors
 

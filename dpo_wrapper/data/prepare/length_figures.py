@@ -1,28 +1,16 @@
-"""Histograms of lengths as SVG that a page holds in itself."""
+"""Histograms of lengths, as figures of a page."""
 
-import io
-import re
 from collections.abc import Iterator, Mapping
-from html import escape
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpo_wrapper.data.lint.findings import FeatureMap
+from dpo_wrapper.display import format_figure
+from dpo_wrapper.display.figures import COLOURS
 
 NUM_BINS = 40
-INK = "#010203"
-"""Stands for the page's colour of text, and becomes `currentColor`."""
-
-COLOURS = ("#3b82c4", "#d9762b")
-"""Of the first and of the second series; both read on white and on near black."""
-
-STYLE = {
-    "svg.fonttype": "none", "svg.hashsalt": "lengths", "text.color": INK, "axes.labelcolor": INK,
-    "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False,
-    "axes.spines.right": False, "legend.frameon": False, "font.size": 9,
-}  # fmt: skip
 
 
 def draw_lengths(features: FeatureMap) -> Iterator[str]:
@@ -42,16 +30,11 @@ def draw_lengths(features: FeatureMap) -> Iterator[str]:
 
 def draw_histogram(name: str, title: str, series: Mapping[str, NDArray[Any]]) -> str:
     """A histogram of one or two series as a figure; what is beyond 99 % is in the outermost bars."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
     values = np.concatenate(list(series.values()))
     low, high = np.percentile(values, (0.5, 99.5))
     edges = np.linspace(np.floor(min(low, 0)), max(np.ceil(high), 1), NUM_BINS + 1)
-    with rc_context(STYLE):
-        figure = Figure(figsize=(4.2, 2.6), layout="constrained")
-        FigureCanvasSVG(figure)
+
+    def draw(figure: Any) -> None:
         axes = figure.subplots()
         for (label, part), colour in zip(series.items(), COLOURS, strict=False):
             heights, _ = np.histogram(np.clip(part, edges[0], edges[-1]), edges)
@@ -60,22 +43,10 @@ def draw_histogram(name: str, title: str, series: Mapping[str, NDArray[Any]]) ->
         axes.set(xlabel=title, ylabel="rows")
         if len(series) > 1:
             axes.legend()
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+
     captions = [
         f"{label} {part.min():,} to {part.max():,}, median {np.median(part):,.0f}, mean {part.mean():,.1f}"
         for label, part in series.items()
     ]
-    caption = escape("; ".join(captions) + ".")
-    return (
-        f'<figure><div role="img" aria-label="Histogram of {escape(title)}. {caption}">'
-        f"{inline_svg(file.getvalue(), name)}</div><figcaption>{caption}</figcaption></figure>"
-    )
-
-
-def inline_svg(svg: str, name: str) -> str:
-    """An SVG file as a part of a page: without its head, in the page's ink, with ids of its own."""
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    return re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)
+    caption = "; ".join(captions) + "."
+    return format_figure(name, draw, label=f"Histogram of {title}. {caption}", caption=caption)

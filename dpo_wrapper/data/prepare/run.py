@@ -24,6 +24,7 @@ from dpo_wrapper.data.prepare.workers import make_in_workers
 from dpo_wrapper.data.prepared import MANIFEST_FILE, PreparedData, is_prepared, read_manifest
 from dpo_wrapper.data.preview import print_examples
 from dpo_wrapper.data.readers import format_ignored_spans, format_margins
+from dpo_wrapper.data.whole_files import try_lock
 
 
 @dataclass(frozen=True)
@@ -87,17 +88,10 @@ def make_and_join_parts(job: PrepareJob, processes: Processes) -> None:
 @contextmanager
 def lock_file(file: Path) -> Iterator[None]:
     """Hold a lock, which ends with this process; ValueError if another process holds it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with file.open("w") as stream:
-        try:
-            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+    with file.open("wb") as stream:
+        if not try_lock(stream):
             problem = f"one process should prepare {file.parent.parent}, but another is doing so"
-            raise ValueError(f"{problem}: wait for it, or stop it.") from error
+            raise ValueError(f"{problem}: wait for it, or stop it.")
         yield
 
 

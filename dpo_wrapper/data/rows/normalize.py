@@ -69,6 +69,7 @@ def to_example(
             remedy = "put the better completion first or leave the row out"
             raise ExampleError(f"{problem}: {remedy}.", fields.weight)
         columns: dict[str, Any] = {"weight": weight, "split": split, "source": source, "form": form.form}
+        columns["subset"] = parse_subset(row.peek("subset"))  # which evaluation alone uses
         if form.is_text:
             return _to_text_example(row, form, kind, columns)
         prompt, completions = _parse_turns(row, fields, form)
@@ -224,6 +225,11 @@ def _check_form(value: Any, field: str) -> str:
         problem = f"the value should be text or a list of messages, but it is {describe_value(value)}"
         raise ExampleError(f"{problem}: write it in one of these forms or leave the row out.", field)
     return "messages"
+
+
+def parse_subset(value: Any) -> str | None:
+    """The name of a part of a benchmark; None for what is no name."""
+    return str(value) if isinstance(value, (str, int)) and str(value).strip() else None
 
 
 def parse_split(value: Any, field: str) -> str | None:

@@ -44,6 +44,10 @@ class Row(Mapping[str, Any]):
         """Whether the column is there and not null; it does not count as used."""
         return isinstance(name, str) and self._find(name) is not None
 
+    def peek(self, name: str) -> Any:
+        """The value of a column, or None; it does not count as used."""
+        return self._find(name)
+
     def _find(self, name: str) -> Any:
         """The value of a column, or None."""
         column = self.column(name)

@@ -8,7 +8,7 @@ from datetime import date
 from typing import Any
 
 from dpo_wrapper.data.rows.messages import REASONING_KEYS, Message, Turns, iterate_texts, json_or_text
-from dpo_wrapper.error_text import summarize_error
+from dpo_wrapper.libraries.error_text import summarize_error
 
 MARK = "\U0010fffd"
 """Stands inside what would be a control token if the template and not a message had written it."""

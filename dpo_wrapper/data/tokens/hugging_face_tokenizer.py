@@ -14,8 +14,8 @@ from dpo_wrapper.data.tokens.chat_template import ChatTemplate
 from dpo_wrapper.data.tokens.dialogue_text import DialogueWriter
 from dpo_wrapper.data.tokens.encoded import EncodedExample, Score, mask_tokens
 from dpo_wrapper.data.tokens.literal_text import LiteralEncoder
-from dpo_wrapper.error_text import summarize_error
-from dpo_wrapper.hub import find_on_hub
+from dpo_wrapper.libraries.error_text import summarize_error
+from dpo_wrapper.libraries.hub import find_on_hub
 
 _TEXT_ROLES = {"user": "Human", "assistant": "Assistant", "tool": "Tool"}
 

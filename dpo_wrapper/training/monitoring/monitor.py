@@ -8,13 +8,13 @@ from contextlib import AbstractContextManager, contextmanager
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from dpo_wrapper.display.terminal import create_progress_bar, print_line
 from dpo_wrapper.metrics import MetricSums
 from dpo_wrapper.training.config import StageName
 from dpo_wrapper.training.explanations import Explanations
 from dpo_wrapper.training.monitoring.figure import Figure
 from dpo_wrapper.training.monitoring.memory import measure_peak_memory
 from dpo_wrapper.training.monitoring.report_line import format_evaluation_line, format_step_line
-from dpo_wrapper.training.monitoring.terminal import create_progress_bar, print_line
 from dpo_wrapper.training.monitoring.time_left import TimeLeft
 from dpo_wrapper.training.monitoring.trackers import Trackers
 from dpo_wrapper.training.run_folder import RunFolder
@@ -76,7 +76,11 @@ class Monitor(AbstractContextManager["Monitor"]):
         self.figure = Figure(run)
         self.forget_steps()
         self.bar = create_progress_bar(
-            accelerator, stage.upper(), "step", total=schedule.num_steps, initial=steps_done
+            stage.upper(),
+            "step",
+            is_main_process=self.is_main_process,
+            total=schedule.num_steps,
+            initial=steps_done,
         )
 
     def forget_steps(self) -> None:
@@ -160,7 +164,8 @@ class Monitor(AbstractContextManager["Monitor"]):
             unit, total: of the bar, which is to be updated; without a total only the label is seen.
         """
         start = time.perf_counter()
-        with create_progress_bar(self.accelerator, label, unit, total=total, leave=False) as bar:
+        options = {"is_main_process": self.is_main_process, "total": total, "leave": False}
+        with create_progress_bar(label, unit, **options) as bar:
             yield MeasuredProgress(bar, self.on_update)
         self.time_left.seconds[name] = time.perf_counter() - start
 

@@ -4,6 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from dpo_wrapper.data.config import flag
+
+__all__ = ["Options", "flag"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -14,8 +18,3 @@ class Options:
         value = getattr(self, name)
         if value is not None and not is_valid(value):
             raise ValueError(f"{flag(name)} should be {expected}, but it is {value}: give another value.")
-
-
-def flag(field_name: str) -> str:
-    """The command line's flag for an option."""
-    return f"--{field_name.replace('_', '-')}"

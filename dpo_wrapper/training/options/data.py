@@ -17,6 +17,9 @@ class DataOptions(DataConfig, Options):
     `split` says test or, if there is no such column, those of a fraction of the prompts."""
     eval_fraction: float = 0.1
     """Fraction of the rows to evaluate on, if no row has a split and --eval-data is not given; 0 for none."""
+    split_seed: int | None = None
+    """Seed of the choice of eval rows; by default --seed. Runs with different --seed have the same eval rows
+    if this is the same."""
     ranking: Literal["all", "best"] | None = None
     """Which pairs a loss of pairs makes of a ranked list: all (the default), or the best completion with each
     of the others."""

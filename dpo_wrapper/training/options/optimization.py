@@ -83,7 +83,8 @@ class OptimizationOptions(Options):
     cpu: bool = False
     """Train on the CPU even if there is an accelerator."""
     seed: int = 0
-    """Random seed of the initial weights, the order of the rows and the choice of eval rows."""
+    """Random seed of the initial weights, the order of the rows and, without --split-seed, the choice of eval
+    rows."""
 
     def __post_init__(self) -> None:
         for name in ("sft_epochs", "epochs"):

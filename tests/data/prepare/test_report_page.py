@@ -1,19 +1,16 @@
 """report.html: what a person reads of prepared data, also in a browser."""
 
-import re
-import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.image import imread
 
 from dpo_wrapper.data import ByteTokenizer, Example
 from dpo_wrapper.data.lint import find_problems, measure_rows
 from dpo_wrapper.data.prepare.report_page import MAX_TOKENS, write_report
+from helpers.browser import check_page, needs_browser, open_page, take_picture
+from helpers.html_pages import Page, check_references
 from helpers.lint_rows import label_rows, make_pairs, tokenize
 
 SCRIPT = "<script>document.title = 'changed'</script> & </style></body>"
@@ -24,36 +21,6 @@ MANIFEST = {
     "tokenizer": {"name": "bytes"},
     "options": {"max_length": 512, "kind": None, "columns": []},
 }
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-class Page(HTMLParser):
-    """The elements of a page, and the text of its cells and marks."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str]] = []
-        self.open: list[str] = []
-        self.texts: dict[str, list[str]] = {}
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: Sequence[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(name, value or "") for name, value in attrs]
-        if tag not in ("meta", "!doctype"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: Sequence[tuple[str, str | None]]) -> None:
-        self.attributes += [(name, value or "") for name, value in attrs]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open:
-            self.texts.setdefault(self.open[-1], []).append(data)
 
 
 def write_page(
@@ -78,15 +45,7 @@ def make_examples() -> list[Example]:
 def test_page_is_whole_and_refers_to_nothing(tmp_path: Path) -> None:
     text = write_page(tmp_path / "report.html", make_examples())
     page = Page(text)
-    assert not page.open  # every element is closed
-    assert not {"script", "link", "img", "iframe"} & set(page.tags)
-    references = [value for name, value in page.attributes if name in ("src", "href", "xlink:href")]
-    assert references and all(value.startswith("#") for value in references)
-    assert set(re.findall(r"url\((.)", text)) <= {"#"} and "@import" not in text
-    ids = [value for name, value in page.attributes if name == "id"]
-    assert len(ids) == len(set(ids))
-    targets = references + [f"#{name}" for name in re.findall(r"url\(#([^)]*)\)", text)]
-    assert {target[1:] for target in targets} <= set(ids)
+    check_references(text)
     labels = [value for name, value in page.attributes if name == "aria-label"]
     assert len(labels) == page.tags.count("svg") == 3 and all("median" in label for label in labels)
     assert "currentColor" in text and "#010203" not in text  # what is drawn follows the page's colours
@@ -165,27 +124,16 @@ def test_rows_of_every_type_are_drawn(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+@needs_browser
 def test_page_in_a_browser(tmp_path: Path) -> None:
-    write_page(tmp_path / "report.html", make_examples())
-
-    def open_page(*options: str) -> subprocess.CompletedProcess[str]:
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-        flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-        flags += ["--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", *options]
-        command = [str(BROWSER), *flags, (tmp_path / "report.html").as_uri()]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-
-    result = open_page("--dump-dom")
+    path = tmp_path / "report.html"
+    write_page(path, make_examples())
+    result = open_page(path, "--dump-dom")
     page = Page(result.stdout)
     assert "CONSOLE" not in result.stderr  # what the page's security policy refuses is an error there
     assert page.texts["title"] == page.texts["h1"] == ["62 rows prepared"]
     assert "script" not in page.tags and SCRIPT in page.texts["mark"]
     assert page.texts["h2"][0] == "Problems (2)" and page.tags.count("svg") == 3
-    for width, scheme in ((1100, "light"), (390, "dark")):
-        picture = tmp_path / f"{scheme}.png"
-        is_dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
-        open_page(f"--screenshot={picture}", f"--window-size={width},2000", *is_dark)
-        pixels = imread(picture)[..., :3]
-        assert (pixels.mean() < 0.3) if is_dark else (pixels.mean() > 0.8)
-        assert pixels.std() > 0.03  # something is drawn
+    check_page(path)
+    pixels = take_picture(path, tmp_path / "dark.png", 390, 2000, is_dark=True)
+    assert pixels.mean() < 0.3 and pixels.std() > 0.03  # something is drawn

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_wrapper.data import Example, ExampleError, Fields, Message, to_example
+from dpo_wrapper.data.rows.row import Row
 
 USER, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 HUMAN, GPT = {"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}
@@ -255,3 +256,16 @@ def test_a_speaker_who_goes_on_has_one_turn() -> None:
     example = to_example({"chosen": f"{text} B\n\nAssistant: C", "rejected": f"{text} D"}, Fields(), "")
     assert example.completions == ("B\n\nC", "D")
     assert [turn.content for turn in example.prompt] == ["Q", "A", "R"]
+
+
+def test_a_subset_is_read_and_does_not_count_as_used():
+    """Evaluation alone uses it."""
+    row = {"prompt": "a", "chosen": "b", "rejected": "c", "part": 7}
+    fields = Fields(subset="part")
+    named = Row(row, fields.renamed)
+    assert to_example(named, fields).subset == "7" and named.unused() == ["part"]
+    assert to_example(row | {"subset": "chat"}).subset == "chat"
+    assert (
+        to_example(row | {"subset": " "}).subset is None
+        and to_example(row | {"subset": ["x"]}).subset is None
+    )

@@ -1,18 +1,30 @@
 """Lines and progress bars, which read well in a terminal and in a file."""
 
 import sys
+import unicodedata
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-from accelerate import Accelerator
-from tqdm import tqdm
+CONTROL_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
+SHOWN_CONTROLS = "\n\t\u200c\u200d"
+"""Line breaks, and what joins letters and emoji or keeps them apart."""
+
+
+def replace_controls(text: str) -> str:
+    """The text without what a terminal would obey, such as escape sequences, or what reorders a line."""
+    return "".join(
+        "\ufffd" if unicodedata.category(char) in CONTROL_CATEGORIES and char not in SHOWN_CONTROLS else char
+        for char in text
+    )
 
 
 def print_line(text: str) -> None:
     """Print a line above the progress bars, at once also where the output is a file or a pipe."""
+    from tqdm import tqdm
+
     tqdm.write(text)
     sys.stdout.flush()
 
@@ -38,13 +50,15 @@ def hide_sharing_warnings() -> Iterator[None]:
 
 
 def create_progress_bar(
-    accelerator: Accelerator, label: str, unit: str = "", total: int | None = None, **options: Any
-) -> tqdm:
+    label: str, unit: str = "", total: int | None = None, *, is_main_process: bool = True, **options: Any
+) -> Any:
     """The main process's progress bar in a terminal, or its label where there is nothing to count.
 
     In a file nothing of it is seen.
     """
-    is_disabled = not (accelerator.is_main_process and sys.stderr.isatty())
+    from tqdm import tqdm
+
+    is_disabled = not (is_main_process and sys.stderr.isatty())
     options |= {"mininterval": 0.2, "dynamic_ncols": True, "disable": is_disabled}
     if total is None:
         options["bar_format"] = "{desc} …"

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from dpo_wrapper.tensor_files import apply_umask
+from dpo_wrapper.libraries.tensor_files import apply_umask
 from dpo_wrapper.training.state_files import write_state
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dpo_wrapper.error_text import summarize_error
+from dpo_wrapper.libraries.error_text import summarize_error
 
 TIMEOUT = 10
 """Seconds after which the hub counts as one that cannot be reached."""

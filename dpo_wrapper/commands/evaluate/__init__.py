@@ -1,0 +1,1 @@
+"""`dpo-wrapper evaluate`."""

@@ -1,0 +1,1 @@
+"""What other libraries leave open: their errors as sentences, the hub without a network, modes of files."""
