@@ -1,0 +1,1 @@
+"""Preference pairs where there are none: `dpo-wrapper pairs`."""
