@@ -10,6 +10,7 @@ import torch
 
 import dpo_wrapper
 from dpo_wrapper.commands.chat.config import ChatConfig
+from dpo_wrapper.commands.compare.config import CompareArguments
 from dpo_wrapper.commands.evaluate.config import EvaluateConfig
 from dpo_wrapper.commands.pairs.config import PairsConfig
 from dpo_wrapper.data.prepare.config import PrepareConfig
@@ -110,10 +111,10 @@ def test_files_that_are_named_exist(page):
 
 OPTIONS = {
     flag(name)
-    for options in (TrainConfig, PrepareConfig, EvaluateConfig, PairsConfig, TrainArguments)
+    for options in (TrainConfig, PrepareConfig, EvaluateConfig, PairsConfig, TrainArguments, CompareArguments)
     for name, field in options.__dataclass_fields__.items()
     if field.init
-    if options is not TrainArguments or name not in GROUPS
+    if options not in (TrainArguments, CompareArguments) or name not in GROUPS
 }
 CHAT_OPTIONS = {flag(name) for name in ChatConfig.__dataclass_fields__ if name != "model"}
 
@@ -129,7 +130,7 @@ def test_options_that_are_named_exist(page):
 
 
 def test_options_that_exist_are_named():
-    pages = ("training", "data", "evaluation", "pairs")
+    pages = ("training", "data", "evaluation", "pairs", "compare")
     named = set().union(*(find_flags(f"docs/{page}.md") for page in pages))
     assert named >= OPTIONS
     assert find_flags("docs/chat.md") == CHAT_OPTIONS

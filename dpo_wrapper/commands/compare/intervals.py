@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from dpo_wrapper.evaluation.statistics.bootstrap import Estimate, Floats, draw_counts
+from dpo_wrapper.evaluation.statistics.bootstrap import Estimate, Floats, bound_certain_share, draw_counts
 
 NUM_RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -34,9 +34,15 @@ class CrossedBootstrap:
         self.prompt_counts = np.concatenate(list(draw_counts(len(names), NUM_RESAMPLES, seed)))
         self.seed_counts = np.concatenate(list(draw_counts(num_seeds, NUM_RESAMPLES, seed + 1)))
 
-    def estimate_mean(self, table: Table) -> Estimate:
-        """The mean of a table, with its percentile interval."""
-        return self._estimate(lambda draw: draw(table))
+    def estimate_mean(self, table: Table, *, is_share: bool = False) -> Estimate:
+        """The mean of a table, with its percentile interval.
+
+        A share of 0 or 1 is the same in all resamples, and has the interval of `bound_certain_share`.
+        """
+        found = self._estimate(lambda draw: draw(table))
+        if is_share and found.value in (0.0, 1.0):
+            return bound_certain_share(found.value, self.prompt_counts.shape[1], CONFIDENCE)
+        return found
 
     def estimate_difference(self, first: Table, second: Table) -> Estimate:
         """The mean of one table less that of another, whose seeds and pairs are the same."""

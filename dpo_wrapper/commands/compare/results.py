@@ -80,6 +80,10 @@ class Metric:
     read: Callable[[Mapping[str, Any]], float | None]
     is_of_answers: bool = False
 
+    @property
+    def is_share(self) -> bool:
+        return "%" in self.template
+
     def format(self, value: float) -> str:
         return self.template.format(value)
 
@@ -180,7 +184,9 @@ def estimate_metrics(results: Sequence[RunResult], seeds: Sequence[int]) -> list
         first = next(result for result in results if result.run.contestant.name in tables)
         lines = first.answers if metric.is_of_answers else first.scores
         bootstrap = CrossedBootstrap(len(seeds), [line["prompt"] for line in lines])
-        means = {name: bootstrap.estimate_mean(table) for name, table in tables.items()}
+        means = {
+            name: bootstrap.estimate_mean(table, is_share=metric.is_share) for name, table in tables.items()
+        }
         best = max(means, key=lambda name: means[name].value or 0.0)
         differences = {
             name: bootstrap.estimate_difference(table, tables[best])

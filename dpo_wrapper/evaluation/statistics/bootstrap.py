@@ -87,8 +87,7 @@ def estimate(
 ) -> dict[str, Estimate]:
     """Each number with its interval, all from the same resamples.
 
-    A share of 0 or 1, which is the same in all resamples, has the exact interval of Clopper and Pearson for
-    as many independent prompts: of `n` out of `n` it begins at `((1 - confidence) / 2)^(1/n)`.
+    A share of 0 or 1, which is the same in all resamples, has the interval of `bound_certain_share`.
 
     Args:
         statistics: over the same `n` examples, of which there is at least one.
@@ -112,11 +111,19 @@ def estimate(
         values = (compute(total[None, part])[0], compute(drawn[:, part]), compute((total - sums)[:, part]))
         estimates[name] = found = find_interval(*values, confidence)
         if statistics[name].is_share and found.value in (0.0, 1.0):
-            num_inside = np.count_nonzero(sums[:, start + 1])
-            bound = float(((1 - confidence) / 2) ** (1 / num_inside))
-            estimates[name] = Estimate(found.value, *((bound, 1.0) if found.value else (0.0, 1 - bound)))
+            num_inside = int(np.count_nonzero(sums[:, start + 1]))
+            estimates[name] = bound_certain_share(found.value, num_inside, confidence)
         start += width
     return estimates
+
+
+def bound_certain_share(value: float, num_groups: int, confidence: float) -> Estimate:
+    """A share of 0 or 1 with the exact interval of Clopper and Pearson for so many independent prompts.
+
+    That of `n` out of `n` begins at `((1 - confidence) / 2)^(1/n)`.
+    """
+    bound = float(((1 - confidence) / 2) ** (1 / num_groups))
+    return Estimate(value, *((bound, 1.0) if value else (0.0, 1 - bound)))
 
 
 def draw_counts(num_groups: int, num_resamples: int, seed: int) -> Iterator[Floats]:

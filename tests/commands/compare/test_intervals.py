@@ -45,6 +45,14 @@ def test_pairs_of_one_prompt_are_one_observation():
     assert np.ptp(together.bounds) > 1.8 * np.ptp(alone.bounds)
 
 
+def test_what_is_always_right_is_not_certain():
+    """With 20 prompts, all of them right, a rate of 83.2% still has a chance of 2.5%."""
+    bootstrap = CrossedBootstrap(2, [str(k) for k in range(20)])
+    right = bootstrap.estimate_mean(np.ones((2, 20)), is_share=True)
+    assert (right.high, right.low**20) == (1, pytest.approx(0.025))
+    assert bootstrap.estimate_mean(np.zeros((2, 20)), is_share=True).high == pytest.approx(1 - right.low)
+
+
 A, B, C = Estimate(0.8, 0.7, 0.9), Estimate(0.75, 0.65, 0.85), Estimate(0.5, 0.4, 0.6)
 
 
