@@ -3,6 +3,7 @@
 import os
 import pty
 import select
+import signal
 import sys
 
 import pytest
@@ -163,6 +164,7 @@ class Terminal:
     def __init__(self, *command):
         self.pid, self.descriptor = pty.fork()
         if not self.pid:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job of a shell ignores it
             os.execv(sys.executable, [sys.executable, "-m", "dpo_wrapper", *command])
         self.text = ""
 
