@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from dpo_wrapper import cli
 from dpo_wrapper.pretrained import PRESETS
-from dpo_wrapper.training import train, trainer
+from dpo_wrapper.training import command_line, train, trainer
 from dpo_wrapper.training.evaluator import Evaluator
 from dpo_wrapper.training.monitoring.monitor import MeasuredProgress
 from dpo_wrapper.training.stages import DPOStage
@@ -58,8 +58,10 @@ interrupt_after(MeasuredProgress, "update")
 interrupt_after(trainer, "write_checkpoint")
 interrupt_after(train, "save_pretrained", "save")
 options = {"sft_epochs": 0, "epochs": 1, "eval_steps": 2, "save_steps": 2, "samples": 0, "exact_answers": 0}
+config = make_config(Path(rows), Path(out), fsdp=is_sharded == "True", **options)
+command_line.parse_arguments = lambda _: (config, False)
 with unrendered_curves():
-    cli.train(make_config(Path(rows), Path(out), fsdp=is_sharded == "True", **options))
+    cli.main(["train"])
 """
 
 INTERRUPTIONS = [

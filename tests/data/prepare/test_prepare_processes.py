@@ -162,4 +162,9 @@ RUNNING = """
 import signal
 import dpo_wrapper.cli
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
-dpo_wrapper.cli.prepare(PrepareConfig"""
+
+def run_command(config):
+    dpo_wrapper.cli.parse_options = lambda *_: config
+    dpo_wrapper.cli.main(["prepare"])
+
+run_command(PrepareConfig"""
