@@ -94,7 +94,7 @@ def test_a_stopped_answer_is_remembered_as_far_as_it_went(llama, monkeypatch, ca
     monkeypatch.setattr(run, "stream_answer", lambda *args, **options: ("so far", True))
     with pytest.raises(SystemExit) as stopped:
         main(["chat", str(llama), "--prompt", "Hello", "--cpu"])
-    assert stopped.value.code == 130 and capsys.readouterr().err == "dpo-wrapper: interrupted.\n"
+    assert stopped.value.code == 130 and capsys.readouterr().err.endswith("dpo-wrapper: interrupted.\n")
 
 
 def test_ctrl_c_before_the_first_token_leaves_the_conversation(llama, type_lines, monkeypatch, capsys):
