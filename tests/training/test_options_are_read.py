@@ -33,6 +33,7 @@ DEFINITIONS = (
     "training/config.py",
     "data/config.py",
     "data/prepare/config.py",
+    "commands/loading_options.py",
     "commands/evaluate/config.py",
     "commands/pairs/config.py",
     "commands/chat/config.py",

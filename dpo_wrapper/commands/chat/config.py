@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from dpo_wrapper.commands.loading_options import LoadingOptions
 from dpo_wrapper.data.config import flag
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatConfig:
+class ChatConfig(LoadingOptions):
     """Talk with a model in the terminal.
 
     /reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer.
@@ -42,10 +43,6 @@ class ChatConfig:
     """Sample from the fewest tokens whose probabilities add up to it."""
     seed: int = 0
     """Of the samples: the same conversation with the same seed has the same answers."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the weights. auto: float32 on the CPU, and elsewhere as they are stored."""
-    cpu: bool = False
-    """Compute on the CPU where there is an accelerator."""
 
     def __post_init__(self) -> None:
         if self.prompt is not None and not self.prompt.strip():

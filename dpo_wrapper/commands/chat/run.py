@@ -4,7 +4,6 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-import torch
 from torch import nn
 
 from dpo_wrapper.commands.chat.answer import stream_answer
@@ -89,8 +88,7 @@ def load_pair(config: ChatConfig) -> ModelPair:
     pair = load_model_pair(
         config.model,
         config.reference_model if config.shows_reference else NO_REFERENCE,
-        dtype=None if config.dtype == "auto" else getattr(torch, config.dtype),
-        device="cpu" if config.cpu else None,
+        **config.loading,
     )
     if config.shows_reference and not pair.has_reference:
         why = pair.description.removeprefix("reference: ").rstrip(".")

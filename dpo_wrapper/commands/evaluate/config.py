@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from dpo_wrapper.commands.loading_options import LoadingOptions
 from dpo_wrapper.data.config import DataConfig, flag
 
 DEFAULT_SAMPLES = 100
@@ -13,7 +14,7 @@ DEFAULT_SAMPLES = 100
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(DataConfig):
+class EvaluateConfig(DataConfig, LoadingOptions):
     """Say how well a model tells chosen from rejected answers, how sure that is, and how far it has moved.
 
     Options of tokens that are left at their defaults (max-length, as-chat and so on) are those of the run.
@@ -52,10 +53,6 @@ class EvaluateConfig(DataConfig):
     """Seed of the resamples and of the answers."""
     micro_batch_tokens: int = 16384
     """Number of tokens that go through the model at once, shared prefixes counted once."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the weights. auto: float32 on the CPU, and elsewhere that in which they are stored."""
-    cpu: bool = False
-    """Compute on the CPU although there is an accelerator."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

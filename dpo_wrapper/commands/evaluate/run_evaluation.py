@@ -48,8 +48,7 @@ def run_evaluation(config: EvaluateConfig) -> Content:
     hide_library_bars()
     settings = json.loads(json.dumps(asdict(config), default=str))
     before = read_evaluation(config.out, settings)
-    options: dict[str, Any] = {"dtype": find_dtype(config), "device": "cpu" if config.cpu else None}
-    judge = None if config.judge is None else load_judge(config.judge, **options)
+    judge = None if config.judge is None else load_judge(config.judge, **config.loading)
     data = hide_subset(InputData.open(config.data, config), config)
     check_judged_data(config, data)
     pair = load_model_pair(
@@ -59,7 +58,7 @@ def run_evaluation(config: EvaluateConfig) -> Content:
         max_length=config.max_length,
         tokenizer_options=config.tokenizer_options(data.today),
         loss=config.loss,
-        **options,
+        **config.loading,
     )
     choose_opponent(pair, config)
     notes: list[str] = []
@@ -90,10 +89,6 @@ def run_evaluation(config: EvaluateConfig) -> Content:
     if config.out is not None:
         print_line(f"\nAll figures are in {config.out / EVALUATION_FILE}")
     return content
-
-
-def find_dtype(config: EvaluateConfig) -> torch.dtype | None:
-    return None if config.dtype == "auto" else getattr(torch, config.dtype)
 
 
 def check_judged_data(config: EvaluateConfig, data: InputData) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from dpo_wrapper.commands.loading_options import LoadingOptions
 from dpo_wrapper.data.config import DataConfig, flag
 from dpo_wrapper.data.examples import DatasetType
 from dpo_wrapper.data.tokens.encoded import Score
@@ -19,7 +20,7 @@ MAX_DEFAULT_NEW_TOKENS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairsConfig(DataConfig):
+class PairsConfig(DataConfig, LoadingOptions):
     """Make preference pairs of logs: the recorded answer is chosen, one that a model samples is rejected.
 
     With --judge, several answers are sampled for each prompt, and the best of them is chosen over the worst.
@@ -63,10 +64,6 @@ class PairsConfig(DataConfig):
     """Seed of the samples."""
     batch_size: int = 16
     """Number of answers that are sampled at once."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the weights. auto: float32 on the CPU, and elsewhere that in which they are stored."""
-    cpu: bool = False
-    """Sample on the CPU where there is an accelerator."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,7 +8,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from dpo_wrapper.commands.evaluate.eval_pairs import take_run_options
@@ -78,19 +77,15 @@ def load_parts(
     config: PairsConfig, today: date | None, read: ReadExamples
 ) -> tuple[ModelPair, Judge | None, Logs]:
     """The model with its reference, the judge if there is one, and the prompts as the model's tokens."""
-    options: dict[str, Any] = {
-        "dtype": None if config.dtype == "auto" else getattr(torch, config.dtype),
-        "device": "cpu" if config.cpu else None,
-    }
     pair = load_model_pair(
         config.model,
         None if config.sample_from == "reference" else "none",
         tokenizer=config.tokenizer,
         max_length=config.max_length,
         tokenizer_options=config.tokenizer_options(today),
-        **options,
+        **config.loading,
     )
-    judge = None if config.judge is None else load_judge(config.judge, **options)
+    judge = None if config.judge is None else load_judge(config.judge, **config.loading)
     logs = encode_logs(
         read.examples,
         pair.tokenizer,
