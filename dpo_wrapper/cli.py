@@ -77,13 +77,14 @@ def train(args: Sequence[str]) -> None:
 
     try:
         with exit_on_errors("interrupted before anything was done"):
-            from dpo_wrapper.training.plan import plan_run
             from dpo_wrapper.training.run_lock import is_first_process
             from dpo_wrapper.training.setup import set_up_training
             from dpo_wrapper.training.train import run_training
 
             hide_library_bars()
             if is_plan:
+                from dpo_wrapper.training.plan import plan_run
+
                 plan_run(config)
                 return
             raise_at_sigterm()

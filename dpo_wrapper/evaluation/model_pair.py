@@ -114,9 +114,7 @@ def load_model_pair(
         ValueError: a model cannot be loaded, or the reference reads other tokens than the model.
         ImportError: a library that loads the model is missing.
     """
-    place = find_device(device)
-    if dtype is None and place.type == "cpu":
-        dtype = torch.float32
+    place, dtype = find_placement(device, dtype)
     for role, name in (("the model", model), ("the reference", reference)):
         check_is_trained(name, role)
     run = read_run(Path(model))
@@ -142,12 +140,15 @@ def make_dpo(policy: nn.Module, reference: nn.Module | Literal["adapter"] | None
     return dpo
 
 
-def find_device(device: torch.device | str | None) -> torch.device:
-    """A device by its name; None is the machine's accelerator, or its CPU where it has none."""
-    if device is None:
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return accelerator or torch.device("cpu")
-    return torch.device(device)
+def find_placement(
+    device: torch.device | str | None, dtype: torch.dtype | None
+) -> tuple[torch.device, torch.dtype | None]:
+    """Device and dtype as in `load_model_pair`, where None has become what it stands for."""
+    place = torch.device(device) if device is not None else None
+    if place is None and torch.accelerator.is_available():
+        place = torch.accelerator.current_accelerator()
+    place = place or torch.device("cpu")
+    return place, torch.float32 if dtype is None and place.type == "cpu" else dtype
 
 
 def complete_options(options: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:

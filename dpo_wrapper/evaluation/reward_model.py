@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dpo_wrapper.evaluation.judges import Judge, ProgressCallback
-from dpo_wrapper.evaluation.model_pair import find_device
+from dpo_wrapper.evaluation.model_pair import find_placement
 from dpo_wrapper.evaluation.prompts import Prompt, format_prompt, join_messages
 from dpo_wrapper.libraries.error_text import summarize_error
 from dpo_wrapper.libraries.hub import find_on_hub
@@ -43,9 +43,7 @@ class RewardModel(Judge):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(name)
-        place = find_device(device)
-        if dtype is None and place.type == "cpu":
-            dtype = torch.float32
+        place, dtype = find_placement(device, dtype)
         self.model, self.tokenizer = load_classifier(name, dtype)
         self.model.to(place).eval().requires_grad_(False)
         limits = (

@@ -88,6 +88,12 @@ def format_samples(records: Sequence[Mapping[str, Any]], max_chars: int = 300) -
     return "\n\n".join(format_sample({name: one[name] for name in names}, max_chars) for one in records)
 
 
+def select_last_samples(records: Sequence[Mapping[str, Any]], stage: str) -> list[Mapping[str, Any]]:
+    """The lines of samples.jsonl of the last step of a stage that has any."""
+    of_stage = [one for one in records if one["stage"] == stage]
+    return [one for one in of_stage if one["step"] == of_stage[-1]["step"]]
+
+
 def shorten(text: str, max_chars: int = 300, *, keep_end: bool = False) -> str:
     """The text on one line, without what a terminal would obey; of a long text the beginning, or the end."""
     line = replace_controls(" ".join(text.split()))

@@ -22,7 +22,19 @@ MARKERS: Any = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainArguments:
+class OptionGroups:
+    """The options of a training run, in groups."""
+
+    data: DataOptions
+    model: ModelOptions
+    lora: LoraOptions
+    loss: LossOptions
+    optimization: OptimizationOptions
+    output: OutputOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments(OptionGroups):
     """Train a language model on human preferences: read them from a file, write the model to a folder.
 
     dpo-wrapper train RECIPE.yaml [OPTIONS] takes its defaults from a recipe, whose keys are the names of the
@@ -33,12 +45,6 @@ class TrainArguments:
     """Print all options with their values, as a recipe, and train nothing."""
     plan: bool = False
     """Print what the run would take (memory, tokens, time), from three measured steps, and write nothing."""
-    data: DataOptions
-    model: ModelOptions
-    lora: LoraOptions
-    loss: LossOptions
-    optimization: OptimizationOptions
-    output: OutputOptions
 
 
 def parse_arguments(args: Sequence[str]) -> tuple[TrainConfig, bool]:

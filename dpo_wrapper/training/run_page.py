@@ -19,6 +19,7 @@ from dpo_wrapper.display import (
 )
 from dpo_wrapper.evaluation.curves import STAGE_TITLES, format_curves
 from dpo_wrapper.evaluation.report import Record, list_before_and_after, select_records
+from dpo_wrapper.evaluation.samples import select_last_samples
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.files import read_json_lines
 from dpo_wrapper.training.monitoring.report_line import format_duration
@@ -63,8 +64,7 @@ def format_run_page(setup: TrainSetup, records: Sequence[Record]) -> str:
     sentence = f"{describe_base(config).replace('`', '')}, trained with dpo-wrapper {__version__}."
     header = f"<p>{escape(sentence)}</p>\n{format_settings(list_settings(config, has_loss))}"
     of_stage = [record for record in records if record["stage"] == plan.name]
-    samples = [one for one in run.read_samples() if one["stage"] == plan.name]
-    last_samples = [one for one in samples if one["step"] == samples[-1]["step"]]
+    last_samples = select_last_samples(run.read_samples(), plan.name)
     sections = [
         Section("trained", "What was trained on what", format_training(setup)),
         Section("results", f"Before and after {STAGE_TITLES[plan.name]}", format_results(of_stage)),

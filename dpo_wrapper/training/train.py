@@ -18,7 +18,7 @@ from dpo_wrapper.dpo import DPO
 from dpo_wrapper.evaluation.exact_answers import ExactAnswers
 from dpo_wrapper.evaluation.generate import list_end_ids
 from dpo_wrapper.evaluation.report import format_before_and_after
-from dpo_wrapper.evaluation.samples import format_samples
+from dpo_wrapper.evaluation.samples import format_samples, select_last_samples
 from dpo_wrapper.losses import parse_losses
 from dpo_wrapper.pretrained import rescales_in_eval_mode, save_pretrained
 from dpo_wrapper.reference import CachedReference, precompute_ref_log_probs
@@ -264,8 +264,6 @@ def report_results(setup: TrainSetup) -> None:
     write_run_page(setup, records)
     of_stage = [record for record in records if record["stage"] == plan.name]
     print("\n" + format_before_and_after(of_stage))
-    samples = run.read_samples()
-    if samples:
-        last = [one for one in samples if (one["stage"], one["step"]) == (plan.name, samples[-1]["step"])]
-        print("\n" + format_samples(last))
+    if samples := select_last_samples(run.read_samples(), plan.name):
+        print("\n" + format_samples(samples))
     print(f"\nThe model, its metrics and {run.page_file.name} are in {run.path}")

@@ -9,14 +9,9 @@ from typing import Any
 import tyro
 
 from dpo_wrapper.losses import parse_losses
-from dpo_wrapper.training.command_line import MARKERS, parse_recipe
-from dpo_wrapper.training.config import GROUPS, TrainConfig
+from dpo_wrapper.training.command_line import MARKERS, OptionGroups, parse_recipe
+from dpo_wrapper.training.config import GROUPS, TrainConfig, flag
 from dpo_wrapper.training.options.data import DataOptions
-from dpo_wrapper.training.options.lora import LoraOptions
-from dpo_wrapper.training.options.loss import LossOptions
-from dpo_wrapper.training.options.model import ModelOptions
-from dpo_wrapper.training.options.optimization import OptimizationOptions
-from dpo_wrapper.training.options.output import OutputOptions
 from dpo_wrapper.training.recipe import RECIPE_ENDINGS
 
 PROGRAM = "dpo-wrapper compare"
@@ -26,7 +21,7 @@ SHARED_OPTIONS = (*(field.name for field in fields(DataOptions)), "out", "seed",
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareArguments:
+class CompareArguments(OptionGroups):
     """Train with several losses or recipes on the same data, and say what differs beyond chance.
 
     dpo-wrapper compare [RECIPE.yaml ...] [OPTIONS]: each loss of --losses, or each recipe, is trained with
@@ -44,12 +39,6 @@ class CompareArguments:
     evaluate: a function like rules.py:score, a reward model, or implicit:RUN. By default nothing does."""
     num_samples: int | None = None
     """Number of eval prompts that are answered for the judge; by default 100."""
-    data: DataOptions
-    model: ModelOptions
-    lora: LoraOptions
-    loss: LossOptions
-    optimization: OptimizationOptions
-    output: OutputOptions
 
 
 @dataclass(frozen=True)
@@ -142,10 +131,9 @@ def check_contestants(contestants: Sequence[Contestant], arguments: CompareArgum
         values = [getattr(one.config, name) for one in contestants]
         different = next((value for value in values if value != values[0]), None)
         if different is not None:
-            flag = f"--{name.replace('_', '-')}"
             raise ValueError(
-                f"{flag} should be the same for all that is compared, but it is {values[0]} and {different}: "
-                f"give {flag} on the command line."
+                f"{flag(name)} should be the same for all that is compared, but it is {values[0]} and "
+                f"{different}: give {flag(name)} on the command line."
             )
     if arguments.num_samples is not None and arguments.judge is None:
         raise ValueError(

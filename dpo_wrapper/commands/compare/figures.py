@@ -8,6 +8,7 @@ import numpy as np
 
 from dpo_wrapper.commands.compare.intervals import Table
 from dpo_wrapper.commands.compare.results import Metric, RunResult
+from dpo_wrapper.commands.evaluate.conclusions import format_interval
 from dpo_wrapper.display import format_figure
 from dpo_wrapper.evaluation.statistics.bootstrap import Estimate
 
@@ -47,13 +48,7 @@ def format_interval_figure(
 
 def format_estimate(metric: Metric, estimate: Estimate) -> str:
     """A value with its interval, as in 71.2% (65.0% to 77.1%)."""
-    if estimate.value is None:
-        return "-"
-    value = metric.format(estimate.value)
-    if estimate.bounds is None:
-        return value
-    low, high = map(metric.format, estimate.bounds)
-    return f"{value} ({low} to {high})"
+    return format_interval(estimate.as_dict(), metric.template)
 
 
 def draw_intervals(

@@ -12,7 +12,7 @@ from dpo_wrapper.commands.compare.figures import (
     format_estimate,
     format_interval_figure,
 )
-from dpo_wrapper.commands.compare.results import MetricResult, RunResult, make_tables
+from dpo_wrapper.commands.compare.results import MetricResult, RunResult
 from dpo_wrapper.display import (
     Section,
     format_answers,
@@ -23,6 +23,8 @@ from dpo_wrapper.display import (
     format_settings,
     format_table,
 )
+from dpo_wrapper.evaluation.samples import select_last_samples
+from dpo_wrapper.training.config import flag
 from dpo_wrapper.training.monitoring.report_line import format_duration
 from dpo_wrapper.training.run_summary import hide_paths, name_data
 
@@ -55,7 +57,7 @@ def format_comparison_page(
     sections = [
         Section("support", "What the numbers support", support),
         Section("failed", "Runs that failed", "\n".join(notes)),
-        Section("results", "Results", format_results(seeds, results, estimates, colours)),
+        Section("results", "Results", format_results(estimates, colours)),
         Section("curves", "While they trained", format_grid(format_curve_figures(results, colours))),
         Section("samples", "Samples", format_samples(results)),
         Section("costs", "Time and memory", format_costs(names, results)),
@@ -66,19 +68,12 @@ def format_comparison_page(
     return format_page(title, format_settings(settings), [one for one in sections if one.content])
 
 
-def format_results(
-    seeds: Sequence[int],
-    results: Sequence[RunResult],
-    estimates: Sequence[MetricResult],
-    colours: Mapping[str, str],
-) -> str:
+def format_results(estimates: Sequence[MetricResult], colours: Mapping[str, str]) -> str:
     """Figures of the means with intervals, the same as a table, and differences to the highest mean."""
     if not estimates:
         return ""
     figures = [
-        format_interval_figure(
-            number, one.metric, one.means, make_tables(results, one.metric, seeds), colours
-        )
+        format_interval_figure(number, one.metric, one.means, one.tables, colours)
         for number, one in enumerate(estimates)
     ]
     head = ["", *(one.metric.name for one in estimates)]
@@ -122,12 +117,11 @@ def format_grid(figures: Sequence[str]) -> str:
 
 def format_samples(results: Sequence[RunResult]) -> str:
     """What each contestant answers, of the first seed whose run is there, beside reference and chosen."""
-    last: dict[str, dict[str, dict[str, Any]]] = {}
+    last: dict[str, dict[str, Mapping[str, Any]]] = {}
     for result in results:
-        samples = [one for one in result.samples if one["stage"] == "dpo"]
-        if samples and result.run.contestant.name not in last:
-            step = samples[-1]["step"]
-            last[result.run.contestant.name] = {one["prompt"]: one for one in samples if one["step"] == step}
+        samples = select_last_samples(result.samples, "dpo")
+        if samples:
+            last.setdefault(result.run.contestant.name, {one["prompt"]: one for one in samples})
     if not last:
         return ""
     rows = []
@@ -158,5 +152,5 @@ def format_differences(comparison: Comparison) -> str:
     first = next(iter(configs.values()))
     names = [name for name in first if any(config[name] != first[name] for config in configs.values())]
     lines = [[contestant, *(str(config[name]) for name in names)] for contestant, config in configs.items()]
-    head = ["", *(f"--{name.replace('_', '-')}" for name in names)]
+    head = ["", *(flag(name) for name in names)]
     return format_scrolled(format_table(head, lines), "Options that differ")

@@ -165,11 +165,13 @@ class MetricResult:
     """The estimates of a metric.
 
     Attributes:
+        tables: [seeds, pairs] of each contestant.
         means: of each contestant.
         differences: of each contestant to the one with the largest mean.
     """
 
     metric: Metric
+    tables: dict[str, Table]
     means: dict[str, Estimate]
     differences: dict[str, Estimate]
 
@@ -193,5 +195,5 @@ def estimate_metrics(results: Sequence[RunResult], seeds: Sequence[int]) -> list
             for name, table in tables.items()
             if name != best
         }
-        estimates.append(MetricResult(metric, means, differences))
+        estimates.append(MetricResult(metric, tables, means, differences))
     return estimates

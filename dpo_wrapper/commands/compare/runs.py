@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -115,7 +114,8 @@ def train_run(run: ComparedRun) -> None:
             stop_run(process)
             raise
     if process.returncode:
-        *_, last = [line for line in read_lines(run.log_file) if line.strip()] or ["it said nothing"]
+        lines = run.log_file.read_text(encoding="utf-8", errors="replace").splitlines()
+        last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
         raise RunFailedError(last.removeprefix("dpo-wrapper: "), process.returncode)
 
 
@@ -127,8 +127,3 @@ def stop_run(process: subprocess.Popen[bytes]) -> None:
     except KeyboardInterrupt:
         process.terminate()
         process.wait()
-
-
-def read_lines(file: Path) -> Iterator[str]:
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        yield from (line.rstrip("\n") for line in lines)
