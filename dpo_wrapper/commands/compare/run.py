@@ -51,6 +51,9 @@ def compare(comparison: Comparison) -> int:
 
 def complete_run(run: ComparedRun, comparison: Comparison, place: str) -> None:
     """Train and evaluate a run, as far as that is not done yet."""
+    if run.is_finished and run.is_evaluated:
+        print_line(f"{place}: is done")
+        return
     start = time.monotonic()
     if run.is_finished:
         print_line(f"{place}: is trained")

@@ -1,5 +1,6 @@
 """The training runs of a comparison, one after another, each in a process of its own."""
 
+import json
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from dpo_wrapper.commands.compare.config import Comparison, Contestant
 from dpo_wrapper.commands.evaluate.config import EvaluateConfig
-from dpo_wrapper.commands.evaluate.run_evaluation import run_evaluation
+from dpo_wrapper.commands.evaluate.run_evaluation import EVALUATION_FILE, run_evaluation
 from dpo_wrapper.data.config import DataConfig
 from dpo_wrapper.data.whole_files import write_whole
 from dpo_wrapper.pretrained import read_run
@@ -56,11 +57,16 @@ class ComparedRun:
     def is_finished(self) -> bool:
         return read_run(self.folder).get("status") == "finished"
 
+    @property
+    def is_evaluated(self) -> bool:
+        file = self.evaluation / EVALUATION_FILE
+        return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["status"] == "finished"
+
 
 def evaluate_run(run: ComparedRun, judge: str | None, num_samples: int | None) -> None:
     """Score the eval pairs under a finished run, and judge its answers if there is a judge.
 
-    What it prints is appended to the run's log; what is there already is not done again.
+    What it prints is appended to the run's log; answers that are there are not taken again.
     """
     config = run.config
     options = {field.name: getattr(config, field.name) for field in fields(DataConfig)}
