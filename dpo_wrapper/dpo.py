@@ -162,6 +162,7 @@ class DPO(ReferenceOwner):
             return None
 
         def loss_of_tokens(tokens: Tensor) -> Tensor:
+            tokens = tokens.to(batch.sequences.ids.device)  # a head may be on another
             log_probs = batch.log_probs(batch.sequences.log_probs(tokens), reference)
             return self.loss(log_probs).sum() / batch.denominator
 

@@ -4,6 +4,8 @@ import re
 
 from torch import nn
 
+from dpo_wrapper.models.list_modules import list_modules
+
 LORA_FACTOR = re.compile(r"lora_(embedding_)?[AB]\.")
 """In the names of a LoRA adapter's parameters."""
 
@@ -15,7 +17,7 @@ def is_adapted(module: nn.Module) -> bool:
 
 def is_merged(model: nn.Module) -> bool:
     """Whether an adapter of the model is merged into the weights that it adapts, so that it cannot train."""
-    return any(vars(m).get("merged_adapters") or vars(m).get("merged") is True for m in model.modules())
+    return any(vars(m).get("merged_adapters") or vars(m).get("merged") is True for m in list_modules(model))
 
 
 def mergeable_parameters(model: nn.Module) -> set[int]:

@@ -118,17 +118,6 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def list_modules(module: nn.Module) -> list[nn.Module]:
-    """The module and all below it, which `module.modules()` takes five times as long to find."""
-    visited, modules = {id(module)}, [module]
-    for parent in modules:
-        for child in parent._modules.values():
-            if child is not None and id(child) not in visited:
-                visited.add(id(child))
-                modules.append(child)
-    return modules
-
-
 def as_output_head(module: object, **options: Any) -> OutputHead | None:
     """The head of a plain linear layer; None for one that is adapted, hooked or replaced."""
     if type(module) is not nn.Linear or has_hooks(module):

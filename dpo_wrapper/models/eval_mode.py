@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dpo_wrapper.cpu_matmul import is_onednn_faster, onednn_linear
+from dpo_wrapper.models.list_modules import list_modules
 
 _lock = threading.RLock()  # a context may end while garbage is collected, anywhere in this thread
 _fastpath_holders, _is_fastpath_enabled = 0, True  # how many contexts hold torch's flag, and what it was
@@ -41,7 +42,7 @@ def hold_modes(modes: Sequence[tuple[nn.Module, bool]]) -> Iterator[None]:
             held = _held.setdefault(id(module), _Held(module, module.training, {}))
             held.modes[holder] = is_training
         for module, is_training in modes:
-            module.training = is_training
+            set_mode(module, is_training)
     try:
         yield
     finally:
@@ -49,9 +50,15 @@ def hold_modes(modes: Sequence[tuple[nn.Module, bool]]) -> Iterator[None]:
             for module, _ in modes:
                 held = _held[id(module)]
                 del held.modes[holder]
-                module.training = next(reversed(held.modes.values()), held.own)
+                set_mode(module, next(reversed(held.modes.values()), held.own))
                 if not held.modes:
                     del _held[id(module)]
+
+
+def set_mode(module: nn.Module, is_training: bool) -> None:
+    """Set a module's flag where it differs, for assigning to an attribute of a module takes long."""
+    if module.training != is_training:
+        module.training = is_training
 
 
 def are_held_from_training(modes: Sequence[tuple[nn.Module, bool]]) -> bool:
@@ -63,24 +70,27 @@ def are_held_from_training(modes: Sequence[tuple[nn.Module, bool]]) -> bool:
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Compute a model in eval mode inside this context, so without dropout.
 
-    Activation checkpointing stays on, for which models of transformers ask for train mode.
+    Activation checkpointing stays on, for which models of transformers ask for train mode. Recurrent layers
+    that have no dropout are computed in train mode, for in eval mode cuDNN gives them no gradients.
     """
     library = sys.modules.get("transformers.modeling_layers")
     layer_class = getattr(library, "GradientCheckpointingLayer", ())
-    modules = list(model.modules())
+    modules = list_modules(model)
     checkpointing = [m for m in modules if getattr(m, "gradient_checkpointing", False)]
     if any(isinstance(module, layer_class) for module in checkpointing):
         with _lock:
             checkpoint_in_eval_mode(layer_class)
         checkpointing = []
     # code outside of transformers may ask for train mode where it checkpoints the layers below
-    with hold_modes([(module, any(module is each for each in checkpointing)) for module in modules]):
+    training = {id(module) for module in checkpointing}
+    training |= {id(m) for m in modules if isinstance(m, nn.RNNBase) and m.dropout == 0}
+    with hold_modes([(module, id(module) in training) for module in modules]):
         yield
 
 
 def train_mode(model: nn.Module) -> AbstractContextManager[None]:
     """Compute a model in train mode inside a context."""
-    return hold_modes([(module, True) for module in model.modules()])
+    return hold_modes([(module, True) for module in list_modules(model)])
 
 
 @cache
@@ -106,7 +116,8 @@ def reproducible_forward(model: nn.Module) -> Iterator[None]:
     weights behind, without gradients, that a later pass with gradients would use.
     """
     # torch.compile traces badly under a TorchFunctionMode
-    is_compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
+    modules = list_modules(model)
+    is_compiled = any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in modules)
     with _without_fastpath(), onednn_linear() if is_onednn_faster() and not is_compiled else nullcontext():
         yield
 

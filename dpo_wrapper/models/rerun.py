@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_wrapper.models.eval_mode import are_held_from_training, hold_modes
+from dpo_wrapper.models.list_modules import list_modules
 
 Output = TypeVar("Output")
 
@@ -44,7 +45,7 @@ def run_pass(model: nn.Module, forward: Callable[[], Output], tree: Any = None) 
 
     With a tree, `attention_tree` returns it to the model's attention, in this thread alone.
     """
-    modes = [(module, False) for module in model.modules() if not module.training]
+    modes = [(module, False) for module in list_modules(model) if not module.training]
     first = torch._C._autograd._get_sequence_nr()
     with _attention_over(tree):
         output = forward()
@@ -112,13 +113,17 @@ class ForwardPass:
 
 def find_first_node(node: Any, numbers: range) -> Any:
     """Of the nodes behind `node` that have these numbers, the one made first, which is last in backward."""
-    first, visited, queue = node, {node}, [node]
+    first, lowest, visited, queue = node, node._sequence_nr(), {node}, [node]
     while queue:
         for node, _ in queue.pop().next_functions:
-            if node is not None and node not in visited and node._sequence_nr() in numbers:
-                visited.add(node)
+            if node is None or node in visited:
+                continue
+            visited.add(node)
+            number = node._sequence_nr()
+            if number in numbers:
                 queue.append(node)
-                first = min(first, node, key=lambda each: each._sequence_nr())
+                if number < lowest:
+                    first, lowest = node, number
     return first
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dpo_wrapper.batches.sequences import ScoredSequences
-from dpo_wrapper.models.base import has_hooks, list_modules
+from dpo_wrapper.models.base import has_hooks
 from dpo_wrapper.models.eval_mode import eval_mode
+from dpo_wrapper.models.list_modules import list_modules
 from dpo_wrapper.models.lower_layers import DecoderLayer, LayerRecord
 from dpo_wrapper.models.wrappers import is_sharded
 from dpo_wrapper.reference.reference import ModelReference, Reference

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dpo_wrapper.batches.sequences import ScoredSequences
+from dpo_wrapper.batches.sequences import ScoredSequences, unique_pairs
 from dpo_wrapper.log_probs import FusedLoss
 
 
@@ -20,7 +20,8 @@ def connected_components(links: Int[Tensor, "k 2"], count: int) -> Int[Tensor, "
             parent[k] = k = parent[parent[k]]
         return k
 
-    for one, other in links.unique(dim=0).tolist():
+    ones, others, _ = unique_pairs(*links.unbind(dim=1))
+    for one, other in zip(ones.tolist(), others.tolist(), strict=True):
         first, second = sorted((find_root(one), find_root(other)))
         parent[second] = first
     return torch.tensor([find_root(k) for k in range(count)], device=links.device)
@@ -45,4 +46,8 @@ def fused_loss_of_entries(
         is_shared = groups != owner[on_cpu]
         links = torch.stack([groups[is_shared], owner[on_cpu[is_shared]]], dim=1)
         groups = connected_components(links, int(groups.max()) + 1 if len(groups) else 0)[owner]
-    return FusedLoss(lambda log_probs: fused_loss.fn(log_probs.index_select(0, entry)), groups)
+
+    def fn(log_probs: Tensor) -> Tensor:  # which may be on the device of the head
+        return fused_loss.fn(log_probs.to(entry.device).index_select(0, entry))
+
+    return FusedLoss(fn, groups)

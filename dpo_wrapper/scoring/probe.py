@@ -7,7 +7,7 @@ import torch
 
 from dpo_wrapper.log_probs import Impl
 from dpo_wrapper.models import LanguageModel
-from dpo_wrapper.models.base import list_modules
+from dpo_wrapper.models.list_modules import list_modules
 from dpo_wrapper.models.wrappers import wrapper_kind
 from dpo_wrapper.prefix_tree import TreeKernel, TreeOptions
 

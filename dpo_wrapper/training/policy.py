@@ -15,7 +15,8 @@ from dpo_wrapper.scoring import Scorer
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.processes import join_processes
 
-FEED_FORWARD = re.compile(r"(MLP|FeedForward|FFN)$", re.IGNORECASE)
+COMPILED = re.compile(r"(MLP|FeedForward|FFN|Norm)$", re.IGNORECASE)
+"""The names of the classes that are compiled; torch's own layers are fast already."""
 """Names of classes of feed-forward layers."""
 
 
@@ -48,7 +49,7 @@ def set_up_policy(model: nn.Module, config: TrainConfig) -> list[str]:
         check_sharing(model)
     if config.torch_compile:
         try_compiler(join_processes(config).device)
-        notes.append(f"compiled: {compile_layers(model)} feed-forward layers")
+        notes.append(f"compiled: {compile_layers(model)} feed-forward layers and norms")
     return notes
 
 
@@ -133,15 +134,15 @@ def try_compiler(device: torch.device) -> None:
 
 
 def compile_layers(model: nn.Module) -> int:
-    """Compile feed-forward layers in place, which changes no names of weights; returns how many.
+    """Compile feed-forward layers and norms in place, which changes no names of weights; returns how many.
 
     Attention is not compiled: a prefix tree would break it up, and torch would compile it for each layer.
     """
     module = language_model(model).called_module
-    layers = list(find_feed_forward(module))
+    layers = list(find_compiled_layers(module))
     if not layers:
         raise ValueError(
-            "--torch-compile should be given for a model with feed-forward layers of their own class, but "
+            "--torch-compile should be given for a model with feed-forward layers or norms of its own, but "
             f"{type(module).__name__} has none: leave it out."
         )
     for layer in layers:
@@ -149,10 +150,11 @@ def compile_layers(model: nn.Module) -> int:
     return len(layers)
 
 
-def find_feed_forward(module: nn.Module) -> Iterator[nn.Module]:
-    """The outermost feed-forward layers, by the names of their classes."""
+def find_compiled_layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost layers that are compiled."""
     for child in module.children():
-        if FEED_FORWARD.search(type(child).__name__):
+        is_torchs = type(child).__module__.startswith("torch.")
+        if COMPILED.search(type(child).__name__) and not is_torchs:
             yield child
         else:
-            yield from find_feed_forward(child)
+            yield from find_compiled_layers(child)

@@ -13,6 +13,7 @@ measured before.
 import argparse
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from zipf_inputs import draw, truth
 
 from log_probs import DTYPES, NAMES, report
 
-SHAPES = [(8192, 2048, 128256), (16384, 896, 151936), (16384, 2048, 248320)]
+SHAPES = [(8192, 2048, 128256), (16384, 2048, 248320), (16384, 896, 151936)]
 DEFAULT_NAMES = ["fused", "triton", "trl", "liger", "cce", "compile"]
 TOY_SHAPES = [(24, 16, 300)]
 TOY_NAMES = ["fused", "chunked", "trl", "liger", "cce"]
@@ -44,8 +45,11 @@ def build_contestants(names: list[str], device: str) -> tuple[dict[str, Contesta
     return built, results
 
 
-def measure_shape(shape: tuple[int, int, int], args: argparse.Namespace) -> Results:
-    """The results of each contestant by mode, or `missing` or `failed` with the reason; in turns."""
+def measure_shape(shape: tuple[int, int, int], args: argparse.Namespace) -> Iterator[Results]:
+    """The results of each contestant by mode, or `missing` or `failed` with the reason, after each mode.
+
+    Contestants run in turns.
+    """
     torch.compiler.reset()  # or the second shape would compile for shapes of any size
     dtype = getattr(torch, args.dtype)
     built, results = build_contestants(args.only, args.device)
@@ -70,7 +74,7 @@ def measure_shape(shape: tuple[int, int, int], args: argparse.Namespace) -> Resu
                         torch.cuda.synchronize()  # raises where the device answers no more
         for name in built:
             results[name]["sequence"] = inputs.sequence
-    return results
+        yield results
 
 
 def has_failed(shape: dict[str, Any]) -> bool:
@@ -112,9 +116,12 @@ def main() -> int:
             shapes.append({"shape": [t, d, v], "left_out": "no time"})
             print("no time")
         else:
-            results = measure_shape((t, d, v), args)
-            report(results, MODES)
-            shapes.append({"shape": [t, d, v], "results": results})
+            shapes.append({"shape": [t, d, v]})
+            for results in measure_shape((t, d, v), args):
+                shapes[-1]["results"] = results
+                if args.json:
+                    write_json(args, shapes=shapes)
+            report(shapes[-1]["results"], MODES)
             tidy()
         if args.json:
             write_json(args, shapes=shapes)

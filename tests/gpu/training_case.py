@@ -17,6 +17,8 @@ from lengths import SHAPES, lengths
 from measure import UnavailableError, write_json
 from torch import Tensor, nn
 
+from dpo_wrapper.training.policy import find_compiled_layers
+
 SEED = 150
 ARGS = Namespace(model="llama", seed=SEED)  # what contestants ask for
 VOCAB = 151_936
@@ -83,10 +85,21 @@ class Setup:
     def set_modes(self, name: str) -> None:
         """Train mode, which checkpointing asks for; these models have no dropout."""
         self.model.train()
+        for module in self.compiled_parts:
+            if name.endswith("compiled"):
+                module.compile(dynamic=True)
+            else:
+                module._compiled_call_impl = None
         if name.endswith("checkpointing"):
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         else:
             self.model.gradient_checkpointing_disable()
+
+    @cached_property
+    def compiled_parts(self) -> list[nn.Module]:
+        """Of policy and reference, what `--torch-compile` compiles."""
+        models = [self.model] if isinstance(self.reference, str) else [self.model, self.reference]
+        return [module for model in models for module in find_compiled_layers(model)]
 
     def train_step(self, forward: Step) -> Tensor:
         """A whole step; returns the loss."""
@@ -172,6 +185,7 @@ def run_cases(
     """The records of the chosen cases, written after each; a case for which there is no time is left out."""
     began = time.monotonic()
     torch.set_num_threads(args.threads)
+    torch._dynamo.config.recompile_limit = 64  # trials and contestants have shapes and modes of their own
     warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
     records: list[dict[str, Any]] = []
     for case in chosen_cases(args, defaults):

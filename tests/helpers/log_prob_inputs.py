@@ -114,7 +114,7 @@ def cotangent(t: int) -> Tensor:
     """A gradient of the log-probs with either sign and some zeros."""
     generator = Generator().manual_seed(99)
     grad = torch.randn(t, generator=generator, dtype=torch.float64)
-    return grad * (torch.rand(t, generator=generator) < 0.8)
+    return grad * (torch.rand(t, generator=generator, dtype=torch.float32) < 0.8)
 
 
 def weighted_sum(scores: Tensor) -> Tensor:

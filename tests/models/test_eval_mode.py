@@ -7,6 +7,7 @@ import torch
 
 from dpo_wrapper import DPO, UnpairedBatch
 from dpo_wrapper.losses import KTO
+from dpo_wrapper.models.eval_mode import eval_mode
 from dpo_wrapper.prefix_tree import cpu_attention
 from helpers.dpo_calls import LN2, nudged
 from helpers.kernels import tree_kernels
@@ -104,3 +105,16 @@ def test_train_mode_between_calls_changes_nothing(name):
     for module in (dpo.policy_model, dpo.ref_model, dpo):
         module.train()
         assert dpo(**ARGUMENTS) == expected
+
+
+def test_recurrent_layers_without_dropout_stay_in_train_mode():
+    """In eval mode cuDNN gives them no gradients."""
+    plain, dropping = torch.nn.GRU(4, 4), torch.nn.LSTM(4, 4, num_layers=2, dropout=0.1)
+    model = torch.nn.ModuleList([plain, dropping, torch.nn.Dropout()])
+    with eval_mode(model):
+        assert [module.training for module in model] == [True, False, False]
+    assert all(module.training for module in model)
+    plain.eval()
+    with eval_mode(model):
+        assert plain.training
+    assert not plain.training

@@ -31,7 +31,7 @@ class ModelOptions(Options):
     gradient_checkpointing: bool = False
     """Compute the layers of a Hugging Face model again in the backward pass: less memory, more time."""
     torch_compile: bool = False
-    """Compile the feed-forward layers, which takes a minute or two when the run starts."""
+    """Compile the feed-forward layers and norms, which takes a minute or two when the run starts."""
     freeze: tuple[str, ...] = ()
     """Regular expressions of names of parameters that do not train, such as embed or layers[.][0-5][.]."""
 
