@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import torch
@@ -105,18 +106,27 @@ class ScoredSequences(TensorDataclass):
         `scored` says of each sequence which tokens of prompt and completion are scored; by default, and where
         it is None, these are the completion's.
         """
-        rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
-        if not rows:
+        lengths = np.array([len(x) + len(y) for x, y in zip(prompts, completions, strict=True)], np.int64)
+        if not len(lengths):
             raise ValueError("a batch should have at least one completion, but it has none: leave it out.")
-        width = max(map(len, rows))
-        seqs = torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.long)
-        place = torch.arange(width)
-        is_scored = place >= torch.tensor([[len(prompt)] for prompt in prompts])
-        for row, mask in enumerate(scored or ()):
+        parts = (ids for pair in zip(prompts, completions, strict=True) for ids in pair)
+        tokens = np.fromiter(chain.from_iterable(parts), np.int64, lengths.sum())
+        start, row = lengths.cumsum() - lengths, np.arange(len(lengths)).repeat(lengths)
+        place = np.arange(len(tokens)) - start[row]
+        is_scored = place >= np.array([len(prompt) for prompt in prompts])[row]
+        for first, mask in zip(start.tolist(), scored or (), strict=False):
             if mask is not None:
-                is_scored[row, : len(mask)] = torch.tensor(mask, dtype=torch.bool)
-        real = place < torch.tensor([[len(row)] for row in rows])
-        return cls.from_padded(seqs, is_scored, real)
+                is_scored[first : first + len(mask)] = mask
+        is_scored &= place > 0  # nothing predicts a first token
+        last_scored = np.zeros(len(lengths), np.int64)
+        last_scored[row[is_scored]] = place[is_scored]  # of several in a row the last one stays
+        is_input = place < last_scored[row]
+        filler = np.append(tokens, 0)[start] * (lengths > 0)  # any valid id does
+        ids = filler[:, None].repeat(max(1, last_scored.max()), axis=1)
+        ids[row[is_input], place[is_input]] = tokens[is_input]
+        length = np.bincount(row[is_scored], minlength=len(lengths))
+        arrays = (ids, row[is_scored], place[is_scored] - 1, tokens[is_scored], length, last_scored)
+        return cls(*map(torch.from_numpy, arrays))
 
     def as_tree(self, options: TreeOptions) -> "ScoredTreeTokens":
         """The same sequences as a prefix tree, built once for each of the options."""

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -36,11 +37,12 @@ small kernel calls cost more time than they save."""
 
 def find_branches(position: Int[Tensor, "u"]) -> tuple[Branch, ...]:
     """Find the branches of a tree from the depths of its tokens, which are in depth-first order."""
-    starts = (position.diff(prepend=position[:1]) != 1).nonzero()[:, 0].tolist()
+    depth = position.numpy()
+    starts = np.flatnonzero(np.diff(depth, prepend=depth[:1]) != 1).tolist()
     branches: list[Branch] = []
     current_path: list[slice] = []  # from the root to the end of the branch before
     for start, end in pairwise([*starts, len(position)]):
-        prefix, missing = [], int(position[start])
+        prefix, missing = [], int(depth[start])
         for run in current_path:
             length = min(missing, run.stop - run.start)
             if length:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dpo_wrapper.prefix_tree import cpu_attention
@@ -90,12 +91,12 @@ class TreeLayout(TensorDataclass):
 
 
 def group_paths(
-    paths: Sequence[Int[Tensor, "_"]], size: int
+    paths: Sequence[NDArray[np.int64]], size: int
 ) -> tuple[tuple[Int[Tensor, "g n"], ...], Int[Tensor, "rw"]]:
     """Group paths, the longest first: `groups` and `path_index` of a layout of `size` tokens with padding."""
     paths = sorted(paths, key=len)
     lengths = np.array([len(path) for path in paths], dtype=np.int64)
-    starts, tokens = lengths.cumsum() - lengths, torch.cat(list(paths)).numpy()
+    starts, tokens = lengths.cumsum() - lengths, np.concatenate(paths)
     groups: list[Tensor] = []
     path_index, offset, end = np.zeros(size, dtype=np.int64), 0, len(paths)
     while end:

@@ -19,14 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from beartype import beartype
-from jaxtyping import Int, jaxtyped
+from jaxtyping import Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dpo_wrapper.tensor_dataclass import TensorDataclass
 
 
-@jaxtyped(typechecker=beartype)
 @dataclass(frozen=True)
 class PrefixTree(TensorDataclass):
     """The `u` unique tokens of `s` sequences with `n` tokens in all.
@@ -73,13 +72,11 @@ class PrefixTree(TensorDataclass):
         arrays = (ids[:size], position[:size], subtree_end[:size], path, start)
         return cls(*(torch.from_numpy(array.copy()) for array in arrays))
 
-    def leaf_paths(self) -> list[Int[Tensor, "_"]]:
+    def leaf_paths(self) -> list[NDArray[np.int64]]:
         """The paths that end at a leaf, each once: every other path is the beginning of one of them."""
-        is_leaf = self.subtree_end == torch.arange(1, len(self.ids) + 1, device=self.ids.device)
-        lengths = self.start.diff()
-        filled = lengths.nonzero()[:, 0]
-        last = self.path[self.start[filled + 1] - 1]
-        filled, last = filled[is_leaf[last]], last[is_leaf[last]]
-        paths = self.path.split(lengths.tolist())
-        path_of_leaf = dict(zip(last.tolist(), filled.tolist(), strict=True))
-        return [paths[k] for k in path_of_leaf.values()]
+        path, start, subtree_end = self.path.numpy(), self.start.numpy(), self.subtree_end.numpy()
+        filled = np.flatnonzero(np.diff(start))
+        last = path[start[filled + 1] - 1]
+        is_leaf = subtree_end[last] == last + 1
+        path_of_leaf = dict(zip(last[is_leaf].tolist(), filled[is_leaf].tolist(), strict=True))
+        return [path[start[k] : start[k + 1]] for k in path_of_leaf.values()]

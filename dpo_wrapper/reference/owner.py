@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dpo_wrapper.batches.sequences import ScoredSequences, SequenceLogProbs
 from dpo_wrapper.models.adapters import is_merged
 from dpo_wrapper.models.eval_mode import eval_mode
+from dpo_wrapper.models.list_modules import list_parameters
 from dpo_wrapper.reference.build import build_reference, follow_policy
 from dpo_wrapper.reference.frozen_copy import copy_with_closures
 from dpo_wrapper.reference.lower_layers import LowerLayers
@@ -73,7 +74,7 @@ class ReferenceOwner(nn.Module):
         """ValueError if gradients are wanted but no parameter of the policy can have one."""
         if not (self.training and torch.is_grad_enabled()):
             return
-        trains = [p.requires_grad for p in self.policy_model.parameters()]
+        trains = [p.requires_grad for p in list_parameters(self.policy_model)]
         if trains and not any(trains):
             raise ValueError(
                 "a parameter of the policy should train, but all are frozen: call requires_grad_() on those "

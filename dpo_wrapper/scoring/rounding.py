@@ -5,6 +5,8 @@ from beartype import beartype
 from jaxtyping import Float, jaxtyped
 from torch import Tensor, nn
 
+from dpo_wrapper.models.list_modules import list_parameters
+
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest error of log-probs that counts as rounding, relative to how far they are apart."""
 
@@ -16,7 +18,7 @@ def narrowest_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
     """The narrowest dtype that a model computes in: autocast's where it is on, else that of its weights."""
     if torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    dtypes = {p.dtype for p in list_parameters(model) if p.is_floating_point()}
     return max(dtypes, key=lambda dtype: TOLERANCE.get(dtype, 0.1), default=torch.float64)
 
 
