@@ -143,6 +143,17 @@ def chat(args: Sequence[str]) -> None:
         run_chat(config)
 
 
+def export(args: Sequence[str]) -> None:
+    from dpo_wrapper.commands.export.config import ExportConfig
+
+    config = parse_options(ExportConfig, "export", args)
+    with exit_on_errors("the export was interrupted; the same command begins it again"):
+        from dpo_wrapper.commands.export.run import run_export
+
+        if run_export(config):
+            sys.exit(1)
+
+
 @dataclass(frozen=True)
 class Command:
     """What a command does, in words, and the function that does it with the arguments after its name."""
@@ -160,6 +171,7 @@ COMMANDS = {
     ),
     "compare": Command("train with several losses or recipes, and say what differs beyond chance", compare),
     "chat": Command("talk with a model in the terminal, or print one answer", chat),
+    "export": Command("write a model in the form that another program takes, and compare the two", export),
 }
 
 

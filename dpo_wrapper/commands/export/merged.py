@@ -1,0 +1,66 @@
+"""A Hugging Face folder without adapter."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo_wrapper.commands.export.agreement import TOLERANCES
+from dpo_wrapper.commands.export.config import ExportConfig
+from dpo_wrapper.commands.export.exported import Check, Exported
+from dpo_wrapper.commands.export.source import ExportSource
+from dpo_wrapper.commands.export.transformers_reader import ModuleReader
+from dpo_wrapper.libraries.tensor_files import apply_umask
+from dpo_wrapper.pretrained.model import CONFIG_FILE
+
+
+def write_merged(source: ExportSource, folder: Path, config: ExportConfig) -> Exported:
+    """Write the model, its adapter merged in float32, with its tokenizer.
+
+    Raises:
+        ValueError: it is a model of x-transformers.
+    """
+    if source.kind == "x_transformers":
+        raise ValueError(
+            f"--to merged writes a Hugging Face folder, but {source.name} is a model of x-transformers: use "
+            "--to x-transformers."
+        )
+    model: Any = source.merge().pretrained.model
+    dtype = getattr(torch, config.dtype)
+    tensors = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in model.state_dict().items()
+    }
+    model.config.dtype = dtype
+    model.save_pretrained(folder, state_dict=tensors)
+    source.tokenizer.save(folder)
+    repeat_rope_keys(folder / CONFIG_FILE)
+    for file in folder.glob("*.safetensors"):
+        apply_umask(file)
+    check = Check(
+        lambda: ModuleReader("transformers", lambda: load_in_float32(folder)), TOLERANCES[config.dtype]
+    )
+    return Exported(folder, [check], usage=[f'AutoModelForCausalLM.from_pretrained("{folder}")'])
+
+
+def load_in_float32(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def repeat_rope_keys(file: Path) -> None:
+    """Write `rope_theta` and `rope_scaling` at the top of a config.json too, where other programs read them.
+
+    transformers 5 has them in `rope_parameters` alone; mlx-lm and older programs would take 10,000.
+    """
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    rope = settings.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return
+    settings["rope_theta"] = rope["rope_theta"]
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if scaling.get("rope_type", "default") != "default":
+        settings["rope_scaling"] = scaling
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
