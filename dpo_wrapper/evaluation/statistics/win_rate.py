@@ -5,7 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo_wrapper.evaluation.statistics.bootstrap import Estimate, draw_counts, find_interval
+from dpo_wrapper.evaluation.statistics.bootstrap import (
+    Estimate,
+    bound_certain_share,
+    draw_counts,
+    find_interval,
+)
 
 Floats = NDArray[np.float64]
 
@@ -62,7 +67,19 @@ def compare_answers(
     drawn = [summarize(c[:, group], wins, length) for c in draw_counts(num_groups, num_resamples, seed)]
     left_out = summarize(1.0 - np.eye(num_groups)[:, group], wins, length)
     columns = zip(value, np.concatenate(drawn).T, left_out.T, strict=True)
-    return WinRates(*(find_interval(*column, confidence) for column in columns))
+    raw, controlled, weight = (find_interval(*column, confidence) for column in columns)
+    if raw.value in (0.0, 1.0):  # which all resamples are, however few the answers
+        raw = bound_certain_share(raw.value, num_groups, confidence)
+        controlled = widen(controlled, raw)
+    return WinRates(raw, controlled, weight)
+
+
+def widen(one: Estimate, other: Estimate) -> Estimate:
+    """An estimate whose interval, if it has one, holds that of another as well."""
+    if one.bounds is None or other.bounds is None:
+        return one
+    bounds = [*one.bounds, *other.bounds]
+    return Estimate(one.value, min(bounds), max(bounds))
 
 
 def scale_differences(differences: Floats) -> Floats:

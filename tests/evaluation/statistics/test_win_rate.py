@@ -46,6 +46,9 @@ def test_all_won_is_no_error():
     scores, lengths = np.ones(6), np.arange(6.0)
     rates = compare_answers(scores, np.zeros(6), lengths, lengths[::-1], num_resamples=50)
     assert rates.raw.value == 1.0 and 0.95 < rates.length_controlled.value < 1
+    # six of six are won by chance in one of 64 cases: 0.025^(1/6), after Clopper and Pearson
+    assert rates.raw.bounds == (pytest.approx(0.5407, abs=1e-4), 1.0)
+    assert rates.length_controlled.low <= rates.raw.low and rates.length_controlled.high <= 1
 
 
 def test_newtons_steps_reach_the_maximum():
