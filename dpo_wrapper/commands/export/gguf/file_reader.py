@@ -1,4 +1,4 @@
-"""GGUF files as their own content says, in transformers: what a reader knows that has nothing but the file."""
+"""GGUF files in transformers, with the settings and the vocabulary that the file itself holds."""
 
 from collections.abc import Sequence
 from pathlib import Path
