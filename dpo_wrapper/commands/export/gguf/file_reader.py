@@ -87,7 +87,7 @@ def read_config(fields: dict[str, Any], tensors: dict[str, Any]) -> Any:
             "attn_implementation": "eager",
         }
     if architecture == "phi3":
-        options["sliding_window"] = None
+        options["sliding_window"] = read("attention.sliding_window") or None
         options["original_max_position_embeddings"] = read(
             "rope.scaling.original_context_length", options["max_position_embeddings"]
         )

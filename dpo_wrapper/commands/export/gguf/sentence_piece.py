@@ -40,9 +40,28 @@ def compute_scores(tokens: Sequence[str], merges: Sequence[Any]) -> list[float]:
     """
     places: dict[str, int] = {}
     for place, merge in enumerate(merges):
-        text = "".join(merge.split(" ") if isinstance(merge, str) else merge)
-        places.setdefault(text, place)
+        places.setdefault("".join(split_merge(merge)), place)
     return [-float(places[token]) if token in places else NO_MERGE for token in tokens]
+
+
+def count_unlisted_merges(tokens: Sequence[str], merges: Sequence[Any]) -> int:
+    """The number of tokens that llama.cpp joins from two parts where the tokenizer does not.
+
+    It is 0 for what was made from a SentencePiece model, which lists all pairs.
+    """
+    vocab, listed = set(tokens), {tuple(split_merge(merge)) for merge in merges}
+    return sum(
+        any(
+            token[:k] in vocab and token[k:] in vocab and (token[:k], token[k:]) not in listed
+            for k in range(1, len(token))
+        )
+        for token in tokens
+    )
+
+
+def split_merge(merge: Any) -> list[str]:
+    """The two parts of a merge, as old files have them too."""
+    return merge.split(" ") if isinstance(merge, str) else list(merge)
 
 
 def find_token_type(text: str, unknown: str | None) -> Any:
