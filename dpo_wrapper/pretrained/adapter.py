@@ -84,8 +84,9 @@ def find_base(folder: str | Path) -> str:
     """Folder or name of the base that the adapter in a folder names.
 
     Raises:
-        ValueError: it names none, or a folder that is not there.
+        ValueError: the folder holds no finished adapter, or it names no base, or a folder that is not there.
     """
+    check_finished(Path(folder))
     config = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     base = config.get("base_model_name_or_path")
     if not base:
