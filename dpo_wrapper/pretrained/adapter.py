@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -156,8 +157,32 @@ def merge_adapter(pretrained: PretrainedModel) -> PretrainedModel:
     origin, model = pretrained.adapter, pretrained.model
     if origin is None or origin.folder is None or not hasattr(model, "merge_and_unload"):
         return pretrained
+    untie_adapted_layers(model)
     merged = replace(origin, merged=(*origin.merged, origin.folder), folder=None)
-    return replace(pretrained, model=model.merge_and_unload(), adapter=merged)  # type: ignore[operator]
+    whole: Any = model.merge_and_unload()  # type: ignore[operator]
+    note_untied_head(whole)
+    return replace(pretrained, model=whole, adapter=merged)
+
+
+def untie_adapted_layers(model: nn.Module) -> None:
+    """Give layers with an adapter weights of their own where others share them, for merging writes into them."""
+    sharers = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    for module in model.modules():
+        layer = module.get_base_layer() if hasattr(module, "get_base_layer") else None
+        weight = getattr(layer, "weight", None)
+        if weight is not None and sharers[id(weight)] > 1:
+            layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+
+
+def note_untied_head(model: Any) -> None:
+    """Write into the configuration if embeddings and head have been parted, or loading would tie them again."""
+    config = getattr(model, "config", None)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if config is None or head is None or head.weight is model.get_input_embeddings().weight:
+        return
+    for part in (config, config.get_text_config()):
+        if getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False
 
 
 def save_adapter(model: nn.Module, origin: AdapterOrigin, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """`dpo-wrapper export`: write, read back, compare, and say what came of it."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,6 @@ from dpo_wrapper.commands.export.source import ExportSource
 from dpo_wrapper.commands.export.x_transformers import write_x_transformers
 from dpo_wrapper.data.writable import FULL, check_writable, find_errno, refuse_folder
 from dpo_wrapper.display.terminal import create_progress_bar, print_line
-from dpo_wrapper.pretrained.adapter import without_deprecations
 
 WRITERS: dict[Format, Callable[[ExportSource, Path, ExportConfig], Exported]] = {
     "peft": write_peft,
@@ -41,7 +41,7 @@ def run_export(config: ExportConfig) -> int:
     for place in places.values():
         place.check(config.model)
     num_different = 0
-    with without_deprecations():
+    with hide_warnings():
         source = load_source(config, formats)
         for name in formats:
             num_different += not export(source, config, name, places[name], is_last=name == formats[-1])
@@ -116,6 +116,14 @@ def explain_write_errors(out: Path) -> Iterator[None]:
         if isinstance(error, (PermissionError, SafetensorError)) or find_errno(error) in FULL:
             raise refuse_folder(out, error) from error
         raise
+
+
+@contextmanager
+def hide_warnings() -> Iterator[None]:
+    """The context in which libraries do not warn of what may go wrong, for that is found out here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextmanager

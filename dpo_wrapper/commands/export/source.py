@@ -11,6 +11,7 @@ from dpo_wrapper.commands.export.agreement import PromptOutput, compute_outputs
 from dpo_wrapper.commands.export.config import ExportConfig, Format
 from dpo_wrapper.data.tokens.tokenizers import Tokenizer
 from dpo_wrapper.evaluation.model_pair import check_is_trained, complete_options, load_named
+from dpo_wrapper.libraries.error_text import summarize_error
 from dpo_wrapper.pretrained import AdapterOrigin, PretrainedModel, read_run
 from dpo_wrapper.pretrained.adapter import merge_adapter
 
@@ -109,13 +110,23 @@ class ExportSource:
         """The same without adapter, which is written into the weights in float32.
 
         The model of `self` is used up by it.
+
+        Raises:
+            ValueError: PEFT cannot merge the adapter.
         """
         pretrained = self.pretrained
         origin = pretrained.adapter
         if origin is None:
             return self
         named = replace(pretrained, adapter=replace(origin, folder=origin.folder or self.name))
-        return replace(self, pretrained=replace(merge_adapter(named), adapter=None))
+        try:
+            merged = merge_adapter(named)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the adapter of {self.name} should be one that PEFT can merge, but it cannot "
+                f"({summarize_error(error)}): use --to peft."
+            ) from error
+        return replace(self, pretrained=replace(merged, adapter=None))
 
     def require_adapter(self, form: str) -> AdapterOrigin:
         """Where the adapter comes from; ValueError if there is none, or another is merged below it."""
