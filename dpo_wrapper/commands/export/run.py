@@ -89,7 +89,9 @@ def export(
             return False
         note_verified(folder, record, agreements)
         place.accept()
-    print_line("\n".join(place.name_final(line) for line in describe(place.final, exported, agreements, missing)))
+    print_line(
+        "\n".join(place.name_final(line) for line in describe(place.final, exported, agreements, missing))
+    )
     return True
 
 
