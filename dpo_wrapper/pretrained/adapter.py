@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -84,8 +85,9 @@ def find_base(folder: str | Path) -> str:
     """Folder or name of the base that the adapter in a folder names.
 
     Raises:
-        ValueError: it names none, or a folder that is not there.
+        ValueError: the folder holds no finished adapter, or it names no base, or a folder that is not there.
     """
+    check_finished(Path(folder))
     config = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     base = config.get("base_model_name_or_path")
     if not base:
@@ -155,8 +157,33 @@ def merge_adapter(pretrained: PretrainedModel) -> PretrainedModel:
     origin, model = pretrained.adapter, pretrained.model
     if origin is None or origin.folder is None or not hasattr(model, "merge_and_unload"):
         return pretrained
+    untie_adapted_layers(model)
     merged = replace(origin, merged=(*origin.merged, origin.folder), folder=None)
-    return replace(pretrained, model=model.merge_and_unload(), adapter=merged)  # type: ignore[operator]
+    whole: Any = model.merge_and_unload()  # type: ignore[operator]
+    note_untied_head(whole)
+    return replace(pretrained, model=whole, adapter=merged)
+
+
+def untie_adapted_layers(model: nn.Module) -> None:
+    """Give layers with an adapter weights of their own, where others share them: merging writes into them."""
+    sharers = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    for module in model.modules():
+        adapted: Any = module
+        layer = adapted.get_base_layer() if hasattr(adapted, "get_base_layer") else None
+        weight = getattr(layer, "weight", None)
+        if layer is not None and weight is not None and sharers[id(weight)] > 1:
+            layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+
+
+def note_untied_head(model: Any) -> None:
+    """Write into the configuration that embeddings and head are parted, or loading would tie them again."""
+    config = getattr(model, "config", None)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if config is None or head is None or head.weight is model.get_input_embeddings().weight:
+        return
+    for part in (config, config.get_text_config()):
+        if getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False
 
 
 def save_adapter(model: nn.Module, origin: AdapterOrigin, folder: Path) -> None:
