@@ -44,9 +44,9 @@ def add_keys(writer: Any, model: Any, tokenizer: Tokenizer, dtype: str) -> list[
 
 
 def make_name(model: Any, tokenizer: Tokenizer) -> str:
-    """The name of the model. By "phi-3" in it llama.cpp strips spaces behind special tokens, and by nothing else.
+    """The name of the model, with "phi-3" in it where special tokens strip the spaces behind them.
 
-    It needs Phi-3's own tokens then.
+    It is by this part of a name that llama.cpp strips them; it needs Phi-3's own tokens then.
     """
     name = re.sub("phi-?3", "phi 3", Path(model.config.name_or_path or "model").name.lower())
     special = getattr(tokenizer, "tokenizer", None)

@@ -84,10 +84,16 @@ def test_an_adapter_is_merged_once_for_two_formats(chatml_tokenizer, tmp_path):
     torch.testing.assert_close(logits_of(tmp_path / "out" / "gguf"), logits_of(tmp_path / "out" / "merged"))
 
 
-def test_windows_that_llama_cpp_has_not_are_noted(chatml_tokenizer, tmp_path, capsys):
-    base = save_base(tmp_path / "base", chatml_tokenizer, "mistral")
-    export(base, tmp_path / "out")
-    assert "no sliding window for this architecture: beyond 128 tokens" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [
+        ("mistral", "no sliding window for this architecture: beyond 128 tokens"),
+        ("phi3-long", "run it with -c 256 for texts that are shorter"),
+    ],
+)
+def test_what_llama_cpp_computes_otherwise_is_noted(name, note, chatml_tokenizer, tmp_path):
+    notes = write_base_gguf(make_known_model(name), chatml_tokenizer, tmp_path / "model.gguf", "float32")
+    assert [note in sentence for sentence in notes] == [True]
 
 
 def test_llama_cpp_quantizes_to_4_bits(chatml_tokenizer, tmp_path):
