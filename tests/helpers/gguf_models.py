@@ -43,7 +43,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "phi3": ("Phi3Config", {"sliding_window": 128}),
-    "phi3-long": ("Phi3Config", {"max_position_embeddings": 1024, "rope_parameters": THETA | LONG}),
+    "phi3-long": (
+        "Phi3Config",
+        {
+            "max_position_embeddings": 1024,
+            "original_max_position_embeddings": 256,
+            "rope_parameters": THETA | LONG,
+        },
+    ),
     "phi4-partial": ("Phi3Config", {"rope_parameters": THETA | {"partial_rotary_factor": 0.5}}),
 }
 """Transformers' configuration and its options, by name."""

@@ -79,8 +79,8 @@ def add_rope(writer: Any, model: Any, family: Family, head_dim: int) -> list[str
         writer.add_rope_scaling_orig_ctx_len(original)
         writer.add_rope_scaling_attn_factors(model.model.rotary_emb.attention_scaling)
         notes.append(
-            f"llama.cpp takes the positions of long texts wherever its context is above {original} tokens, the "
-            f"model where a text is: run it with -c {original} for texts that are shorter."
+            f"llama.cpp takes the positions of long texts wherever its context is above {original} tokens, "
+            f"the model where a text is: run it with -c {original} for texts that are shorter."
         )
     if family.architecture == "gemma3":
         local = read_rope(config, "sliding_attention")
