@@ -49,7 +49,7 @@ def add_vocabulary(writer: Any, tokenizer: Tokenizer, num_embeddings: int) -> li
         writer.add_token_scores(compute_scores(vocabulary.tokens, model["merges"]))
         has_space = puts_space_in_front(tokenizer)
         writer.add_add_space_prefix(has_space)
-        notes = note_unlisted_merges(vocabulary, model["merges"]) + note_spaces(tokenizer, has_space)
+        notes = note_unlisted_merges(vocabulary, model["merges"]) + note_added_tokens(tokenizer, has_space)
     else:
         pre_tokenizer = find_pre_tokenizer(parts)
         vocabulary = list_tokens(parts, num_embeddings, is_sentence_piece=False)
@@ -173,19 +173,20 @@ def puts_space_in_front(tokenizer: HuggingFaceTokenizer) -> bool:
     return any(piece.startswith("▁") for piece in pieces)
 
 
-def note_spaces(tokenizer: HuggingFaceTokenizer, has_space: bool) -> list[str]:
-    """A sentence on added tokens behind which llama.cpp begins a text in another way than the tokenizer."""
+def note_added_tokens(tokenizer: HuggingFaceTokenizer, has_space: bool) -> list[str]:
+    """A sentence on added tokens that llama.cpp finds where the tokenizer does not, or goes on differently.
+
+    Behind each of them llama.cpp begins a text with a space, or with none, as at the beginning.
+    """
     special = tokenizer.tokenizer
     tokens = []
     for token in map(str, special.added_tokens_decoder.values()):
         pieces = special.convert_ids_to_tokens(special(f"a{token}a", add_special_tokens=False)["input_ids"])
-        behind = pieces[pieces.index(token) + 1 :] if token in pieces else []
-        if behind and behind[0].startswith("▁") != has_space:
+        if token not in pieces or pieces[pieces.index(token) + 1 :][0].startswith("▁") != has_space:
             tokens.append(token)
     if not tokens:
         return []
     more = f" and {len(tokens) - 3} more" if len(tokens) > 3 else ""
     return [
-        f"behind {', '.join(tokens[:3])}{more} llama.cpp begins a text with{'' if has_space else 'out'} a "
-        "space, unlike the tokenizer."
+        f"llama.cpp reads {', '.join(tokens[:3])}{more}, or a text behind, in another way than the tokenizer."
     ]

@@ -197,11 +197,15 @@ def test_merges_that_are_no_sentence_piece_s_are_noted(tmp_path):
     assert "joins 1 of the" in note
 
 
-def test_a_space_behind_an_added_token_is_noted(tmp_path):
+def test_added_tokens_that_are_read_otherwise_are_noted(tmp_path):
     tokenizer = make_piece_tokenizer().tokenizer
-    tokenizer.add_tokens(["<tool>"])
+    tokenizer.add_tokens(
+        ["<tool>"]
+    )  # the prefix is put in front of this one as well, and it is found with it
+    ids = tokenizer("a<tool>a")["input_ids"]
+    assert "<tool>" not in tokenizer.convert_ids_to_tokens(ids)
     _, (note,) = write_vocabulary(HuggingFaceTokenizer(tokenizer), tmp_path / "model.gguf")
-    assert note == "behind <tool> llama.cpp begins a text with a space, unlike the tokenizer."
+    assert note == "llama.cpp reads <tool>, or a text behind, in another way than the tokenizer."
 
 
 # what llama.cpp has not
