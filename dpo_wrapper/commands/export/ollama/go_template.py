@@ -1,0 +1,251 @@
+"""The part of Go's text/template that a Modelfile's TEMPLATE is written in, to see what Ollama will write."""
+
+import ast
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_TOKEN = re.compile(
+    r"""\s*(?:(?P<string>"(?:[^"\\\n]|\\.)*")|(?P<number>-?\d+)|(?P<name>[A-Za-z]\w*)"""
+    r"""|(?P<path>\$\w*(?:\.\w+)*|(?:\.\w+)+|\.)|(?P<sign>:=|=|,|\(|\)))"""
+)
+_OPEN = re.compile(r"[ \t\r\n]*\{\{-[ \t\r\n]|\{\{")
+_CLOSE = re.compile(r"[ \t\r\n]+-\}\}[ \t\r\n]*|[ \t\r\n]*\}\}")
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "eq": lambda one, *others: any(one == other for other in others),
+    "ne": lambda one, other: one != other,
+    "gt": lambda one, other: one > other,
+    "lt": lambda one, other: one < other,
+    "and": lambda *values: next((value for value in values if not value), values[-1]),
+    "or": lambda *values: next((value for value in values if value), values[-1]),
+    "not": lambda value: not value,
+    "len": len,
+    "index": lambda items, place: items[place],
+    "slice": lambda items, *bounds: items[slice(*bounds)] if len(bounds) > 1 else items[bounds[0] :],
+}
+
+
+class GoTemplateError(ValueError):
+    """A template that Go would refuse, or that needs more of its language than this knows."""
+
+
+@dataclass(frozen=True)
+class GoMessage:
+    """A message as Ollama gives it to a template."""
+
+    Role: str
+    Content: str
+    Thinking: str = ""
+
+
+class Scope:
+    """The variables of a block, and those of the blocks around it."""
+
+    def __init__(self, dot: Any, outer: "Scope | None" = None) -> None:
+        self.dot, self.outer, self.values = dot, outer, dict[str, Any]()
+
+    def find(self, name: str) -> dict[str, Any]:
+        scope: Scope | None = self
+        while scope is not None:
+            if name in scope.values:
+                return scope.values
+            scope = scope.outer
+        raise GoTemplateError(f"the template should declare {name} before it is used, but it does not.")
+
+
+Node = Callable[[Scope], str]
+Expression = Callable[[Scope], Any]
+
+
+class GoTemplate:
+    """A parsed template.
+
+    Raises:
+        GoTemplateError: the text is no template.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._parts = list(split_actions(text))
+        self._place = 0
+        self._root, end = self._parse_block(0)
+        assert end == ""
+
+    def render(self, data: Mapping[str, Any]) -> str:
+        """The text for these values; GoTemplateError where Go would stop."""
+        scope = Scope(data)
+        scope.values["$"] = data
+        try:
+            return self._root(scope)
+        except (TypeError, IndexError, AttributeError, RecursionError) as error:
+            raise GoTemplateError(f"the template cannot be rendered: {error}.") from error
+
+    def _parse_block(self, depth: int) -> tuple[Node, str]:
+        """What stands up to the `end` or `else` of this block, and that word with what follows it."""
+        nodes: list[Node] = []
+        while self._place < len(self._parts):
+            part = self._parts[self._place]
+            self._place += 1
+            if isinstance(part, str):
+                nodes.append(lambda scope, text=part: text)  # type: ignore[misc]
+                continue
+            word = part[0][1] if part else ""
+            if word in ("end", "else"):
+                if depth == 0:
+                    raise GoTemplateError(f"the template should open a block before its {word}.")
+                return join(nodes), " ".join(text for _, text in part[:2])
+            if word == "if":
+                nodes.append(self._parse_if(part[1:], depth + 1))
+            elif word == "range":
+                nodes.append(self._parse_range(part[1:], depth + 1))
+            else:
+                nodes.append(parse_action(part))
+        if depth:
+            raise GoTemplateError("the template should close each block by end, but one is open.")
+        return join(nodes), ""
+
+    def _parse_if(self, tokens: "Tokens", depth: int) -> Node:
+        condition = parse_expression(tokens)
+        body, end = self._parse_block(depth)
+        otherwise: Node = join([])
+        if end == "else if":
+            otherwise = self._parse_if(self._parts[self._place - 1][2:], depth)  # type: ignore[arg-type]
+        elif end == "else":
+            otherwise, _ = self._parse_block(depth)
+        return lambda scope: (body if condition(scope) else otherwise)(Scope(scope.dot, scope))
+
+    def _parse_range(self, tokens: "Tokens", depth: int) -> Node:
+        names = [text for kind, text in tokens[:3] if kind == "path"] if ("sign", ":=") in tokens else []
+        items = parse_expression(tokens[2 * len(names) :])
+        body, end = self._parse_block(depth)
+        if end != "end":
+            raise GoTemplateError("the template should close a range by end.")
+
+        def render(scope: Scope) -> str:
+            texts = []
+            for pair in enumerate(items(scope)):
+                inner = Scope(pair[1], scope)
+                inner.values.update(zip(names, pair[-len(names) :] if names else (), strict=True))
+                texts.append(body(inner))
+            return "".join(texts)
+
+        return render
+
+
+Token = tuple[str, str]
+Tokens = Sequence[Token]
+
+
+def join(nodes: Sequence[Node]) -> Node:
+    return lambda scope: "".join(node(scope) for node in nodes)
+
+
+def split_actions(text: str) -> Iterator["str | list[Token]"]:
+    """Texts, trimmed as the actions beside them say, and the tokens of the actions."""
+    place = 0
+    while opening := _OPEN.search(text, place):
+        yield text[place : opening.start()]
+        tokens, place = [], opening.end()
+        while not (closing := _CLOSE.match(text, place)):
+            match = _TOKEN.match(text, place)
+            if match is None:
+                raise GoTemplateError(f"the template should be Go's, but it holds '{text[place : place + 20]}'.")
+            tokens.append((str(match.lastgroup), match[str(match.lastgroup)]))
+            place = match.end()
+        yield tokens
+        place = closing.end()
+    yield text[place:]
+
+
+def parse_action(tokens: Tokens) -> Node:
+    """An assignment, or an expression that is printed."""
+    signs = [sign for kind, sign in tokens[1:2] if kind == "sign"]
+    if signs and signs[0] in (":=", "="):
+        name, value = tokens[0][1], parse_expression(tokens[2:])
+
+        def assign(scope: Scope) -> str:
+            target = scope.values if signs[0] == ":=" else scope.find(name)
+            target[name] = value(scope)
+            return ""
+
+        return assign
+    expression = parse_expression(tokens)
+    return lambda scope: format_value(expression(scope))
+
+
+def format_value(value: Any) -> str:
+    if value is None:
+        return "<no value>"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def parse_expression(tokens: Tokens) -> Expression:
+    """A value, or a function with its arguments."""
+    operands, rest = parse_operands(tokens)
+    if rest or not operands:
+        raise GoTemplateError(f"the template should hold expressions, but one is '{words(tokens)}'.")
+    if tokens[0][0] != "name" or tokens[0][1] in ("true", "false"):
+        if len(operands) > 1:
+            raise GoTemplateError(f"the template should call functions, but '{words(tokens)}' calls none.")
+        return operands[0]
+    function, arguments = operands[0], operands[1:]
+    if not arguments:
+        raise GoTemplateError(f"{tokens[0][1]} should have arguments, but the template gives it none.")
+    return lambda scope: function(scope)(*(argument(scope) for argument in arguments))
+
+
+def parse_operands(tokens: Tokens) -> tuple[list[Expression], Tokens]:
+    """The values that stand beside one another, up to the end or to a closing parenthesis."""
+    operands: list[Expression] = []
+    while tokens and tokens[0] != ("sign", ")"):
+        (kind, text), tokens = tokens[0], tokens[1:]
+        if (kind, text) == ("sign", "("):
+            inner, after = parse_operands(tokens)
+            if not after:
+                raise GoTemplateError("the template should close each parenthesis, but one is open.")
+            value = parse_expression(tokens[: len(tokens) - len(after)])
+            tokens = after[1:]
+            if tokens and tokens[0][0] == "path" and tokens[0][1].startswith(".") and inner:
+                value, tokens = read_fields(value, tokens[0][1]), tokens[1:]
+            operands.append(value)
+        else:
+            operands.append(parse_operand(kind, text))
+    return operands, tokens
+
+
+def parse_operand(kind: str, text: str) -> Expression:
+    if kind == "string":
+        return constant(ast.literal_eval(text))
+    if kind == "number":
+        return constant(int(text))
+    if kind == "path":
+        name, *fields = text.split(".")
+        if not name:
+            return read_fields(lambda scope: scope.dot, text)
+        return read_fields(lambda scope: scope.find(name)[name], "." + ".".join(fields))
+    if text in ("true", "false"):
+        return constant(text == "true")
+    if text not in FUNCTIONS:
+        raise GoTemplateError(f"the template should call functions of Go, but it calls '{text}'.")
+    return constant(FUNCTIONS[text])
+
+
+def read_fields(value: Expression, path: str) -> Expression:
+    fields = [name for name in path.split(".") if name]
+
+    def read(scope: Scope) -> Any:
+        result = value(scope)
+        for name in fields:
+            result = result.get(name) if isinstance(result, Mapping) else getattr(result, name)
+        return result
+
+    return read
+
+
+def constant(value: Any) -> Expression:
+    return lambda scope: value
+
+
+def words(tokens: Tokens) -> str:
+    return " ".join(text for _, text in tokens)
