@@ -10,6 +10,7 @@ from typing import Any
 from dpo_wrapper.commands.export.agreement import ExportError
 from dpo_wrapper.commands.export.config import ExportConfig, Format
 from dpo_wrapper.commands.export.exported import Exported
+from dpo_wrapper.commands.export.gguf.model_file import write_gguf
 from dpo_wrapper.commands.export.merged import write_merged
 from dpo_wrapper.commands.export.peft_folder import write_peft
 from dpo_wrapper.commands.export.source import ExportSource
@@ -25,6 +26,7 @@ WRITERS: dict[Format, Callable[[ExportSource, Path, ExportConfig], Exported]] = 
     "peft": write_peft,
     "x-transformers": write_x_transformers,
     "merged": write_merged,
+    "gguf": write_gguf,
 }
 """In the order in which they are written: those that merge the adapter come last."""
 
