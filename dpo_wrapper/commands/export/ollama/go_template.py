@@ -150,7 +150,9 @@ def split_actions(text: str) -> Iterator["str | list[Token]"]:
         while not (closing := _CLOSE.match(text, place)):
             match = _TOKEN.match(text, place)
             if match is None:
-                raise GoTemplateError(f"the template should be Go's, but it holds '{text[place : place + 20]}'.")
+                raise GoTemplateError(
+                    f"the template should be Go's, but it holds '{text[place : place + 20]}'."
+                )
             tokens.append((str(match.lastgroup), match[str(match.lastgroup)]))
             place = match.end()
         yield tokens

@@ -36,7 +36,7 @@ class ChatPieces:
         answer: around an answer.
         last_answer: in front of an answer that the model goes on with.
         opening: in front of an answer that the model begins.
-        opening_without_thought: the same where thinking is switched off.
+        opening_without_thought: the same where thinking is switched off; None without such a switch.
         thought: around the thought of an answer that the model goes on with; None if there are no thoughts,
             or those of earlier answers stay in the text.
     """
@@ -52,7 +52,7 @@ class ChatPieces:
     answer: tuple[str, str]
     last_answer: str
     opening: str
-    opening_without_thought: str
+    opening_without_thought: str | None
     thought: tuple[str, str] | None
 
     @property
@@ -62,7 +62,9 @@ class ChatPieces:
         has_content = len(self.default) > len(before) + len(after)
         if self.system_place != "first" or not has_content or not self.default.startswith(before):
             return ""
-        return self.default[len(before) : len(self.default) - len(after)] if self.default.endswith(after) else ""
+        return (
+            self.default[len(before) : len(self.default) - len(after)] if self.default.endswith(after) else ""
+        )
 
 
 def probe_chat_template(tokenizer: HuggingFaceTokenizer, *, adds_bos: bool) -> ChatPieces:
@@ -97,7 +99,12 @@ def probe_chat_template(tokenizer: HuggingFaceTokenizer, *, adds_bos: bool) -> C
     else:
         system = (first_question, "\n\n")
     last_answer, thought = probe.find_last_answer()
-    without_thought = Probe(without_thinking(tokenizer)).split_prompt("u")[1]
+    if thought is not None:
+        thought = (thought[0][len(after_question) :], thought[1])
+    switched = without_thinking(tokenizer)
+    without_thought = (
+        None if switched is None else Probe(switched).split_prompt("u")[1][len(after_question) :]
+    )
     return ChatPieces(
         bos="" if adds_bos else bos,
         added_bos=bos if adds_bos else "",
@@ -110,16 +117,16 @@ def probe_chat_template(tokenizer: HuggingFaceTokenizer, *, adds_bos: bool) -> C
         answer=(between[len(after_question) :], after_answer),
         last_answer=(last_answer or between)[len(after_question) :],
         opening=end_question[len(after_question) :],
-        opening_without_thought=without_thought[len(after_question) :],
+        opening_without_thought=without_thought,
         thought=thought,
     )
 
 
-def without_thinking(tokenizer: HuggingFaceTokenizer) -> HuggingFaceTokenizer:
-    """The same with thinking switched off, where the template has such a switch that nobody has set."""
+def without_thinking(tokenizer: HuggingFaceTokenizer) -> HuggingFaceTokenizer | None:
+    """The same with thinking switched off; None where the template has no such switch, or it is set."""
     template = tokenizer.template
     if SWITCH not in str(template.source) or SWITCH in template.arguments:
-        return tokenizer
+        return None
     arguments = {**template.arguments, SWITCH: False}
     return HuggingFaceTokenizer(tokenizer.tokenizer, template.source, arguments, template.today)
 
@@ -153,10 +160,10 @@ class Probe:
             return before, None
         try:
             text = self.tokenizer.write_prompt((question, thinking))
-        except ValueError:
-            return before, ("<think>\n", "\n</think>\n\n")
+        except ValueError:  # it drops the thought of an answer that is continued, too
+            return before, (f"{self.split_prompt('uau')[1]}<think>\n", "\n</think>\n\n")
         _, start, end, _ = split_text(text, [question.text, "zqthoughtqz", answer.text])
-        return before, (start[-len("<think>\n") :], end)
+        return before, (start, end)
 
     def find_system(self) -> tuple[SystemPlace, list[str]]:
         """Where the system message stands, and the pieces around its content."""

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 
 from dpo_wrapper.commands.export.ollama.pieces import ChatPieces
+from dpo_wrapper.data.tokens.dialogue_text import common_prefix
 
 IS_SWITCHED_OFF = "and $.IsThinkSet (not $.Think)"
 FIRST_IS_SYSTEM = '(eq (index $.Messages 0).Role "system")'
@@ -57,21 +58,26 @@ def write_question(pieces: ChatPieces) -> list[Part]:
 def write_opening(pieces: ChatPieces) -> list[Part]:
     """What stands in front of the model's answer."""
     opening, other = pieces.opening, pieces.opening_without_thought
-    if other.startswith(opening):
-        return [opening, *when(IS_SWITCHED_OFF, [other[len(opening) :]])]
-    return choose([(IS_SWITCHED_OFF, [other])], [opening])
+    if other is None or other == opening:
+        return [opening]
+    start = common_prefix(opening, other) if other.startswith(opening) else ""
+    return [start, *choose([(IS_SWITCHED_OFF, [other[len(start) :]])], [opening[len(start) :]])]
 
 
 def write_answer(pieces: ChatPieces) -> list[Part]:
     """An answer, which ends nowhere if it is the last message: the model goes on with it."""
     before, after = pieces.answer
     starts: list[tuple[str, list[Part]]] = []
-    if pieces.thought is not None:  # Ollama takes these tags from here, and thoughts out of the contents
+    header = ""
+    if pieces.thought is not None:  # Ollama finds the tags of thoughts here, and takes them out of contents
         start, end = pieces.thought
-        starts.append(("and $last .Thinking", [before, start, Action(".Thinking"), end]))
+        header = common_prefix(common_prefix(start, before), pieces.last_answer)
+        header = header[: header.rfind("<think>")] if "<think>" in header else header
+        starts.append(("and $last .Thinking", [start[len(header) :], Action(".Thinking"), end]))
     if pieces.last_answer != before:
-        starts.append(("$last", [pieces.last_answer]))
-    return [*choose(starts, [before]), Action(".Content"), *when("not $last", [after])]
+        starts.append(("$last", [pieces.last_answer[len(header) :]]))
+    front = choose(starts, [before[len(header) :]])
+    return [header, *front, Action(".Content"), *when("not $last", [after])]
 
 
 def when(condition: str, parts: list[Part]) -> list[Part]:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from dpo_wrapper.commands.export.ollama.go_template import GoMessage, GoTemplate, GoTemplateError
 from dpo_wrapper.commands.export.ollama.pieces import REMEDY, ChatPieces, without_thinking
 from dpo_wrapper.data.rows.messages import Message, Turns
-from dpo_wrapper.data.tokens.chat_template import split_thought
 from dpo_wrapper.data.tokens.dialogue_text import common_prefix
 from dpo_wrapper.data.tokens.hugging_face_tokenizer import HuggingFaceTokenizer
 
@@ -17,20 +16,17 @@ CONTENTS = (
     "Ünïcödé 日本 🙂",
     "x",
 )
-THOUGHT = "<think>\nHm, {{ .Thinking }}\nso be it.\n</think>\n\n"
+THOUGHT = "Hm, {{ .Thinking }}\nso be it."
 
 
 def render_as_ollama(template: GoTemplate, turns: Turns, is_thinking: bool | None = None) -> str:
     """The prompt that Ollama makes of a dialogue whose roles alternate."""
     messages = []
     for turn in turns:
-        thought = turn.extras.get("reasoning_content", "")
-        messages.append(GoMessage(turn.role, turn.text, thought))
+        messages.append(GoMessage(turn.role, turn.text, turn.extras.get("thinking", "")))
     system = "\n\n".join(turn.text for turn in turns if turn.role == "system")
     values = {"System": system, "Messages": messages, "Response": ""}
-    return template.render(
-        values | {"Think": bool(is_thinking), "IsThinkSet": is_thinking is not None}
-    )
+    return template.render(values | {"Think": bool(is_thinking), "IsThinkSet": is_thinking is not None})
 
 
 def make_dialogues() -> Iterator[Turns]:
@@ -43,8 +39,9 @@ def make_dialogues() -> Iterator[Turns]:
 
 
 def add_thoughts(turns: Turns) -> Turns:
+    """The dialogue as Ollama keeps it: an answer has a thought beside its content."""
     return tuple(
-        replace(turn, content=THOUGHT + turn.text) if turn.role == "assistant" else turn for turn in turns
+        replace(turn, extras={"thinking": THOUGHT}) if turn.role == "assistant" else turn for turn in turns
     )
 
 
@@ -72,26 +69,34 @@ def compare_dialogue(
     template: GoTemplate, pieces: ChatPieces, tokenizer: HuggingFaceTokenizer, turns: Turns
 ) -> bool:
     """Whether there was something to compare; ValueError if the two texts are not the same."""
-    given = place_system(turns) if pieces.system_place == "none" else turns
-    for is_thinking, writer in ((None, tokenizer), (False, without_thinking(tokenizer))):
+    given = as_chat_template_has_it(turns, pieces)
+    marked = tuple(replace(turn, content=tokenizer.template.mark(turn.text)) for turn in turns)
+    writers = [(None, tokenizer)]
+    if pieces.opening_without_thought is not None:
+        writers.append((False, without_thinking(tokenizer)))
+    for is_thinking, writer in writers:
         try:
-            expected = writer.write_prompt(given)
+            expected = writer.write_prompt(given).removeprefix(pieces.added_bos)
         except ValueError:  # the chat template takes no such dialogue
             return False
-        expected = expected.removeprefix(pieces.added_bos)
-        marked = tuple(replace(turn, content=tokenizer.template.mark(turn.text)) for turn in turns)
-        said = tuple(map(split_thought, marked)) if pieces.thought else marked
-        text = render_as_ollama(template, said, is_thinking)
+        text = render_as_ollama(template, marked, is_thinking)
         if text != expected:
             raise ValueError(describe_difference(turns, text, expected))
     return True
 
 
-def place_system(turns: Turns) -> Turns:
-    """The dialogue with the system's message in front of the first question's content."""
-    if turns[0].role != "system":
-        return turns
-    return (replace(turns[1], content=f"{turns[0].text}\n\n{turns[1].text}"), *turns[2:])
+def as_chat_template_has_it(turns: Turns, pieces: ChatPieces) -> Turns:
+    """The dialogue with thoughts in contents, of the last answer only: a chat template drops the others.
+
+    Where it knows no system message, that stands in front of the first question's content.
+    """
+    given = [replace(turn, extras={}) for turn in turns]
+    if thought := turns[-1].extras.get("thinking"):
+        given[-1] = replace(given[-1], content=f"<think>\n{thought}\n</think>\n\n{given[-1].text}")
+    if pieces.system_place == "none" and given[0].role == "system":
+        system = given.pop(0)
+        given[0] = replace(given[0], content=f"{system.text}\n\n{given[0].text}")
+    return tuple(given)
 
 
 def describe_difference(turns: Turns, text: str, expected: str) -> str:
