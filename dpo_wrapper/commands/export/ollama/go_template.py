@@ -116,8 +116,9 @@ class GoTemplate:
         return lambda scope: (body if condition(scope) else otherwise)(Scope(scope.dot, scope))
 
     def _parse_range(self, tokens: "Tokens", depth: int) -> Node:
-        names = [text for kind, text in tokens[:3] if kind == "path"] if ("sign", ":=") in tokens else []
-        items = parse_expression(tokens[2 * len(names) :])
+        start = tokens.index(("sign", ":=")) + 1 if ("sign", ":=") in tokens else 0
+        names = [text for kind, text in tokens[:start] if kind == "path"]
+        items = parse_expression(tokens[start:])
         body, end = self._parse_block(depth)
         if end != "end":
             raise GoTemplateError("the template should close a range by end.")

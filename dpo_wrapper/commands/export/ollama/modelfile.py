@@ -5,6 +5,12 @@ from dataclasses import dataclass
 
 from dpo_wrapper.commands.export.ollama.template import is_kept
 
+_LINE = re.compile(
+    r'\s*(FROM|ADAPTER|TEMPLATE|SYSTEM|PARAMETER stop) (?:"""(.*?)"""[ \t]*(?:\n|$)|([^\n]*)(?:\n|$))',
+    re.DOTALL,
+)
+"""A command: its text in three quotes ends with the first three at the end of a line."""
+
 
 @dataclass(frozen=True)
 class Modelfile:
@@ -30,53 +36,54 @@ class Modelfile:
         Raises:
             ValueError: a value cannot be written so that Ollama reads it back.
         """
-        lines = [f"FROM {self.base}"]
+        for text in (self.base, self.template, self.system, self.adapter, *self.stops):
+            if not can_hold(text):
+                raise ValueError(
+                    f"a text of a Modelfile should be one that Ollama reads back, but {text!r} holds "
+                    "characters that it drops, or three quotes at the end of a line: write the Modelfile by "
+                    "hand."
+                )
+        lines = [f"FROM {quote(self.base)}"]
         if self.adapter:
-            lines.append(f"ADAPTER {self.adapter}")
+            lines.append(f"ADAPTER {quote(self.adapter)}")
         lines.append(f'TEMPLATE """{self.template}"""')
         if self.system:
             lines.append(f'SYSTEM """{self.system}"""')
-        lines += [
-            f'PARAMETER stop """{stop}"""' if needs_quotes(stop) else f"PARAMETER stop {stop}"
-            for stop in self.stops
-        ]
-        text = "\n".join(lines) + "\n"
-        if parse_modelfile(text) != self:
-            raise ValueError(
-                "the texts of a Modelfile should be such that Ollama reads them back, but one of them holds "
-                "characters that it drops or three quotes at the end of a line: write the Modelfile by hand."
-            )
-        return text
+        lines += [f"PARAMETER stop {quote(stop)}" for stop in self.stops]
+        return "\n".join(lines) + "\n"
 
 
-def needs_quotes(text: str) -> bool:
-    return text != text.strip() or "\n" in text or text.startswith('"')
+def can_hold(text: str) -> bool:
+    """Whether a Modelfile can have a text as a value."""
+    is_kept_whole = all(one in "\n\t" or is_kept(one) for one in text)
+    return is_kept_whole and re.search(r'"""[ \t]*\n', text) is None
+
+
+def quote(text: str) -> str:
+    """A text of any kind as the value of a command, or one of a single line as it is."""
+    is_plain = text == text.strip() and "\n" not in text and not text.startswith('"')
+    return text if is_plain else f'"""{text}"""'
 
 
 def parse_modelfile(text: str) -> Modelfile:
-    """The values of a Modelfile of this kind; ValueError if it is none.
+    """The values of a Modelfile with these commands; ValueError for another.
 
     As Ollama does, this drops characters that cannot be printed, but for white space within a value.
     """
     values: dict[str, list[str]] = {}
     place = 0
-    line = re.compile(
-        r'\s*(\w+)[ \t]+(?:stop[ \t]+)?(?:"""(.*?)"""[ \t]*(?:\n|$)|([^\n]*)(?:\n|$))', re.DOTALL
-    )
     while text[place:].strip():
-        match = line.match(text, place)
+        match = _LINE.match(text, place)
         if match is None:
-            raise ValueError(
-                f"the Modelfile should hold commands, but it holds '{text[place : place + 20]}'."
-            )
+            found = text[place : place + 40].strip()
+            raise ValueError(f"the Modelfile should hold the commands of an export, but it holds '{found}'.")
         value = match[2] if match[2] is not None else match[3].strip()
         kept = "".join(one for one in value if one in "\n\r\t" or is_kept(one))
-        values.setdefault(match[1].upper(), []).append(kept)
+        values.setdefault(match[1], []).append(kept)
         place = match.end()
 
     def take(name: str) -> str:
         return values.get(name, [""])[-1]
 
-    return Modelfile(
-        take("FROM"), take("TEMPLATE"), tuple(values.get("PARAMETER", ())), take("SYSTEM"), take("ADAPTER")
-    )
+    stops = tuple(values.get("PARAMETER stop", ()))
+    return Modelfile(take("FROM"), take("TEMPLATE"), stops, take("SYSTEM"), take("ADAPTER"))

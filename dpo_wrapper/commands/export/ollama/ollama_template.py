@@ -1,9 +1,10 @@
-"""What Ollama needs to know of a tokenizer: the TEMPLATE, the default system message and where answers end."""
+"""What Ollama needs to know of a tokenizer: TEMPLATE, default system message and where answers end."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from dpo_wrapper.commands.export.ollama.modelfile import can_hold
 from dpo_wrapper.commands.export.ollama.pieces import (
     SWITCH,
     ChatPieces,
@@ -61,7 +62,8 @@ def make_template(
             f"The model's thoughts cannot be switched off in Ollama: its {SWITCH} changes other turns."
         )
     default = pieces.default_system
-    system = default if is_default_system(tokenizer, default) else ""
+    is_default = can_hold(default) and is_default_system(tokenizer, default)
+    system = default if is_default else ""
     stops = find_stops(tokenizer, pieces, end_ids)
     return OllamaTemplate(text, stops, system, (*notes, *describe_limits(tokenizer, pieces)))
 

@@ -15,8 +15,7 @@ SWITCH = "enable_thinking"
 """The argument of chat templates that switches thoughts off."""
 
 REMEDY = (
-    "write the TEMPLATE by hand, or use the GGUF file by `llama-server --jinja`, which takes the chat template "
-    "from it"
+    "write the TEMPLATE by hand, or use the GGUF file by `llama-server --jinja`, which has the chat template"
 )
 
 
@@ -178,8 +177,8 @@ class Probe:
         if places[2] < places[0] < places[3]:
             return "last question", self.split_prompt("su")[:2]
         raise ValueError(
-            "the chat template should write the system message in front of the dialogue or of its last message, "
-            f"but it has another place for it: {REMEDY}."
+            "the chat template should write the system message in front of the dialogue or of its last "
+            f"message, but it has another place for it: {REMEDY}."
         )
 
     def cut(self, *texts: str) -> str:

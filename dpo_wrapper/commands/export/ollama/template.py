@@ -88,6 +88,8 @@ def choose(cases: list[tuple[str, list[Part]]], otherwise: list[Part]) -> list[P
     """The parts of the first case that holds."""
     if not cases:
         return otherwise
+    if len(cases) == 1 and not any(cases[0][1]):
+        return when(f"not ({cases[0][0]})", otherwise)
     chosen: list[Part] = []
     for k, (condition, parts) in enumerate(cases):
         chosen += [Action(f"{'else if' if k else 'if'} {condition}"), *parts]

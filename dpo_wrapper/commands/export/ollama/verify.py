@@ -14,7 +14,7 @@ CONTENTS = (
     'He said "no" and """yes""": {%- if x %} \\n {0}.',
     "One\n\n  two\tthree <b>4</b>",
     "Ünïcödé 日本 🙂",
-    "x",
+    "Why 7?",
 )
 THOUGHT = "Hm, {{ .Thinking }}\nso be it."
 
@@ -104,6 +104,6 @@ def describe_difference(turns: Turns, text: str, expected: str) -> str:
     found, wanted = (repr(one[start : start + 60]) for one in (text, expected))
     roles = ", ".join(turn.role for turn in turns)
     return (
-        f"the chat template should be one that a Go template can write, but for the roles {roles} that writes "
-        f"{found} in place of {wanted}: {REMEDY}."
+        f"the chat template should be one that a Go template can write, but for the roles {roles} that "
+        f"writes {found} in place of {wanted}: {REMEDY}."
     )

@@ -130,7 +130,8 @@ def read_modelfile(file: Path, expected: Modelfile) -> Modelfile:
         value, given = getattr(found, field.name), getattr(expected, field.name)
         if value != given:
             raise ExportError(
-                f"the Modelfile should have {given!r} as its {field.name}, but it has {value!r}: do not use it."
+                f"the Modelfile should have {given!r} as its {field.name}, but it has {value!r}: do not use "
+                "it."
             )
     return found
 
@@ -164,7 +165,8 @@ def check_prompt(
         raise ExportError(str(error)) from error
     if bos is not None and text.startswith(bos):
         raise ExportError(
-            f"TEMPLATE should leave out {bos}, which Ollama puts in front, but it begins with it: do not use it."
+            f"TEMPLATE should leave out {bos}, which Ollama puts in front, but it begins with it: do not use "
+            "it."
         )
     ids = reader.tokenize(text)
     if ids is None:
