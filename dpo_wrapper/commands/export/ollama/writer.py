@@ -58,8 +58,7 @@ def write_ollama(
     describe(source, tokenizer, adds_bos=False)  # raises before anything is written
     exported = write(source, folder, config)
     model_file = folder / MODEL_FILE if config.base is None else config.base.absolute()
-    adds_bos = adds_bos_token(model_file)
-    template = describe(source, tokenizer, adds_bos=adds_bos)
+    template = describe(source, tokenizer, adds_bos=adds_bos_token(model_file))
     modelfile = Modelfile(
         base=str(model_file) if config.adapter else f"./{MODEL_FILE}",
         adapter=f"./{find_adapter(folder)}" if config.adapter else "",
@@ -71,7 +70,7 @@ def write_ollama(
 
     def check(reader: Reader) -> None:
         found = read_modelfile(folder / MODELFILE, modelfile)
-        bos = tokenizer.tokenizer.bos_token if adds_bos else None
+        bos = tokenizer.tokenizer.bos_token if adds_bos_token(model_file) else None
         for output in source.outputs:
             check_prompt(output, found.template, bos, tokenizer, reader, is_chat=source.is_chat)
 
