@@ -17,6 +17,7 @@ from dpo_wrapper.pretrained.converted_adapter import (
     split_plain_lora,
     take_out_of_base,
 )
+from dpo_wrapper.pretrained.gguf_adapter import is_gguf_folder, load_gguf_adapter
 from dpo_wrapper.pretrained.model import PretrainedModel, check_finished
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -114,13 +115,19 @@ def absolute_name(name: str) -> str:
 def load_adapter(folder: str | Path, base: PretrainedModel, base_name: str) -> PretrainedModel:
     """The base with the adapter in a folder, which trains; the base's own weights do not.
 
+    Its factors are in a file of PEFT, or in a GGUF file beside PEFT's configuration.
+
     An adapter that the base has is merged into it first.
     """
     check_finished(Path(folder))
     base = merge_adapter(base)
     origin = base.adapter or AdapterOrigin(absolute_name(base_name))
+    peft = import_peft()
     with without_deprecations():
-        model = import_peft().PeftModel.from_pretrained(base.model, str(folder), is_trainable=True)
+        if is_gguf_folder(folder):
+            model = load_gguf_adapter(folder, base.model)
+        else:
+            model = peft.PeftModel.from_pretrained(base.model, str(folder), is_trainable=True)
     return replace(base, model=model, adapter=replace(origin, folder=str(Path(folder).absolute())))
 
 
@@ -166,10 +173,16 @@ def save_adapter(model: nn.Module, origin: AdapterOrigin, folder: Path) -> None:
     peft = import_peft()
     peft_model: Any = model
     state = peft.get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-    config = deepcopy(peft_model.peft_config[peft_model.active_adapter])
+    config = peft_model.peft_config[peft_model.active_adapter]
     if origin.initial is not None:
         state, config = as_plain_lora(state, origin.initial, config)
-    config.base_model_name_or_path, config.inference_mode = origin.parent, True
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, str(folder / ADAPTER_WEIGHTS), metadata={"format": "pt"})
+    save_adapter_config(config, origin, folder)
+
+
+def save_adapter_config(config: Any, origin: AdapterOrigin, folder: Path) -> None:
+    """Write PEFT's configuration of an adapter, for the base as `origin` names it."""
+    config = deepcopy(config)
+    config.base_model_name_or_path, config.inference_mode = origin.parent, True
     config.save_pretrained(str(folder))

@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dpo_wrapper.pretrained.gguf_names import find_module, restore_rows
+from dpo_wrapper.pretrained.gguf_names import EMBEDDING, find_module, restore_rows
+
+GGUF_ADAPTER = "adapter.gguf"
+"""In a folder with PEFT's adapter_config.json, in place of PEFT's weights."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,41 @@ def read_gguf_adapter(file: Path, config: Any) -> GgufAdapter:
             )
         a, b = (read_tensor(tensors[f"{name}.weight.lora_{letter}"]) for letter in "ab")
         b = restore_rows(b, path, architecture, config.num_attention_heads, config.num_key_value_heads)
-        factors[path] = (a.T.contiguous() if name == "token_embd" else a, b)
+        factors[path] = (a.T.contiguous() if path == EMBEDDING else a, b)
     alpha = float(read_field(reader, "adapter.lora.alpha", 0.0))
     return GgufAdapter(architecture, alpha, factors, frozenset(t.tensor_type.name for t in reader.tensors))
+
+
+def is_gguf_folder(folder: str | Path) -> bool:
+    """Whether the factors of an adapter are in a GGUF file."""
+    return (Path(folder) / GGUF_ADAPTER).is_file()
+
+
+def load_gguf_adapter(folder: str | Path, base: nn.Module) -> nn.Module:
+    """PEFT's model of a base with the adapter in a folder, which trains.
+
+    Raises:
+        ValueError: the file is none of an adapter, or has not the factors that adapter_config.json says.
+    """
+    import peft
+
+    config = peft.PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = False
+    file = Path(folder) / GGUF_ADAPTER
+    adapter = read_gguf_adapter(file, base.config)
+    model: Any = peft.get_peft_model(base, config)
+    state = {}
+    for path, (a, b) in adapter.factors.items():
+        scale = getattr(model.get_base_model().get_submodule(path), "scaling", {}).get("default")
+        b = b * (adapter.scale(path) / scale) if scale else b
+        form = "lora_embedding_{}" if path == EMBEDDING else "lora_{}.weight"
+        prefix = f"base_model.model.{path}.{form}"
+        state |= {prefix.format("A"): a, prefix.format("B"): b}
+    own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    if {name: t.shape for name, t in state.items()} != {name: t.shape for name, t in own.items()}:
+        raise ValueError(
+            f"{file} should hold the factors that {folder}/adapter_config.json says, but it holds others: "
+            "export the adapter again."
+        )
+    peft.set_peft_model_state_dict(model, state)
+    return cast(nn.Module, model)

@@ -1,40 +1,20 @@
-"""How GGUF files name the weights of models of transformers, and in which order they have their rows."""
+"""How GGUF files name the linear layers of transformers, and in which order they have their rows."""
 
 from torch import Tensor
 
-ARCHITECTURES = {
-    "llama": "llama",
-    "mistral": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "gemma": "gemma",
-    "gemma2": "gemma2",
-    "gemma3_text": "gemma3",
-    "phi3": "phi3",
-}
-"""By the `model_type` of transformers, what llama.cpp calls the architecture."""
+EMBEDDING = "model.embed_tokens"
 
-_MODULES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_MODULES = {"token_embd": EMBEDDING, "output": "lm_head"}
 _LAYER_MODULES = {
-    "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_qkv": "self_attn.qkv_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_FOUR_NORMS = {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-_OTHER_LAYER_MODULES = {"gemma2": _FOUR_NORMS, "gemma3": _FOUR_NORMS, "phi3": {"ffn_up": "mlp.gate_up_proj"}}
 
 
 def find_module(name: str, architecture: str) -> str | None:
@@ -42,7 +22,7 @@ def find_module(name: str, architecture: str) -> str | None:
     if not name.startswith("blk."):
         return _MODULES.get(name)
     _, layer, part = name.split(".", 2)
-    module = (_LAYER_MODULES | _OTHER_LAYER_MODULES.get(architecture, {})).get(part)
+    module = "mlp.gate_up_proj" if (architecture, part) == ("phi3", "ffn_up") else _LAYER_MODULES.get(part)
     return None if module is None else f"model.layers.{layer}.{module}"
 
 

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpo_wrapper.commands.export.agreement import ExportError, Logits
 from dpo_wrapper.commands.export.lora_factors import LoraFactors
 from dpo_wrapper.pretrained.gguf_adapter import GgufAdapter, read_gguf_adapter
+from dpo_wrapper.pretrained.gguf_names import EMBEDDING
 
 ROUNDING = 1e-5
 """The largest difference of a change from the adapter's, relative to it, that float32 explains."""
@@ -22,48 +23,41 @@ class AdapterFileReader:
 
     Args:
         file: of the adapter.
-        model: PEFT's, whose own adapter is left out.
+        base: transformers' model, to which nothing else is done.
         factors: of PEFT's adapter, which those of the file should be.
 
     Raises:
         ExportError: they are others.
     """
 
-    name = "gguf"
+    name = "the file's own reader"
 
-    def __init__(self, file: Path, model: Any, factors: Sequence[LoraFactors]) -> None:
-        self._model, base = model, model.get_base_model()
+    def __init__(self, file: Path, base: nn.Module, factors: Sequence[LoraFactors]) -> None:
+        self._base: Any = base
         try:
-            adapter = read_gguf_adapter(file, base.config)
+            adapter = read_gguf_adapter(file, self._base.config)
             check_changes(adapter, factors)
         except ValueError as error:
             raise ExportError(str(error)) from error
-        self._hooks = [
+        for path, (a, b) in adapter.factors.items():
             base.get_submodule(path).register_forward_hook(make_hook(a, b, adapter.scale(path), path))
-            for path, (a, b) in adapter.factors.items()
-        ]
 
     @torch.no_grad()
     def compute_logits(self, ids: Sequence[int]) -> Logits:
-        with self._model.disable_adapter():
-            output = self._model(torch.tensor([list(ids)]))
-        return np.asarray(output.logits[0].float())
+        return np.asarray(self._base(torch.tensor([list(ids)])).logits[0])
 
     def tokenize(self, text: str) -> list[int] | None:
         return None
 
     def close(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._model = None
+        self._base = None
 
 
 def make_hook(a: Tensor, b: Tensor, scale: float, path: str) -> Callable[[Any, Any, Tensor], Tensor]:
     """Adds the change to what a module computes."""
-    is_embedding = path.endswith("embed_tokens")
 
     def add_change(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        low = F.embedding(inputs[0], a.T) if is_embedding else F.linear(inputs[0], a)
+        low = F.embedding(inputs[0], a.T) if path == EMBEDDING else F.linear(inputs[0], a)
         return output + scale * F.linear(low, b)
 
     return add_change

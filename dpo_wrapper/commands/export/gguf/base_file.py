@@ -1,110 +1,86 @@
 """The GGUF file of a base, on which an adapter is tried."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dpo_wrapper.pretrained.gguf_adapter import open_gguf, read_field, read_tensor
-from dpo_wrapper.pretrained.gguf_names import ARCHITECTURES, find_module, restore_rows
+from dpo_wrapper.commands.export.gguf.families import Family, architecture_id
+from dpo_wrapper.pretrained.adapter import import_peft, without_deprecations
+from dpo_wrapper.pretrained.gguf_adapter import import_gguf, open_gguf, read_field
+from dpo_wrapper.pretrained.gguf_file import load_gguf
 
 
-def check_base_file(file: Path, model: Any, base: str) -> None:
+def check_base_file(file: Path, base: nn.Module, family: Family, name: str) -> None:
     """Raise ValueError unless a file has the weights of a base, whatever their values.
 
     Args:
         file: for `--base`.
-        model: transformers' model of the base.
-        base: its folder or name.
+        base: transformers' model, with or without PEFT's layers in it.
+        family: of the model.
+        name: folder or name of the base.
     """
     if not file.is_file():
-        raise ValueError(f"--base should be the GGUF file of {base}, but {file} is not there: name another.")
-    reader, config = open_gguf(file), model.config
-    architecture = read_field(reader, "general.architecture")
-    vocabulary = [t.shape[1] for t in reader.tensors if t.name == "token_embd.weight"]
+        raise ValueError(f"--base should be the GGUF file of {name}, but {file} is not there: name another.")
+    reader = open_gguf(file)
+    config: Any = base.config
+    shapes = {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in reader.tensors}
     facts = {
         "the type": (read_field(reader, "general.type", "model"), "model"),
-        "the number of files it is split into": (read_field(reader, "split.count", 1) or 1, 1),
-        "the architecture": (architecture, ARCHITECTURES[config.model_type]),
-        "the number of layers": (read_field(reader, f"{architecture}.block_count"), config.num_hidden_layers),
-        "the width": (read_field(reader, f"{architecture}.embedding_length"), config.hidden_size),
-        "the width of the feed-forward layers": (
-            read_field(reader, f"{architecture}.feed_forward_length"),
-            config.intermediate_size,
-        ),
-        "the number of heads": (
-            read_field(reader, f"{architecture}.attention.head_count"),
-            config.num_attention_heads,
-        ),
-        "the size of the vocabulary": (
-            vocabulary[0] if vocabulary else None,
-            len(model.get_input_embeddings().weight),
-        ),
+        "the number of files that it is split into": (read_field(reader, "split.count") or 1, 1),
+        "the architecture": (read_field(reader, "general.architecture"), family.architecture),
     }
+    for words, key, expected in (
+        ("layers", "block_count", config.num_hidden_layers),
+        ("heads", "attention.head_count", config.num_attention_heads),
+        ("heads of keys", "attention.head_count_kv", config.num_key_value_heads),
+    ):
+        facts[f"the number of {words}"] = read_field(reader, f"{family.architecture}.{key}"), expected
+    for tensor_name, shape in list_shapes(base, family):
+        facts[f"the shape of {tensor_name}"] = shapes.get(tensor_name), shape
+    if "output.weight" not in shapes:
+        del facts["the shape of output.weight"]
     for words, (found, expected) in facts.items():
         if found != expected:
             raise ValueError(
-                f"--base should be the GGUF file of {base}, but {words} in {file} is {found} and not "
+                f"--base should be the GGUF file of {name}, but {words} in {file} is {found} and not "
                 f"{expected}: name another."
             )
 
 
-@torch.no_grad()
-def load_base_file(model: Any, file: Path) -> None:
-    """Give a model of transformers, with PEFT's layers in it, the weights of a file in float32.
-
-    Args:
-        model: of the base that `check_base_file` has compared the file with.
-        file: for `--base`.
-
-    Raises:
-        ValueError: the file has weights that the model has not, or the other way round.
-    """
-    config = model.config
-    architecture = ARCHITECTURES[config.model_type]
-    heads = config.num_attention_heads, config.num_key_value_heads
-    modules = {
-        path: getattr(module, "base_layer", module)
-        for path, module in model.named_modules()
-        if ".base_layer" not in path and ".lora_" not in path
+def list_shapes(base: nn.Module, family: Family) -> list[tuple[str, tuple[int, ...]]]:
+    """The weights of a base by llama.cpp's names, and their shapes."""
+    config: Any = base.config
+    names = import_gguf().get_tensor_name_map(architecture_id(family), config.num_hidden_layers)
+    weights = {
+        key.replace(".base_layer", ""): w for key, w in base.state_dict().items() if ".lora_" not in key
     }
-    missing = {
-        f"{path}.{kind}" for path in modules for kind, _ in modules[path].named_parameters(recurse=False)
-    }
-    for tensor in open_gguf(file).tensors:
-        name, _, kind = tensor.name.rpartition(".")
-        if name.startswith(("rope_freqs", "rope_factors")):  # computed from the configuration
-            continue
-        path = find_module(name, architecture)
-        values = restore_rows(read_base_tensor(tensor, file), str(path), architecture, *heads)
-        weight = getattr(modules.get(str(path)), kind, None)
-        if weight is None or weight.shape != values.shape:
-            raise ValueError(
-                f"--base should have the weights of a {config.model_type} model as transformers has it, but "
-                f"{tensor.name} in {file} is none of them: name another."
-            )
-        if architecture.startswith("gemma") and name.endswith("norm"):
-            values -= 1  # transformers adds it
-        if name == "output" and config.tie_word_embeddings:
-            setattr(modules["lm_head"], kind, nn.Parameter(values, requires_grad=False))
-        else:
-            weight.data = values
-        missing.discard(f"{path}.{kind}")
-    if config.tie_word_embeddings:
-        missing.discard("lm_head.weight")
-    if missing:
-        raise ValueError(
-            f"--base should have the weights of a {config.model_type} model as transformers has it, but "
-            f"{file} has none for {min(missing)}: name another."
-        )
+    named = {names.get_name(key, try_suffixes=(".weight", ".bias")): w for key, w in weights.items()}
+    return [(name, tuple(weight.shape)) for name, weight in named.items() if name is not None]
 
 
-def read_base_tensor(tensor: Any, file: Path) -> Tensor:
-    try:
-        return read_tensor(tensor)
-    except NotImplementedError as error:
-        raise ValueError(
-            f"--base should hold weights that the library gguf can read, but {tensor.name} in {file} is "
-            f"{tensor.tensor_type.name}: name a file that is quantized otherwise."
-        ) from error
+def has_head(file: Path) -> bool:
+    """Whether a file has an output head beside the embeddings."""
+    return any(tensor.name == "output.weight" for tensor in open_gguf(file).tensors)
+
+
+def load_base_file(file: Path, config: Any) -> nn.Module:
+    """The model in a file that `check_base_file` has seen, in float32, as `config` says in all else."""
+    config = deepcopy(config)
+    config.tie_word_embeddings = not has_head(file)
+    model: nn.Module = load_gguf(file, config, torch.float32)
+    return model.eval()
+
+
+def copy_adapter(model: Any, base: nn.Module) -> nn.Module:
+    """PEFT's model of another base, with the adapter of a model."""
+    peft = import_peft()
+    config = deepcopy(model.peft_config[model.active_adapter])
+    config.init_lora_weights = True  # other beginnings would change the base
+    with without_deprecations():
+        copy = peft.get_peft_model(base, config)
+    peft.set_peft_model_state_dict(copy, peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+    copied: nn.Module = copy.eval()
+    return copied
