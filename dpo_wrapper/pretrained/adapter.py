@@ -17,6 +17,7 @@ from dpo_wrapper.pretrained.converted_adapter import (
     split_plain_lora,
     take_out_of_base,
 )
+from dpo_wrapper.pretrained.mlx_adapter import is_mlx_folder, load_mlx_adapter
 from dpo_wrapper.pretrained.model import PretrainedModel, check_finished
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -80,14 +81,18 @@ def is_adapter_folder(name: str | Path) -> bool:
     return (Path(name) / ADAPTER_CONFIG).is_file()
 
 
+def read_adapter_config(folder: str | Path) -> dict[str, Any]:
+    return json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+
+
 def find_base(folder: str | Path) -> str:
     """Folder or name of the base that the adapter in a folder names.
 
     Raises:
         ValueError: it names none, or a folder that is not there.
     """
-    config = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    base = config.get("base_model_name_or_path")
+    settings = read_adapter_config(folder)
+    base = settings.get("model" if is_mlx_folder(folder) else "base_model_name_or_path")
     if not base:
         raise ValueError(
             f"the adapter in {folder} should name its base, but it names none: give --model BASE "
@@ -112,15 +117,19 @@ def absolute_name(name: str) -> str:
 
 
 def load_adapter(folder: str | Path, base: PretrainedModel, base_name: str) -> PretrainedModel:
-    """The base with the adapter in a folder, which trains; the base's own weights do not.
+    """The base with the adapter in a folder, PEFT's or mlx-lm's, which trains; the base's own weights do not.
 
     An adapter that the base has is merged into it first.
     """
     check_finished(Path(folder))
     base = merge_adapter(base)
     origin = base.adapter or AdapterOrigin(absolute_name(base_name))
+    peft = import_peft()
     with without_deprecations():
-        model = import_peft().PeftModel.from_pretrained(base.model, str(folder), is_trainable=True)
+        if is_mlx_folder(folder):
+            model = load_mlx_adapter(folder, read_adapter_config(folder), base.model)
+        else:
+            model = peft.PeftModel.from_pretrained(base.model, str(folder), is_trainable=True)
     return replace(base, model=model, adapter=replace(origin, folder=str(Path(folder).absolute())))
 
 

@@ -1,6 +1,5 @@
 """A Hugging Face folder without adapter."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,8 @@ import torch
 from dpo_wrapper.commands.export.agreement import TOLERANCES
 from dpo_wrapper.commands.export.config import ExportConfig
 from dpo_wrapper.commands.export.exported import Check, Exported
+from dpo_wrapper.commands.export.mlx_reader import make_mlx_check
+from dpo_wrapper.commands.export.rope_keys import repeat_rope_keys
 from dpo_wrapper.commands.export.source import ExportSource
 from dpo_wrapper.commands.export.transformers_reader import ModuleReader
 from dpo_wrapper.libraries.tensor_files import apply_umask
@@ -38,29 +39,15 @@ def write_merged(source: ExportSource, folder: Path, config: ExportConfig) -> Ex
     repeat_rope_keys(folder / CONFIG_FILE)
     for file in folder.glob("*.safetensors"):
         apply_umask(file)
-    check = Check(
-        lambda: ModuleReader("transformers", lambda: load_in_float32(folder)), TOLERANCES[config.dtype]
-    )
-    return Exported(folder, [check], usage=[f'AutoModelForCausalLM.from_pretrained("{folder}")'])
+    tolerance = TOLERANCES[config.dtype]
+    checks = [
+        Check(lambda: ModuleReader("transformers", lambda: load_in_float32(folder)), tolerance),
+        make_mlx_check(folder, tolerance),
+    ]
+    return Exported(folder, checks, usage=[f'AutoModelForCausalLM.from_pretrained("{folder}")'])
 
 
 def load_in_float32(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
-def repeat_rope_keys(file: Path) -> None:
-    """Write `rope_theta` and `rope_scaling` at the top of a config.json too, where other programs read them.
-
-    transformers 5 has them in `rope_parameters` alone; mlx-lm and older programs would take 10,000.
-    """
-    settings = json.loads(file.read_text(encoding="utf-8"))
-    rope = settings.get("rope_parameters")
-    if not isinstance(rope, dict) or "rope_theta" not in rope:
-        return
-    settings["rope_theta"] = rope["rope_theta"]
-    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    if scaling.get("rope_type", "default") != "default":
-        settings["rope_scaling"] = scaling
-    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -11,6 +11,7 @@ from dpo_wrapper.commands.export.agreement import ExportError
 from dpo_wrapper.commands.export.config import ExportConfig, Format
 from dpo_wrapper.commands.export.exported import Exported
 from dpo_wrapper.commands.export.merged import write_merged
+from dpo_wrapper.commands.export.mlx import write_mlx
 from dpo_wrapper.commands.export.peft_folder import write_peft
 from dpo_wrapper.commands.export.source import ExportSource
 from dpo_wrapper.commands.export.x_transformers import write_x_transformers
@@ -23,6 +24,7 @@ EXPORT_FILE = "export.json"
 
 WRITERS: dict[Format, Callable[[ExportSource, Path, ExportConfig], Exported]] = {
     "peft": write_peft,
+    "mlx": write_mlx,
     "x-transformers": write_x_transformers,
     "merged": write_merged,
 }

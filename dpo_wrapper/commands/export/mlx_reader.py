@@ -1,0 +1,88 @@
+"""Models and adapters as mlx-lm reads them."""
+
+import json
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_wrapper.commands.export.agreement import ExportError, Logits
+from dpo_wrapper.commands.export.exported import Check
+from dpo_wrapper.commands.export.rope_keys import LONG_ROPE
+from dpo_wrapper.libraries.error_text import summarize_error
+from dpo_wrapper.pretrained.model import CONFIG_FILE
+
+
+class MlxReader:
+    """A model in mlx-lm, cast to float32.
+
+    Args:
+        model: folder in Hugging Face's format.
+        adapter: folder of an adapter in mlx-lm's format.
+    """
+
+    name = "mlx-lm"
+
+    def __init__(self, model: Path, adapter: Path | None = None) -> None:
+        import mlx.core as mx
+        from mlx_lm.tuner.utils import load_adapters
+        from mlx_lm.utils import load_model
+
+        try:
+            self.model: Any = load_model(model)[0]
+            if adapter is not None:
+                load_adapters(self.model, str(adapter))
+        except Exception as error:  # of whichever kind: mlx-lm checks little of what it loads
+            raise ExportError(
+                f"mlx-lm should load the export, but it does not ({summarize_error(error)}): do not use it."
+            ) from error
+        self.model.set_dtype(mx.float32)
+        self.model.eval()
+
+    def compute_logits(self, ids: Sequence[int]) -> Logits:
+        import mlx.core as mx
+
+        return np.array(self.model(mx.array([list(ids)]))[0].astype(mx.float32))
+
+    def tokenize(self, text: str) -> list[int] | None:
+        return None
+
+    def close(self) -> None:
+        self.model = None
+
+
+def make_mlx_check(model: Path, tolerance: float, adapter: Path | None = None) -> Check:
+    """mlx-lm with a model, and with an adapter on it; a sentence where it is missing or cannot read the model."""
+    if not has_mlx():
+        remedy = "pip install mlx-lm, and without an Apple GPU 'mlx[cpu]'"
+        return Check(None, tolerance, f"mlx-lm has not read it, for it is missing: {remedy}.")
+    if (reason := find_mlx_gap(model)) is not None:
+        return Check(None, tolerance, f"mlx-lm cannot read it: {reason}.")
+    return Check(lambda: MlxReader(model, adapter), tolerance)
+
+
+def has_mlx() -> bool:
+    return find_spec("mlx_lm") is not None and find_spec("mlx") is not None
+
+
+def find_mlx_gap(folder: Path) -> str | None:
+    """Why mlx-lm cannot compute a model in a folder, as a part of a sentence; None if it can.
+
+    Where mlx-lm is missing, only what is known without it is said.
+    """
+    settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    if not any(folder.glob("model*.safetensors")):
+        return f"{folder} holds no model*.safetensors"
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type")) in LONG_ROPE:
+        return "its positions (longrope) are those of long texts there, whatever the length"
+    if not has_mlx():
+        return None
+    from mlx_lm.utils import MODEL_REMAPPING
+
+    kind = settings["model_type"]
+    if find_spec(f"mlx_lm.models.{MODEL_REMAPPING.get(kind, kind)}") is None:
+        return f"it does not know the architecture {kind}"
+    return None
