@@ -1,6 +1,5 @@
 """LoRA adapters in mlx-lm's format, as PEFT's on the same base."""
 
-import json
 from pathlib import Path
 from typing import Any
 

@@ -8,7 +8,7 @@ import torch
 from dpo_wrapper.commands.export.agreement import TOLERANCES
 from dpo_wrapper.commands.export.config import ExportConfig
 from dpo_wrapper.commands.export.exported import Check, Exported
-from dpo_wrapper.commands.export.mlx_reader import make_mlx_check
+from dpo_wrapper.commands.export.mlx_reader import find_mlx_gap, format_generation, make_mlx_check
 from dpo_wrapper.commands.export.rope_keys import repeat_rope_keys
 from dpo_wrapper.commands.export.source import ExportSource
 from dpo_wrapper.commands.export.transformers_reader import ModuleReader
@@ -44,7 +44,10 @@ def write_merged(source: ExportSource, folder: Path, config: ExportConfig) -> Ex
         Check(lambda: ModuleReader("transformers", lambda: load_in_float32(folder)), tolerance),
         make_mlx_check(folder, tolerance),
     ]
-    return Exported(folder, checks, usage=[f'AutoModelForCausalLM.from_pretrained("{folder}")'])
+    usage = [f'AutoModelForCausalLM.from_pretrained("{folder}")']
+    if find_mlx_gap(folder) is None:
+        usage.append(format_generation(source, folder, config))
+    return Exported(folder, checks, usage)
 
 
 def load_in_float32(folder: Path) -> Any:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +14,12 @@ from dpo_wrapper.commands.export.agreement import TOLERANCES
 from dpo_wrapper.commands.export.config import ExportConfig
 from dpo_wrapper.commands.export.exported import Check, Exported
 from dpo_wrapper.commands.export.lora_factors import LoraFactors, list_lora_factors
-from dpo_wrapper.commands.export.mlx_reader import find_mlx_gap, make_mlx_check
+from dpo_wrapper.commands.export.mlx_reader import find_mlx_gap, format_generation, make_mlx_check
 from dpo_wrapper.commands.export.rope_keys import lacks_rope_keys, repeat_rope_keys
 from dpo_wrapper.commands.export.source import ExportSource
 from dpo_wrapper.commands.export.transformers_reader import ModuleReader
+from dpo_wrapper.data.rows.messages import Message
+from dpo_wrapper.data.tokens.tokenizers import has_tokenizer, load_tokenizer
 from dpo_wrapper.libraries.tensor_files import apply_umask
 from dpo_wrapper.pretrained import load_pretrained
 from dpo_wrapper.pretrained.adapter import ADAPTER_CONFIG
@@ -30,12 +31,13 @@ LAYER = re.compile(r"model\.layers\.(\d+)\.((?:self_attn|mlp)\.\w+)")
 EMBEDDINGS, HEAD = "model.embed_tokens", "lm_head"
 """Names of modules that are the same in transformers and mlx-lm."""
 
+GENERATION_FILE = "generation_config.json"
 BASE_FOLDER = "base"
 """Inside of the export: the base with a config.json that mlx-lm reads right."""
 
 
 def write_mlx(source: ExportSource, folder: Path, config: ExportConfig) -> Exported:
-    """Write the adapter for mlx-lm, with the tokenizer, and where its base needs it a configuration of that.
+    """Write the adapter for mlx-lm, with the tokenizer, and its base anew where mlx-lm would misread that.
 
     Raises:
         ValueError: the model has no adapter, or one that mlx-lm cannot compute.
@@ -47,28 +49,23 @@ def write_mlx(source: ExportSource, folder: Path, config: ExportConfig) -> Expor
     write_mlx_adapter(factors, folder, origin.base, count_layers(source.pretrained.model))
     source.tokenizer.save(folder)
     name, notes = origin.base, []
-    if lacks_rope_keys(json.loads((base / CONFIG_FILE).read_text(encoding="utf-8"))):
-        base = link_base(base, folder / BASE_FOLDER)
+    if (reason := find_misreading(source, base)) is not None:
+        base = link_base(source, base, folder / BASE_FOLDER)
         name = str(base)
         notes.append(
-            f"{origin.base} says its rotary positions where mlx-lm may not look: {base} holds links to its "
-            "files and a config.json that says them for both, which is to be copied with them to another "
-            "machine."
+            f"mlx-lm would misread {origin.base}, {reason}: {base} is the same with links to its weights, "
+            "which are to be copied with it to another machine."
         )
 
     def load() -> Any:
         return load_pretrained(str(folder), None, 1).model
 
+    tolerance = TOLERANCES["float32"]
     checks = [
-        Check(lambda: ModuleReader("PEFT, of the factors read back", load), TOLERANCES["float32"]),
-        make_mlx_check(base, TOLERANCES["float32"], folder),
+        Check(lambda: ModuleReader("PEFT, of the factors read back", load), tolerance),
+        make_mlx_check(base, tolerance, folder),
     ]
-    prompt = shlex.quote(config.prompts[0])
-    usage = [
-        f"mlx_lm.generate --model {shlex.quote(name)} --adapter-path {shlex.quote(str(folder))} "
-        f"--prompt {prompt}"
-    ]
-    return Exported(folder, checks, usage, notes)
+    return Exported(folder, checks, [format_generation(source, name, config, folder)], notes)
 
 
 def find_folder(base: str) -> Path:
@@ -82,7 +79,7 @@ def find_folder(base: str) -> Path:
 
 
 def check_mlx_takes(factors: Sequence[LoraFactors], settings: Any, base: Path) -> None:
-    """Raise ValueError for factors of modules that are none in mlx-lm, and for a base that it does not know."""
+    """Raise ValueError for a base that mlx-lm does not know, and for factors of what is no module there."""
     if (reason := find_mlx_gap(base)) is not None:
         raise ValueError(
             f"--to mlx needs a base that mlx-lm can compute, but {base} is none: {reason}; use --to peft."
@@ -90,8 +87,8 @@ def check_mlx_takes(factors: Sequence[LoraFactors], settings: Any, base: Path) -
     for one in factors:
         if LAYER.fullmatch(one.path) is None and one.path not in (EMBEDDINGS, HEAD):
             raise ValueError(
-                "--to mlx takes adapted modules that mlx-lm names as transformers does (model.layers.N.self_attn."
-                f"*, model.layers.N.mlp.*, {EMBEDDINGS}, {HEAD}), but one is {one.path}: use --to merged."
+                "--to mlx takes adapted modules that mlx-lm names as transformers does (model.layers.N.*.*, "
+                f"{EMBEDDINGS}, {HEAD}), but one is {one.path}: use --to merged."
             )
         if settings.tie_word_embeddings and one.path in (EMBEDDINGS, HEAD):
             raise ValueError(
@@ -105,7 +102,7 @@ def count_layers(model: Any) -> int:
 
 
 def write_mlx_adapter(factors: Sequence[LoraFactors], folder: Path, base: str, num_layers: int) -> None:
-    """Write factors with one rank and one scale: smaller ranks get zeros, and B takes a scale of its own in."""
+    """Write factors with one rank and one scale: smaller ranks get zeros, and B takes in other scales."""
     from safetensors.torch import save_file
 
     rank = max(one.rank for one in factors)
@@ -152,12 +149,32 @@ def name_keys(paths: Sequence[str], num_layers: int) -> list[str]:
     return keys
 
 
-def link_base(base: Path, folder: Path) -> Path:
-    """A folder of links to the files of a base, whose config.json names rotary positions for mlx-lm as well."""
+def find_misreading(source: ExportSource, base: Path) -> str | None:
+    """What mlx-lm would read otherwise in the folder of a base, as a part of a sentence; None if nothing."""
+    if lacks_rope_keys(json.loads((base / CONFIG_FILE).read_text(encoding="utf-8"))):
+        return "whose config.json says its rotary positions where transformers 5 alone looks"
+    if source.is_chat and not has_tokenizer_of(source, base):
+        return "whose tokenizer writes prompts otherwise than in training"
+    return None
+
+
+def has_tokenizer_of(source: ExportSource, base: Path) -> bool:
+    """Whether a folder's own tokenizer writes the turns of prompts as the model has learned them."""
+    if not has_tokenizer(base):
+        return False
+    tokenizer = load_tokenizer(base)
+    return tokenizer.has_chat_template and all(
+        tuple(tokenizer.encode_prompt((Message("user", one.prompt),))) == one.prompt_ids
+        for one in source.outputs
+    )
+
+
+def link_base(source: ExportSource, base: Path, folder: Path) -> Path:
+    """A folder of links to the weights of a base, with the model's tokenizer and a config.json for mlx-lm."""
     folder.mkdir()
-    for file in sorted(base.iterdir()):
-        if file.is_file() and file.name != CONFIG_FILE:
-            (folder / file.name).symlink_to(file.resolve())
+    for file in [*base.glob("model*.safetensors*"), *base.glob(GENERATION_FILE)]:
+        (folder / file.name).symlink_to(file.resolve())
     (folder / CONFIG_FILE).write_bytes((base / CONFIG_FILE).read_bytes())
     repeat_rope_keys(folder / CONFIG_FILE)
+    source.tokenizer.save(folder)
     return folder

@@ -41,7 +41,7 @@ def list_rope_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def repeat_rope_keys(file: Path) -> None:
-    """Write `rope_theta` and the like at the top of a config.json too, which transformers then reads alike."""
+    """Write `rope_theta` and the like at the top of a config.json too; transformers reads it as before."""
     settings = json.loads(file.read_text(encoding="utf-8"))
     settings |= list_rope_keys(settings)
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
