@@ -165,7 +165,24 @@ def merge_adapter(pretrained: PretrainedModel) -> PretrainedModel:
     if origin is None or origin.folder is None or not hasattr(model, "merge_and_unload"):
         return pretrained
     merged = replace(origin, merged=(*origin.merged, origin.folder), folder=None)
+    untie_adapted_head(model)
     return replace(pretrained, model=model.merge_and_unload(), adapter=merged)  # type: ignore[operator]
+
+
+def untie_adapted_head(model: Any) -> None:
+    """Make two weights of embeddings and head that are one, where an adapter changes one of them alone.
+
+    Merged into the one weight, it would change both.
+    """
+    base = model.get_base_model()
+    if not hasattr(base, "get_output_embeddings"):
+        return
+    layers = base.get_input_embeddings(), base.get_output_embeddings()
+    embeddings, head = (getattr(layer, "base_layer", layer) for layer in layers)
+    is_adapted = embeddings is not layers[0] or head is not layers[1]
+    if is_adapted and head is not None and head.weight is embeddings.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        base.config.tie_word_embeddings = False
 
 
 def save_adapter(model: nn.Module, origin: AdapterOrigin, folder: Path) -> None:

@@ -9,7 +9,7 @@ from dpo_wrapper.commands.export.agreement import TOLERANCES
 from dpo_wrapper.commands.export.config import ExportConfig
 from dpo_wrapper.commands.export.exported import Check, Exported
 from dpo_wrapper.commands.export.mlx_reader import find_mlx_gap, format_generation, make_mlx_check
-from dpo_wrapper.commands.export.rope_keys import repeat_rope_keys
+from dpo_wrapper.commands.export.rope_keys import complete_config
 from dpo_wrapper.commands.export.source import ExportSource
 from dpo_wrapper.commands.export.transformers_reader import ModuleReader
 from dpo_wrapper.libraries.tensor_files import apply_umask
@@ -33,10 +33,9 @@ def write_merged(source: ExportSource, folder: Path, config: ExportConfig) -> Ex
         name: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for name, tensor in model.state_dict().items()
     }
-    model.config.dtype = dtype
     model.save_pretrained(folder, state_dict=tensors)
     source.tokenizer.save(folder)
-    repeat_rope_keys(folder / CONFIG_FILE)
+    complete_config(folder / CONFIG_FILE, dtype=config.dtype)
     for file in folder.glob("*.safetensors"):
         apply_umask(file)
     tolerance = TOLERANCES[config.dtype]

@@ -15,7 +15,7 @@ from dpo_wrapper.commands.export.config import ExportConfig
 from dpo_wrapper.commands.export.exported import Check, Exported
 from dpo_wrapper.commands.export.lora_factors import LoraFactors, list_lora_factors
 from dpo_wrapper.commands.export.mlx_reader import find_mlx_gap, format_generation, make_mlx_check
-from dpo_wrapper.commands.export.rope_keys import lacks_rope_keys, repeat_rope_keys
+from dpo_wrapper.commands.export.rope_keys import complete_config, lacks_rope_keys
 from dpo_wrapper.commands.export.source import ExportSource
 from dpo_wrapper.commands.export.transformers_reader import ModuleReader
 from dpo_wrapper.data.rows.messages import Message
@@ -175,6 +175,6 @@ def link_base(source: ExportSource, base: Path, folder: Path) -> Path:
     for file in [*base.glob("model*.safetensors*"), *base.glob(GENERATION_FILE)]:
         (folder / file.name).symlink_to(file.resolve())
     (folder / CONFIG_FILE).write_bytes((base / CONFIG_FILE).read_bytes())
-    repeat_rope_keys(folder / CONFIG_FILE)
+    complete_config(folder / CONFIG_FILE)
     source.tokenizer.save(folder)
     return folder

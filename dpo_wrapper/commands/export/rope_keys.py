@@ -40,8 +40,11 @@ def list_rope_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
     return keys
 
 
-def repeat_rope_keys(file: Path) -> None:
-    """Write `rope_theta` and the like at the top of a config.json too; transformers reads it as before."""
-    settings = json.loads(file.read_text(encoding="utf-8"))
-    settings |= list_rope_keys(settings)
-    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+def complete_config(file: Path, **settings: Any) -> None:
+    """Write settings into a config.json, and `rope_theta` and the like at its top, where they may be missing.
+
+    transformers reads its rotary positions as before.
+    """
+    known = json.loads(file.read_text(encoding="utf-8"))
+    text = json.dumps(known | list_rope_keys(known) | settings, indent=2)
+    file.write_text(text + "\n", encoding="utf-8")

@@ -88,6 +88,7 @@ def test_tied_head(tied_llama, tmp_path):
         {"target_modules": ["lm_head"]},
         {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
         {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
         {"trainable_token_indices": [3, 4]},
     ],
     ids=str,
