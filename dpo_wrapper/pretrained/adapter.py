@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -89,8 +90,9 @@ def find_base(folder: str | Path) -> str:
     """Folder or name of the base that the adapter in a folder names.
 
     Raises:
-        ValueError: it names none, or a folder that is not there.
+        ValueError: the folder holds no finished adapter, or it names no base, or a folder that is not there.
     """
+    check_finished(Path(folder))
     settings = read_adapter_config(folder)
     base = settings.get("model" if is_mlx_folder(folder) else "base_model_name_or_path")
     if not base:
@@ -164,25 +166,32 @@ def merge_adapter(pretrained: PretrainedModel) -> PretrainedModel:
     origin, model = pretrained.adapter, pretrained.model
     if origin is None or origin.folder is None or not hasattr(model, "merge_and_unload"):
         return pretrained
+    untie_adapted_layers(model)
     merged = replace(origin, merged=(*origin.merged, origin.folder), folder=None)
-    untie_adapted_head(model)
-    return replace(pretrained, model=model.merge_and_unload(), adapter=merged)  # type: ignore[operator]
+    whole: Any = model.merge_and_unload()  # type: ignore[operator]
+    note_untied_head(whole)
+    return replace(pretrained, model=whole, adapter=merged)
 
 
-def untie_adapted_head(model: Any) -> None:
-    """Make two weights of embeddings and head that are one, where an adapter changes one of them alone.
+def untie_adapted_layers(model: nn.Module) -> None:
+    """Give layers with an adapter weights of their own where others share them, for merging writes into them."""
+    sharers = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    for module in model.modules():
+        layer = module.get_base_layer() if hasattr(module, "get_base_layer") else None
+        weight = getattr(layer, "weight", None)
+        if weight is not None and sharers[id(weight)] > 1:
+            layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
 
-    Merged into the one weight, it would change both.
-    """
-    base = model.get_base_model()
-    if not hasattr(base, "get_output_embeddings"):
+
+def note_untied_head(model: Any) -> None:
+    """Write into the configuration if embeddings and head have been parted, or loading would tie them again."""
+    config = getattr(model, "config", None)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if config is None or head is None or head.weight is model.get_input_embeddings().weight:
         return
-    layers = base.get_input_embeddings(), base.get_output_embeddings()
-    embeddings, head = (getattr(layer, "base_layer", layer) for layer in layers)
-    is_adapted = embeddings is not layers[0] or head is not layers[1]
-    if is_adapted and head is not None and head.weight is embeddings.weight:
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-        base.config.tie_word_embeddings = False
+    for part in (config, config.get_text_config()):
+        if getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False
 
 
 def save_adapter(model: nn.Module, origin: AdapterOrigin, folder: Path) -> None:

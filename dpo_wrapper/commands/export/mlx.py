@@ -15,16 +15,16 @@ from dpo_wrapper.commands.export.config import ExportConfig
 from dpo_wrapper.commands.export.exported import Check, Exported
 from dpo_wrapper.commands.export.lora_factors import LoraFactors, list_lora_factors
 from dpo_wrapper.commands.export.mlx_reader import find_mlx_gap, format_generation, make_mlx_check
-from dpo_wrapper.commands.export.rope_keys import complete_config, lacks_rope_keys
+from dpo_wrapper.commands.export.rope_keys import lacks_rope_keys, repeat_rope_keys
 from dpo_wrapper.commands.export.source import ExportSource
 from dpo_wrapper.commands.export.transformers_reader import ModuleReader
 from dpo_wrapper.data.rows.messages import Message
 from dpo_wrapper.data.tokens.tokenizers import has_tokenizer, load_tokenizer
 from dpo_wrapper.libraries.tensor_files import apply_umask
 from dpo_wrapper.pretrained import load_pretrained
-from dpo_wrapper.pretrained.adapter import ADAPTER_CONFIG
+from dpo_wrapper.pretrained.adapter import ADAPTER_CONFIG, read_adapter_config
 from dpo_wrapper.pretrained.hugging_face import find_model
-from dpo_wrapper.pretrained.mlx_adapter import MLX_WEIGHTS
+from dpo_wrapper.pretrained.mlx_adapter import MLX_WEIGHTS, load_mlx_adapter
 from dpo_wrapper.pretrained.model import CONFIG_FILE
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.((?:self_attn|mlp)\.\w+)")
@@ -58,7 +58,8 @@ def write_mlx(source: ExportSource, folder: Path, config: ExportConfig) -> Expor
         )
 
     def load() -> Any:
-        return load_pretrained(str(folder), None, 1).model
+        base = load_pretrained(origin.base, None, max_length=1).model
+        return load_mlx_adapter(folder, read_adapter_config(folder), base)
 
     tolerance = TOLERANCES["float32"]
     checks = [
@@ -175,6 +176,6 @@ def link_base(source: ExportSource, base: Path, folder: Path) -> Path:
     for file in [*base.glob("model*.safetensors*"), *base.glob(GENERATION_FILE)]:
         (folder / file.name).symlink_to(file.resolve())
     (folder / CONFIG_FILE).write_bytes((base / CONFIG_FILE).read_bytes())
-    complete_config(folder / CONFIG_FILE)
+    repeat_rope_keys(folder / CONFIG_FILE)
     source.tokenizer.save(folder)
     return folder

@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from dpo_wrapper.commands.export.agreement import ExportError, Logits
+from dpo_wrapper.commands.export.agreement import ExportError, Logits, UnreadableError
 from dpo_wrapper.commands.export.config import ExportConfig
 from dpo_wrapper.commands.export.exported import Check
 from dpo_wrapper.commands.export.rope_keys import LONG_ROPE
 from dpo_wrapper.commands.export.source import ExportSource
 from dpo_wrapper.libraries.error_text import summarize_error
 from dpo_wrapper.pretrained.model import read_settings
-
 
 ROUNDED, ROUNDED_TOLERANCE = ("gemma", "gemma3", "gemma3_text"), 2e-3
 """Architectures that mlx-lm computes less exactly than in float32: Gemma with another approximation of GELU,
@@ -28,6 +27,10 @@ class MlxReader:
     Args:
         model: folder in Hugging Face's format.
         adapter: folder of an adapter in mlx-lm's format.
+
+    Raises:
+        UnreadableError: mlx-lm cannot load the model.
+        ExportError: it cannot load the adapter on it.
     """
 
     name = "mlx-lm"
@@ -42,8 +45,11 @@ class MlxReader:
             if adapter is not None:
                 load_adapters(self.model, str(adapter))
         except Exception as error:  # of whichever kind: mlx-lm checks little of what it loads
+            reason = summarize_error(error)
+            if adapter is None:
+                raise UnreadableError(f"mlx-lm cannot read it: {reason}.") from error
             raise ExportError(
-                f"mlx-lm should load the export, but it does not ({summarize_error(error)}): do not use it."
+                f"mlx-lm should load the export, but it does not ({reason}): do not use it."
             ) from error
         self.model.set_dtype(mx.float32)
         self.model.eval()

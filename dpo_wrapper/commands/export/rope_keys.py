@@ -33,18 +33,13 @@ def list_rope_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
     keys["rope_theta"] = rope["rope_theta"]
     if "partial_rotary_factor" in rope:
         keys["partial_rotary_factor"] = rope["partial_rotary_factor"]
-    rope_type = rope.get("rope_type", "default")
-    if rope_type != "default":
-        scaling = {name: value for name, value in rope.items() if name not in keys}
-        keys["rope_scaling"] = {"type": rope_type, **scaling}
+    if rope.get("rope_type", "default") != "default":
+        keys["rope_scaling"] = {name: value for name, value in rope.items() if name not in keys}
     return keys
 
 
-def complete_config(file: Path, **settings: Any) -> None:
-    """Write settings into a config.json, and `rope_theta` and the like at its top, where they may be missing.
-
-    transformers reads its rotary positions as before.
-    """
-    known = json.loads(file.read_text(encoding="utf-8"))
-    text = json.dumps(known | list_rope_keys(known) | settings, indent=2)
+def repeat_rope_keys(file: Path) -> None:
+    """Write `rope_theta` and the like at the top of a config.json too; transformers reads it as before."""
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    text = json.dumps(settings | list_rope_keys(settings), indent=2)
     file.write_text(text + "\n", encoding="utf-8")
