@@ -11,7 +11,7 @@ from dpo_wrapper.commands.export.agreement import TOLERANCES, compute_outputs
 from dpo_wrapper.commands.export.config import ExportConfig
 from dpo_wrapper.commands.export.exported import Check, Exported
 from dpo_wrapper.commands.export.gguf.adapter_file import write_adapter_file
-from dpo_wrapper.commands.export.gguf.adapter_reader import AdapterFileReader
+from dpo_wrapper.commands.export.gguf.adapter_reader import load_checked
 from dpo_wrapper.commands.export.gguf.base_file import (
     check_base_file,
     copy_adapter,
@@ -24,6 +24,7 @@ from dpo_wrapper.commands.export.gguf.tensors import has_tied_head
 from dpo_wrapper.commands.export.lora_factors import list_lora_factors
 from dpo_wrapper.commands.export.merged import load_in_float32
 from dpo_wrapper.commands.export.source import ExportSource
+from dpo_wrapper.commands.export.transformers_reader import ModuleReader
 from dpo_wrapper.pretrained.adapter import save_adapter_config
 from dpo_wrapper.pretrained.gguf_adapter import GGUF_ADAPTER
 
@@ -55,8 +56,8 @@ def write_gguf_adapter(source: ExportSource, folder: Path, config: ExportConfig)
         load = partial(load_base_file, config.base, base_config)
         outputs = answer_on(load(), source, config)
 
-    def open_reader() -> AdapterFileReader:
-        return AdapterFileReader(file, load(), factors)
+    def open_reader() -> ModuleReader:
+        return ModuleReader("PEFT, of the factors read back", lambda: load_checked(folder, load(), factors))
 
     checks = [Check(open_reader, TOLERANCES["float32"], outputs=outputs)]
     if config.base is not None:
