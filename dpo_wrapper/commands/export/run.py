@@ -8,6 +8,7 @@ from pathlib import Path
 from dpo_wrapper.commands.export.agreement import Agreement, ExportError
 from dpo_wrapper.commands.export.config import ExportConfig, Format
 from dpo_wrapper.commands.export.exported import Exported
+from dpo_wrapper.commands.export.gguf.model_file import write_gguf
 from dpo_wrapper.commands.export.merged import write_merged
 from dpo_wrapper.commands.export.mlx import write_mlx
 from dpo_wrapper.commands.export.peft_folder import write_peft
@@ -23,6 +24,7 @@ WRITERS: dict[Format, Callable[[ExportSource, Path, ExportConfig], Exported]] = 
     "mlx": write_mlx,
     "x-transformers": write_x_transformers,
     "merged": write_merged,
+    "gguf": write_gguf,
 }
 """In the order in which they are written: those that merge the adapter come last."""
 
