@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Protocol
 
 import numpy as np
@@ -180,12 +181,10 @@ def check_tokens(output: PromptOutput, reader: Reader) -> None:
     ids = None if output.text is None else reader.tokenize(output.text)
     if ids is None or tuple(ids) == output.prompt_ids:
         return
-    pairs = zip(ids, output.prompt_ids, strict=False)
-    place = next(
-        (k for k, (one, other) in enumerate(pairs) if one != other), min(len(ids), len(output.prompt_ids))
-    )
+    pairs = enumerate(zip_longest(ids, output.prompt_ids))
+    place = next(k for k, (found, wanted) in pairs if found != wanted)
     raise ExportError(
-        f"{reader.name} should read the prompt {output.prompt!r} as the tokens that the model was trained on, "
-        f"but they differ from token {place} on ({ids[place : place + 3]}, and "
+        f"{reader.name} should read the prompt {output.prompt!r} as the model's tokenizer does, but they "
+        f"differ from token {place} on ({ids[place : place + 3]}, and "
         f"{list(output.prompt_ids[place : place + 3])} for the model): do not use the export."
     )

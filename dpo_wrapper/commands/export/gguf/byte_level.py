@@ -35,8 +35,8 @@ PRE_TOKENIZERS: dict[str, tuple[list[dict[str, Any]], bool]] = {
     "tekken": ([split_by(TEKKEN), BYTES], True),
     "gpt-4o": ([split_by(GPT_4O), BYTES], False),
 }
-"""By llama.cpp's names: the steps of the pre-tokenizer in a tokenizer.json, and whether a word that is a token
-is one without merges."""
+"""By llama.cpp's names: the steps of the pre-tokenizer in a tokenizer.json, and whether a word that is a
+token needs no merges."""
 
 
 def find_pre_tokenizer(parts: dict[str, Any]) -> str:

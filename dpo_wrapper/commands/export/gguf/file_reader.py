@@ -1,4 +1,4 @@
-"""GGUF files as their own content says, in transformers: what a reader knows that has nothing but the file."""
+"""GGUF files in transformers, with the settings and the vocabulary that the file itself holds."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,7 +87,7 @@ def read_config(fields: dict[str, Any], tensors: dict[str, Any]) -> Any:
             "attn_implementation": "eager",
         }
     if architecture == "phi3":
-        options["sliding_window"] = None
+        options["sliding_window"] = read("attention.sliding_window") or None
         options["original_max_position_embeddings"] = read(
             "rope.scaling.original_context_length", options["max_position_embeddings"]
         )

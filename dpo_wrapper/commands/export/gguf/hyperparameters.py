@@ -112,6 +112,8 @@ def add_window(writer: Any, model: Any, family: Family) -> list[str]:
         check_setting(model, "layer_types", types, wanted)
         writer.add_sliding_window(window)
         return []
+    if family.architecture == "phi3":
+        writer.add_sliding_window(window or 0)  # older versions of llama.cpp refuse a file without it
     has_window = window is not None and window < config.max_position_embeddings
     is_sliding = config.model_type in ("mistral", "phi3") or "sliding_attention" in types
     if not (has_window and is_sliding):

@@ -76,7 +76,7 @@ def write_base_gguf(model: Any, tokenizer: Tokenizer, file: Path, dtype: str) ->
     if dtype == "q8_0":
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     notes = add_hyperparameters(writer, model, family)
-    add_vocabulary(writer, tokenizer, len(model.get_input_embeddings().weight))
+    notes += add_vocabulary(writer, tokenizer, len(model.get_input_embeddings().weight))
     for name, array in convert_tensors(model, family):
         add_tensor(writer, name, array, dtype)
     writer.write_header_to_file()

@@ -13,14 +13,13 @@ NO_MERGE = -1e6
 
 def check_sentence_piece(parts: dict[str, Any]) -> None:
     """Raise ValueError for a tokenizer.json that changes texts in a way that llama.cpp does not know."""
-    normalizer, pre_tokenizer = parts["normalizer"], parts["pre_tokenizer"]
-    normalizers = (normalizer or {}).get("normalizers", [normalizer] if normalizer else [])
-    is_known = normalizers in ([SPACE], [PREFIX, SPACE]) and (
-        pre_tokenizer is None
-        or (pre_tokenizer["type"] == "Split" and pre_tokenizer["pattern"] == {"String": " "})
-    )
-    if not normalizers and pre_tokenizer is not None and pre_tokenizer["type"] == "Metaspace":
-        is_known = pre_tokenizer["replacement"] == "▁" and pre_tokenizer.get("split") is False
+    normalizer, pre_tokenizer = parts["normalizer"] or {}, parts["pre_tokenizer"] or {}
+    normalizers = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    if pre_tokenizer.get("type") == "Metaspace":
+        is_known = not normalizers and pre_tokenizer["replacement"] == "▁" and not pre_tokenizer["split"]
+    else:
+        cuts_nothing = pre_tokenizer.get("pattern") == {"String": " "}  # no space is left to cut at
+        is_known = normalizers in ([SPACE], [PREFIX, SPACE]) and (not pre_tokenizer or cuts_nothing)
     if not is_known:
         raise ValueError(
             "the tokenizer should write spaces as ▁ and do nothing else to a text for llama.cpp, but its "
@@ -41,9 +40,28 @@ def compute_scores(tokens: Sequence[str], merges: Sequence[Any]) -> list[float]:
     """
     places: dict[str, int] = {}
     for place, merge in enumerate(merges):
-        text = "".join(merge.split(" ") if isinstance(merge, str) else merge)
-        places.setdefault(text, place)
+        places.setdefault("".join(split_merge(merge)), place)
     return [-float(places[token]) if token in places else NO_MERGE for token in tokens]
+
+
+def count_unlisted_merges(tokens: Sequence[str], merges: Sequence[Any]) -> int:
+    """The number of tokens that llama.cpp joins from two parts where the tokenizer does not.
+
+    It is 0 for what was made from a SentencePiece model, which lists all pairs.
+    """
+    vocab, listed = set(tokens), {tuple(split_merge(merge)) for merge in merges}
+    return sum(
+        any(
+            token[:k] in vocab and token[k:] in vocab and (token[:k], token[k:]) not in listed
+            for k in range(1, len(token))
+        )
+        for token in tokens
+    )
+
+
+def split_merge(merge: Any) -> list[str]:
+    """The two parts of a merge, as old files have them too."""
+    return merge.split(" ") if isinstance(merge, str) else list(merge)
 
 
 def find_token_type(text: str, unknown: str | None) -> Any:

@@ -8,6 +8,7 @@ from dpo_wrapper.commands.export.gguf.byte_level import find_pre_tokenizer, form
 from dpo_wrapper.commands.export.gguf.sentence_piece import (
     check_sentence_piece,
     compute_scores,
+    count_unlisted_merges,
     find_token_type,
 )
 from dpo_wrapper.data.rows.messages import Message
@@ -23,8 +24,8 @@ class Vocabulary:
     types: list[int]
 
 
-def add_vocabulary(writer: Any, tokenizer: Tokenizer, num_embeddings: int) -> None:
-    """Add tokens, merges or scores, special ids and the chat template.
+def add_vocabulary(writer: Any, tokenizer: Tokenizer, num_embeddings: int) -> list[str]:
+    """Add tokens, merges or scores, special ids and the chat template; returns what a user should know.
 
     Raises:
         ValueError: llama.cpp has no tokenizer that gives the same ids.
@@ -35,7 +36,7 @@ def add_vocabulary(writer: Any, tokenizer: Tokenizer, num_embeddings: int) -> No
             f"{type(getattr(tokenizer, 'tokenizer', tokenizer)).__name__} has none: use --to merged."
         )
     parts = json.loads(tokenizer.tokenizer.backend_tokenizer.to_str())
-    model = parts["model"]
+    model, notes = parts["model"], []
     if model["type"] != "BPE":
         raise ValueError(
             f"the tokenizer should be a BPE for --to gguf, but it is a {model['type']}: use --to merged."
@@ -47,6 +48,7 @@ def add_vocabulary(writer: Any, tokenizer: Tokenizer, num_embeddings: int) -> No
         writer.add_tokenizer_pre("default")
         writer.add_token_scores(compute_scores(vocabulary.tokens, model["merges"]))
         writer.add_add_space_prefix(puts_space_in_front(tokenizer))
+        notes = note_unlisted_merges(vocabulary, model["merges"])
     else:
         pre_tokenizer = find_pre_tokenizer(parts)
         vocabulary = list_tokens(parts, num_embeddings, is_sentence_piece=False)
@@ -56,6 +58,22 @@ def add_vocabulary(writer: Any, tokenizer: Tokenizer, num_embeddings: int) -> No
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
     add_special_tokens(writer, tokenizer)
+    return notes
+
+
+def note_unlisted_merges(vocabulary: Vocabulary, merges: list[Any]) -> list[str]:
+    """A sentence where llama.cpp may cut words in other ways than the tokenizer."""
+    from gguf import TokenType
+
+    pairs = zip(vocabulary.tokens, vocabulary.types, strict=True)
+    tokens = [token for token, kind in pairs if kind == TokenType.NORMAL]
+    count = count_unlisted_merges(tokens, merges)
+    if not count:
+        return []
+    return [
+        f"llama.cpp may cut some words in other ways than the tokenizer, as it joins {count} of the "
+        f"{len(tokens)} tokens from more pairs of parts."
+    ]
 
 
 def list_tokens(parts: dict[str, Any], num_embeddings: int, *, is_sentence_piece: bool) -> Vocabulary:
