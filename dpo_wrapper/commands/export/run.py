@@ -8,7 +8,7 @@ from pathlib import Path
 from dpo_wrapper.commands.export.agreement import Agreement, ExportError
 from dpo_wrapper.commands.export.config import ExportConfig, Format
 from dpo_wrapper.commands.export.exported import Exported
-from dpo_wrapper.commands.export.gguf.model_file import write_gguf
+from dpo_wrapper.commands.export.gguf.writer import write_gguf
 from dpo_wrapper.commands.export.merged import write_merged
 from dpo_wrapper.commands.export.mlx import write_mlx
 from dpo_wrapper.commands.export.peft_folder import write_peft

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from dpo_wrapper.commands.export.agreement import TOLERANCES
 from dpo_wrapper.commands.export.gguf.families import Family, architecture_id
+from dpo_wrapper.commands.export.gguf.tensors import has_tied_head
 from dpo_wrapper.pretrained.adapter import import_peft, without_deprecations
 from dpo_wrapper.pretrained.gguf_adapter import import_gguf, open_gguf, read_field
 from dpo_wrapper.pretrained.gguf_file import load_gguf
@@ -35,13 +37,12 @@ def check_base_file(file: Path, base: nn.Module, family: Family, name: str) -> N
     for words, key, expected in (
         ("layers", "block_count", config.num_hidden_layers),
         ("heads", "attention.head_count", config.num_attention_heads),
-        ("heads of keys", "attention.head_count_kv", config.num_key_value_heads),
     ):
-        facts[f"the number of {words}"] = read_field(reader, f"{family.architecture}.{key}"), expected
+        facts[f"the number of {words}"] = (read_field(reader, f"{family.architecture}.{key}"), expected)
     for tensor_name, shape in list_shapes(base, family):
         facts[f"the shape of {tensor_name}"] = shapes.get(tensor_name), shape
-    if "output.weight" not in shapes:
-        del facts["the shape of output.weight"]
+    if "output.weight" not in shapes and has_tied_head(base):
+        facts.pop("the shape of output.weight", None)
     for words, (found, expected) in facts.items():
         if found != expected:
             raise ValueError(
@@ -64,6 +65,13 @@ def list_shapes(base: nn.Module, family: Family) -> list[tuple[str, tuple[int, .
 def has_head(file: Path) -> bool:
     """Whether a file has an output head beside the embeddings."""
     return any(tensor.name == "output.weight" for tensor in open_gguf(file).tensors)
+
+
+def find_tolerance(file: Path) -> float:
+    """How far llama.cpp may be apart from float32 on a file's weights, as it rounds activations too."""
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    types = {tensor.tensor_type.name for tensor in open_gguf(file).tensors}
+    return max(TOLERANCES[names.get(one, "q8_0")] for one in types)
 
 
 def load_base_file(file: Path, config: Any) -> nn.Module:
