@@ -27,6 +27,10 @@ class ExportError(Exception):
     """An export does not compute what the model does; one sentence."""
 
 
+class UnreadableError(Exception):
+    """A program cannot load an export that others can; one sentence."""
+
+
 @dataclass(frozen=True)
 class PromptOutput:
     """What a model says of one prompt.
@@ -106,16 +110,25 @@ class Agreement:
 
 @torch.no_grad()
 def compute_outputs(
-    model: nn.Module, tokenizer: Tokenizer, prompts: Sequence[str], num_tokens: int, *, as_chat: bool
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    num_tokens: int,
+    *,
+    as_chat: bool,
+    max_positions: int | None = None,
 ) -> list[PromptOutput]:
     """What a causal LM of transformers or x-transformers says of prompts, by plain passes over whole rows.
 
-    An answer does not stop at an end token, so that its end is compared as well.
+    An answer does not stop at an end token, so that its end is compared as well. Of a prompt that does not
+    fit into `max_positions` with its answer, the beginning is left out.
     """
     outputs = []
     device = next(model.parameters()).device
     for prompt in prompts:
         prompt_ids = tokenizer.encode_prompt((Message("user", prompt),) if as_chat else prompt)
+        if max_positions is not None:
+            prompt_ids = prompt_ids[-(max_positions - num_tokens + 1) :]
         ids, rows = list(prompt_ids), []
         for _ in range(num_tokens):
             output = model(torch.tensor([ids], device=device))
@@ -147,6 +160,11 @@ def compare(outputs: Sequence[PromptOutput], reader: Reader, tolerance: float) -
         check_tokens(output, reader)
         num_answered, vocab_size = output.logits.shape
         logits = reader.compute_logits(output.ids)[-num_answered:, :vocab_size]
+        if logits.shape != output.logits.shape:
+            raise ExportError(
+                f"the export should have {vocab_size} logits for a token, but by {reader.name} it has "
+                f"{logits.shape[1]}: do not use it."
+            )
         spread = float(np.ptp(output.logits)) or 1.0
         largest = float(np.abs(logits - output.logits).max())
         difference = max(difference, largest / spread if np.isfinite(largest) else np.inf)
