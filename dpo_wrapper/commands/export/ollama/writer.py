@@ -10,7 +10,8 @@ from typing import Any
 from dpo_wrapper.commands.export.agreement import ExportError, PromptOutput, Reader
 from dpo_wrapper.commands.export.config import ExportConfig
 from dpo_wrapper.commands.export.exported import Check, Exported
-from dpo_wrapper.commands.export.gguf.model_file import MODEL_FILE, write_gguf
+from dpo_wrapper.commands.export.gguf.model_file import MODEL_FILE
+from dpo_wrapper.commands.export.gguf.writer import write_gguf
 from dpo_wrapper.commands.export.ollama.bos import adds_bos_token
 from dpo_wrapper.commands.export.ollama.go_template import GoTemplate, GoTemplateError
 from dpo_wrapper.commands.export.ollama.modelfile import Modelfile, parse_modelfile
@@ -24,6 +25,7 @@ from dpo_wrapper.commands.export.source import ExportSource
 from dpo_wrapper.data.rows.messages import Message
 from dpo_wrapper.data.tokens.hugging_face_tokenizer import HuggingFaceTokenizer
 from dpo_wrapper.data.whole_files import write_whole
+from dpo_wrapper.pretrained.gguf_adapter import GGUF_ADAPTER
 
 MODELFILE = "Modelfile"
 
@@ -47,8 +49,7 @@ def write_ollama(
     tokenizer = source.tokenizer
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         raise ValueError(
-            f"--to ollama should be given for a model of Hugging Face, but {source.name} is one of "
-            "x-transformers: use --to x-transformers."
+            f"--to ollama needs a Hugging Face tokenizer, but {source.name} reads bytes: use --to merged."
         )
     if config.adapter and config.base is None:
         raise ValueError(
@@ -61,7 +62,7 @@ def write_ollama(
     template = describe(source, tokenizer, adds_bos=adds_bos_token(model_file))
     modelfile = Modelfile(
         base=str(model_file) if config.adapter else f"./{MODEL_FILE}",
-        adapter=f"./{find_adapter(folder)}" if config.adapter else "",
+        adapter=f"./{GGUF_ADAPTER}" if config.adapter else "",
         template=template.text,
         system=template.system,
         stops=template.stops,
@@ -88,12 +89,6 @@ def describe(source: ExportSource, tokenizer: HuggingFaceTokenizer, *, adds_bos:
     if not source.is_chat:
         return make_plain_template(tokenizer, end_ids)
     return make_template(tokenizer, end_ids, adds_bos=adds_bos)
-
-
-def find_adapter(folder: Path) -> str:
-    """The name of the only GGUF file in a folder."""
-    (file,) = folder.glob("*.gguf")
-    return file.name
 
 
 def name_model(name: str) -> str:

@@ -172,7 +172,7 @@ def test_refuses_before_anything_is_written(tmp_path: Path) -> None:
         write_ollama(make_source("counted"), tmp_path, config, refuse_to_write)
     source = make_source()
     bytes_source = replace(source, pretrained=replace(source.pretrained, tokenizer=ByteTokenizer()))
-    with pytest.raises(ValueError, match="use --to x-transformers"):
+    with pytest.raises(ValueError, match="reads bytes: use --to merged"):
         write_ollama(bytes_source, tmp_path, config, refuse_to_write)
     with pytest.raises(ValueError, match="--base is missing"):
         write_ollama(source, tmp_path, make_config(tmp_path, adapter=True), refuse_to_write)
