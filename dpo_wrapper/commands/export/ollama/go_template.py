@@ -1,10 +1,18 @@
 """The part of Go's text/template that a Modelfile's TEMPLATE is written in, to see what Ollama will write."""
 
-import ast
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from dpo_wrapper.commands.export.ollama.go_expressions import (
+    GoTemplateError,
+    Scope,
+    Token,
+    Tokens,
+    format_value,
+    parse_expression,
+)
 
 _TOKEN = re.compile(
     r"""\s*(?:(?P<string>"(?:[^"\\\n]|\\.)*")|(?P<number>-?\d+)|(?P<name>[A-Za-z]\w*)"""
@@ -12,23 +20,6 @@ _TOKEN = re.compile(
 )
 _OPEN = re.compile(r"[ \t\r\n]*\{\{-[ \t\r\n]|\{\{")
 _CLOSE = re.compile(r"[ \t\r\n]+-\}\}[ \t\r\n]*|[ \t\r\n]*\}\}")
-
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "eq": lambda one, *others: any(one == other for other in others),
-    "ne": lambda one, other: one != other,
-    "gt": lambda one, other: one > other,
-    "lt": lambda one, other: one < other,
-    "and": lambda *values: next((value for value in values if not value), values[-1]),
-    "or": lambda *values: next((value for value in values if value), values[-1]),
-    "not": lambda value: not value,
-    "len": len,
-    "index": lambda items, place: items[place],
-    "slice": lambda items, *bounds: items[slice(*bounds)] if len(bounds) > 1 else items[bounds[0] :],
-}
-
-
-class GoTemplateError(ValueError):
-    """A template that Go would refuse, or that needs more of its language than this knows."""
 
 
 @dataclass(frozen=True)
@@ -40,23 +31,7 @@ class GoMessage:
     Thinking: str = ""
 
 
-class Scope:
-    """The variables of a block, and those of the blocks around it."""
-
-    def __init__(self, dot: Any, outer: "Scope | None" = None) -> None:
-        self.dot, self.outer, self.values = dot, outer, dict[str, Any]()
-
-    def find(self, name: str) -> dict[str, Any]:
-        scope: Scope | None = self
-        while scope is not None:
-            if name in scope.values:
-                return scope.values
-            scope = scope.outer
-        raise GoTemplateError(f"the template should declare {name} before it is used, but it does not.")
-
-
 Node = Callable[[Scope], str]
-Expression = Callable[[Scope], Any]
 
 
 class GoTemplate:
@@ -134,10 +109,6 @@ class GoTemplate:
         return render
 
 
-Token = tuple[str, str]
-Tokens = Sequence[Token]
-
-
 def join(nodes: Sequence[Node]) -> Node:
     return lambda scope: "".join(node(scope) for node in nodes)
 
@@ -175,80 +146,3 @@ def parse_action(tokens: Tokens) -> Node:
         return assign
     expression = parse_expression(tokens)
     return lambda scope: format_value(expression(scope))
-
-
-def format_value(value: Any) -> str:
-    if value is None:
-        return "<no value>"
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def parse_expression(tokens: Tokens) -> Expression:
-    """A value, or a function with its arguments."""
-    operands, rest = parse_operands(tokens)
-    if rest or not operands:
-        raise GoTemplateError(f"the template should hold expressions, but one is '{words(tokens)}'.")
-    if tokens[0][0] != "name" or tokens[0][1] in ("true", "false"):
-        if len(operands) > 1:
-            raise GoTemplateError(f"the template should call functions, but '{words(tokens)}' calls none.")
-        return operands[0]
-    function, arguments = operands[0], operands[1:]
-    if not arguments:
-        raise GoTemplateError(f"{tokens[0][1]} should have arguments, but the template gives it none.")
-    return lambda scope: function(scope)(*(argument(scope) for argument in arguments))
-
-
-def parse_operands(tokens: Tokens) -> tuple[list[Expression], Tokens]:
-    """The values that stand beside one another, up to the end or to a closing parenthesis."""
-    operands: list[Expression] = []
-    while tokens and tokens[0] != ("sign", ")"):
-        (kind, text), tokens = tokens[0], tokens[1:]
-        if (kind, text) == ("sign", "("):
-            inner, after = parse_operands(tokens)
-            if not after:
-                raise GoTemplateError("the template should close each parenthesis, but one is open.")
-            value = parse_expression(tokens[: len(tokens) - len(after)])
-            tokens = after[1:]
-            if tokens and tokens[0][0] == "path" and tokens[0][1].startswith(".") and inner:
-                value, tokens = read_fields(value, tokens[0][1]), tokens[1:]
-            operands.append(value)
-        else:
-            operands.append(parse_operand(kind, text))
-    return operands, tokens
-
-
-def parse_operand(kind: str, text: str) -> Expression:
-    if kind == "string":
-        return constant(ast.literal_eval(text))
-    if kind == "number":
-        return constant(int(text))
-    if kind == "path":
-        name, *fields = text.split(".")
-        if not name:
-            return read_fields(lambda scope: scope.dot, text)
-        return read_fields(lambda scope: scope.find(name)[name], "." + ".".join(fields))
-    if text in ("true", "false"):
-        return constant(text == "true")
-    if text not in FUNCTIONS:
-        raise GoTemplateError(f"the template should call functions of Go, but it calls '{text}'.")
-    return constant(FUNCTIONS[text])
-
-
-def read_fields(value: Expression, path: str) -> Expression:
-    fields = [name for name in path.split(".") if name]
-
-    def read(scope: Scope) -> Any:
-        result = value(scope)
-        for name in fields:
-            result = result.get(name) if isinstance(result, Mapping) else getattr(result, name)
-        return result
-
-    return read
-
-
-def constant(value: Any) -> Expression:
-    return lambda scope: value
-
-
-def words(tokens: Tokens) -> str:
-    return " ".join(text for _, text in tokens)

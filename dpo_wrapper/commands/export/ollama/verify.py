@@ -71,9 +71,10 @@ def compare_dialogue(
     """Whether there was something to compare; ValueError if the two texts are not the same."""
     given = as_chat_template_has_it(turns, pieces)
     marked = tuple(replace(turn, content=tokenizer.template.mark(turn.text)) for turn in turns)
-    writers = [(None, tokenizer)]
-    if pieces.opening_without_thought is not None:
-        writers.append((False, without_thinking(tokenizer)))
+    writers: list[tuple[bool | None, HuggingFaceTokenizer]] = [(None, tokenizer)]
+    switched = without_thinking(tokenizer)
+    if switched is not None and pieces.opening_without_thought is not None:
+        writers.append((False, switched))
     for is_thinking, writer in writers:
         try:
             expected = writer.write_prompt(given).removeprefix(pieces.added_bos)

@@ -56,6 +56,7 @@ def test_renders(text: str, expected: str) -> None:
         "{{ index .Messages 3 }}",
         "{{ .System",
         "{{ ' }}",
+        '{{ "\\x" }}',
         "{{ }}",
     ],
 )

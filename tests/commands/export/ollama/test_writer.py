@@ -10,14 +10,18 @@ import pytest
 from dpo_wrapper.commands.export.agreement import ExportError, compute_outputs
 from dpo_wrapper.commands.export.config import ExportConfig
 from dpo_wrapper.commands.export.exported import Exported
+from dpo_wrapper.commands.export.gguf.model_file import write_base_gguf
 from dpo_wrapper.commands.export.ollama.bos import adds_bos_token
 from dpo_wrapper.commands.export.ollama.modelfile import parse_modelfile
 from dpo_wrapper.commands.export.ollama.writer import name_model, write_ollama
+from dpo_wrapper.commands.export.run import run_export
 from dpo_wrapper.commands.export.source import ExportSource
 from dpo_wrapper.data import ByteTokenizer, HuggingFaceTokenizer
-from dpo_wrapper.pretrained import PretrainedModel
+from dpo_wrapper.pretrained import PretrainedModel, load_pretrained
+from helpers.exported_models import make_export_config, save_base, save_lora
 from helpers.models import seeded
-from helpers.ollama_templates import OWN, build_tokenizer
+from helpers.ollama_templates import DEFAULT_SYSTEM, OWN, build_tokenizer
+from helpers.tokenizers import CHATML
 
 pytest.importorskip("gguf")
 
@@ -177,6 +181,48 @@ def test_refuses_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--base is missing"):
         write_ollama(source, tmp_path, make_config(tmp_path, adapter=True), refuse_to_write)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A LoRA adapter, and the GGUF file of its base in 8 bits."""
+    pytest.importorskip("peft")
+    folder = tmp_path_factory.mktemp("ollama")
+    base = save_base(folder / "base", template=DEFAULT_SYSTEM + CHATML)
+    pretrained = load_pretrained(str(base), None, 1)
+    write_base_gguf(pretrained.model, pretrained.tokenizer, folder / "base file.gguf", "q8_0")
+    return save_lora(folder / "lora", base), folder / "base file.gguf"
+
+
+def test_adapter_stands_on_a_file_of_its_base(
+    adapter: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora, base = adapter
+    config = make_export_config(lora, tmp_path, "ollama", adapter=True, base=base)
+    assert run_export(config) == 0
+    folder = tmp_path / "ollama"
+    assert f"ollama create lora -f {folder / 'Modelfile'}" in capsys.readouterr().out
+    modelfile = parse_modelfile((folder / "Modelfile").read_text())
+    assert (modelfile.base, modelfile.adapter) == (str(base), "./adapter.gguf")
+    assert (folder / modelfile.adapter).is_file()
+    assert modelfile.system == "You are a tiny helper."
+
+
+def test_lost_adapter_is_found_out(adapter: tuple[Path, Path], tmp_path: Path) -> None:
+    lora, base = adapter
+    config = make_export_config(lora, tmp_path, "ollama", adapter=True, base=base)
+    source = ExportSource.load(config).answer(config)
+    exported = write_ollama(source, tmp_path, config)
+    exported.read_back(source.outputs)
+    file = tmp_path / "Modelfile"
+    file.write_text(file.read_text().replace("ADAPTER ./adapter.gguf\n", ""))
+    with pytest.raises(ExportError, match=r"'./adapter\.gguf' as its adapter, but"):
+        exported.read_back(source.outputs)
+
+
+def test_whole_model_with_an_adapter_is_merged(adapter: tuple[Path, Path], tmp_path: Path) -> None:
+    assert run_export(make_export_config(adapter[0], tmp_path, "gguf", "ollama")) == 0
+    assert parse_modelfile((tmp_path / "ollama" / "Modelfile").read_text()).base == "./model.gguf"
 
 
 @pytest.mark.parametrize(
