@@ -1,0 +1,181 @@
+"""The adapter as mlx-lm reads it: `adapters.safetensors` and a configuration of its own."""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpo_wrapper.commands.export.agreement import TOLERANCES
+from dpo_wrapper.commands.export.config import ExportConfig
+from dpo_wrapper.commands.export.exported import Check, Exported
+from dpo_wrapper.commands.export.lora_factors import LoraFactors, list_lora_factors
+from dpo_wrapper.commands.export.mlx_reader import find_mlx_gap, format_generation, make_mlx_check
+from dpo_wrapper.commands.export.rope_keys import lacks_rope_keys, repeat_rope_keys
+from dpo_wrapper.commands.export.source import ExportSource
+from dpo_wrapper.commands.export.transformers_reader import ModuleReader
+from dpo_wrapper.data.rows.messages import Message
+from dpo_wrapper.data.tokens.tokenizers import has_tokenizer, load_tokenizer
+from dpo_wrapper.libraries.tensor_files import apply_umask
+from dpo_wrapper.pretrained import load_pretrained
+from dpo_wrapper.pretrained.adapter import ADAPTER_CONFIG, read_adapter_config
+from dpo_wrapper.pretrained.hugging_face import find_model
+from dpo_wrapper.pretrained.mlx_adapter import MLX_WEIGHTS, load_mlx_adapter
+from dpo_wrapper.pretrained.model import CONFIG_FILE
+
+LAYER = re.compile(r"model\.layers\.(\d+)\.((?:self_attn|mlp)\.\w+)")
+EMBEDDINGS, HEAD = "model.embed_tokens", "lm_head"
+"""Names of modules that are the same in transformers and mlx-lm."""
+
+GENERATION_FILE = "generation_config.json"
+BASE_FOLDER = "base"
+"""Inside of the export: the base with a config.json that mlx-lm reads right."""
+
+
+def write_mlx(source: ExportSource, folder: Path, config: ExportConfig) -> Exported:
+    """Write the adapter for mlx-lm, with the tokenizer, and its base anew where mlx-lm would misread that.
+
+    Raises:
+        ValueError: the model has no adapter, or one that mlx-lm cannot compute.
+    """
+    origin = source.require_adapter("mlx")
+    factors = list_lora_factors(source.pretrained.model, "mlx")
+    base = find_folder(origin.base)
+    check_mlx_takes(factors, source.pretrained.model.config, base)  # type: ignore[arg-type]
+    write_mlx_adapter(factors, folder, origin.base, count_layers(source.pretrained.model))
+    source.tokenizer.save(folder)
+    name, notes = origin.base, []
+    if (reason := find_misreading(source, base)) is not None:
+        base = link_base(source, base, folder / BASE_FOLDER)
+        name = str(base)
+        notes.append(
+            f"mlx-lm would misread {origin.base}, {reason}: {base} is the same with links to its weights, "
+            "which are to be copied with it to another machine."
+        )
+
+    def load() -> Any:
+        base = load_pretrained(origin.base, None, max_length=1).model
+        return load_mlx_adapter(folder, read_adapter_config(folder), base)
+
+    tolerance = TOLERANCES["float32"]
+    checks = [
+        Check(lambda: ModuleReader("PEFT, of the factors read back", load), tolerance),
+        make_mlx_check(base, tolerance, folder),
+    ]
+    return Exported(folder, checks, [format_generation(source, name, config, folder)], notes)
+
+
+def find_folder(base: str) -> Path:
+    """Where the files of a base are, for a name on the hub in its cache."""
+    folder = find_model(base)
+    if Path(folder).is_dir():
+        return Path(folder)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(folder, local_files_only=True))
+
+
+def check_mlx_takes(factors: Sequence[LoraFactors], settings: Any, base: Path) -> None:
+    """Raise ValueError for a base that mlx-lm does not know, and for factors of what is no module there."""
+    if (reason := find_mlx_gap(base)) is not None:
+        raise ValueError(
+            f"--to mlx needs a base that mlx-lm can compute, but {base} is none: {reason}; use --to peft."
+        )
+    for one in factors:
+        if LAYER.fullmatch(one.path) is None and one.path not in (EMBEDDINGS, HEAD):
+            raise ValueError(
+                "--to mlx takes adapted modules that mlx-lm names as transformers does (model.layers.N.*.*, "
+                f"{EMBEDDINGS}, {HEAD}), but one is {one.path}: use --to merged."
+            )
+        if settings.tie_word_embeddings and one.path in (EMBEDDINGS, HEAD):
+            raise ValueError(
+                "--to mlx takes an adapter of embeddings or head where the two are apart, but they are one "
+                f"weight in this model, so that mlx-lm would change both ({one.path}): use --to merged."
+            )
+
+
+def count_layers(model: Any) -> int:
+    return int(model.config.get_text_config().num_hidden_layers)
+
+
+def write_mlx_adapter(factors: Sequence[LoraFactors], folder: Path, base: str, num_layers: int) -> None:
+    """Write factors with one rank and one scale: smaller ranks get zeros, and B takes in other scales."""
+    from safetensors.torch import save_file
+
+    rank = max(one.rank for one in factors)
+    scales = {one.scale for one in factors}
+    scale = scales.pop() if len(scales) == 1 else 1.0
+    tensors = {}
+    for one in factors:
+        a, b = pad_to_rank(one, rank)
+        tensors[f"{one.path}.lora_a"] = a.T.contiguous()
+        tensors[f"{one.path}.lora_b"] = (b * (one.scale / scale)).T.contiguous()
+    save_file(tensors, str(folder / MLX_WEIGHTS), metadata={"format": "mlx"})
+    apply_umask(folder / MLX_WEIGHTS)
+    settings = {
+        "fine_tune_type": "lora",
+        "model": base,
+        "num_layers": num_layers,
+        "lora_parameters": {
+            "rank": rank,
+            "scale": scale,
+            "dropout": 0.0,
+            "keys": name_keys([one.path for one in factors], num_layers),
+        },
+    }
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def pad_to_rank(factors: LoraFactors, rank: int) -> tuple[Tensor, Tensor]:
+    """A and B with zeros for what they lack to a rank."""
+    lacking = rank - factors.rank
+    return F.pad(factors.a, (0, 0, 0, lacking)), F.pad(factors.b, (0, lacking))
+
+
+def name_keys(paths: Sequence[str], num_layers: int) -> list[str]:
+    """Modules as mlx-lm names them: by their name within a layer where all layers have it, else in full."""
+    layers_of = defaultdict(list)
+    keys = []
+    for path in paths:
+        if (match := LAYER.fullmatch(path)) is not None:
+            layers_of[match[2]].append(path)
+        else:
+            keys.append(path)
+    for name, found in layers_of.items():
+        keys += [name] if len(found) == num_layers else found
+    return keys
+
+
+def find_misreading(source: ExportSource, base: Path) -> str | None:
+    """What mlx-lm would read otherwise in the folder of a base, as a part of a sentence; None if nothing."""
+    if lacks_rope_keys(json.loads((base / CONFIG_FILE).read_text(encoding="utf-8"))):
+        return "whose config.json says its rotary positions where transformers 5 alone looks"
+    if source.is_chat and not has_tokenizer_of(source, base):
+        return "whose tokenizer writes prompts otherwise than in training"
+    return None
+
+
+def has_tokenizer_of(source: ExportSource, base: Path) -> bool:
+    """Whether a folder's own tokenizer writes the turns of prompts as the model has learned them."""
+    if not has_tokenizer(base):
+        return False
+    tokenizer = load_tokenizer(base)
+    return tokenizer.has_chat_template and all(
+        tuple(tokenizer.encode_prompt((Message("user", one.prompt),))) == one.prompt_ids
+        for one in source.outputs
+    )
+
+
+def link_base(source: ExportSource, base: Path, folder: Path) -> Path:
+    """A folder of links to the weights of a base, with the model's tokenizer and a config.json for mlx-lm."""
+    folder.mkdir()
+    for file in [*base.glob("model*.safetensors*"), *base.glob(GENERATION_FILE)]:
+        (folder / file.name).symlink_to(file.resolve())
+    (folder / CONFIG_FILE).write_bytes((base / CONFIG_FILE).read_bytes())
+    repeat_rope_keys(folder / CONFIG_FILE)
+    source.tokenizer.save(folder)
+    return folder
