@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from dpo_wrapper.commands.export.agreement import TOLERANCES
+from dpo_wrapper.commands.export.agreement import TOLERANCES, ExportError
 from dpo_wrapper.commands.export.config import ExportConfig
 from dpo_wrapper.commands.export.exported import Check, Exported
 from dpo_wrapper.commands.export.lora_factors import LoraFactors, list_lora_factors
 from dpo_wrapper.commands.export.mlx_reader import find_mlx_gap, format_generation, make_mlx_check
-from dpo_wrapper.commands.export.rope_keys import lacks_rope_keys, repeat_rope_keys
+from dpo_wrapper.commands.export.rope_keys import lacks_rope_keys, read_config, repeat_rope_keys
 from dpo_wrapper.commands.export.source import ExportSource
 from dpo_wrapper.commands.export.transformers_reader import ModuleReader
 from dpo_wrapper.data.rows.messages import Message
@@ -57,16 +57,24 @@ def write_mlx(source: ExportSource, folder: Path, config: ExportConfig) -> Expor
             "which are to be copied with it to another machine."
         )
 
-    def load() -> Any:
-        base = load_pretrained(origin.base, None, max_length=1).model
-        return load_mlx_adapter(folder, read_adapter_config(folder), base)
-
     tolerance = TOLERANCES["float32"]
     checks = [
-        Check(lambda: ModuleReader("PEFT, of the factors read back", load), tolerance),
+        Check(
+            lambda: ModuleReader("PEFT, from mlx-lm's file", lambda: read_back(folder, origin.base)),
+            tolerance,
+        ),
         make_mlx_check(base, tolerance, folder),
     ]
     return Exported(folder, checks, [format_generation(source, name, config, folder)], notes)
+
+
+def read_back(folder: Path, base: str) -> nn.Module:
+    """PEFT's model with the adapter as it was written; ExportError if it does not fit its base."""
+    model = load_pretrained(base, None, max_length=1).model
+    try:
+        return load_mlx_adapter(folder, read_adapter_config(folder), model)
+    except ValueError as error:
+        raise ExportError(str(error)) from error
 
 
 def find_folder(base: str) -> Path:
@@ -152,7 +160,7 @@ def name_keys(paths: Sequence[str], num_layers: int) -> list[str]:
 
 def find_misreading(source: ExportSource, base: Path) -> str | None:
     """What mlx-lm would read otherwise in the folder of a base, as a part of a sentence; None if nothing."""
-    if lacks_rope_keys(json.loads((base / CONFIG_FILE).read_text(encoding="utf-8"))):
+    if lacks_rope_keys(read_config(base / CONFIG_FILE)):
         return "whose config.json says its rotary positions where transformers 5 alone looks"
     if source.is_chat and not has_tokenizer_of(source, base):
         return "whose tokenizer writes prompts otherwise than in training"

@@ -11,10 +11,10 @@ import numpy as np
 from dpo_wrapper.commands.export.agreement import ExportError, Logits, UnreadableError
 from dpo_wrapper.commands.export.config import ExportConfig
 from dpo_wrapper.commands.export.exported import Check
-from dpo_wrapper.commands.export.rope_keys import LONG_ROPE
+from dpo_wrapper.commands.export.rope_keys import LONG_ROPE, read_config
 from dpo_wrapper.commands.export.source import ExportSource
 from dpo_wrapper.libraries.error_text import summarize_error
-from dpo_wrapper.pretrained.model import read_settings
+from dpo_wrapper.pretrained.model import CONFIG_FILE
 
 ROUNDED, ROUNDED_TOLERANCE = ("gemma", "gemma3", "gemma3_text"), 2e-3
 """Architectures that mlx-lm computes less exactly than in float32: Gemma with another approximation of GELU,
@@ -73,7 +73,7 @@ def make_mlx_check(model: Path, tolerance: float, adapter: Path | None = None) -
         return Check(None, tolerance, f"mlx-lm has not read it, for it is missing: {remedy}.")
     if (reason := find_mlx_gap(model)) is not None:
         return Check(None, tolerance, f"mlx-lm cannot read it: {reason}.")
-    if read_settings(str(model))["model_type"] in ROUNDED:
+    if read_config(model / CONFIG_FILE)["model_type"] in ROUNDED:
         tolerance = max(tolerance, ROUNDED_TOLERANCE)
     return Check(lambda: MlxReader(model, adapter), tolerance)
 
@@ -97,7 +97,7 @@ def find_mlx_gap(folder: Path) -> str | None:
 
     Where mlx-lm is missing, only what is known without it is said.
     """
-    settings = read_settings(str(folder))
+    settings = read_config(folder / CONFIG_FILE)
     if not any(folder.glob("model*.safetensors")):
         return f"{folder} holds no model*.safetensors"
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}

@@ -38,8 +38,12 @@ def list_rope_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
     return keys
 
 
+def read_config(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 def repeat_rope_keys(file: Path) -> None:
     """Write `rope_theta` and the like at the top of a config.json too; transformers reads it as before."""
-    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings = read_config(file)
     text = json.dumps(settings | list_rope_keys(settings), indent=2)
     file.write_text(text + "\n", encoding="utf-8")
