@@ -1,4 +1,4 @@
-"""Tiny models of the families that other programs load, with a tokenizer and a chat template, and adapters."""
+"""Tiny models of the families that other programs load, with a tokenizer and a chat template."""
 
 from copy import deepcopy
 from pathlib import Path

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+GENERATION_FILE = "generation_config.json"
 LONG_ROPE = ("longrope", "su")
 
 
@@ -45,5 +46,8 @@ def read_config(file: Path) -> dict[str, Any]:
 def repeat_rope_keys(file: Path) -> None:
     """Write `rope_theta` and the like at the top of a config.json too; transformers reads it as before."""
     settings = read_config(file)
-    text = json.dumps(settings | list_rope_keys(settings), indent=2)
+    settings |= list_rope_keys(settings)
+    if isinstance(part := settings.get("text_config"), dict):  # of a model that reads images too
+        part |= list_rope_keys(part)
+    text = json.dumps(settings, indent=2)
     file.write_text(text + "\n", encoding="utf-8")

@@ -124,6 +124,17 @@ def test_a_base_with_another_template_is_linked(complete_base, tmp_path):
     assert template == (lora / "chat_template.jinja").read_text()
 
 
+def test_the_end_of_a_turn_is_named_where_the_base_lacks_it(tmp_path, capsys):
+    base = save_base(tmp_path / "base")
+    save_tokenizer(base, eos="</s>", puts_bos=False, template=CHATML)
+    lora = save_lora(tmp_path / "lora", base)
+    assert export_to(tmp_path / "out", lora, "mlx") == 0
+    assert "--extra-eos-token '<|im_end|>' --prompt Hello" in capsys.readouterr().out
+    (base / "generation_config.json").write_text('{"eos_token_id": [1, 4]}')
+    assert export_to(tmp_path / "out", lora, "mlx") == 0
+    assert "--extra-eos-token" not in capsys.readouterr().out
+
+
 def test_it_is_loaded_back(lora, base, tmp_path):
     assert export_to(tmp_path, lora, "mlx") == 0
     loaded = load_pretrained(str(tmp_path / "mlx"), None, 64)
@@ -136,7 +147,8 @@ def test_it_is_loaded_back(lora, base, tmp_path):
 
 
 def change_one(tensors, config):
-    tensors[f"{PATH}.lora_b"][1, 3] += 0.5
+    """By so little that no logit shows it."""
+    tensors[f"{PATH}.lora_b"][1, 3] *= 1.00001
 
 
 def transpose_both(tensors, config):
