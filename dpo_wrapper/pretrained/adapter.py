@@ -18,6 +18,7 @@ from dpo_wrapper.pretrained.converted_adapter import (
     split_plain_lora,
     take_out_of_base,
 )
+from dpo_wrapper.pretrained.gguf_adapter import is_gguf_folder, load_gguf_adapter
 from dpo_wrapper.pretrained.mlx_adapter import is_mlx_folder, load_mlx_adapter
 from dpo_wrapper.pretrained.model import PretrainedModel, check_finished
 
@@ -119,8 +120,9 @@ def absolute_name(name: str) -> str:
 
 
 def load_adapter(folder: str | Path, base: PretrainedModel, base_name: str) -> PretrainedModel:
-    """The base with the adapter in a folder, PEFT's or mlx-lm's, which trains; the base's own weights do not.
+    """The base with the adapter in a folder, which trains; the base's own weights do not.
 
+    It is in PEFT's form, in mlx-lm's, or in a GGUF file beside PEFT's configuration.
     An adapter that the base has is merged into it first.
     """
     check_finished(Path(folder))
@@ -130,6 +132,8 @@ def load_adapter(folder: str | Path, base: PretrainedModel, base_name: str) -> P
     with without_deprecations():
         if is_mlx_folder(folder):
             model = load_mlx_adapter(folder, read_adapter_config(folder), base.model)
+        elif is_gguf_folder(folder):
+            model = load_gguf_adapter(folder, base.model)
         else:
             model = peft.PeftModel.from_pretrained(base.model, str(folder), is_trainable=True)
     return replace(base, model=model, adapter=replace(origin, folder=str(Path(folder).absolute())))
@@ -174,17 +178,18 @@ def merge_adapter(pretrained: PretrainedModel) -> PretrainedModel:
 
 
 def untie_adapted_layers(model: nn.Module) -> None:
-    """Give layers with an adapter weights of their own where others share them, for merging writes into them."""
+    """Give layers with an adapter weights of their own, where others share them: merging writes into them."""
     sharers = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     for module in model.modules():
-        layer = module.get_base_layer() if hasattr(module, "get_base_layer") else None
+        adapted: Any = module
+        layer = adapted.get_base_layer() if hasattr(adapted, "get_base_layer") else None
         weight = getattr(layer, "weight", None)
-        if weight is not None and sharers[id(weight)] > 1:
+        if layer is not None and weight is not None and sharers[id(weight)] > 1:
             layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
 
 
 def note_untied_head(model: Any) -> None:
-    """Write into the configuration if embeddings and head have been parted, or loading would tie them again."""
+    """Write into the configuration that embeddings and head are parted, or loading would tie them again."""
     config = getattr(model, "config", None)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if config is None or head is None or head.weight is model.get_input_embeddings().weight:
@@ -201,10 +206,16 @@ def save_adapter(model: nn.Module, origin: AdapterOrigin, folder: Path) -> None:
     peft = import_peft()
     peft_model: Any = model
     state = peft.get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-    config = deepcopy(peft_model.peft_config[peft_model.active_adapter])
+    config = peft_model.peft_config[peft_model.active_adapter]
     if origin.initial is not None:
         state, config = as_plain_lora(state, origin.initial, config)
-    config.base_model_name_or_path, config.inference_mode = origin.parent, True
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, str(folder / ADAPTER_WEIGHTS), metadata={"format": "pt"})
+    save_adapter_config(config, origin, folder)
+
+
+def save_adapter_config(config: Any, origin: AdapterOrigin, folder: Path) -> None:
+    """Write PEFT's configuration of an adapter, for the base as `origin` names it."""
+    config = deepcopy(config)
+    config.base_model_name_or_path, config.inference_mode = origin.parent, True
     config.save_pretrained(str(folder))

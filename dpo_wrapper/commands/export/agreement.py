@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Protocol
 
 import numpy as np
@@ -10,6 +11,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from dpo_wrapper.data.rows.messages import Message
+from dpo_wrapper.data.tokens.chat_template import MARK
+from dpo_wrapper.data.tokens.hugging_face_tokenizer import HuggingFaceTokenizer
 from dpo_wrapper.data.tokens.tokenizers import Tokenizer
 
 Logits = NDArray[np.float32]
@@ -37,12 +40,15 @@ class PromptOutput:
         prompt_ids: its tokens.
         answer_ids: Int[k], the most likely tokens after it, each given those before it.
         logits: Float[k, v], from which these were taken.
+        text: what a program that has a tokenizer of its own should read as these tokens; None where the
+            tokens have no text.
     """
 
     prompt: str
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
     logits: Logits
+    text: str | None = None
 
     @property
     def ids(self) -> list[int]:
@@ -130,14 +136,28 @@ def compute_outputs(
             rows.append(row)
             ids.append(int(row.argmax()))
         answer = tuple(ids[len(prompt_ids) :])
-        outputs.append(PromptOutput(prompt, tuple(prompt_ids), answer, np.stack(rows)))
+        text = write_text(tokenizer, prompt, as_chat=as_chat)
+        outputs.append(PromptOutput(prompt, tuple(prompt_ids), answer, np.stack(rows), text))
     return outputs
 
 
+def write_text(tokenizer: Tokenizer, prompt: str, *, as_chat: bool) -> str | None:
+    """A prompt as text, with the special tokens of a chat template; None where there is no such text."""
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        return None
+    text = tokenizer.write_prompt((Message("user", prompt),)) if as_chat else tokenizer.template.mark(prompt)
+    return None if MARK in text else text
+
+
 def compare(outputs: Sequence[PromptOutput], reader: Reader, tolerance: float) -> Agreement:
-    """How far an export is apart from what the model said of the same tokens."""
+    """How far an export is apart from what the model said of the same tokens.
+
+    Raises:
+        ExportError: the program reads the text of a prompt as other tokens.
+    """
     difference, num_equal, num_ties = 0.0, 0, 0
     for output in outputs:
+        check_tokens(output, reader)
         num_answered, vocab_size = output.logits.shape
         logits = reader.compute_logits(output.ids)[-num_answered:, :vocab_size]
         if logits.shape != output.logits.shape:
@@ -154,3 +174,17 @@ def compare(outputs: Sequence[PromptOutput], reader: Reader, tolerance: float) -
         num_ties += int(((found != answer) & (behind <= tolerance * spread)).sum())
     num_tokens = sum(len(output.answer_ids) for output in outputs)
     return Agreement(reader.name, difference, tolerance, num_equal, num_ties, num_tokens)
+
+
+def check_tokens(output: PromptOutput, reader: Reader) -> None:
+    """Raise ExportError if a program reads the text of a prompt as other tokens than the model's."""
+    ids = None if output.text is None else reader.tokenize(output.text)
+    if ids is None or tuple(ids) == output.prompt_ids:
+        return
+    pairs = enumerate(zip_longest(ids, output.prompt_ids))
+    place = next(k for k, (found, wanted) in pairs if found != wanted)
+    raise ExportError(
+        f"{reader.name} should read the prompt {output.prompt!r} as the model's tokenizer does, but they "
+        f"differ from token {place} on ({ids[place : place + 3]}, and "
+        f"{list(output.prompt_ids[place : place + 3])} for the model): do not use the export."
+    )

@@ -1,0 +1,67 @@
+"""How the tensors of a GGUF file are stored: in 32 or 16 bits, or quantized."""
+
+import shutil
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from dpo_wrapper.commands.export.agreement import ExportError
+from dpo_wrapper.commands.export.config import Quantization, WeightDtype
+from dpo_wrapper.commands.export.gguf.tensors import Array
+
+Q4_K_M = 15
+"""llama.cpp's number of this mixture of 4- and 6-bit types."""
+FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32, "q8_0": 7}
+TENSOR_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
+PROGRAM = "llama-quantize"
+
+
+def add_tensor(writer: Any, name: str, array: Array, stored: str) -> None:
+    """Add a tensor in the type of a whole file, as llama.cpp mixes types.
+
+    Vectors and norms stay in float32; rows that cannot be cut into blocks of 32 are in float16.
+
+    Args:
+        stored: a key of `TENSOR_TYPES`.
+    """
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import quantize
+
+    tensor_type = GGMLQuantizationType[TENSOR_TYPES[stored] if array.ndim > 1 else "F32"]
+    if array.shape[-1] % GGML_QUANT_SIZES[tensor_type][0]:
+        tensor_type = GGMLQuantizationType.F16
+    writer.add_tensor(name, quantize(array, tensor_type), raw_dtype=tensor_type)
+
+
+def check_quantizer(quantization: Quantization) -> None:
+    """Raise ImportError where the program that quantizes is missing."""
+    if quantization == "q4_k_m" and find_spec("llama_cpp") is None and shutil.which(PROGRAM) is None:
+        raise ImportError(
+            f"--quantize q4_k_m needs llama.cpp's own quantizer, but neither llama-cpp-python nor {PROGRAM} "
+            "is there: pip install llama-cpp-python, or take --quantize q8_0."
+        )
+
+
+def quantize_by_llama_cpp(file: Path, quantized: Path) -> None:
+    """Write a file in float32 once more, as q4_k_m.
+
+    Raises:
+        ExportError: llama.cpp does not quantize it.
+    """
+    if find_spec("llama_cpp") is not None:
+        import llama_cpp
+
+        options = llama_cpp.llama_model_quantize_default_params()
+        options.ftype = Q4_K_M
+        failed = llama_cpp.llama_model_quantize(str(file).encode(), str(quantized).encode(), options)
+    else:
+        command = [PROGRAM, str(file), str(quantized), "Q4_K_M"]
+        failed = subprocess.run(command, capture_output=True, check=False).returncode
+    if failed:
+        raise ExportError(f"llama.cpp should quantize {file}, but it does not (status {failed}).")
+
+
+def stored_type(dtype: WeightDtype, quantization: Quantization) -> str:
+    """The key of `TENSOR_TYPES` that is written, before llama.cpp's quantizer if that follows."""
+    return {"none": dtype, "q8_0": "q8_0", "q4_k_m": "float32"}[quantization]
