@@ -41,7 +41,7 @@ def write_mlx(source: ExportSource, folder: Path, config: ExportConfig) -> Expor
     origin = source.require_adapter("mlx")
     factors = list_lora_factors(source.pretrained.model, "mlx")
     base = find_folder(origin.base)
-    check_mlx_takes(factors, source.pretrained.model.config, base)  # type: ignore[arg-type]
+    check_mlx_takes(factors, source.pretrained.model.config, base)
     write_mlx_adapter(factors, folder, origin.base, count_layers(source.pretrained.model))
     source.tokenizer.save(folder)
     name, notes = origin.base, []
@@ -60,7 +60,7 @@ def write_mlx(source: ExportSource, folder: Path, config: ExportConfig) -> Expor
             lambda: ModuleReader("PEFT, from mlx-lm's file", lambda: read_back(folder, origin.base, factors)),
             tolerance,
         ),
-        make_mlx_check(base, tolerance, folder),
+        make_mlx_check(source, base, tolerance, folder),
     ]
     usage = list_commands(source, config, base, name=name, adapter=folder)
     return Exported(folder, checks, usage, notes)

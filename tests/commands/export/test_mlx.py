@@ -264,7 +264,8 @@ def test_positions_of_long_texts_are_refused(tmp_path):
 
 
 def test_modules_of_other_names_are_refused(tmp_path):
-    lora = save_lora(tmp_path / "lora", save_base(tmp_path / "base", "gpt_neox"))
+    base = save_base(tmp_path / "base", "gpt_neox")
+    lora = save_lora(tmp_path / "lora", base, target_modules=["query_key_value"])
     with pytest.raises(ValueError, match=r"but one is gpt_neox\.layers\.0\.attention\.query_key_value: use"):
         export_to(tmp_path / "out", lora, "mlx")
 
@@ -299,6 +300,22 @@ def test_mlx_finds_a_wrong_adapter_and_a_misread_base(lora, base, tmp_path):
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ExportError, match="mlx-lm should load the export, but it does not"):
         mlx_reader.MlxReader(linked, folder)
+
+
+def test_mlx_reads_prompts_as_in_training(lora, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("mlx_lm")
+    link = module.link_base
+
+    def link_another_tokenizer(source, base, folder):
+        link(source, base, folder)
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        tokenizer["normalizer"] = {"type": "Lowercase"}
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+        return folder
+
+    monkeypatch.setattr(module, "link_base", link_another_tokenizer)
+    assert export_to(tmp_path, lora, "mlx") == 1
+    assert "mlx-lm should read the prompt 'Hello' as the model's tokenizer does" in capsys.readouterr().out
 
 
 def test_merged_models_that_mlx_does_not_know_are_named(tmp_path, capsys):
