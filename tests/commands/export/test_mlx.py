@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpo_wrapper.commands.export import mlx as module
-from dpo_wrapper.commands.export import mlx_reader
+from dpo_wrapper.commands.export import mlx_base, mlx_reader
 from dpo_wrapper.commands.export.agreement import ExportError
 from dpo_wrapper.pretrained import load_pretrained
 from helpers.exported_models import save_base, save_lora
@@ -268,6 +268,18 @@ def test_modules_of_other_names_are_refused(tmp_path):
     lora = save_lora(tmp_path / "lora", base, target_modules=["query_key_value"])
     with pytest.raises(ValueError, match=r"but one is gpt_neox\.layers\.0\.attention\.query_key_value: use"):
         export_to(tmp_path / "out", lora, "mlx")
+
+
+def test_a_base_on_the_hub_is_read_from_its_cache(base, monkeypatch):
+    import huggingface_hub
+
+    def find_snapshot(name, **options):
+        assert options["local_files_only"]
+        return {"owner/name": str(base)}[name]
+
+    monkeypatch.setattr(mlx_base, "find_model", lambda name: name)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", find_snapshot)
+    assert mlx_base.find_folder("owner/name") == mlx_base.find_folder(str(base)) == base
 
 
 def test_it_says_what_to_install(lora, tmp_path, monkeypatch, capsys):
