@@ -37,7 +37,7 @@ def write_merged(source: ExportSource, folder: Path, config: ExportConfig) -> Ex
     tolerance = TOLERANCES[config.dtype]
     checks = [
         Check(lambda: ModuleReader("transformers", lambda: load_in_float32(folder), weights), tolerance),
-        make_mlx_check(folder, tolerance),
+        make_mlx_check(source, folder, tolerance),
     ]
     usage = [
         f'AutoModelForCausalLM.from_pretrained("{folder}")',
