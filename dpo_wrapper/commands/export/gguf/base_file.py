@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -78,7 +79,10 @@ def load_base_file(file: Path, config: Any) -> nn.Module:
     """The model in a file that `check_base_file` has seen, in float32, as `config` says in all else."""
     config = deepcopy(config)
     config.tie_word_embeddings = not has_head(file)
-    model: nn.Module = load_gguf(file, config, torch.float32)
+    with TemporaryDirectory() as folder:  # beside an adapter_config.json transformers would load that
+        link = Path(folder) / file.name
+        link.symlink_to(file.resolve())
+        model: nn.Module = load_gguf(link, config, torch.float32)
     return model.eval()
 
 
