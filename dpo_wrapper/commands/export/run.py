@@ -11,6 +11,7 @@ from dpo_wrapper.commands.export.exported import Exported
 from dpo_wrapper.commands.export.gguf.writer import write_gguf
 from dpo_wrapper.commands.export.merged import write_merged
 from dpo_wrapper.commands.export.mlx import write_mlx
+from dpo_wrapper.commands.export.ollama.writer import write_ollama
 from dpo_wrapper.commands.export.peft_folder import write_peft
 from dpo_wrapper.commands.export.place import ExportPlace
 from dpo_wrapper.commands.export.record import begin_record, check_unchanged, note_difference, note_verified
@@ -25,6 +26,7 @@ WRITERS: dict[Format, Callable[[ExportSource, Path, ExportConfig], Exported]] = 
     "x-transformers": write_x_transformers,
     "merged": write_merged,
     "gguf": write_gguf,
+    "ollama": write_ollama,
 }
 """In the order in which they are written: those that merge the adapter come last."""
 
