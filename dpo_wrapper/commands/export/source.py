@@ -9,6 +9,7 @@ import torch
 
 from dpo_wrapper.commands.export.agreement import PromptOutput, compute_outputs
 from dpo_wrapper.commands.export.config import ExportConfig, Format
+from dpo_wrapper.commands.export.gguf.adapter_file import check_adapter
 from dpo_wrapper.commands.export.gguf.keys import check_model
 from dpo_wrapper.data.tokens.tokenizers import Tokenizer
 from dpo_wrapper.evaluation.model_pair import check_is_trained, complete_options, load_named
@@ -105,8 +106,10 @@ class ExportSource:
                 f"--to {form} should be given for a Hugging Face model, but {self.name} is one of "
                 "x-transformers: use --to x-transformers."
             )
-        if form in ("peft", "mlx") or (config.adapter and form in ("gguf", "ollama")):
+        if form in ("peft", "mlx"):
             self.require_adapter(form)
+        elif form in ("gguf", "ollama") and config.adapter:
+            check_adapter(self.pretrained.model, self.require_adapter(form).base, config.base)
         elif form in ("gguf", "ollama"):
             check_model(self.pretrained.model, self.tokenizer, config.quantize)
 

@@ -18,7 +18,7 @@ LORA = {
     "scale 0": {"lora_alpha": 0, "alpha_pattern": {"v_proj": 3}},
     "scales 0": {"lora_alpha": 0},
     "rank-stabilized, some ranks": {"use_rslora": True, "rank_pattern": {"k_proj": 3}},
-    "one layer": {"layers_to_transform": [1]},
+    "one layer": {"layers_to_transform": [1], "target_modules": list(LINEAR)},
     "embeddings and head": {"target_modules": [*LINEAR, "embed_tokens", "lm_head"]},
 }
 
@@ -89,3 +89,29 @@ def test_loaded_adapter_trains(exported):
     assert len(trained) == 28 and all("lora_" in name for name in trained)
     assert pretrained.tokenizer.has_chat_template
     assert torch.isfinite(logits_of(pretrained.model)).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llama_cpp_agrees(family, tmp_path):
+    """On a base that is written for it, and on a file in 16 bits."""
+    pytest.importorskip("llama_cpp")
+    base = save_family(tmp_path / "base", family)
+    lora = save_lora(tmp_path / "lora", base, use_rslora=True, rank_pattern={"o_proj": 2})
+    assert export_adapter(lora, tmp_path) == 0
+    assert (
+        export_adapter(lora, tmp_path / "16", base=write_base(base, tmp_path / "base.gguf", "float16")) == 0
+    )
+    for folder, count in ((tmp_path, 1), (tmp_path / "16", 2)):
+        _, *by_llama_cpp = read_record(folder / "gguf")["agreements"]
+        assert len(by_llama_cpp) == count
+        assert by_llama_cpp[0]["difference"] < (1e-3 if family.startswith("gemma") else 1e-5)
+
+
+@pytest.mark.slow
+def test_llama_cpp_takes_embeddings_and_head(base, tmp_path):
+    pytest.importorskip("llama_cpp")
+    lora = save_lora(tmp_path / "lora", base, target_modules=["embed_tokens", "lm_head", "k_proj"])
+    assert export_adapter(lora, tmp_path) == 0
+    _, by_llama_cpp = read_record(tmp_path / "gguf")["agreements"]
+    assert by_llama_cpp["difference"] < 1e-5
