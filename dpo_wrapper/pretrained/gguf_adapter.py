@@ -115,7 +115,7 @@ def load_gguf_adapter(folder: str | Path, base: nn.Module) -> nn.Module:
     file = Path(folder) / GGUF_ADAPTER
     adapter = read_gguf_adapter(file, base.config)
     model: Any = peft.get_peft_model(base, config)
-    state = {}
+    state: dict[str, Tensor] = {}
     for path, (a, b) in adapter.factors.items():
         scale = getattr(model.get_base_model().get_submodule(path), "scaling", {}).get("default")
         b = b * (adapter.scale(path) / scale) if scale else b

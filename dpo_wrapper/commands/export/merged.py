@@ -46,7 +46,7 @@ def write_merged(source: ExportSource, folder: Path, config: ExportConfig) -> Ex
     return Exported(folder, checks, usage, [weights.note])
 
 
-def load_in_float32(folder: Path) -> Any:
+def load_in_float32(folder: str | Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -2,12 +2,12 @@
 
 from copy import deepcopy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import nn
 
-from dpo_wrapper.commands.export.agreement import TOLERANCES
 from dpo_wrapper.commands.export.gguf.families import Family, architecture_id
 from dpo_wrapper.commands.export.gguf.tensors import has_tied_head
 from dpo_wrapper.pretrained.adapter import import_peft, without_deprecations
@@ -62,23 +62,26 @@ def list_shapes(base: nn.Module, family: Family) -> list[tuple[str, tuple[int, .
     return [(name, tuple(weight.shape)) for name, weight in named.items() if name is not None]
 
 
-def has_head(file: Path) -> bool:
-    """Whether a file has an output head beside the embeddings."""
+def has_head(base: nn.Module, file: Path | None) -> bool:
+    """Whether the file of a base, or the one that would be written, has a head beside the embeddings."""
+    if file is None:
+        return not has_tied_head(base)
     return any(tensor.name == "output.weight" for tensor in open_gguf(file).tensors)
 
 
-def find_tolerance(file: Path) -> float:
-    """How far llama.cpp may be apart from float32 on a file's weights, as it rounds activations too."""
-    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    types = {tensor.tensor_type.name for tensor in open_gguf(file).tensors}
-    return max(TOLERANCES[names.get(one, "q8_0")] for one in types)
+def is_float32(file: Path) -> bool:
+    """Whether all weights of a file are in float32, so that llama.cpp rounds nothing beside them."""
+    return all(tensor.tensor_type.name == "F32" for tensor in open_gguf(file).tensors)
 
 
 def load_base_file(file: Path, config: Any) -> nn.Module:
     """The model in a file that `check_base_file` has seen, in float32, as `config` says in all else."""
     config = deepcopy(config)
-    config.tie_word_embeddings = not has_head(file)
-    model: nn.Module = load_gguf(file, config, torch.float32)
+    config.tie_word_embeddings = all(tensor.name != "output.weight" for tensor in open_gguf(file).tensors)
+    with TemporaryDirectory() as folder:  # beside an adapter_config.json transformers would load that
+        link = Path(folder) / file.name
+        link.symlink_to(file.resolve())
+        model: nn.Module = load_gguf(link, config, torch.float32)
     return model.eval()
 
 
