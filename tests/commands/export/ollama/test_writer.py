@@ -185,12 +185,12 @@ def test_refuses_before_anything_is_written(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A LoRA adapter, and the GGUF file of its base in 8 bits."""
+    """A LoRA adapter, and the GGUF file of its base."""
     pytest.importorskip("peft")
     folder = tmp_path_factory.mktemp("ollama")
     base = save_base(folder / "base", template=DEFAULT_SYSTEM + CHATML)
     pretrained = load_pretrained(str(base), None, 1)
-    write_base_gguf(pretrained.model, pretrained.tokenizer, folder / "base file.gguf", "q8_0")
+    write_base_gguf(pretrained.model, pretrained.tokenizer, folder / "base file.gguf", "float32")
     return save_lora(folder / "lora", base), folder / "base file.gguf"
 
 
