@@ -178,17 +178,18 @@ def merge_adapter(pretrained: PretrainedModel) -> PretrainedModel:
 
 
 def untie_adapted_layers(model: nn.Module) -> None:
-    """Give layers with an adapter weights of their own where others share them, for merging writes into them."""
+    """Give layers with an adapter weights of their own, where others share them: merging writes into them."""
     sharers = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     for module in model.modules():
-        layer = module.get_base_layer() if hasattr(module, "get_base_layer") else None
+        adapted: Any = module
+        layer = adapted.get_base_layer() if hasattr(adapted, "get_base_layer") else None
         weight = getattr(layer, "weight", None)
-        if weight is not None and sharers[id(weight)] > 1:
+        if layer is not None and weight is not None and sharers[id(weight)] > 1:
             layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
 
 
 def note_untied_head(model: Any) -> None:
-    """Write into the configuration if embeddings and head have been parted, or loading would tie them again."""
+    """Write into the configuration that embeddings and head are parted, or loading would tie them again."""
     config = getattr(model, "config", None)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if config is None or head is None or head.weight is model.get_input_embeddings().weight:

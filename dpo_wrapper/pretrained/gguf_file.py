@@ -1,5 +1,9 @@
 """Models of transformers in GGUF files."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +28,20 @@ def load_gguf(file: Path, config: Any, dtype: torch.dtype, **options: Any) -> An
         config = LlamaConfig(**{key: value for key, value in config.to_dict().items() if key != "model_type"})
     if config.model_type == "gemma":
         return load_gemma(file, config, dtype, **options)
-    return AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, config=config, dtype=dtype, **options
-    )
+    with hide_bar():
+        return AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, config=config, dtype=dtype, **options
+        )
+
+
+@contextmanager
+def hide_bar() -> Iterator[None]:
+    """Keep a progress bar that transformers cannot switch off out of a file or a pipe."""
+    if sys.stderr.isatty():
+        yield
+    else:
+        with redirect_stderr(StringIO()):
+            yield
 
 
 def load_gemma(file: Path, config: Any, dtype: torch.dtype, **options: Any) -> Any:

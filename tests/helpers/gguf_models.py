@@ -42,7 +42,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Phi3Config",
         {
             "original_max_position_embeddings": 64,
-            "rope_parameters": THETA | LONG | {"rope_type": "longrope", "original_max_position_embeddings": 64},
+            "rope_parameters": THETA
+            | LONG
+            | {"rope_type": "longrope", "original_max_position_embeddings": 64},
         },
     ),
     "phi4-partial": ("Phi3Config", {"rope_parameters": THETA | {"partial_rotary_factor": 0.5}}),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dpo_wrapper.commands.export.agreement import TOLERANCES
 from dpo_wrapper.commands.export.config import ExportConfig
 from dpo_wrapper.commands.export.exported import Check, Exported
-from dpo_wrapper.commands.export.mlx_reader import find_mlx_gap, format_generation, make_mlx_check
+from dpo_wrapper.commands.export.mlx_reader import list_commands, make_mlx_check
 from dpo_wrapper.commands.export.rope_keys import repeat_rope_keys
 from dpo_wrapper.commands.export.source import ExportSource
 from dpo_wrapper.commands.export.transformers_reader import ModuleReader
@@ -39,9 +39,10 @@ def write_merged(source: ExportSource, folder: Path, config: ExportConfig) -> Ex
         Check(lambda: ModuleReader("transformers", lambda: load_in_float32(folder), weights), tolerance),
         make_mlx_check(folder, tolerance),
     ]
-    usage = [f'AutoModelForCausalLM.from_pretrained("{folder}")']
-    if find_mlx_gap(folder) is None:
-        usage.append(format_generation(source, folder, config))
+    usage = [
+        f'AutoModelForCausalLM.from_pretrained("{folder}")',
+        *list_commands(source, config, folder),
+    ]
     return Exported(folder, checks, usage, [weights.note, *describe_base(source)])
 
 

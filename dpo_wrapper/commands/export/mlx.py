@@ -7,31 +7,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from dpo_wrapper.commands.export.agreement import TOLERANCES
+from dpo_wrapper.commands.export.agreement import TOLERANCES, ExportError
 from dpo_wrapper.commands.export.config import ExportConfig
 from dpo_wrapper.commands.export.exported import Check, Exported
 from dpo_wrapper.commands.export.lora_factors import LoraFactors, list_lora_factors
-from dpo_wrapper.commands.export.mlx_reader import find_mlx_gap, format_generation, make_mlx_check
-from dpo_wrapper.commands.export.rope_keys import lacks_rope_keys, repeat_rope_keys
+from dpo_wrapper.commands.export.mlx_base import find_folder, find_misreading, link_base
+from dpo_wrapper.commands.export.mlx_reader import find_mlx_gap, list_commands, make_mlx_check
 from dpo_wrapper.commands.export.source import ExportSource
 from dpo_wrapper.commands.export.transformers_reader import ModuleReader
-from dpo_wrapper.data.rows.messages import Message
-from dpo_wrapper.data.tokens.tokenizers import has_tokenizer, load_tokenizer
 from dpo_wrapper.libraries.tensor_files import apply_umask
 from dpo_wrapper.pretrained import load_pretrained
 from dpo_wrapper.pretrained.adapter import ADAPTER_CONFIG, read_adapter_config
-from dpo_wrapper.pretrained.hugging_face import find_model
 from dpo_wrapper.pretrained.mlx_adapter import MLX_WEIGHTS, load_mlx_adapter
-from dpo_wrapper.pretrained.model import CONFIG_FILE
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.((?:self_attn|mlp)\.\w+)")
 EMBEDDINGS, HEAD = "model.embed_tokens", "lm_head"
 """Names of modules that are the same in transformers and mlx-lm."""
 
-GENERATION_FILE = "generation_config.json"
 BASE_FOLDER = "base"
 """Inside of the export: the base with a config.json that mlx-lm reads right."""
 
@@ -57,26 +53,41 @@ def write_mlx(source: ExportSource, folder: Path, config: ExportConfig) -> Expor
             "which are to be copied with it to another machine."
         )
 
-    def load() -> Any:
-        base = load_pretrained(origin.base, None, max_length=1).model
-        return load_mlx_adapter(folder, read_adapter_config(folder), base)
-
+    notes.append(f"all {len(factors)} pairs of factors are those of the adapter")
     tolerance = TOLERANCES["float32"]
     checks = [
-        Check(lambda: ModuleReader("PEFT, of the factors read back", load), tolerance),
+        Check(
+            lambda: ModuleReader("PEFT, from mlx-lm's file", lambda: read_back(folder, origin.base, factors)),
+            tolerance,
+        ),
         make_mlx_check(base, tolerance, folder),
     ]
-    return Exported(folder, checks, [format_generation(source, name, config, folder)], notes)
+    usage = list_commands(source, config, base, name=name, adapter=folder)
+    return Exported(folder, checks, usage, notes)
 
 
-def find_folder(base: str) -> Path:
-    """Where the files of a base are, for a name on the hub in its cache."""
-    folder = find_model(base)
-    if Path(folder).is_dir():
-        return Path(folder)
-    from huggingface_hub import snapshot_download
+def read_back(folder: Path, base: str, factors: Sequence[LoraFactors]) -> nn.Module:
+    """PEFT's model with the adapter as it was written; ExportError if it holds other factors."""
+    model = load_pretrained(base, None, max_length=1).model
+    try:
+        model = load_mlx_adapter(folder, read_adapter_config(folder), model)
+    except ValueError as error:
+        raise ExportError(str(error)) from error
+    found = {one.path: one for one in list_lora_factors(model, "mlx")}
+    wrong = [one.path for one in factors if one.path not in found or not is_same(one, found[one.path])]
+    if wrong or len(found) > len(factors):
+        raise ExportError(
+            f"the export should hold the {len(factors)} pairs of factors of the adapter, but "
+            f"{len(wrong)} of its {len(found)} are others ({', '.join(wrong[:1])}): do not use it."
+        )
+    return model
 
-    return Path(snapshot_download(folder, local_files_only=True))
+
+def is_same(factors: LoraFactors, other: LoraFactors) -> bool:
+    """Whether two adapters of a module are one, but for zeros and for the scale, which may be in B."""
+    a, b = pad_to_rank(factors, other.rank)
+    scaled, other_scaled = factors.scale * b, other.scale * other.b
+    return torch.equal(a, other.a) and torch.allclose(scaled, other_scaled, rtol=1e-6, atol=0)
 
 
 def check_mlx_takes(factors: Sequence[LoraFactors], settings: Any, base: Path) -> None:
@@ -148,34 +159,3 @@ def name_keys(paths: Sequence[str], num_layers: int) -> list[str]:
     for name, found in layers_of.items():
         keys += [name] if len(found) == num_layers else found
     return keys
-
-
-def find_misreading(source: ExportSource, base: Path) -> str | None:
-    """What mlx-lm would read otherwise in the folder of a base, as a part of a sentence; None if nothing."""
-    if lacks_rope_keys(json.loads((base / CONFIG_FILE).read_text(encoding="utf-8"))):
-        return "whose config.json says its rotary positions where transformers 5 alone looks"
-    if source.is_chat and not has_tokenizer_of(source, base):
-        return "whose tokenizer writes prompts otherwise than in training"
-    return None
-
-
-def has_tokenizer_of(source: ExportSource, base: Path) -> bool:
-    """Whether a folder's own tokenizer writes the turns of prompts as the model has learned them."""
-    if not has_tokenizer(base):
-        return False
-    tokenizer = load_tokenizer(base)
-    return tokenizer.has_chat_template and all(
-        tuple(tokenizer.encode_prompt((Message("user", one.prompt),))) == one.prompt_ids
-        for one in source.outputs
-    )
-
-
-def link_base(source: ExportSource, base: Path, folder: Path) -> Path:
-    """A folder of links to the weights of a base, with the model's tokenizer and a config.json for mlx-lm."""
-    folder.mkdir()
-    for file in [*base.glob("model*.safetensors*"), *base.glob(GENERATION_FILE)]:
-        (folder / file.name).symlink_to(file.resolve())
-    (folder / CONFIG_FILE).write_bytes((base / CONFIG_FILE).read_bytes())
-    repeat_rope_keys(folder / CONFIG_FILE)
-    source.tokenizer.save(folder)
-    return folder

@@ -11,10 +11,11 @@ import numpy as np
 from dpo_wrapper.commands.export.agreement import ExportError, Logits, UnreadableError
 from dpo_wrapper.commands.export.config import ExportConfig
 from dpo_wrapper.commands.export.exported import Check
-from dpo_wrapper.commands.export.rope_keys import LONG_ROPE
+from dpo_wrapper.commands.export.rope_keys import GENERATION_FILE, LONG_ROPE, read_config
 from dpo_wrapper.commands.export.source import ExportSource
+from dpo_wrapper.data.tokens.tokenizers import ByteTokenizer
 from dpo_wrapper.libraries.error_text import summarize_error
-from dpo_wrapper.pretrained.model import read_settings
+from dpo_wrapper.pretrained.model import CONFIG_FILE
 
 ROUNDED, ROUNDED_TOLERANCE = ("gemma", "gemma3", "gemma3_text"), 2e-3
 """Architectures that mlx-lm computes less exactly than in float32: Gemma with another approximation of GELU,
@@ -73,19 +74,44 @@ def make_mlx_check(model: Path, tolerance: float, adapter: Path | None = None) -
         return Check(None, tolerance, f"mlx-lm has not read it, for it is missing: {remedy}.")
     if (reason := find_mlx_gap(model)) is not None:
         return Check(None, tolerance, f"mlx-lm cannot read it: {reason}.")
-    if read_settings(str(model))["model_type"] in ROUNDED:
+    if read_config(model / CONFIG_FILE)["model_type"] in ROUNDED:
         tolerance = max(tolerance, ROUNDED_TOLERANCE)
     return Check(lambda: MlxReader(model, adapter), tolerance)
 
 
-def format_generation(
-    source: ExportSource, model: str | Path, config: ExportConfig, adapter: Path | None = None
-) -> str:
-    """The command by which mlx-lm answers the first prompt."""
-    words = ["mlx_lm.generate", "--model", str(model)]
+def list_commands(
+    source: ExportSource,
+    config: ExportConfig,
+    model: Path,
+    *,
+    name: str | None = None,
+    adapter: Path | None = None,
+) -> list[str]:
+    """The command by which mlx-lm answers the first prompt; none for a model that it cannot read.
+
+    Args:
+        model: the folder that it reads.
+        name: how it is named in the command, by default by the folder.
+        adapter: as for `MlxReader`.
+    """
+    if find_mlx_gap(model) is not None or isinstance(source.tokenizer, ByteTokenizer):
+        return []
+    words = ["mlx_lm.generate", "--model", name or str(model)]
     words += [] if adapter is None else ["--adapter-path", str(adapter)]
-    words += [] if source.is_chat or not source.tokenizer.has_chat_template else ["--ignore-chat-template"]
-    return shlex.join([*words, "--prompt", config.prompts[0]])
+    end_id = source.tokenizer.end_of_turn_id
+    if source.is_chat and end_id not in {source.tokenizer.eos_id, *list_end_ids(model)}:
+        words += ["--extra-eos-token", source.tokenizer.decode([end_id], skip_special_tokens=False)]
+    if source.tokenizer.has_chat_template and not source.is_chat:
+        words.append("--ignore-chat-template")
+    return [shlex.join([*words, "--prompt", config.prompts[0]])]
+
+
+def list_end_ids(folder: Path) -> list[int]:
+    """The tokens at which a model's own configuration ends a text, beside that of its tokenizer."""
+    file = folder / GENERATION_FILE
+    settings = read_config(folder / CONFIG_FILE) | (read_config(file) if file.is_file() else {})
+    ids = settings.get("eos_token_id")
+    return [] if ids is None else ids if isinstance(ids, list) else [ids]
 
 
 def has_mlx() -> bool:
@@ -97,7 +123,7 @@ def find_mlx_gap(folder: Path) -> str | None:
 
     Where mlx-lm is missing, only what is known without it is said.
     """
-    settings = read_settings(str(folder))
+    settings = read_config(folder / CONFIG_FILE)
     if not any(folder.glob("model*.safetensors")):
         return f"{folder} holds no model*.safetensors"
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}

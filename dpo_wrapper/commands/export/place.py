@@ -39,9 +39,9 @@ class ExportPlace:
         return self.out / f"{self.name}.differs"
 
     @property
-    def replaced(self) -> Path:
+    def earlier(self) -> Path:
         """Where an earlier export is while the new one is moved to its place."""
-        return self.out / UNFINISHED / f"{self.name}.replaced"
+        return self.out / UNFINISHED / f"{self.name}.earlier"
 
     def check(self, model: str) -> None:
         """Raise ValueError if something stands there that is no export, or the model itself."""
@@ -62,12 +62,12 @@ class ExportPlace:
 
     def restore(self) -> None:
         """Put an earlier export back if a signal came while it was replaced."""
-        if self.replaced.exists() and not self.final.exists():
-            self.replaced.rename(self.final)
+        if self.earlier.exists() and not self.final.exists():
+            self.earlier.rename(self.final)
 
     @contextmanager
     def open(self) -> Iterator[Path]:
-        """The context in which an export is written into a new folder; what is still there then is removed."""
+        """The context in which an export is written into a new folder, which is removed if it stays there."""
         shutil.rmtree(self.unfinished, ignore_errors=True)
         is_new = not self.out.exists()
         try:
@@ -82,11 +82,11 @@ class ExportPlace:
 
     def accept(self) -> None:
         """Move the export to its place, from which an earlier one is removed only then."""
-        shutil.rmtree(self.replaced, ignore_errors=True)
+        shutil.rmtree(self.earlier, ignore_errors=True)
         if self.final.exists():
-            self.final.rename(self.replaced)
+            self.final.rename(self.earlier)
         self.unfinished.rename(self.final)
-        for folder in (self.replaced, self.rejected):
+        for folder in (self.earlier, self.rejected):
             shutil.rmtree(folder, ignore_errors=True)
 
     def reject(self) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+GENERATION_FILE = "generation_config.json"
 LONG_ROPE = ("longrope", "su")
 
 
@@ -38,8 +39,15 @@ def list_rope_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
     return keys
 
 
+def read_config(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 def repeat_rope_keys(file: Path) -> None:
     """Write `rope_theta` and the like at the top of a config.json too; transformers reads it as before."""
-    settings = json.loads(file.read_text(encoding="utf-8"))
-    text = json.dumps(settings | list_rope_keys(settings), indent=2)
+    settings = read_config(file)
+    settings |= list_rope_keys(settings)
+    if isinstance(part := settings.get("text_config"), dict):  # of a model that reads images too
+        part |= list_rope_keys(part)
+    text = json.dumps(settings, indent=2)
     file.write_text(text + "\n", encoding="utf-8")

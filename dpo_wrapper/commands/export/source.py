@@ -99,7 +99,7 @@ class ExportSource:
                 f"--to {form} should be given for a Hugging Face model, but {self.name} is one of "
                 "x-transformers: use --to x-transformers."
             )
-        if form in ("peft", "mlx") or (form in ("gguf", "ollama") and config.adapter):
+        if form in ("peft", "mlx") or (config.adapter and form in ("gguf", "ollama")):
             self.require_adapter(form)
 
     def free_memory(self) -> None:

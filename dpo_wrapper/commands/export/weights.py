@@ -51,5 +51,5 @@ def hash_tensor(tensor: Tensor, dtype: torch.dtype) -> str:
     if values.is_floating_point():
         values = values.to(dtype)
     digest = hashlib.blake2b(str(tuple(values.shape)).encode(), digest_size=16)
-    digest.update(values.reshape(-1).contiguous().view(torch.uint8).numpy())
+    digest.update(values.reshape(-1).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,19 +1,10 @@
 """Adapters of each family and form, as PEFT, mlx-lm and merged models have them: what is read back agrees."""
 
-import json
-
 import pytest
 
 from dpo_wrapper.commands.export.mlx_reader import has_mlx
-from dpo_wrapper.commands.export.run import EXPORT_FILE, run_export
-from helpers.exported_models import (
-    FAMILIES,
-    LINEAR,
-    LLAMA3_ROPE,
-    make_export_config,
-    save_base,
-    save_lora,
-)
+from helpers.exported_models import FAMILIES, LINEAR, LLAMA3_ROPE, save_base, save_lora
+from helpers.exports import export_to, read_record
 
 pytest.importorskip("peft")
 
@@ -22,7 +13,7 @@ LORA = {
     "some scales": {"alpha_pattern": {"v_proj": 3, "layers.0.self_attn.o_proj": 17}},
     "rank-stabilized": {"use_rslora": True},
     "rank-stabilized, some ranks": {"use_rslora": True, "rank_pattern": {"k_proj": 3}},
-    "one layer": {"layers_to_transform": [1]},
+    "one layer": {"layers_to_transform": [1], "target_modules": list(LINEAR)},
     "one module of a layer": {"target_modules": ["layers.0.self_attn.q_proj", "up_proj"]},
     "embeddings and head": {"target_modules": [*LINEAR, "embed_tokens", "lm_head"]},
     "embeddings alone": {"target_modules": ["embed_tokens"]},
@@ -42,9 +33,9 @@ ROPE = {
 
 def check_agrees(model, out, *to):
     """Export, and see that each format was read by its own reader, and by mlx-lm where that is there."""
-    assert run_export(make_export_config(model, out, *to)) == 0
+    assert export_to(out, model, *to, dtype="float32") == 0
     for name in to:
-        record = json.loads((out / name / EXPORT_FILE).read_text())
+        record = read_record(out / name)
         readers = [one["reader"] for one in record["agreements"]]
         assert record["status"] == "verified" and readers
         assert ("mlx-lm" in readers) == (has_mlx() and name != "peft")
@@ -79,37 +70,3 @@ def test_scaled_positions(kind, tmp_path):
 
 def test_tied_head(tied_llama, tmp_path):
     check_agrees(save_lora(tmp_path / "lora", tied_llama), tmp_path / "out", "peft", "mlx", "merged")
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"target_modules": ["embed_tokens", "q_proj"]},
-        {"target_modules": ["lm_head"]},
-        {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
-        {"modules_to_save": ["lm_head"]},
-        {"modules_to_save": ["embed_tokens"]},
-        {"trainable_token_indices": [3, 4]},
-    ],
-    ids=str,
-)
-def test_merge_unties_the_head(options, tied_llama, tmp_path):
-    """Embeddings or a head that have changed alone are two weights afterwards."""
-    check_agrees(save_lora(tmp_path / "lora", tied_llama, **options), tmp_path / "out", "peft", "merged")
-
-
-@pytest.mark.parametrize("options", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=str)
-def test_more_than_factors(options, llama, tmp_path):
-    """PEFT and merged models alone have them."""
-    lora = save_lora(tmp_path / "lora", llama, **options)
-    check_agrees(lora, tmp_path / "out", "peft", "merged")
-    with pytest.raises(ValueError, match="--to mlx takes factors of linear layers and embeddings alone"):
-        run_export(make_export_config(lora, tmp_path / "out", "mlx"))
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_merged_in_16_bits(dtype, llama, tmp_path):
-    config = make_export_config(save_lora(tmp_path / "lora", llama), tmp_path / "out", "merged", dtype=dtype)
-    assert run_export(config) == 0
-    settings = json.loads((tmp_path / "out/merged/config.json").read_text())
-    assert settings["dtype"] == dtype and settings["rope_theta"] == 50_000.0

@@ -29,7 +29,7 @@ class FakeReader:
 
 
 def test_the_largest_difference_is_relative_to_the_spread():
-    agreement = compare([OUTPUT], FakeReader(LOGITS + [[0.0, 0.0, 0.05], [0.0, -0.1, 0.0]]), 0.03)
+    agreement = compare([OUTPUT], FakeReader(LOGITS + np.array([[0.0, 0.0, 0.05], [0.0, -0.1, 0.0]])), 0.03)
     assert agreement.difference == pytest.approx(0.1 / 5.0)
     assert (agreement.num_equal, agreement.num_ties, agreement.num_tokens) == (2, 0, 2)
     agreement.check()
@@ -44,7 +44,7 @@ def test_ids_beyond_those_of_the_model_may_be_there():
 
 def test_a_tie_within_the_tolerance_may_turn_round():
     """The two largest logits of the second token are 0.02 apart, 0.004 of the spread."""
-    turned = LOGITS + [[0.0, 0.0, 0.0], [-0.015, 0.015, 0.0]]
+    turned = LOGITS + np.array([[0.0, 0.0, 0.0], [-0.015, 0.015, 0.0]])
     agreement = compare([OUTPUT], FakeReader(turned), 0.005)
     assert (agreement.num_equal, agreement.num_ties) == (1, 1)
     agreement.check()
@@ -56,7 +56,7 @@ def test_a_tie_within_the_tolerance_may_turn_round():
 
 @pytest.mark.parametrize("change", [0.3, np.nan, np.inf])
 def test_what_rounding_does_not_explain_differs(change):
-    agreement = compare([OUTPUT], FakeReader(LOGITS + [[change, 0.0, 0.0], [0.0, 0.0, 0.0]]), 0.03)
+    agreement = compare([OUTPUT], FakeReader(LOGITS + np.array([[change, 0.0, 0.0], [0.0, 0.0, 0.0]])), 0.03)
     assert not agreement.difference <= 0.03
     with pytest.raises(ExportError, match=r"but it does not \(program: logits differ.*\): do not use it\.$"):
         agreement.check()

@@ -53,7 +53,9 @@ def test_a_tampered_bit_is_found_out(adapter, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(module, "write_dtype", write_and_tamper)
     assert export_to(tmp_path, adapter, "merged", dtype="float32") == 1
-    assert "but 1 of 21 tensors are others (model.layers.0.self_attn.q_proj.weight)" in capsys.readouterr().out
+    assert (
+        "but 1 of 21 tensors are others (model.layers.0.self_attn.q_proj.weight)" in capsys.readouterr().out
+    )
 
 
 def test_positions_of_another_base_are_found_out(adapter, tmp_path, monkeypatch, capsys):

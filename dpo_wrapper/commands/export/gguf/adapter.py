@@ -1,10 +1,10 @@
 """A LoRA adapter alone, for llama.cpp and Ollama, which apply it to a GGUF file of the base."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from torch import nn
@@ -21,6 +21,7 @@ from dpo_wrapper.commands.export.gguf.base_file import (
     has_head,
     load_base_file,
 )
+from dpo_wrapper.commands.export.gguf.base_template import save_template, writes_otherwise
 from dpo_wrapper.commands.export.gguf.families import find_family
 from dpo_wrapper.commands.export.gguf.fresh_base import check_on_fresh_base
 from dpo_wrapper.commands.export.gguf.llama_cpp_reader import check_by_llama_cpp
@@ -32,6 +33,11 @@ from dpo_wrapper.commands.export.transformers_reader import ModuleReader
 from dpo_wrapper.libraries.hub import find_on_hub
 from dpo_wrapper.pretrained.adapter import save_adapter_config
 from dpo_wrapper.pretrained.gguf_adapter import GGUF_ADAPTER
+
+OTHER_TEMPLATE = (
+    "the base's file writes dialogues otherwise than the model has learned them: the command gives llama.cpp "
+    "the template of the training"
+)
 
 
 def write_gguf_adapter(source: ExportSource, folder: Path, config: ExportConfig) -> Exported:
@@ -52,8 +58,12 @@ def write_gguf_adapter(source: ExportSource, folder: Path, config: ExportConfig)
     write_adapter_file(factors, file, family, base.config, origin.base, has_own_head=has_own_head)
     save_adapter_config(model.peft_config[model.active_adapter], origin, folder)  # type: ignore[operator,index]
     source.tokenizer.save(folder)
-    usage = [f"llama-cli -m {quote(str(config.base or 'BASE.gguf'))} --lora {quote(str(file))}"]
-    return Exported(folder, list_checks(source, config, origin.base, file, factors), usage)
+    command, notes = ["llama-cli", "-m", str(config.base or "BASE.gguf"), "--lora", str(file)], []
+    if config.base is not None and writes_otherwise(config.base, source):
+        command += ["--jinja", "--chat-template-file", str(save_template(source, folder))]
+        notes.append(OTHER_TEMPLATE)
+    checks = list_checks(source, config, origin.base, file, factors)
+    return Exported(folder, checks, [shlex.join(command)], notes)
 
 
 def list_checks(

@@ -23,7 +23,9 @@ class GGUFFileReader:
         fields = {name: field.contents() for name, field in reader.fields.items()}
         shapes = {tensor.name: tensor for tensor in reader.tensors}
         self._tokenizer = FileTokenizer(fields)
-        self._module = ModuleReader("the file's own reader", lambda: load_model(file, fields, shapes))
+        self._module = ModuleReader(
+            "the file read back by transformers", lambda: load_model(file, fields, shapes)
+        )
         self.name = self._module.name
 
     def compute_logits(self, ids: Sequence[int]) -> Logits:

@@ -19,6 +19,7 @@ from helpers.exported_models import FAMILIES, LINEAR, make_export_config, save_b
 from helpers.exports import export_to, read_record
 from helpers.gguf_files import edit_gguf, read_gguf
 from helpers.lora_runs import logits_of
+from helpers.tokenizers import CHATML
 
 pytest.importorskip("peft")
 gguf = pytest.importorskip("gguf")
@@ -168,7 +169,20 @@ def test_command_names_base_and_file(lora, base_file, tmp_path, capsys):
     line = f"llama-cli -m BASE.gguf --lora {tmp_path / 'gguf' / 'adapter.gguf'}"
     assert line in capsys.readouterr().out
     assert export_adapter(lora, tmp_path, base=base_file) == 0
-    assert f"llama-cli -m '{base_file}' --lora {tmp_path}" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"llama-cli -m '{base_file}' --lora {tmp_path}/gguf/adapter.gguf\n" in output
+
+
+@pytest.mark.parametrize("template", [CHATML.replace("<|im_start|>{{", "{{"), "{{ messages + 1 }}", ""])
+def test_command_gives_the_template_of_the_training(template, base, lora, tmp_path, capsys):
+    """The base's file has one that writes another text, or fails, or none."""
+    file = write_base(base, tmp_path / "base.gguf")
+    edit_gguf(file, change("tokenizer.chat_template", template))
+    assert export_adapter(lora, tmp_path, base=file) == 0
+    output = capsys.readouterr().out
+    assert f"--jinja --chat-template-file {tmp_path}/gguf/chat_template.jinja" in output
+    assert (tmp_path / "gguf" / "chat_template.jinja").read_text() == CHATML
+    assert "the base's file writes dialogues otherwise" in output
 
 
 def test_quantized_base_is_what_counts(lora, base_file, tmp_path):

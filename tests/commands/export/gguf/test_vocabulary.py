@@ -59,14 +59,10 @@ def test_known_ways_to_cut_words_are_told_apart(name):
 
 
 def test_patterns_are_those_of_the_published_tokenizers():
-    assert LLAMA_3 == (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-        r"|\s+(?!\S)|\s+"
-    )
-    assert QWEN_2 == (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-        r"|\s+(?!\S)|\s+"
-    )
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+    rest = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    assert words + r"\p{N}{1,3}" + rest == LLAMA_3
+    assert words + r"\p{N}" + rest == QWEN_2
 
 
 def test_byte_level_tokens_are_those_of_the_tokenizer(tmp_path):
@@ -185,14 +181,20 @@ def put_space(parts):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(normalize, "plain byte-level BPE"), (cut_otherwise, "should cut texts"), (put_space, "should cut texts")],
+    [
+        (normalize, "plain byte-level BPE"),
+        (cut_otherwise, "should cut texts"),
+        (put_space, "should cut texts"),
+    ],
 )
 def test_other_byte_level_tokenizers_are_refused(change, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         write_vocabulary(load_bytes(tmp_path / "tokenizer", change), tmp_path / "model.gguf")
 
 
-@pytest.mark.parametrize(("kind", "message"), [("unigram", "it is a Unigram"), ("wordpiece", "it is a WordPiece")])
+@pytest.mark.parametrize(
+    ("kind", "message"), [("unigram", "it is a Unigram"), ("wordpiece", "it is a WordPiece")]
+)
 def test_other_algorithms_are_refused(kind, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         write_vocabulary(HuggingFaceTokenizer(make_tokenizer(kind)), tmp_path / "model.gguf")
@@ -235,5 +237,5 @@ def test_another_token_in_front_is_refused(tmp_path):
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|im_start|> $A", special_tokens=special
     )
-    with pytest.raises(ValueError, match="puts <|im_start|>"):
+    with pytest.raises(ValueError, match=r"puts <\|im_start\|>"):
         write_vocabulary(HuggingFaceTokenizer(tokenizer), tmp_path / "model.gguf")
