@@ -18,7 +18,7 @@ RUN_FILE = "run.json"
 """In the folder of a training run: its settings, and whether its model is saved."""
 EXPORT_FILE = "export.json"
 """In the folder of an export: what it was made of, and whether it agrees with that."""
-LOADABLE_EXPORTS = ("merged", "peft", "mlx", "gguf", "x-transformers")
+LOADABLE_EXPORTS = ("merged", "peft", "mlx", "gguf", "ollama", "x-transformers")
 """The forms of exports that can be loaded again."""
 
 

@@ -11,7 +11,12 @@ PROMPTS = ("How are you today? I am 123", "user  assistant\n\n" + "x" * 20)
 THETA = {"rope_theta": 10000.0}
 LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 YARN = THETA | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-LONG = {"short_factor": [1 + 0.1 * k for k in range(8)], "long_factor": [2.0 + k for k in range(8)]}
+LONG = {
+    "rope_type": "longrope",
+    "original_max_position_embeddings": 256,
+    "short_factor": [1 + 0.1 * k for k in range(8)],
+    "long_factor": [2.0 + k for k in range(8)],
+}
 GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16, "attn_implementation": "eager"}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
@@ -41,10 +46,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3-long": (
         "Phi3Config",
         {
-            "original_max_position_embeddings": 64,
-            "rope_parameters": THETA
-            | LONG
-            | {"rope_type": "longrope", "original_max_position_embeddings": 64},
+            "max_position_embeddings": 1024,
+            "original_max_position_embeddings": 256,
+            "rope_parameters": THETA | LONG,
         },
     ),
     "phi4-partial": ("Phi3Config", {"rope_parameters": THETA | {"partial_rotary_factor": 0.5}}),

@@ -19,6 +19,8 @@ class Family:
         required: values that settings of the model should have, as llama.cpp knows no others.
         window_period: one layer in so many sees all tokens, the others a sliding window; None where
             llama.cpp has no sliding window.
+        llama_cpp_rounding: by how much of their spread logits differ in llama.cpp in float32 too, because it
+            reads the GELU from a table in float16.
         full_head_size_layers: the number of layers with which scores are divided by the root of the width
             per head in place of the head's own size.
     """
@@ -32,6 +34,7 @@ class Family:
     required: Mapping[str, Any] = field(default_factory=dict)
     window_period: int | None = None
     full_head_size_layers: int | None = None
+    llama_cpp_rounding: float = 0.0
 
 
 SILU = {"hidden_act": "silu"}
@@ -52,6 +55,7 @@ FAMILIES: dict[str, Family] = {
         "GemmaForCausalLM",
         "GemmaConfig",
         norm_offset=1.0,
+        llama_cpp_rounding=1e-3,
         rope_types=("default", "linear"),
         required={"hidden_act": "gelu_pytorch_tanh", "attention_bias": False},
     ),
@@ -60,6 +64,7 @@ FAMILIES: dict[str, Family] = {
         "Gemma2ForCausalLM",
         "Gemma2Config",
         norm_offset=1.0,
+        llama_cpp_rounding=1e-3,
         rope_types=("default", "linear"),
         required=GELU,
         window_period=2,
@@ -70,6 +75,7 @@ FAMILIES: dict[str, Family] = {
         "Gemma3ForCausalLM",
         "Gemma3TextConfig",
         norm_offset=1.0,
+        llama_cpp_rounding=1e-3,
         rope_types=("default", "linear"),
         required=GELU | {"attn_logit_softcapping": None, "use_bidirectional_attention": False},
         window_period=6,

@@ -6,6 +6,9 @@ from typing import Any
 
 from dpo_wrapper.commands.export.gguf.byte_level import PRE_TOKENIZERS
 
+KEEPS = ("", "<unk>", "<s>", "<|endoftext|>")
+"""Behind these llama.cpp does not strip spaces, even in Phi-3."""
+
 
 class FileTokenizer:
     """Text -> ids by the keys of a file, with special tokens where a text spells them."""
@@ -23,6 +26,7 @@ class FileTokenizer:
         longest_first = sorted(special, key=len, reverse=True)
         self._special = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self._bos = read("bos_token_id") if read("add_bos_token", False) else None
+        self._strips = "phi-3" in fields.get("general.name", "")
         self._is_byte_level = read("model") == "gpt2"
         if self._is_byte_level:
             self._byte_level = build_byte_level(self._ids, read("merges"), read("pre"))
@@ -32,17 +36,22 @@ class FileTokenizer:
 
     def tokenize(self, text: str) -> list[int]:
         ids: list[int] = [] if self._bos is None else [self._bos]
-        is_behind_special = True
+        before = ""
         for position, part in enumerate(self._special.split(text)):
             if position % 2:
                 ids.append(self._ids[part])
-            elif part and self._is_byte_level:
-                ids += self._byte_level.encode(part).ids
-            elif part:
-                prefix = " " if self._has_space_in_front and is_behind_special else ""
-                ids += self._merge(list((prefix + part).replace(" ", "▁")))
-            is_behind_special = position % 2 == 1 or (not part and is_behind_special)
+                before = part
+            else:
+                ids += self._tokenize_text(part.lstrip() if self._strips and before not in KEEPS else part)
         return ids[1:] if self._bos is not None and ids[:2] == [self._bos, self._bos] else ids
+
+    def _tokenize_text(self, text: str) -> list[int]:
+        """The ids of a text at the beginning or behind a special token."""
+        if not text:
+            return []
+        if self._is_byte_level:
+            return list(self._byte_level.encode(text).ids)
+        return self._merge(list((" " * self._has_space_in_front + text).replace(" ", "▁")))
 
     def _merge(self, symbols: list[str]) -> list[int]:
         """Join the neighbours with the best joint score, the leftmost of equals, until none have one."""

@@ -33,8 +33,7 @@ def add_hyperparameters(writer: Any, model: Any, family: Family) -> list[str]:
             add(getattr(config, setting))
         elif family.architecture == "gemma2":  # where llama.cpp takes 50 and 30
             check_setting(model, setting, None, "a number")
-    add_rope(writer, model, family, head_dim)
-    return add_window(writer, model, family)
+    return [*add_rope(writer, model, family, head_dim), *add_window(writer, model, family)]
 
 
 def read_head_dim(config: Any) -> int:
@@ -53,8 +52,11 @@ def check_heads(model: Any, family: Family, head_dim: int) -> None:
         check_setting(model, "query_pre_attn_scalar", config.query_pre_attn_scalar, scale)
 
 
-def add_rope(writer: Any, model: Any, family: Family, head_dim: int) -> None:
-    """Add what rotary positions are made of; factors by frequency are tensors of their own."""
+def add_rope(writer: Any, model: Any, family: Family, head_dim: int) -> list[str]:
+    """Add what rotary positions are made of; factors by frequency are tensors of their own.
+
+    Returns a sentence where llama.cpp chooses among these in another way than transformers.
+    """
     config = model.config
     rope = read_rope(config, "full_attention")
     kind = rope.get("rope_type", "default")
@@ -71,14 +73,20 @@ def add_rope(writer: Any, model: Any, family: Family, head_dim: int) -> None:
         writer.add_rope_scaling_factor(rope["factor"])
     if kind == "yarn":
         add_yarn(writer, model, rope)
+    notes = []
     if kind == "longrope":
         original = rope["original_max_position_embeddings"]
         writer.add_rope_scaling_orig_ctx_len(original)
         writer.add_rope_scaling_attn_factors(model.model.rotary_emb.attention_scaling)
+        notes.append(
+            f"llama.cpp takes the positions of long texts wherever its context is above {original} tokens, "
+            f"the model where a text is: run it with -c {original} for texts that are shorter."
+        )
     if family.architecture == "gemma3":
         local = read_rope(config, "sliding_attention")
         check_setting(model, "rope_type of local layers", local.get("rope_type", "default"), "default")
         writer.add_rope_freq_base_swa(local["rope_theta"])
+    return notes
 
 
 def read_rope(config: Any, layer_type: str) -> dict[str, Any]:

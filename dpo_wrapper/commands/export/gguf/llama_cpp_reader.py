@@ -37,6 +37,7 @@ class LlamaCppReader:
                 logits_all=True,
                 type_k=llama_cpp.GGML_TYPE_F32,
                 type_v=llama_cpp.GGML_TYPE_F32,
+                swa_full=False,
                 lora_path=None if lora_path is None else str(lora_path),
                 verbose=False,
             )

@@ -8,17 +8,14 @@ from dpo_wrapper.commands.export.config import ExportConfig
 from dpo_wrapper.commands.export.exported import Check, Exported
 from dpo_wrapper.commands.export.gguf.families import find_family
 from dpo_wrapper.commands.export.gguf.file_reader import GGUFFileReader
-from dpo_wrapper.commands.export.gguf.hyperparameters import add_hyperparameters
+from dpo_wrapper.commands.export.gguf.keys import add_keys, import_gguf
 from dpo_wrapper.commands.export.gguf.llama_cpp_reader import check_by_llama_cpp
 from dpo_wrapper.commands.export.gguf.storage import (
-    FILE_TYPES,
     add_tensor,
-    check_quantizer,
     quantize_by_llama_cpp,
     stored_type,
 )
 from dpo_wrapper.commands.export.gguf.tensors import convert_tensors, has_tied_head
-from dpo_wrapper.commands.export.gguf.vocabulary import add_vocabulary
 from dpo_wrapper.commands.export.source import ExportSource
 from dpo_wrapper.data.tokens.tokenizers import Tokenizer
 from dpo_wrapper.pretrained.model import CONFIG_FILE
@@ -30,16 +27,8 @@ def write_gguf(source: ExportSource, folder: Path, config: ExportConfig) -> Expo
     """Write the model, its adapter merged in float32, as a GGUF file, with what loads it back here.
 
     Raises:
-        ValueError: llama.cpp does not know the model or its tokenizer.
-        ImportError: a library or program that is needed is missing.
+        ValueError: the dtype cannot hold its weights.
     """
-    import_gguf()
-    check_quantizer(config.quantize)
-    if source.kind == "x_transformers":
-        raise ValueError(
-            f"--to gguf writes models of transformers, but {source.name} is one of x-transformers: use --to "
-            "x-transformers."
-        )
     model: Any = source.merge().pretrained.model
     file = folder / MODEL_FILE
     stored = stored_type(config.dtype, config.quantize)
@@ -52,7 +41,7 @@ def write_gguf(source: ExportSource, folder: Path, config: ExportConfig) -> Expo
     tolerance = TOLERANCES[stored if config.quantize == "none" else config.quantize]
     checks = [
         Check(lambda: GGUFFileReader(file), tolerance),
-        check_by_llama_cpp(file, source.outputs, tolerance),
+        check_by_llama_cpp(file, source.outputs, tolerance + find_family(model).llama_cpp_rounding),
     ]
     usage = [f"llama-cli -m {file}", f'llama_cpp.Llama(model_path="{file}")']
     return Exported(folder, checks, usage, notes)
@@ -65,18 +54,11 @@ def write_base_gguf(model: Any, tokenizer: Tokenizer, file: Path, dtype: str) ->
         dtype: float32, float16, bfloat16 or q8_0.
 
     Raises:
-        ValueError: llama.cpp does not know the model or its tokenizer.
+        ValueError: llama.cpp does not know the model or its tokenizer, or the dtype cannot hold its weights.
     """
-    gguf = import_gguf()
     family = find_family(model)
-    writer = gguf.GGUFWriter(file, family.architecture)
-    writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(make_name(model, family.architecture))
-    writer.add_file_type(FILE_TYPES[dtype])
-    if dtype == "q8_0":
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    notes = add_hyperparameters(writer, model, family)
-    notes += add_vocabulary(writer, tokenizer, len(model.get_input_embeddings().weight))
+    writer = import_gguf().GGUFWriter(file, family.architecture)
+    notes = add_keys(writer, model, tokenizer, dtype)
     for name, array in convert_tensors(model, family):
         add_tensor(writer, name, array, dtype)
     writer.write_header_to_file()
@@ -86,24 +68,9 @@ def write_base_gguf(model: Any, tokenizer: Tokenizer, file: Path, dtype: str) ->
     return notes
 
 
-def make_name(model: Any, architecture: str) -> str:
-    """A name by which llama.cpp knows Phi-3, whose special tokens take the spaces behind them."""
-    name = Path(model.config.name_or_path or "model").name or "model"
-    return f"phi-3 {name}" if architecture == "phi3" and "phi-3" not in name.lower() else name.lower()
-
-
 def save_loading_files(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
     """Write config.json and the tokenizer, with which `load_pretrained` loads the file again."""
     settings = model.config.to_dict()
     settings["tie_word_embeddings"] = has_tied_head(model)
     type(model.config)(**settings).to_json_file(folder / CONFIG_FILE)
     tokenizer.save(folder)
-
-
-def import_gguf() -> Any:
-    """The library; ImportError with what to install if it is missing."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise ImportError("--to gguf needs the gguf package, but it is missing: pip install gguf.") from error
-    return gguf

@@ -6,6 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dpo_wrapper.commands.export.agreement import ExportError
 from dpo_wrapper.commands.export.config import Quantization, WeightDtype
 from dpo_wrapper.commands.export.gguf.tensors import Array
@@ -24,6 +26,9 @@ def add_tensor(writer: Any, name: str, array: Array, stored: str) -> None:
 
     Args:
         stored: a key of `TENSOR_TYPES`.
+
+    Raises:
+        ValueError: a weight is too large for it.
     """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import quantize
@@ -31,6 +36,12 @@ def add_tensor(writer: Any, name: str, array: Array, stored: str) -> None:
     tensor_type = GGMLQuantizationType[TENSOR_TYPES[stored] if array.ndim > 1 else "F32"]
     if array.shape[-1] % GGML_QUANT_SIZES[tensor_type][0]:
         tensor_type = GGMLQuantizationType.F16
+    largest = float(np.abs(array).max())
+    if tensor_type == GGMLQuantizationType.F16 and largest > np.finfo(np.float16).max:
+        raise ValueError(
+            f"--dtype should hold the model's weights, but {name} has one of {largest:.1e}, which is too "
+            "large for float16: use bfloat16."
+        )
     writer.add_tensor(name, quantize(array, tensor_type), raw_dtype=tensor_type)
 
 

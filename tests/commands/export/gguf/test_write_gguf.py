@@ -7,14 +7,17 @@ import sys
 import pytest
 import torch
 
+from dpo_wrapper.commands.export.agreement import ExportError, compare
 from dpo_wrapper.commands.export.config import ExportConfig
 from dpo_wrapper.commands.export.gguf import storage
 from dpo_wrapper.commands.export.gguf.families import find_family
+from dpo_wrapper.commands.export.gguf.file_reader import GGUFFileReader
 from dpo_wrapper.commands.export.gguf.hyperparameters import add_hyperparameters
+from dpo_wrapper.commands.export.gguf.model_file import write_base_gguf
 from dpo_wrapper.commands.export.gguf.tensors import convert_tensors
 from dpo_wrapper.commands.export.run import run_export
 from dpo_wrapper.pretrained import load_pretrained
-from helpers.gguf_models import MODELS, make_known_model, make_model
+from helpers.gguf_models import MODELS, ask, make_known_model, make_model
 from helpers.lora_runs import save_decoder
 from helpers.models import hf_gpt2
 
@@ -81,27 +84,36 @@ def test_an_adapter_is_merged_once_for_two_formats(chatml_tokenizer, tmp_path):
     torch.testing.assert_close(logits_of(tmp_path / "out" / "gguf"), logits_of(tmp_path / "out" / "merged"))
 
 
-def test_windows_that_llama_cpp_has_not_are_noted(chatml_tokenizer, tmp_path, capsys):
-    base = save_base(tmp_path / "base", chatml_tokenizer, "mistral")
-    export(base, tmp_path / "out")
-    assert "no sliding window for this architecture: beyond 128 tokens" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [
+        ("mistral", "no sliding window for this architecture: beyond 128 tokens"),
+        ("phi3-long", "run it with -c 256 for texts that are shorter"),
+    ],
+)
+def test_what_llama_cpp_computes_otherwise_is_noted(name, note, chatml_tokenizer, tmp_path):
+    notes = write_base_gguf(make_known_model(name), chatml_tokenizer, tmp_path / "model.gguf", "float32")
+    assert [note in sentence for sentence in notes] == [True]
 
 
-@pytest.mark.slow
 def test_llama_cpp_quantizes_to_4_bits(chatml_tokenizer, tmp_path):
     pytest.importorskip("llama_cpp")
     from gguf import GGUFReader
 
     model = make_model("LlamaConfig", hidden_size=256, intermediate_size=256)
-    model.save_pretrained(tmp_path / "base")
-    chatml_tokenizer.save(tmp_path / "base")
-    _, folder = export(tmp_path / "base", tmp_path / "out", quantize="q4_k_m")
-    types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(folder / "model.gguf").tensors}
+    write_base_gguf(model, chatml_tokenizer, tmp_path / "float32.gguf", "float32")
+    storage.quantize_by_llama_cpp(tmp_path / "float32.gguf", tmp_path / "model.gguf")
+    types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "model.gguf").tensors}
     assert types["blk.0.attn_q.weight"] == "Q4_K" and types["output.weight"] == "Q6_K"
-    assert not (folder / "float32.gguf").exists()
-    assert (folder / "model.gguf").stat().st_size < 0.25 * (
-        tmp_path / "base/model.safetensors"
-    ).stat().st_size
+    assert compare(ask(model, chatml_tokenizer), GGUFFileReader(tmp_path / "model.gguf"), 1).difference < 0.5
+    storage.check_quantizer("q4_k_m")
+
+
+def test_a_file_that_llama_cpp_cannot_quantize_is_an_error(tmp_path):
+    pytest.importorskip("llama_cpp")
+    (tmp_path / "float32.gguf").write_text("no weights")
+    with pytest.raises(ExportError, match="should quantize"):
+        storage.quantize_by_llama_cpp(tmp_path / "float32.gguf", tmp_path / "model.gguf")
 
 
 def test_4_bits_without_llama_cpp_are_refused(chatml_tokenizer, tmp_path, monkeypatch):
