@@ -174,13 +174,33 @@ def scale_by_alpha(tensors, config):
     config["lora_parameters"]["scale"] = 10.0
 
 
+def count_fewer_layers(tensors, config):
+    """So that mlx-lm adapts the last one alone."""
+    config["num_layers"] = 1
+
+
+def name_within_modules(tensors, config):
+    keys = config["lora_parameters"]["keys"]
+    keys[keys.index("self_attn.q_proj")] = "q_proj"
+
+
 def leave_out_keys(tensors, config):
     config["lora_parameters"]["keys"].remove("self_attn.q_proj")
 
 
 @pytest.mark.parametrize(
     "tamper",
-    [change_one, transpose_both, swap_halves, drop_factors, name_another, scale_by_alpha, leave_out_keys],
+    [
+        count_fewer_layers,
+        name_within_modules,
+        change_one,
+        transpose_both,
+        swap_halves,
+        drop_factors,
+        name_another,
+        scale_by_alpha,
+        leave_out_keys,
+    ],
 )
 def test_a_tampered_export_is_found_out(tamper, lora, tmp_path, monkeypatch):
     """Without mlx-lm, by PEFT."""
