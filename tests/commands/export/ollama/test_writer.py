@@ -22,11 +22,11 @@ from helpers.exported_models import save_base, save_lora
 from helpers.exports import export_to
 from helpers.models import seeded
 from helpers.ollama_templates import DEFAULT_SYSTEM, OWN, build_tokenizer
-from helpers.tokenizers import CHATML
+from helpers.tokenizers import CHATML, TRIMS
 
 pytest.importorskip("gguf")
 
-KINDS = {**OWN, "none": (None, "<s>", "</s>")}
+KINDS = {**OWN, "none": (None, "<s>", "</s>"), "trims": (TRIMS, None, "<|im_end|>")}
 
 
 def put_bos_in_front(tokenizer: Any) -> Any:
@@ -67,7 +67,7 @@ def make_source(
     source = ExportSource(
         "runs/My Run!", PretrainedModel(model, tokenizer, "", None), {"settings": {"as_chat": as_chat}}, ()
     )
-    prompts = ("Hello there, who?", 'Say {{ "x" }}.')
+    prompts = (" Hello there, who?\n", 'Say {{ "x" }}.', "What is <|im_end|>?")
     return replace(
         source, outputs=tuple(compute_outputs(model, tokenizer, prompts, 2, as_chat=source.is_chat))
     )
@@ -90,7 +90,7 @@ def test_folder_is_read_back(tmp_path: Path) -> None:
     assert modelfile.system == "You are a tiny helper."
     assert modelfile.stops == ("<|im_end|>",)
     agreements, _ = exported.read_back(source.outputs)
-    assert agreements[0].num_equal == 4
+    assert agreements[0].num_equal == 6
     assert list(exported.usage) == [
         f"ollama create my-run -f {tmp_path / 'Modelfile'}",
         "ollama run my-run",
@@ -145,8 +145,17 @@ def test_wrong_flag_in_the_file_is_found_out(tmp_path: Path, puts_bos: bool) -> 
     exported = export(source, tmp_path)
     field = GGUFReader(tmp_path / "model.gguf", "r+").fields["tokenizer.ggml.add_bos_token"]
     field.parts[field.data[0]][0] = not puts_bos
-    with pytest.raises(ExportError, match=r"begins with it: do not use it|should become the tokens"):
+    with pytest.raises(
+        ExportError, match=r"begins with it: do not use it|tokens that the model was trained on"
+    ):
         exported.read_back(source.outputs)
+
+
+def test_white_space_that_a_chat_template_removes_is_no_difference(tmp_path: Path) -> None:
+    source = make_source("trims")
+    exported = export(source, tmp_path)
+    exported.read_back(source.outputs)
+    assert "white space" in exported.notes[-1]
 
 
 def test_model_of_plain_texts_gets_them_as_they_are(tmp_path: Path) -> None:
