@@ -25,11 +25,11 @@ WRITERS: dict[Format, Callable[[ExportSource, Path, ExportConfig], Exported]] = 
     "peft": write_peft,
     "mlx": write_mlx,
     "x-transformers": write_x_transformers,
-    "merged": write_merged,
     "gguf": write_gguf,
     "ollama": write_ollama,
+    "merged": write_merged,
 }
-"""In the order in which they are written: those that merge the adapter come last."""
+"""In the order in which they are written: what merges the adapter comes behind what may need it."""
 
 
 def run_export(config: ExportConfig) -> int:
