@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from dpo_wrapper.commands.export.agreement import TOLERANCES
 from dpo_wrapper.commands.export.config import ExportConfig
 from dpo_wrapper.commands.export.exported import Check, Exported
+from dpo_wrapper.commands.export.mlx_reader import list_commands, make_mlx_check
+from dpo_wrapper.commands.export.rope_keys import repeat_rope_keys
 from dpo_wrapper.commands.export.source import ExportSource
 from dpo_wrapper.commands.export.transformers_reader import ModuleReader
 from dpo_wrapper.commands.export.weights import WeightDigests
@@ -32,15 +34,19 @@ def write_merged(source: ExportSource, folder: Path, config: ExportConfig) -> Ex
     repeat_rope_keys(folder / CONFIG_FILE)
     for file in folder.glob("*.safetensors"):
         apply_umask(file)
-    check = Check(
-        lambda: ModuleReader("transformers", lambda: load_in_float32(folder), weights),
-        TOLERANCES[config.dtype],
-    )
-    usage = [f'AutoModelForCausalLM.from_pretrained("{folder}")']
-    return Exported(folder, [check], usage, [weights.note, *describe_base(source)])
+    tolerance = TOLERANCES[config.dtype]
+    checks = [
+        Check(lambda: ModuleReader("transformers", lambda: load_in_float32(folder), weights), tolerance),
+        make_mlx_check(source, folder, tolerance),
+    ]
+    usage = [
+        f'AutoModelForCausalLM.from_pretrained("{folder}")',
+        *list_commands(source, config, folder),
+    ]
+    return Exported(folder, checks, usage, [weights.note])
 
 
-def load_in_float32(folder: Path) -> Any:
+def load_in_float32(folder: str | Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -72,26 +78,3 @@ def write_dtype(file: Path, dtype: str) -> None:
     """Name the dtype of the weights in a config.json, for older versions of transformers too."""
     settings = json.loads(file.read_text(encoding="utf-8")) | {"dtype": dtype, "torch_dtype": dtype}
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def repeat_rope_keys(file: Path) -> None:
-    """Write `rope_theta` and `rope_scaling` at the top of a config.json too, where other programs read them.
-
-    transformers 5 has them in `rope_parameters` alone; mlx-lm and older programs would take 10,000.
-    """
-    settings = json.loads(file.read_text(encoding="utf-8"))
-    rope = settings.get("rope_parameters")
-    if not isinstance(rope, dict) or "rope_theta" not in rope:
-        return
-    settings["rope_theta"] = rope["rope_theta"]
-    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    if scaling.get("rope_type", "default") != "default":
-        settings["rope_scaling"] = scaling
-    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def describe_base(source: ExportSource) -> list[str]:
-    """A sentence where the adapter was trained on other weights than it is merged into."""
-    if not source.run.get("settings", {}).get("load_in_4bit"):
-        return []
-    return ["the adapter was trained on the base in 4 bits, and is merged into the base as it was before"]

@@ -11,10 +11,11 @@ import torch
 from dpo_wrapper.commands.export import x_transformers
 from dpo_wrapper.pretrained import PRESETS, load_pretrained, save_pretrained
 from dpo_wrapper.pretrained.decoder import build_preset
+from dpo_wrapper.training.train import train
 from helpers.exports import export_to, flip_lowest_bit
-from helpers.lora_runs import logits_of
+from helpers.lora_runs import logits_of, make_lora_config
 from helpers.models import seeded
-from helpers.runs import SMALL_DECODER
+from helpers.runs import QUICK, SMALL_DECODER
 from helpers.tokenizers import CHATML, save_tokenizer
 
 
@@ -57,6 +58,18 @@ def test_a_decoder_with_a_hugging_face_tokenizer(tmp_path, monkeypatch, capsys):
     loaded = load_pretrained(str(tmp_path / "out" / "x-transformers"), None, 64)
     assert loaded.tokenizer.has_chat_template
     assert loaded.tokenizer.encode("Hello there") == pretrained.tokenizer.encode("Hello there")
+
+
+@pytest.mark.slow
+def test_an_adapter_of_a_decoder_is_merged(rows, decoder, tmp_path, capsys):
+    train(make_lora_config(rows, tmp_path / "run", decoder, **QUICK))
+    capsys.readouterr()
+    assert export_to(tmp_path / "out", tmp_path / "run", "x-transformers") == 0
+    names = {}
+    exec("\n".join(read_lines(capsys.readouterr().out)), names)
+    run, base = (load_pretrained(str(folder), None, 64).model for folder in (tmp_path / "run", decoder))
+    assert torch.allclose(logits_of(names["model"]), logits_of(run), atol=1e-5)
+    assert not torch.allclose(logits_of(run), logits_of(base), atol=1e-3)
 
 
 def test_a_tampered_bit_is_found_out(decoder, tmp_path, monkeypatch, capsys):

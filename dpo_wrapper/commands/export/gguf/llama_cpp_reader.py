@@ -42,8 +42,9 @@ class LlamaCppReader:
                 verbose=False,
             )
         except (ValueError, RuntimeError) as error:
+            failed = lora_path if isinstance(error, RuntimeError) else file
             raise ExportError(
-                f"llama.cpp should load {lora_path or file}, but it does not ({error}): do not use it."
+                f"llama.cpp should load {failed}, but it does not ({error}): do not use it."
             ) from error
 
     def compute_logits(self, ids: Sequence[int]) -> Logits:
