@@ -199,9 +199,7 @@ def test_merges_that_are_no_sentence_piece_s_are_noted(tmp_path):
 
 def test_added_tokens_that_are_read_otherwise_are_noted(tmp_path):
     tokenizer = make_piece_tokenizer().tokenizer
-    tokenizer.add_tokens(
-        ["<tool>"]
-    )  # the prefix is put in front of this one as well, and it is found with it
+    tokenizer.add_tokens(["<tool>"])  # it is found with the prefix in front
     ids = tokenizer("a<tool>a")["input_ids"]
     assert "<tool>" not in tokenizer.convert_ids_to_tokens(ids)
     _, (note,) = write_vocabulary(HuggingFaceTokenizer(tokenizer), tmp_path / "model.gguf")
