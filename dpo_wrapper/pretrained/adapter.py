@@ -103,8 +103,8 @@ def find_base(folder: str | Path) -> str:
         )
     if Path(base).is_absolute() and not Path(base).exists():
         raise ValueError(
-            f"the base of the adapter in {folder} should be in {base}, but there is nothing: give --model "
-            f"BASE --adapter {folder}."
+            f"the base of the adapter in {folder} should be in {base}, but there is nothing: put it "
+            f"back, or to train on another give --model BASE --adapter {folder}."
         )
     return str(base)
 

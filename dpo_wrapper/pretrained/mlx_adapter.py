@@ -1,11 +1,14 @@
 """LoRA adapters in mlx-lm's format, as PEFT's on the same base."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 MLX_WEIGHTS = "adapters.safetensors"
+LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+"""The path of a module within a layer, in transformers and in mlx-lm."""
 
 
 def is_mlx_folder(folder: str | Path) -> bool:
@@ -33,10 +36,11 @@ def load_mlx_adapter(folder: str | Path, settings: dict[str, Any], base: nn.Modu
     if kind != "lora":
         raise ValueError(f"the adapter in {folder} should be LoRA, but it is {kind}: fuse it by mlx_lm.fuse.")
     parameters = settings["lora_parameters"]
+    total_layers = base.config.get_text_config().num_hidden_layers  # type: ignore[union-attr,operator]
     modules, state, paths = dict(base.named_modules()), {}, set()
     for name, tensor in load_file(Path(folder) / MLX_WEIGHTS).items():
         path, _, factor = name.rpartition(".")
-        if path not in modules or not is_named(path, parameters.get("keys")):
+        if path not in modules or not is_named(path, settings, total_layers):
             raise ValueError(
                 f"the adapter in {folder} should hold factors of modules that the base has and its keys "
                 f"name, but {name} is of none: export it again."
@@ -64,6 +68,12 @@ def load_mlx_adapter(folder: str | Path, settings: dict[str, Any], base: nn.Modu
     return model
 
 
-def is_named(path: str, keys: list[str] | None) -> bool:
-    """Whether a module is among the keys, which are full paths or names within a layer; None is all."""
-    return keys is None or any(path == key or path.endswith(f".{key}") for key in keys)
+def is_named(path: str, settings: dict[str, Any], total_layers: int) -> bool:
+    """Whether mlx-lm adapts a module: by its path in full, or by its name in the last `num_layers` layers."""
+    keys = settings["lora_parameters"].get("keys")
+    if keys is None or path in keys:
+        return True
+    match = LAYER.fullmatch(path)
+    num_adapted = settings["num_layers"]
+    is_in_last = match is not None and (num_adapted <= 0 or int(match[1]) >= total_layers - num_adapted)
+    return match is not None and is_in_last and match[2] in keys

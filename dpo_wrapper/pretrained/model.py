@@ -18,8 +18,6 @@ RUN_FILE = "run.json"
 """In the folder of a training run: its settings, and whether its model is saved."""
 EXPORT_FILE = "export.json"
 """In the folder of an export: what it was made of, and whether it agrees with that."""
-LOADABLE_EXPORTS = ("merged", "peft", "mlx", "gguf", "x-transformers")
-"""The forms of exports that can be loaded again."""
 
 
 @dataclass(frozen=True)
@@ -74,19 +72,13 @@ def check_finished(folder: Path) -> None:
 
 
 def check_export(folder: Path) -> None:
-    """ValueError if a folder holds an export that does not agree with its model, or that others read."""
+    """ValueError if a folder holds an export that does not agree with its model."""
     export = read_export(folder)
-    form, status = export.get("format"), export.get("status", "verified")
-    if status != "verified":
-        why = "differs from it" if status == "differs" else "was not finished"
+    if export.get("status", "verified") != "verified":
+        why = "differs from it" if export["status"] == "differs" else "was not finished"
         raise ValueError(
             f"--model should be an export that agrees with its model, but that in {folder} {why}: export "
             f"{export.get('model')} again."
-        )
-    if form is not None and form not in LOADABLE_EXPORTS:
-        raise ValueError(
-            f"--model should be an export for {', '.join(LOADABLE_EXPORTS)}, but that in {folder} is for "
-            f"{form}: name {export.get('model')}, of which it was made."
         )
 
 

@@ -1,4 +1,4 @@
-"""Tiny models of the families that other programs load, with a tokenizer and a chat template."""
+"""Tiny models of the families that other programs load, with a chat template, and adapters on them."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 
-from helpers.exports import save_trained_adapter
+from dpo_wrapper.commands.export.config import ExportConfig
+from dpo_wrapper.data.tokens.tokenizers import load_tokenizer
+from dpo_wrapper.pretrained import AdapterOrigin, PretrainedModel, save_pretrained
 from helpers.models import randomise_, seeded
 from helpers.tokenizers import CHATML, save_tokenizer
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+FUSED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
 COMMON: dict[str, Any] = {
     "vocab_size": 448,
@@ -68,7 +71,26 @@ def save_base(folder: Path, family: str = "llama", *, template: str = CHATML, **
     return save_tokenizer(folder, eos="<|im_end|>", puts_bos=False, template=template)
 
 
+@torch.no_grad()
 def save_lora(folder: Path, base: Path, **options: Any) -> Path:
-    """An adapter of all linear layers, or of what PEFT's options say."""
-    defaults = {"target_modules": "all-linear", "lora_alpha": 10}
-    return save_trained_adapter(base, folder, **(defaults | options))
+    """An adapter of all linear layers, or of what PEFT's options say, which changes the base much."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    targets = FUSED if model.config.model_type == "phi3" else LINEAR
+    defaults = {"r": 4, "lora_alpha": 10, "target_modules": list(targets), "task_type": "CAUSAL_LM"}
+    with seeded(1):
+        model = get_peft_model(model, LoraConfig(**(defaults | options)))
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+    origin = AdapterOrigin(str(base))
+    save_pretrained(PretrainedModel(model, load_tokenizer(base), str(base), None, origin), model, folder)
+    return folder
+
+
+def make_export_config(model: Path, out: Path, *to: str, **options: Any) -> ExportConfig:
+    """Two short prompts, in float32."""
+    defaults = {"prompts": ("How are you?", "I am fine,"), "num_tokens": 3, "dtype": "float32"}
+    return ExportConfig(model=str(model), to=to, out=out, **(defaults | options))

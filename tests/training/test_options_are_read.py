@@ -141,7 +141,7 @@ COMMANDS: dict[str, tuple[Any, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-OF_GGUF = ("quantize", "base")
+OF_GGUF = ("quantize", "adapter", "base")
 """Options of one form of export, which its own tests read."""
 
 

@@ -126,9 +126,8 @@ def compute_outputs(
     outputs = []
     device = next(model.parameters()).device
     for prompt in prompts:
-        prompt_ids = tokenizer.encode_prompt((Message("user", prompt),) if as_chat else prompt)
-        if max_positions is not None:
-            prompt_ids = prompt_ids[-(max_positions - num_tokens + 1) :]
+        whole_ids = tokenizer.encode_prompt((Message("user", prompt),) if as_chat else prompt)
+        prompt_ids = whole_ids if max_positions is None else whole_ids[-(max_positions - num_tokens + 1) :]
         ids, rows = list(prompt_ids), []
         for _ in range(num_tokens):
             output = model(torch.tensor([ids], device=device))
@@ -136,7 +135,8 @@ def compute_outputs(
             rows.append(row)
             ids.append(int(row.argmax()))
         answer = tuple(ids[len(prompt_ids) :])
-        text = write_text(tokenizer, prompt, as_chat=as_chat)
+        is_whole = len(prompt_ids) == len(whole_ids)
+        text = write_text(tokenizer, prompt, as_chat=as_chat) if is_whole else None
         outputs.append(PromptOutput(prompt, tuple(prompt_ids), answer, np.stack(rows), text))
     return outputs
 

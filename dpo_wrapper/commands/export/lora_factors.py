@@ -61,22 +61,22 @@ def list_lora_factors(model: nn.Module, form: str) -> list[LoraFactors]:
                 f"computes otherwise ({type(variant).__name__}): use --to merged or peft."
             )
         if name in getattr(layer, "lora_A", ()):
-            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+            a, b = detach(layer.lora_A[name].weight), detach(layer.lora_B[name].weight)
             if not isinstance(layer.get_base_layer(), nn.Linear):
                 kind = type(layer.get_base_layer()).__name__
                 raise ValueError(
                     f"--to {form} takes factors of nn.Linear and nn.Embedding, but {path} is a {kind}: use "
                     "--to merged."
                 )
-            factors.append(LoraFactors(path, *detach(a, b), float(layer.scaling[name])))
+            factors.append(LoraFactors(path, a, b, float(layer.scaling[name])))
         elif name in getattr(layer, "lora_embedding_A", ()):
-            a, b = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
-            factors.append(LoraFactors(path, *detach(a, b), float(layer.scaling[name]), is_embedding=True))
+            a, b = detach(layer.lora_embedding_A[name]), detach(layer.lora_embedding_B[name])
+            factors.append(LoraFactors(path, a, b, float(layer.scaling[name]), is_embedding=True))
     return factors
 
 
-def detach(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(tensor.detach().to("cpu", torch.float32).contiguous() for tensor in tensors)
+def detach(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32).contiguous()
 
 
 def find_other_parts(config: Any) -> str | None:

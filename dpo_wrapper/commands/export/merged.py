@@ -37,13 +37,13 @@ def write_merged(source: ExportSource, folder: Path, config: ExportConfig) -> Ex
     tolerance = TOLERANCES[config.dtype]
     checks = [
         Check(lambda: ModuleReader("transformers", lambda: load_in_float32(folder), weights), tolerance),
-        make_mlx_check(folder, tolerance),
+        make_mlx_check(source, folder, tolerance),
     ]
     usage = [
         f'AutoModelForCausalLM.from_pretrained("{folder}")',
         *list_commands(source, config, folder),
     ]
-    return Exported(folder, checks, usage, [weights.note, *describe_base(source)])
+    return Exported(folder, checks, usage, [weights.note])
 
 
 def load_in_float32(folder: str | Path) -> Any:
@@ -78,10 +78,3 @@ def write_dtype(file: Path, dtype: str) -> None:
     """Name the dtype of the weights in a config.json, for older versions of transformers too."""
     settings = json.loads(file.read_text(encoding="utf-8")) | {"dtype": dtype, "torch_dtype": dtype}
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def describe_base(source: ExportSource) -> list[str]:
-    """A sentence where the adapter was trained on other weights than it is merged into."""
-    if not source.run.get("settings", {}).get("load_in_4bit"):
-        return []
-    return ["the adapter was trained on the base in 4 bits, and is merged into the base as it was before"]

@@ -22,9 +22,9 @@ from dpo_wrapper.commands.export.transformers_reader import ModuleReader
 from dpo_wrapper.libraries.tensor_files import apply_umask
 from dpo_wrapper.pretrained import load_pretrained
 from dpo_wrapper.pretrained.adapter import ADAPTER_CONFIG, read_adapter_config
-from dpo_wrapper.pretrained.mlx_adapter import MLX_WEIGHTS, load_mlx_adapter
+from dpo_wrapper.pretrained.mlx_adapter import LAYER, MLX_WEIGHTS, load_mlx_adapter
 
-LAYER = re.compile(r"model\.layers\.(\d+)\.((?:self_attn|mlp)\.\w+)")
+NAME = re.compile(r"(self_attn|mlp)\.\w+")
 EMBEDDINGS, HEAD = "model.embed_tokens", "lm_head"
 """Names of modules that are the same in transformers and mlx-lm."""
 
@@ -41,7 +41,7 @@ def write_mlx(source: ExportSource, folder: Path, config: ExportConfig) -> Expor
     origin = source.require_adapter("mlx")
     factors = list_lora_factors(source.pretrained.model, "mlx")
     base = find_folder(origin.base)
-    check_mlx_takes(factors, source.pretrained.model.config, base)  # type: ignore[arg-type]
+    check_mlx_takes(factors, source.pretrained.model.config, base)
     write_mlx_adapter(factors, folder, origin.base, count_layers(source.pretrained.model))
     source.tokenizer.save(folder)
     name, notes = origin.base, []
@@ -49,8 +49,8 @@ def write_mlx(source: ExportSource, folder: Path, config: ExportConfig) -> Expor
         base = link_base(source, base, folder / BASE_FOLDER)
         name = str(base)
         notes.append(
-            f"mlx-lm would misread {origin.base}, {reason}: {base} is the same with links to its weights, "
-            "which are to be copied with it to another machine."
+            f"mlx-lm would misread {origin.base}, {reason}: {base} is the same, with links to its weights "
+            "(cp -rL copies it with them)."
         )
 
     notes.append(f"all {len(factors)} pairs of factors are those of the adapter")
@@ -60,7 +60,7 @@ def write_mlx(source: ExportSource, folder: Path, config: ExportConfig) -> Expor
             lambda: ModuleReader("PEFT, from mlx-lm's file", lambda: read_back(folder, origin.base, factors)),
             tolerance,
         ),
-        make_mlx_check(base, tolerance, folder),
+        make_mlx_check(source, base, tolerance, folder),
     ]
     usage = list_commands(source, config, base, name=name, adapter=folder)
     return Exported(folder, checks, usage, notes)
@@ -97,7 +97,9 @@ def check_mlx_takes(factors: Sequence[LoraFactors], settings: Any, base: Path) -
             f"--to mlx needs a base that mlx-lm can compute, but {base} is none: {reason}; use --to peft."
         )
     for one in factors:
-        if LAYER.fullmatch(one.path) is None and one.path not in (EMBEDDINGS, HEAD):
+        match = LAYER.fullmatch(one.path)
+        is_in_layer = match is not None and NAME.fullmatch(match[2]) is not None
+        if not is_in_layer and one.path not in (EMBEDDINGS, HEAD):
             raise ValueError(
                 "--to mlx takes adapted modules that mlx-lm names as transformers does (model.layers.N.*.*, "
                 f"{EMBEDDINGS}, {HEAD}), but one is {one.path}: use --to merged."

@@ -28,6 +28,7 @@ class MlxReader:
     Args:
         model: folder in Hugging Face's format.
         adapter: folder of an adapter in mlx-lm's format.
+        is_chat: whether it reads texts that a chat template wrote; other texts are not tried.
 
     Raises:
         UnreadableError: mlx-lm cannot load the model.
@@ -36,13 +37,14 @@ class MlxReader:
 
     name = "mlx-lm"
 
-    def __init__(self, model: Path, adapter: Path | None = None) -> None:
+    def __init__(self, model: Path, adapter: Path | None = None, *, is_chat: bool = False) -> None:
         import mlx.core as mx
         from mlx_lm.tuner.utils import load_adapters
-        from mlx_lm.utils import load_model
+        from mlx_lm.utils import load_model, load_tokenizer
 
         try:
             self.model: Any = load_model(model)[0]
+            self.tokenizer: Any = load_tokenizer(model) if is_chat else None
             if adapter is not None:
                 load_adapters(self.model, str(adapter))
         except Exception as error:  # of whichever kind: mlx-lm checks little of what it loads
@@ -61,13 +63,14 @@ class MlxReader:
         return np.array(self.model(mx.array([list(ids)]))[0].astype(mx.float32))
 
     def tokenize(self, text: str) -> list[int] | None:
-        return None
+        """As `mlx_lm.generate` does it with a dialogue."""
+        return None if self.tokenizer is None else self.tokenizer.encode(text, add_special_tokens=False)
 
     def close(self) -> None:
         self.model = None
 
 
-def make_mlx_check(model: Path, tolerance: float, adapter: Path | None = None) -> Check:
+def make_mlx_check(source: ExportSource, model: Path, tolerance: float, adapter: Path | None = None) -> Check:
     """mlx-lm with a model and an adapter on it, or a sentence on why it cannot read them."""
     if not has_mlx():
         remedy = "pip install mlx-lm, and without an Apple GPU 'mlx[cpu]'"
@@ -76,7 +79,7 @@ def make_mlx_check(model: Path, tolerance: float, adapter: Path | None = None) -
         return Check(None, tolerance, f"mlx-lm cannot read it: {reason}.")
     if read_config(model / CONFIG_FILE)["model_type"] in ROUNDED:
         tolerance = max(tolerance, ROUNDED_TOLERANCE)
-    return Check(lambda: MlxReader(model, adapter), tolerance)
+    return Check(lambda: MlxReader(model, adapter, is_chat=source.is_chat), tolerance)
 
 
 def list_commands(

@@ -15,6 +15,7 @@ from dpo_wrapper.commands.export.ollama.writer import write_ollama
 from dpo_wrapper.commands.export.peft_folder import write_peft
 from dpo_wrapper.commands.export.place import ExportPlace
 from dpo_wrapper.commands.export.record import begin_record, check_unchanged, note_difference, note_verified
+from dpo_wrapper.commands.export.requirements import check_requirements
 from dpo_wrapper.commands.export.source import ExportSource
 from dpo_wrapper.commands.export.x_transformers import write_x_transformers
 from dpo_wrapper.data.writable import FULL, check_writable, find_errno, refuse_folder
@@ -24,11 +25,11 @@ WRITERS: dict[Format, Callable[[ExportSource, Path, ExportConfig], Exported]] = 
     "peft": write_peft,
     "mlx": write_mlx,
     "x-transformers": write_x_transformers,
-    "merged": write_merged,
     "gguf": write_gguf,
     "ollama": write_ollama,
+    "merged": write_merged,
 }
-"""In the order in which they are written: those that merge the adapter come last."""
+"""In the order in which they are written: what merges the adapter comes behind what may need it."""
 
 
 def run_export(config: ExportConfig) -> int:
@@ -69,8 +70,10 @@ def load_source(config: ExportConfig, formats: Sequence[Format]) -> ExportSource
     """The model with its answers, if it can be exported in all of these forms."""
     with show_label("loading the model"):
         source = ExportSource.load(config)
+    if source.was_trained_in_4_bits:
+        print_line("the adapter was trained on its base in 4 bits; it is exported for the base before that")
     for name in formats:
-        source.check_format(name, config)
+        check_requirements(source, name, config)
     with show_label("asking the model"):
         return source.answer(config)
 

@@ -8,9 +8,7 @@ from typing import Any, Literal
 import torch
 
 from dpo_wrapper.commands.export.agreement import PromptOutput, compute_outputs
-from dpo_wrapper.commands.export.config import ExportConfig, Format
-from dpo_wrapper.commands.export.gguf.adapter_file import check_adapter
-from dpo_wrapper.commands.export.gguf.keys import check_model
+from dpo_wrapper.commands.export.config import ExportConfig
 from dpo_wrapper.data.tokens.tokenizers import Tokenizer
 from dpo_wrapper.evaluation.model_pair import check_is_trained, complete_options, load_named
 from dpo_wrapper.libraries.error_text import summarize_error
@@ -89,29 +87,10 @@ class ExportSource:
         choice = self.run.get("settings", {}).get("as_chat", "auto")
         return self.tokenizer.has_chat_template if choice == "auto" else choice == "always"
 
-    def check_format(self, form: Format, config: ExportConfig) -> None:
-        """Raise if the model cannot be exported in a form, as far as is known before its weights are merged.
-
-        Raises:
-            ValueError: its kind, architecture or tokenizer has no such form.
-            ImportError: a library or program that is needed is missing.
-        """
-        if form == "x-transformers" and self.kind != "x_transformers":
-            raise ValueError(
-                f"--to x-transformers should be given for a model of x-transformers, but {self.name} is one "
-                "of Hugging Face: use --to merged."
-            )
-        if form != "x-transformers" and self.kind == "x_transformers":
-            raise ValueError(
-                f"--to {form} should be given for a Hugging Face model, but {self.name} is one of "
-                "x-transformers: use --to x-transformers."
-            )
-        if form in ("peft", "mlx"):
-            self.require_adapter(form)
-        elif form in ("gguf", "ollama") and config.adapter:
-            check_adapter(self.pretrained.model, self.require_adapter(form).base, config.base)
-        elif form in ("gguf", "ollama"):
-            check_model(self.pretrained.model, self.tokenizer, config.quantize)
+    @property
+    def was_trained_in_4_bits(self) -> bool:
+        """Whether the adapter was trained on other weights than it is exported for."""
+        return bool(self.run.get("settings", {}).get("load_in_4bit"))
 
     def free_memory(self) -> None:
         """Drop the weights, which are of no use once the last export is written."""

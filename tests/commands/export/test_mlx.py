@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpo_wrapper.commands.export import mlx as module
-from dpo_wrapper.commands.export import mlx_reader
+from dpo_wrapper.commands.export import mlx_base, mlx_reader
 from dpo_wrapper.commands.export.agreement import ExportError
 from dpo_wrapper.pretrained import load_pretrained
 from helpers.exported_models import save_base, save_lora
@@ -174,13 +174,33 @@ def scale_by_alpha(tensors, config):
     config["lora_parameters"]["scale"] = 10.0
 
 
+def count_fewer_layers(tensors, config):
+    """So that mlx-lm adapts the last one alone."""
+    config["num_layers"] = 1
+
+
+def name_within_modules(tensors, config):
+    keys = config["lora_parameters"]["keys"]
+    keys[keys.index("self_attn.q_proj")] = "q_proj"
+
+
 def leave_out_keys(tensors, config):
     config["lora_parameters"]["keys"].remove("self_attn.q_proj")
 
 
 @pytest.mark.parametrize(
     "tamper",
-    [change_one, transpose_both, swap_halves, drop_factors, name_another, scale_by_alpha, leave_out_keys],
+    [
+        count_fewer_layers,
+        name_within_modules,
+        change_one,
+        transpose_both,
+        swap_halves,
+        drop_factors,
+        name_another,
+        scale_by_alpha,
+        leave_out_keys,
+    ],
 )
 def test_a_tampered_export_is_found_out(tamper, lora, tmp_path, monkeypatch):
     """Without mlx-lm, by PEFT."""
@@ -244,9 +264,22 @@ def test_positions_of_long_texts_are_refused(tmp_path):
 
 
 def test_modules_of_other_names_are_refused(tmp_path):
-    lora = save_lora(tmp_path / "lora", save_base(tmp_path / "base", "gpt_neox"))
+    base = save_base(tmp_path / "base", "gpt_neox")
+    lora = save_lora(tmp_path / "lora", base, target_modules=["query_key_value"])
     with pytest.raises(ValueError, match=r"but one is gpt_neox\.layers\.0\.attention\.query_key_value: use"):
         export_to(tmp_path / "out", lora, "mlx")
+
+
+def test_a_base_on_the_hub_is_read_from_its_cache(base, monkeypatch):
+    import huggingface_hub
+
+    def find_snapshot(name, **options):
+        assert options["local_files_only"]
+        return {"owner/name": str(base)}[name]
+
+    monkeypatch.setattr(mlx_base, "find_model", lambda name: name)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", find_snapshot)
+    assert mlx_base.find_folder("owner/name") == mlx_base.find_folder(str(base)) == base
 
 
 def test_it_says_what_to_install(lora, tmp_path, monkeypatch, capsys):
@@ -279,6 +312,22 @@ def test_mlx_finds_a_wrong_adapter_and_a_misread_base(lora, base, tmp_path):
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ExportError, match="mlx-lm should load the export, but it does not"):
         mlx_reader.MlxReader(linked, folder)
+
+
+def test_mlx_reads_prompts_as_in_training(lora, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("mlx_lm")
+    link = module.link_base
+
+    def link_another_tokenizer(source, base, folder):
+        link(source, base, folder)
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        tokenizer["normalizer"] = {"type": "Lowercase"}
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+        return folder
+
+    monkeypatch.setattr(module, "link_base", link_another_tokenizer)
+    assert export_to(tmp_path, lora, "mlx") == 1
+    assert "mlx-lm should read the prompt 'Hello' as the model's tokenizer does" in capsys.readouterr().out
 
 
 def test_merged_models_that_mlx_does_not_know_are_named(tmp_path, capsys):

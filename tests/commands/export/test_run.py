@@ -1,7 +1,6 @@
 """`dpo-wrapper export`: what stands in its place is whole and agrees with the model; all else is said."""
 
 import errno
-import json
 import os
 import re
 import signal
@@ -190,14 +189,6 @@ def test_an_export_is_checked_again(adapter, tmp_path, monkeypatch, capsys):
     assert changed in capsys.readouterr().out
     with pytest.raises(ValueError, match=f"should be an export of other, but it is one of {adapter}: name"):
         export_to(tmp_path, "other", "peft", **options)
-
-
-def test_an_export_that_another_program_reads_is_not_loaded(tmp_path):
-    record = {"format": "mlx", "status": "verified", "model": "runs/first"}
-    (tmp_path / "export.json").write_text(json.dumps(record))
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="is for mlx: name runs/first, of which it was made"):
-        load_pretrained(str(tmp_path), None, 64)
 
 
 def test_an_error_of_a_writer_is_a_difference(llama, tmp_path, spoil, capsys):

@@ -5,12 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dpo_wrapper.commands.export.ollama.modelfile import can_hold
-from dpo_wrapper.commands.export.ollama.pieces import (
-    SWITCH,
-    ChatPieces,
-    make_turns,
-    probe_chat_template,
-)
+from dpo_wrapper.commands.export.ollama.pieces import SWITCH, ChatPieces, probe_chat_template
+from dpo_wrapper.commands.export.ollama.probe import make_turns
 from dpo_wrapper.commands.export.ollama.template import write_template
 from dpo_wrapper.commands.export.ollama.verify import check_template
 from dpo_wrapper.data.tokens.hugging_face_tokenizer import HuggingFaceTokenizer
@@ -92,7 +88,8 @@ def find_stops(
     if not stops:
         opening = after_answer + pieces.question[0]
         stops = pattern.findall(opening)[:1] or [opening.strip()]
-    return tuple(dict.fromkeys([*stops, *name_tokens(tokenizer, [tokenizer.eos_id, *end_ids])]))
+    named = name_tokens(tokenizer, [tokenizer.eos_id, *end_ids])
+    return tuple(dict.fromkeys(stop for stop in (*stops, *named) if stop))
 
 
 def name_tokens(tokenizer: HuggingFaceTokenizer, ids: Sequence[int]) -> tuple[str, ...]:

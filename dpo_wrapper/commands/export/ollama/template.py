@@ -69,15 +69,26 @@ def write_answer(pieces: ChatPieces) -> list[Part]:
     before, after = pieces.answer
     starts: list[tuple[str, list[Part]]] = []
     header = ""
-    if pieces.thought is not None:  # Ollama finds the tags of thoughts here, and takes them out of contents
+    if pieces.thought is not None:
         start, end = pieces.thought
         header = common_prefix(common_prefix(start, before), pieces.last_answer)
         header = header[: header.rfind("<think>")] if "<think>" in header else header
-        starts.append(("and $last .Thinking", [start[len(header) :], Action(".Thinking"), end]))
+        starts.append(("and $last .Thinking", write_thought(start[len(header) :], end)))
     if pieces.last_answer != before:
         starts.append(("$last", [pieces.last_answer[len(header) :]]))
     front = choose(starts, [before[len(header) :]])
     return [header, *front, Action(".Content"), *when("not $last", [after])]
+
+
+def write_thought(start: str, end: str) -> list[Part]:
+    """A thought with its tags.
+
+    Ollama takes what stands between these tags out of answers. It reads them here: they are the first and
+    the last text of the block around .Thinking, so that another text has to stand outside of it.
+    """
+    place = start.rfind("<think>")
+    thought: list[Part] = [start[place:], Action(".Thinking"), end]
+    return [start[:place], *when(".Thinking", thought)] if place > 0 else thought
 
 
 def when(condition: str, parts: list[Part]) -> list[Part]:

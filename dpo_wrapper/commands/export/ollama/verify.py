@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from dpo_wrapper.commands.export.ollama.go_template import GoMessage, GoTemplate, GoTemplateError
-from dpo_wrapper.commands.export.ollama.pieces import REMEDY, ChatPieces, without_thinking
+from dpo_wrapper.commands.export.ollama.pieces import ChatPieces, without_thinking
+from dpo_wrapper.commands.export.ollama.probe import REMEDY
 from dpo_wrapper.data.rows.messages import Message, Turns
 from dpo_wrapper.data.tokens.dialogue_text import common_prefix
 from dpo_wrapper.data.tokens.hugging_face_tokenizer import HuggingFaceTokenizer
@@ -21,9 +22,7 @@ THOUGHT = "Hm, {{ .Thinking }}\nso be it."
 
 def render_as_ollama(template: GoTemplate, turns: Turns, is_thinking: bool | None = None) -> str:
     """The prompt that Ollama makes of a dialogue whose roles alternate."""
-    messages = []
-    for turn in turns:
-        messages.append(GoMessage(turn.role, turn.text, turn.extras.get("thinking", "")))
+    messages = [GoMessage(turn.role, turn.text, turn.extras.get("thinking", "")) for turn in turns]
     system = "\n\n".join(turn.text for turn in turns if turn.role == "system")
     values = {"System": system, "Messages": messages, "Response": ""}
     return template.render(values | {"Think": bool(is_thinking), "IsThinkSet": is_thinking is not None})

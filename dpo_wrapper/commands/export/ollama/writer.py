@@ -7,22 +7,20 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from dpo_wrapper.commands.export.agreement import ExportError, PromptOutput, Reader
+from dpo_wrapper.commands.export.agreement import ExportError, Reader
 from dpo_wrapper.commands.export.config import ExportConfig
 from dpo_wrapper.commands.export.exported import Check, Exported
 from dpo_wrapper.commands.export.gguf.model_file import MODEL_FILE
 from dpo_wrapper.commands.export.gguf.writer import write_gguf
 from dpo_wrapper.commands.export.ollama.bos import adds_bos_token
-from dpo_wrapper.commands.export.ollama.go_template import GoTemplate, GoTemplateError
 from dpo_wrapper.commands.export.ollama.modelfile import Modelfile, parse_modelfile
 from dpo_wrapper.commands.export.ollama.ollama_template import (
     OllamaTemplate,
     make_plain_template,
     make_template,
 )
-from dpo_wrapper.commands.export.ollama.verify import render_as_ollama
+from dpo_wrapper.commands.export.ollama.tokens import check_tokens
 from dpo_wrapper.commands.export.source import ExportSource
-from dpo_wrapper.data.rows.messages import Message
 from dpo_wrapper.data.tokens.hugging_face_tokenizer import HuggingFaceTokenizer
 from dpo_wrapper.data.whole_files import write_whole
 from dpo_wrapper.pretrained.gguf_adapter import GGUF_ADAPTER
@@ -71,9 +69,7 @@ def write_ollama(
 
     def check(reader: Reader) -> None:
         found = read_modelfile(folder / MODELFILE, modelfile)
-        bos = tokenizer.tokenizer.bos_token if adds_bos_token(model_file) else None
-        for output in source.outputs:
-            check_prompt(output, found.template, bos, tokenizer, reader, is_chat=source.is_chat)
+        check_tokens(found.template, source, tokenizer, reader, adds_bos=adds_bos_token(model_file))
 
     name = name_model(source.name)
     usage = [f"ollama create {name} -f {shlex.quote(str(folder / MODELFILE))}", f"ollama run {name}"]
@@ -128,45 +124,3 @@ def read_modelfile(file: Path, expected: Modelfile) -> Modelfile:
                 "it."
             )
     return found
-
-
-def check_prompt(
-    output: PromptOutput,
-    template: str,
-    bos: str | None,
-    tokenizer: HuggingFaceTokenizer,
-    reader: Reader,
-    *,
-    is_chat: bool,
-) -> None:
-    """Raise ExportError unless the TEMPLATE's text of a prompt becomes the tokens that the model reads.
-
-    Args:
-        output: the prompt, with its tokens.
-        template: the TEMPLATE.
-        bos: what the program puts in front of each text; None for nothing.
-        tokenizer: tokenizes where the program cannot.
-        reader: the program.
-        is_chat: whether the prompt is a message of a dialogue.
-    """
-    try:
-        parsed = GoTemplate(template)
-        if is_chat:
-            text = render_as_ollama(parsed, (Message("user", output.prompt),))
-        else:
-            text = parsed.render({"Prompt": output.prompt, "System": "", "Response": ""})
-    except GoTemplateError as error:
-        raise ExportError(str(error)) from error
-    if bos is not None and text.startswith(bos):
-        raise ExportError(
-            f"TEMPLATE should leave out {bos}, which Ollama puts in front, but it begins with it: do not use "
-            "it."
-        )
-    ids = reader.tokenize(text)
-    if ids is None:
-        ids = tokenizer.tokenizer((bos or "") + text, add_special_tokens=False)["input_ids"]
-    if tuple(ids) != output.prompt_ids:
-        raise ExportError(
-            f"the prompt '{output.prompt}' should become the tokens that the model was trained on, but by "
-            f"TEMPLATE it becomes {text!r}, which {reader.name} reads as others: do not use it."
-        )

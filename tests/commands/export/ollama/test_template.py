@@ -184,8 +184,14 @@ def test_thought_of_an_answer_that_goes_on_is_kept(name: str) -> None:
         GoTemplate(template.text), (question, Message("assistant", "2", {"thinking": "Twice."}))
     )
     assert text == tokenizer.write_prompt((question, said)) and "Twice." in text
-    # Ollama takes the first and the last text beside .Thinking as the tags of thoughts.
-    assert re.search(r"\}\}<think>\n\{\{ \.Thinking \}\}\n</think>\n\n?\{\{", template.text)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "nemotron_3_nano", "deepseek_r1_distill", "glm4moe"])
+def test_tags_of_thoughts_are_where_ollama_looks_for_them(name: str) -> None:
+    """The first and the last text of the block around .Thinking, without white space."""
+    block = re.compile(r"\}\}([^{}]*)\{\{ \.Thinking \}\}([^{}]*)\{\{ (?:end|else)")
+    (tags,) = block.findall(make(name)[1].text)
+    assert [tag.strip() for tag in tags] == ["<think>", "</think>"]
 
 
 @pytest.mark.parametrize("name", ["qwen3", "nemotron_3_nano"])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dpo_wrapper.commands.export.agreement import ExportError, compute_outputs
 from dpo_wrapper.commands.export.config import ExportConfig
@@ -14,18 +15,18 @@ from dpo_wrapper.commands.export.gguf.model_file import write_base_gguf
 from dpo_wrapper.commands.export.ollama.bos import adds_bos_token
 from dpo_wrapper.commands.export.ollama.modelfile import parse_modelfile
 from dpo_wrapper.commands.export.ollama.writer import name_model, write_ollama
-from dpo_wrapper.commands.export.run import run_export
 from dpo_wrapper.commands.export.source import ExportSource
 from dpo_wrapper.data import ByteTokenizer, HuggingFaceTokenizer
 from dpo_wrapper.pretrained import PretrainedModel, load_pretrained
-from helpers.exported_models import make_export_config, save_base, save_lora
+from helpers.exported_models import save_base, save_lora
+from helpers.exports import export_to
 from helpers.models import seeded
 from helpers.ollama_templates import DEFAULT_SYSTEM, OWN, build_tokenizer
-from helpers.tokenizers import CHATML
+from helpers.tokenizers import CHATML, TRIMS
 
 pytest.importorskip("gguf")
 
-KINDS = {**OWN, "none": (None, "<s>", "</s>")}
+KINDS = {**OWN, "none": (None, "<s>", "</s>"), "trims": (TRIMS, None, "<|im_end|>")}
 
 
 def put_bos_in_front(tokenizer: Any) -> Any:
@@ -66,7 +67,7 @@ def make_source(
     source = ExportSource(
         "runs/My Run!", PretrainedModel(model, tokenizer, "", None), {"settings": {"as_chat": as_chat}}, ()
     )
-    prompts = ("Hello there, who?", 'Say {{ "x" }}.')
+    prompts = (" Hello there, who?\n", 'Say {{ "x" }}.', "What is <|im_end|>?")
     return replace(
         source, outputs=tuple(compute_outputs(model, tokenizer, prompts, 2, as_chat=source.is_chat))
     )
@@ -89,7 +90,7 @@ def test_folder_is_read_back(tmp_path: Path) -> None:
     assert modelfile.system == "You are a tiny helper."
     assert modelfile.stops == ("<|im_end|>",)
     agreements, _ = exported.read_back(source.outputs)
-    assert agreements[0].num_equal == 4
+    assert agreements[0].num_equal == 6
     assert list(exported.usage) == [
         f"ollama create my-run -f {tmp_path / 'Modelfile'}",
         "ollama run my-run",
@@ -144,8 +145,17 @@ def test_wrong_flag_in_the_file_is_found_out(tmp_path: Path, puts_bos: bool) -> 
     exported = export(source, tmp_path)
     field = GGUFReader(tmp_path / "model.gguf", "r+").fields["tokenizer.ggml.add_bos_token"]
     field.parts[field.data[0]][0] = not puts_bos
-    with pytest.raises(ExportError, match=r"begins with it: do not use it|should become the tokens"):
+    with pytest.raises(
+        ExportError, match=r"begins with it: do not use it|tokens that the model was trained on"
+    ):
         exported.read_back(source.outputs)
+
+
+def test_white_space_that_a_chat_template_removes_is_no_difference(tmp_path: Path) -> None:
+    source = make_source("trims")
+    exported = export(source, tmp_path)
+    exported.read_back(source.outputs)
+    assert "white space" in exported.notes[-1]
 
 
 def test_model_of_plain_texts_gets_them_as_they_are(tmp_path: Path) -> None:
@@ -185,12 +195,12 @@ def test_refuses_before_anything_is_written(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A LoRA adapter, and the GGUF file of its base in 8 bits."""
+    """A LoRA adapter, and the GGUF file of its base."""
     pytest.importorskip("peft")
     folder = tmp_path_factory.mktemp("ollama")
     base = save_base(folder / "base", template=DEFAULT_SYSTEM + CHATML)
     pretrained = load_pretrained(str(base), None, 1)
-    write_base_gguf(pretrained.model, pretrained.tokenizer, folder / "base file.gguf", "q8_0")
+    write_base_gguf(pretrained.model, pretrained.tokenizer, folder / "base file.gguf", "float32")
     return save_lora(folder / "lora", base), folder / "base file.gguf"
 
 
@@ -198,8 +208,7 @@ def test_adapter_stands_on_a_file_of_its_base(
     adapter: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lora, base = adapter
-    config = make_export_config(lora, tmp_path, "ollama", adapter=True, base=base)
-    assert run_export(config) == 0
+    assert export_to(tmp_path, lora, "ollama", adapter=True, base=base) == 0
     folder = tmp_path / "ollama"
     assert f"ollama create lora -f {folder / 'Modelfile'}" in capsys.readouterr().out
     modelfile = parse_modelfile((folder / "Modelfile").read_text())
@@ -210,7 +219,7 @@ def test_adapter_stands_on_a_file_of_its_base(
 
 def test_lost_adapter_is_found_out(adapter: tuple[Path, Path], tmp_path: Path) -> None:
     lora, base = adapter
-    config = make_export_config(lora, tmp_path, "ollama", adapter=True, base=base)
+    config = make_config(tmp_path, model=str(lora), adapter=True, base=base, num_tokens=2)
     source = ExportSource.load(config).answer(config)
     exported = write_ollama(source, tmp_path, config)
     exported.read_back(source.outputs)
@@ -221,8 +230,21 @@ def test_lost_adapter_is_found_out(adapter: tuple[Path, Path], tmp_path: Path) -
 
 
 def test_whole_model_with_an_adapter_is_merged(adapter: tuple[Path, Path], tmp_path: Path) -> None:
-    assert run_export(make_export_config(adapter[0], tmp_path, "gguf", "ollama")) == 0
-    assert parse_modelfile((tmp_path / "ollama" / "Modelfile").read_text()).base == "./model.gguf"
+    assert export_to(tmp_path, adapter[0], "merged", "gguf", "ollama", dtype="float32") == 0
+    folder = tmp_path / "ollama"
+    assert parse_modelfile((folder / "Modelfile").read_text()).base == "./model.gguf"
+    assert (folder / "model.gguf").read_bytes() == (tmp_path / "gguf" / "model.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("is_adapter", [False, True])
+def test_folder_is_loaded_again(adapter: tuple[Path, Path], tmp_path: Path, is_adapter: bool) -> None:
+    lora, base = adapter
+    options: dict[str, Any] = {"adapter": True, "base": base} if is_adapter else {}
+    assert export_to(tmp_path, lora, "ollama", "merged", dtype="float32", **options) == 0
+    models = [load_pretrained(str(folder), None, 1) for folder in (tmp_path / "ollama", tmp_path / "merged")]
+    ids = torch.tensor([models[0].tokenizer.encode("Hello there")])
+    logits, expected = (one.model.eval()(ids).logits for one in models)
+    assert torch.allclose(logits, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(
