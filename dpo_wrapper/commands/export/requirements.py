@@ -4,11 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from dpo_wrapper.commands.export.config import ExportConfig, Format
-from dpo_wrapper.commands.export.gguf.families import find_family
-from dpo_wrapper.commands.export.gguf.hyperparameters import add_hyperparameters
-from dpo_wrapper.commands.export.gguf.model_file import import_gguf
-from dpo_wrapper.commands.export.gguf.storage import check_quantizer
-from dpo_wrapper.commands.export.gguf.vocabulary import add_vocabulary
+from dpo_wrapper.commands.export.gguf.adapter_file import check_adapter
+from dpo_wrapper.commands.export.gguf.keys import check_model
 from dpo_wrapper.commands.export.lora_factors import list_lora_factors
 from dpo_wrapper.commands.export.mlx import check_mlx_takes, find_folder
 from dpo_wrapper.commands.export.ollama.writer import describe
@@ -47,15 +44,9 @@ def check_mlx(source: ExportSource, config: ExportConfig) -> None:
 def check_gguf(source: ExportSource, config: ExportConfig) -> None:
     model: Any = source.pretrained.model
     if config.adapter:
-        source.require_adapter("gguf --adapter")
-        list_lora_factors(model, "gguf --adapter")
-        return
-    check_quantizer(config.quantize)
-    whole = model if source.pretrained.adapter is None else model.get_base_model()
-    family = find_family(whole)
-    writer = import_gguf().GGUFWriter(None, family.architecture)  # of no file
-    add_hyperparameters(writer, whole, family)
-    add_vocabulary(writer, source.tokenizer, source.pretrained.num_embeddings)
+        check_adapter(model, source.require_adapter("gguf --adapter").base, config.base)
+    else:
+        check_model(model, source.tokenizer, config.quantize)
 
 
 def check_ollama(source: ExportSource, config: ExportConfig) -> None:
