@@ -111,7 +111,7 @@ def load_gguf_adapter(folder: str | Path, base: nn.Module) -> nn.Module:
     import peft
 
     config = peft.PeftConfig.from_pretrained(str(folder))
-    config.inference_mode = False
+    config.inference_mode, config.init_lora_weights = False, True  # others may change the base
     file = Path(folder) / GGUF_ADAPTER
     adapter = read_gguf_adapter(file, base.config)
     model: Any = peft.get_peft_model(base, config)

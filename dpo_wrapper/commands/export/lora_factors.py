@@ -6,6 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Beginnings of an adapter, by PEFT's names, that are taken out of the base's weights. An adapter that was
+converted for the base as it was names none of them."""
+
 
 @dataclass(frozen=True)
 class LoraFactors:
@@ -90,6 +94,8 @@ def find_other_parts(config: Any) -> str | None:
         return "holds embeddings of single tokens"
     if getattr(config, "lora_bias", False):
         return "has biases of its own (lora_bias)"
+    if str(config.init_lora_weights).startswith(CHANGE_THE_BASE):
+        return f"stands on what its beginning has left of the base ({config.init_lora_weights})"
     if getattr(config, "layer_replication", None):
         return "repeats layers of the base (layer_replication)"
     if getattr(config, "target_parameters", None):

@@ -1,5 +1,8 @@
 """The GGUF file of an adapter: what stands in it, and what cannot."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 
@@ -68,12 +71,22 @@ def test_embeddings_are_the_other_way_round(base, tmp_path):
         ({"use_dora": True}, "has magnitudes beside them"),
         ({"bias": "lora_only"}, "trains biases"),
         ({"modules_to_save": ["lm_head"]}, "holds whole layers"),
+        ({"alora_invocation_tokens": [1, 2]}, "computes otherwise"),
+        ({"layer_replication": [[0, 2], [0, 2]]}, "repeats layers of the base"),
     ],
 )
 def test_refuses_other_parts(options, reason, base, tmp_path):
     with pytest.raises(ValueError, match=reason):
         export_adapter(save_lora(tmp_path / "lora", base, **options), tmp_path)
     assert not (tmp_path / "gguf").exists()
+
+
+def test_refuses_a_base_that_the_beginning_has_changed(lora, tmp_path):
+    shutil.copytree(lora, tmp_path / "lora")
+    file = tmp_path / "lora" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": "pissa"}))
+    with pytest.raises(ValueError, match=r"what its beginning has left of the base \(pissa\)"):
+        export_adapter(tmp_path / "lora", tmp_path)
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
