@@ -44,17 +44,7 @@ def write_ollama(
     Raises:
         ValueError: the model has no GGUF file, or Ollama cannot write its dialogues.
     """
-    tokenizer = source.tokenizer
-    if not isinstance(tokenizer, HuggingFaceTokenizer):
-        raise ValueError(
-            f"--to ollama needs a Hugging Face tokenizer, but {source.name} reads bytes: use --to merged."
-        )
-    if config.adapter and config.base is None:
-        raise ValueError(
-            "--to ollama with --adapter needs the model that the adapter stands on, but --base is missing: "
-            "give the GGUF file of it, or leave --adapter out."
-        )
-    describe(source, tokenizer, adds_bos=False)  # raises before anything is written
+    tokenizer = check_ollama(source, config)
     exported = write(source, folder, config)
     model_file = folder / MODEL_FILE if config.base is None else config.base.absolute()
     template = describe(source, tokenizer, adds_bos=adds_bos_token(model_file))
@@ -75,6 +65,22 @@ def write_ollama(
     usage = [f"ollama create {name} -f {shlex.quote(str(folder / MODELFILE))}", f"ollama run {name}"]
     checks = [with_modelfile(one, check) for one in exported.checks]
     return Exported(folder, checks, usage, [*exported.notes, *template.notes])
+
+
+def check_ollama(source: ExportSource, config: ExportConfig) -> HuggingFaceTokenizer:
+    """The tokenizer of a model that has a Modelfile; ValueError if there is none."""
+    tokenizer = source.tokenizer
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        raise ValueError(
+            f"--to ollama needs a Hugging Face tokenizer, but {source.name} reads bytes: use --to merged."
+        )
+    if config.adapter and config.base is None:
+        raise ValueError(
+            "--to ollama with --adapter needs the model that the adapter stands on, but --base is missing: "
+            "give the GGUF file of it, or leave --adapter out."
+        )
+    describe(source, tokenizer, adds_bos=False)
+    return tokenizer
 
 
 def describe(source: ExportSource, tokenizer: HuggingFaceTokenizer, *, adds_bos: bool) -> OllamaTemplate:
