@@ -1,12 +1,14 @@
 """Vocabularies in GGUF files: the same ids as the tokenizer's, or a refusal."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 from tokenizers import Tokenizer
 
 from dpo_wrapper.commands.export.gguf.byte_level import LLAMA_3, PRE_TOKENIZERS, QWEN_2, find_pre_tokenizer
 from dpo_wrapper.commands.export.gguf.file_tokenizer import FileTokenizer
+from dpo_wrapper.commands.export.gguf.keys import make_name
 from dpo_wrapper.commands.export.gguf.llama_cpp_reader import LlamaCppReader
 from dpo_wrapper.commands.export.gguf.model_file import write_base_gguf
 from dpo_wrapper.commands.export.gguf.vocabulary import add_vocabulary
@@ -186,6 +188,39 @@ def test_bytes_and_the_unknown_token_have_types_of_their_own(tmp_path):
     types = dict(zip(fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"], strict=True))
     assert types["<unk>"] == TokenType.UNKNOWN and types["<s>"] == TokenType.CONTROL
     assert types["<0x0A>"] == TokenType.BYTE and types["▁are"] == TokenType.NORMAL
+
+
+def make_phi_3_tokenizer():
+    """Its special tokens take the white space behind them."""
+    from tokenizers import AddedToken
+
+    tokenizer = make_piece_tokenizer(puts_bos=False).tokenizer
+    tokens = [AddedToken(f"<|{name}|>", rstrip=True, special=True) for name in ("user", "assistant", "end")]
+    tokenizer.add_tokens([*tokens, AddedToken("<|endoftext|>", special=True)], special_tokens=True)
+    return HuggingFaceTokenizer(tokenizer)
+
+
+def test_special_tokens_take_the_space_behind_them_as_in_phi_3(tmp_path):
+    tokenizer, file = make_phi_3_tokenizer(), tmp_path / "model.gguf"
+    model = make_model("LlamaConfig", num_hidden_layers=1)
+    write_base_gguf(model, tokenizer, file, "float32")
+    fields = read_keys(file)
+    text = "<|user|>\n  How are you<|end|>\n<|assistant|>\n<|endoftext|> you"
+    ids = tokenizer.tokenizer(text)["input_ids"]
+    assert FileTokenizer(fields).tokenize(text) == ids
+    assert FileTokenizer(fields | {"general.name": "other"}).tokenize(text) != ids
+    if find_spec("llama_cpp"):
+        reader = LlamaCppReader(file, 8)
+        assert reader.tokenize(text) == ids
+        reader.close()
+
+
+@pytest.mark.parametrize("make", [make_phi_3_tokenizer, make_piece_tokenizer])
+def test_only_such_a_model_is_named_phi_3(make):
+    model = make_model("LlamaConfig", num_hidden_layers=1)
+    model.config.name_or_path = "runs/My-Phi3-sft"
+    expected = "phi-3 my-phi 3-sft" if make is make_phi_3_tokenizer else "my-phi 3-sft"
+    assert make_name(model, make()) == expected
 
 
 def test_merges_that_are_no_sentence_piece_s_are_noted(tmp_path):
