@@ -10,23 +10,30 @@ from dpo_wrapper.commands.export.agreement import Logits
 from dpo_wrapper.commands.export.gguf.families import FAMILIES
 from dpo_wrapper.commands.export.gguf.file_tokenizer import FileTokenizer
 from dpo_wrapper.commands.export.transformers_reader import ModuleReader
+from dpo_wrapper.commands.export.weights import WeightDigests
 from dpo_wrapper.pretrained.gguf_file import load_gguf
 
 
 class GGUFFileReader:
-    """A GGUF file whose settings, tensors and vocabulary are all read back."""
+    """A GGUF file whose settings, tensors and vocabulary are all read back.
 
-    def __init__(self, file: Path) -> None:
+    Args:
+        file: the model.
+        weights: what it should hold; None where that is compared by its logits alone.
+
+    Raises:
+        ExportError: it holds other weights.
+    """
+
+    def __init__(self, file: Path, weights: WeightDigests | None = None) -> None:
         from gguf import GGUFReader
 
         reader = GGUFReader(file)
         fields = {name: field.contents() for name, field in reader.fields.items()}
         shapes = {tensor.name: tensor for tensor in reader.tensors}
         self._tokenizer = FileTokenizer(fields)
-        self._module = ModuleReader(
-            "the file read back by transformers", lambda: load_model(file, fields, shapes)
-        )
-        self.name = self._module.name
+        self.name = "the file read back by transformers"
+        self._module = ModuleReader(self.name, lambda: load_model(file, fields, shapes), weights)
 
     def compute_logits(self, ids: Sequence[int]) -> Logits:
         return self._module.compute_logits(ids)

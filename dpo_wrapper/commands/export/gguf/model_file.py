@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dpo_wrapper.commands.export.agreement import TOLERANCES
 from dpo_wrapper.commands.export.config import ExportConfig
 from dpo_wrapper.commands.export.exported import Check, Exported
@@ -17,6 +19,7 @@ from dpo_wrapper.commands.export.gguf.storage import (
 )
 from dpo_wrapper.commands.export.gguf.tensors import convert_tensors, has_tied_head
 from dpo_wrapper.commands.export.source import ExportSource
+from dpo_wrapper.commands.export.weights import WeightDigests
 from dpo_wrapper.data.tokens.tokenizers import Tokenizer
 from dpo_wrapper.pretrained.model import CONFIG_FILE
 
@@ -38,13 +41,21 @@ def write_gguf(source: ExportSource, folder: Path, config: ExportConfig) -> Expo
         quantize_by_llama_cpp(written, file)
         written.unlink()
     save_loading_files(model, source.tokenizer, folder)
+    weights = digest_weights(model, config.dtype) if config.quantize == "none" else None
     tolerance = TOLERANCES[stored if config.quantize == "none" else config.quantize]
     checks = [
-        Check(lambda: GGUFFileReader(file), tolerance),
+        Check(lambda: GGUFFileReader(file, weights), tolerance),
         check_by_llama_cpp(file, source.outputs, tolerance + find_family(model).llama_cpp_rounding),
     ]
     usage = [f"llama-cli -m {file}", f'llama_cpp.Llama(model_path="{file}")']
-    return Exported(folder, checks, usage, notes)
+    return Exported(folder, checks, usage, [*notes, *([weights.note] if weights else [])])
+
+
+def digest_weights(model: Any, dtype: str) -> WeightDigests | None:
+    """Hashes of the weights that a file should hold; None where 1 is added to norms, which rounds them."""
+    if find_family(model).norm_offset:
+        return None
+    return WeightDigests.of(model, getattr(torch, dtype))
 
 
 def write_base_gguf(model: Any, tokenizer: Tokenizer, file: Path, dtype: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,15 @@ from dpo_wrapper.commands.export.agreement import ExportError
 from dpo_wrapper.commands.export.config import Quantization, WeightDtype
 from dpo_wrapper.commands.export.gguf.tensors import Array
 
-Q4_K_M = 15
-"""llama.cpp's number of this mixture of 4- and 6-bit types."""
 FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32, "q8_0": 7}
 TENSOR_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 PROGRAM = "llama-quantize"
+QUANTIZER = """
+import sys, llama_cpp
+options = llama_cpp.llama_model_quantize_default_params()
+options.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
+sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), options))
+"""
 
 
 def add_tensor(writer: Any, name: str, array: Array, stored: str) -> None:
@@ -55,22 +60,20 @@ def check_quantizer(quantization: Quantization) -> None:
 
 
 def quantize_by_llama_cpp(file: Path, quantized: Path) -> None:
-    """Write a file in float32 once more, as q4_k_m.
+    """Write a file in float32 once more, as q4_k_m, in a process whose output is not shown.
 
     Raises:
         ExportError: llama.cpp does not quantize it.
     """
-    if find_spec("llama_cpp") is not None:
-        import llama_cpp
-
-        options = llama_cpp.llama_model_quantize_default_params()
-        options.ftype = Q4_K_M
-        failed = llama_cpp.llama_model_quantize(str(file).encode(), str(quantized).encode(), options)
+    files = [str(file), str(quantized)]
+    if find_spec("llama_cpp") is None:
+        command = [PROGRAM, *files, "Q4_K_M"]
     else:
-        command = [PROGRAM, str(file), str(quantized), "Q4_K_M"]
-        failed = subprocess.run(command, capture_output=True, check=False).returncode
-    if failed:
-        raise ExportError(f"llama.cpp should quantize {file}, but it does not (status {failed}).")
+        command = [sys.executable, "-c", QUANTIZER, *files]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        reason = ([line for line in done.stderr.splitlines() if line.strip()] or ["it says nothing"])[-1]
+        raise ExportError(f"llama.cpp should quantize {file}, but it does not ({reason}).")
 
 
 def stored_type(dtype: WeightDtype, quantization: Quantization) -> str:

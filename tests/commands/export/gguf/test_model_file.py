@@ -6,7 +6,7 @@ from dpo_wrapper.commands.export.agreement import ExportError, compare
 from dpo_wrapper.commands.export.gguf.families import find_family
 from dpo_wrapper.commands.export.gguf.file_reader import GGUFFileReader
 from dpo_wrapper.commands.export.gguf.llama_cpp_reader import LlamaCppReader
-from dpo_wrapper.commands.export.gguf.model_file import write_base_gguf
+from dpo_wrapper.commands.export.gguf.model_file import digest_weights, write_base_gguf
 from dpo_wrapper.commands.export.gguf.storage import TENSOR_TYPES
 from helpers.gguf_models import MODELS, ask, edit_tensor, make_known_model, make_model, set_value
 
@@ -123,3 +123,22 @@ def test_a_wrong_token_type_is_found(chatml_tokenizer, tmp_path):
     set_value(file, "tokenizer.ggml.token_type", TokenType.NORMAL, index)
     with pytest.raises(ExportError, match="should read the prompt"):
         compare(outputs, GGUFFileReader(file), 1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_single_changed_bit_is_found(dtype, chatml_tokenizer, tmp_path):
+    model = make_known_model("phi3")
+    file = tmp_path / "model.gguf"
+    write_base_gguf(model, chatml_tokenizer, file, dtype)
+    weights = digest_weights(model, dtype)
+    GGUFFileReader(file, weights)
+
+    def flip(rows):
+        rows.view("uint8")[0, 0] ^= 1
+        return rows
+
+    edit_tensor(file, "blk.1.ffn_down.weight", flip)
+    with pytest.raises(
+        ExportError, match=r"1 of 15 tensors are others \(model.layers.1.mlp.down_proj.weight"
+    ):
+        GGUFFileReader(file, weights)
