@@ -58,7 +58,8 @@ def load_gemma(file: Path, config: Any, dtype: torch.dtype, **options: Any) -> A
     for name in model.state_dict():
         if name == "lm_head.weight":
             continue
-        tensor = torch.tensor(tensors[names.get_name(name, try_suffixes=(".weight",))])
+        gguf_name = names.get_name(name, try_suffixes=(".weight",))
+        tensor = torch.tensor(tensors[gguf_name or name])
         state[name] = tensor - 1 if name.endswith("norm.weight") else tensor
     model.load_state_dict(state, strict=False)
     return model.eval()

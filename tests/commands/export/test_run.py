@@ -55,7 +55,7 @@ def test_the_command_says_what_was_compared_and_how_to_use_it(adapter, tmp_path,
     record = read_record(out / "merged")
     assert (record["status"], record["format"], record["model"]) == ("verified", "merged", str(adapter))
     assert record["settings"]["num_tokens"] == 2
-    (agreement,) = record["agreements"]
+    agreement, *_ = record["agreements"]  # and that of mlx-lm, where it is there
     assert agreement["num_equal"] == 4 and agreement["difference"] < 1e-5
     assert sorted([*record["files"], "export.json"]) == list_names(out / "merged")
 

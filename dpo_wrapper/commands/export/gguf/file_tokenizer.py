@@ -1,6 +1,7 @@
 """The tokenizer that a GGUF file describes, by llama.cpp's rules."""
 
 import heapq
+import json
 import re
 from typing import Any
 
@@ -88,13 +89,11 @@ class FileTokenizer:
 
 def build_byte_level(ids: dict[str, int], merges: list[str], pre: str) -> Any:
     """A tokenizer of the tokenizers library."""
-    import json
-
     from tokenizers import Tokenizer
 
     steps, ignores_merges = PRE_TOKENIZERS[pre]
     trim = {"trim_offsets": False}
-    parts = {
+    parts: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,

@@ -47,8 +47,9 @@ def add_vocabulary(writer: Any, tokenizer: Tokenizer, num_embeddings: int) -> li
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_scores(compute_scores(vocabulary.tokens, model["merges"]))
-        writer.add_add_space_prefix(puts_space_in_front(tokenizer))
-        notes = note_unlisted_merges(vocabulary, model["merges"])
+        has_space = puts_space_in_front(tokenizer)
+        writer.add_add_space_prefix(has_space)
+        notes = note_unlisted_merges(vocabulary, model["merges"]) + note_added_tokens(tokenizer, has_space)
     else:
         pre_tokenizer = find_pre_tokenizer(parts)
         vocabulary = list_tokens(parts, num_embeddings, is_sentence_piece=False)
@@ -170,3 +171,22 @@ def puts_space_in_front(tokenizer: HuggingFaceTokenizer) -> bool:
     ids = tokenizer.tokenizer(text, add_special_tokens=False)["input_ids"]
     pieces = tokenizer.tokenizer.convert_ids_to_tokens(ids)
     return any(piece.startswith("▁") for piece in pieces)
+
+
+def note_added_tokens(tokenizer: HuggingFaceTokenizer, has_space: bool) -> list[str]:
+    """A sentence on added tokens that llama.cpp finds where the tokenizer does not, or goes on differently.
+
+    Behind each of them llama.cpp begins a text with a space, or with none, as at the beginning.
+    """
+    special = tokenizer.tokenizer
+    tokens = []
+    for token in map(str, special.added_tokens_decoder.values()):
+        pieces = special.convert_ids_to_tokens(special(f"a{token}a", add_special_tokens=False)["input_ids"])
+        if token not in pieces or pieces[pieces.index(token) + 1 :][0].startswith("▁") != has_space:
+            tokens.append(token)
+    if not tokens:
+        return []
+    more = f" and {len(tokens) - 3} more" if len(tokens) > 3 else ""
+    return [
+        f"llama.cpp reads {', '.join(tokens[:3])}{more}, or a text behind, in another way than the tokenizer."
+    ]

@@ -7,10 +7,12 @@ from tokenizers import Tokenizer
 
 from dpo_wrapper.commands.export.gguf.byte_level import LLAMA_3, PRE_TOKENIZERS, QWEN_2, find_pre_tokenizer
 from dpo_wrapper.commands.export.gguf.file_tokenizer import FileTokenizer
+from dpo_wrapper.commands.export.gguf.llama_cpp_reader import LlamaCppReader
+from dpo_wrapper.commands.export.gguf.model_file import write_base_gguf
 from dpo_wrapper.commands.export.gguf.vocabulary import add_vocabulary
 from dpo_wrapper.data import ByteTokenizer
 from dpo_wrapper.data.tokens.hugging_face_tokenizer import HuggingFaceTokenizer
-from helpers.gguf_models import make_piece_tokenizer
+from helpers.gguf_models import make_model, make_piece_tokenizer
 from helpers.tokenizer_kinds import make_tokenizer
 from helpers.tokenizers import CHATML, WITH_BOS, save_tokenizer, trained_bytes
 
@@ -20,14 +22,20 @@ LLAMA_2 = "{{ bos_token }}{% for m in messages %}[INST] {{ m.content }} [/INST]{
 
 def write_vocabulary(tokenizer, file, size=448):
     """The keys of a file with this vocabulary alone, and what a user should know."""
-    from gguf import GGUFReader, GGUFWriter
+    from gguf import GGUFWriter
 
     writer = GGUFWriter(file, "llama")
     notes = add_vocabulary(writer, tokenizer, size)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    return {name: field.contents() for name, field in GGUFReader(file).fields.items()}, notes
+    return read_keys(file), notes
+
+
+def read_keys(file):
+    from gguf import GGUFReader
+
+    return {name: field.contents() for name, field in GGUFReader(file).fields.items()}
 
 
 def load_bytes(folder, change=None, **options):
@@ -44,18 +52,43 @@ def load_bytes(folder, change=None, **options):
 # byte-level BPE
 
 
+def cut_as(name):
+    """What lets a tokenizer.json cut words in one of the known ways."""
+
+    def change(parts):
+        steps, ignores_merges = PRE_TOKENIZERS[name]
+        parts["model"]["ignore_merges"] = ignores_merges
+        trim = {"trim_offsets": True}
+        steps = [step | (trim if step["type"] == "ByteLevel" else {}) for step in steps]
+        parts["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+
+    return change
+
+
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)
 def test_known_ways_to_cut_words_are_told_apart(name):
-    steps, ignores_merges = PRE_TOKENIZERS[name]
     parts = json.loads(trained_bytes())
-    parts["model"]["ignore_merges"] = ignores_merges
-    trim = {"trim_offsets": True}
-    parts["pre_tokenizer"] = {
-        "type": "Sequence",
-        "pretokenizers": [step | (trim if step["type"] == "ByteLevel" else {}) for step in steps],
-    }
+    cut_as(name)(parts)
     parts = json.loads(Tokenizer.from_str(json.dumps(parts)).to_str())  # as the library writes it
     assert find_pre_tokenizer(parts) == name
+
+
+@pytest.mark.parametrize("name", [*PRE_TOKENIZERS, "pieces", "pieces without prefix"])
+def test_llama_cpp_reads_the_same_tokens(name, tmp_path):
+    pytest.importorskip("llama_cpp")
+    if name in PRE_TOKENIZERS:
+        tokenizer = load_bytes(tmp_path / "tokenizer", cut_as(name), puts_bos=False)
+    else:
+        tokenizer = make_piece_tokenizer(prefix=name == "pieces")
+    model = make_model("LlamaConfig", num_hidden_layers=1)
+    write_base_gguf(model, tokenizer, tmp_path / "model.gguf", "float32")
+    reader = LlamaCppReader(tmp_path / "model.gguf", 8)
+    own_reader = FileTokenizer(read_keys(tmp_path / "model.gguf"))
+    special = f"a{tokenizer.tokenizer.eos_token}How  are"
+    for text in (*TEXTS, special, "I'll, WE'VE 12345.6 = x_y/z  \n \n\tdone/\n", "Ünïcödé aBcD ÉtÉ 漢字かな"):
+        ids = tokenizer.tokenizer(text)["input_ids"]
+        assert reader.tokenize(text) == own_reader.tokenize(text) == ids, text
+    reader.close()
 
 
 def test_patterns_are_those_of_the_published_tokenizers():
@@ -162,6 +195,15 @@ def test_merges_that_are_no_sentence_piece_s_are_noted(tmp_path):
     tokenizer.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(parts))
     _, (note,) = write_vocabulary(tokenizer, tmp_path / "model.gguf")
     assert "joins 1 of the" in note
+
+
+def test_added_tokens_that_are_read_otherwise_are_noted(tmp_path):
+    tokenizer = make_piece_tokenizer().tokenizer
+    tokenizer.add_tokens(["<tool>"])  # it is found with the prefix in front
+    ids = tokenizer("a<tool>a")["input_ids"]
+    assert "<tool>" not in tokenizer.convert_ids_to_tokens(ids)
+    _, (note,) = write_vocabulary(HuggingFaceTokenizer(tokenizer), tmp_path / "model.gguf")
+    assert note == "llama.cpp reads <tool>, or a text behind, in another way than the tokenizer."
 
 
 # what llama.cpp has not
