@@ -10,6 +10,7 @@ from dpo_wrapper.commands.export.gguf.hyperparameters import add_hyperparameters
 from dpo_wrapper.commands.export.gguf.storage import FILE_TYPES, check_quantizer
 from dpo_wrapper.commands.export.gguf.vocabulary import add_vocabulary
 from dpo_wrapper.data.tokens.tokenizers import Tokenizer
+from dpo_wrapper.pretrained.gguf_adapter import import_gguf
 
 PHI_3_TOKENS = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
 
@@ -54,12 +55,3 @@ def make_name(model: Any, tokenizer: Tokenizer) -> str:
         return name
     strips = any(token.rstrip for token in special.added_tokens_decoder.values())
     return f"phi-3 {name}" if strips else name
-
-
-def import_gguf() -> Any:
-    """The library; ImportError with what to install if it is missing."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise ImportError("--to gguf needs the gguf package, but it is missing: pip install gguf.") from error
-    return gguf

@@ -10,7 +10,7 @@ from dpo_wrapper.commands.export.config import ExportConfig
 from dpo_wrapper.commands.export.exported import Check, Exported
 from dpo_wrapper.commands.export.gguf.families import find_family
 from dpo_wrapper.commands.export.gguf.file_reader import GGUFFileReader
-from dpo_wrapper.commands.export.gguf.keys import add_keys, import_gguf
+from dpo_wrapper.commands.export.gguf.keys import add_keys
 from dpo_wrapper.commands.export.gguf.llama_cpp_reader import check_by_llama_cpp
 from dpo_wrapper.commands.export.gguf.storage import (
     add_tensor,
@@ -21,6 +21,7 @@ from dpo_wrapper.commands.export.gguf.tensors import convert_tensors, has_tied_h
 from dpo_wrapper.commands.export.source import ExportSource
 from dpo_wrapper.commands.export.weights import WeightDigests
 from dpo_wrapper.data.tokens.tokenizers import Tokenizer
+from dpo_wrapper.pretrained.gguf_adapter import import_gguf
 from dpo_wrapper.pretrained.model import CONFIG_FILE
 
 MODEL_FILE = "model.gguf"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -96,6 +97,12 @@ def test_refuses_tied_embeddings(target, tmp_path):
     with pytest.raises(
         ValueError, match=f"changes .*{target}, and the base's embeddings are its output head"
     ):
+        export_adapter(lora, tmp_path)
+
+
+def test_names_a_library_that_is_missing(lora, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ImportError, match="pip install gguf"):
         export_adapter(lora, tmp_path)
 
 

@@ -81,3 +81,10 @@ def test_wrong_export_is_put_aside(lora, tmp_path, monkeypatch):
     assert not (tmp_path / "gguf").exists()
     record = read_record(tmp_path / "gguf.differs")
     assert record["status"] == "differs" and re.search("as the adapter does", record["error"])
+
+
+@pytest.mark.parametrize("size", [0, 3, 30, 2000, -100])
+def test_finds_a_part_of_a_file(size, model, factors, exported, tmp_path):
+    (tmp_path / "adapter.gguf").write_bytes((exported / "adapter.gguf").read_bytes()[:size])
+    with pytest.raises(ExportError, match="should be a GGUF file, but it cannot be read"):
+        load_checked(tmp_path, model, factors)
