@@ -149,7 +149,11 @@ def export(args: Sequence[str]) -> None:
     config = parse_options(ExportConfig, "export", args)
     with exit_on_errors("the export was interrupted; the same command begins it again"):
         from dpo_wrapper.commands.export.run import run_export
+        from dpo_wrapper.display.terminal import hide_library_bars
+        from dpo_wrapper.training.stopping import raise_at_sigterm
 
+        raise_at_sigterm()
+        hide_library_bars()
         if run_export(config):
             sys.exit(1)
 

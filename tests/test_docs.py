@@ -12,6 +12,7 @@ import dpo_wrapper
 from dpo_wrapper.commands.chat.config import ChatConfig
 from dpo_wrapper.commands.compare.config import CompareArguments
 from dpo_wrapper.commands.evaluate.config import EvaluateConfig
+from dpo_wrapper.commands.export.config import ExportConfig
 from dpo_wrapper.commands.pairs.config import PairsConfig
 from dpo_wrapper.data.prepare.config import PrepareConfig
 from dpo_wrapper.losses import PairLogProbs
@@ -117,6 +118,7 @@ OPTIONS = {
     if options not in (TrainArguments, CompareArguments) or name not in GROUPS
 }
 CHAT_OPTIONS = {flag(name) for name in ChatConfig.__dataclass_fields__ if name != "model"}
+EXPORT_OPTIONS = {flag(name) for name in ExportConfig.__dataclass_fields__ if name != "model"}
 
 
 def find_flags(page: str) -> set[str]:
@@ -126,7 +128,7 @@ def find_flags(page: str) -> set[str]:
 @pytest.mark.parametrize("page", ["README.md", *(page for page in PAGES if page.startswith("docs/"))])
 def test_options_that_are_named_exist(page):
     aliases = {f"--{alias}" for alias in ALIASES}
-    assert find_flags(page) <= OPTIONS | CHAT_OPTIONS | aliases | {"--help", "--version"}
+    assert find_flags(page) <= OPTIONS | CHAT_OPTIONS | EXPORT_OPTIONS | aliases | {"--help", "--version"}
 
 
 def test_options_that_exist_are_named():
@@ -134,6 +136,7 @@ def test_options_that_exist_are_named():
     named = set().union(*(find_flags(f"docs/{page}.md") for page in pages))
     assert named >= OPTIONS
     assert find_flags("docs/chat.md") == CHAT_OPTIONS
+    assert find_flags("docs/export.md") >= EXPORT_OPTIONS
 
 
 @pytest.mark.parametrize("name", sorted(dpo_wrapper.__all__))

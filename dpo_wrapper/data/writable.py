@@ -19,11 +19,13 @@ def find_errno(error: BaseException) -> int | None:
     return int(match[1]) if match else getattr(error, "errno", None)
 
 
-def refuse_folder(folder: Path, error: OSError) -> ValueError:
-    """What is wrong with the folder that --out names, before the work begins."""
-    remedy = "make room, or name another" if find_errno(error) in FULL else "name another"
+def refuse_folder(folder: Path, error: Exception) -> ValueError:
+    """What is wrong with the folder that --out names."""
+    number = find_errno(error)
+    reason = error if number is None else os.strerror(number)
+    remedy = "make room, or name another" if number in FULL else "name another"
     return ValueError(
-        f"--out should be a folder that can be written, but {folder} cannot ({error.strerror}): {remedy}."
+        f"--out should be a folder that can be written, but {folder} cannot ({reason}): {remedy}."
     )
 
 

@@ -1,16 +1,15 @@
 """A reference that differs from its policy in its adapter alone takes the policy's own base."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dpo_wrapper.pretrained import PretrainedModel
 from dpo_wrapper.pretrained.adapter import (
-    ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     import_peft,
     is_adapter_folder,
+    read_adapter_config,
     without_deprecations,
 )
 from dpo_wrapper.reference.frozen_copy import frozen_copy
@@ -26,7 +25,7 @@ def has_same_base(folder: str, other: str) -> bool:
 
 def read_form(folder: str) -> dict[str, Any]:
     """An adapter's configuration with lists in one order, since PEFT writes sets."""
-    config = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config = read_adapter_config(folder)
     return {name: sorted(map(str, v)) if isinstance(v, list) else v for name, v in config.items()}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -17,6 +18,8 @@ from dpo_wrapper.pretrained.converted_adapter import (
     split_plain_lora,
     take_out_of_base,
 )
+from dpo_wrapper.pretrained.gguf_adapter import is_gguf_folder, load_gguf_adapter
+from dpo_wrapper.pretrained.mlx_adapter import is_mlx_folder, load_mlx_adapter
 from dpo_wrapper.pretrained.model import PretrainedModel, check_finished
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -80,14 +83,19 @@ def is_adapter_folder(name: str | Path) -> bool:
     return (Path(name) / ADAPTER_CONFIG).is_file()
 
 
+def read_adapter_config(folder: str | Path) -> dict[str, Any]:
+    return json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+
+
 def find_base(folder: str | Path) -> str:
     """Folder or name of the base that the adapter in a folder names.
 
     Raises:
-        ValueError: it names none, or a folder that is not there.
+        ValueError: the folder holds no finished adapter, or it names no base, or a folder that is not there.
     """
-    config = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    base = config.get("base_model_name_or_path")
+    check_finished(Path(folder))
+    settings = read_adapter_config(folder)
+    base = settings.get("model" if is_mlx_folder(folder) else "base_model_name_or_path")
     if not base:
         raise ValueError(
             f"the adapter in {folder} should name its base, but it names none: give --model BASE "
@@ -95,8 +103,8 @@ def find_base(folder: str | Path) -> str:
         )
     if Path(base).is_absolute() and not Path(base).exists():
         raise ValueError(
-            f"the base of the adapter in {folder} should be in {base}, but there is nothing: give --model "
-            f"BASE --adapter {folder}."
+            f"the base of the adapter in {folder} should be in {base}, but there is nothing: put it "
+            f"back, or to train on another give --model BASE --adapter {folder}."
         )
     return str(base)
 
@@ -114,13 +122,20 @@ def absolute_name(name: str) -> str:
 def load_adapter(folder: str | Path, base: PretrainedModel, base_name: str) -> PretrainedModel:
     """The base with the adapter in a folder, which trains; the base's own weights do not.
 
+    It is in PEFT's form, in mlx-lm's, or in a GGUF file beside PEFT's configuration.
     An adapter that the base has is merged into it first.
     """
     check_finished(Path(folder))
     base = merge_adapter(base)
     origin = base.adapter or AdapterOrigin(absolute_name(base_name))
+    peft = import_peft()
     with without_deprecations():
-        model = import_peft().PeftModel.from_pretrained(base.model, str(folder), is_trainable=True)
+        if is_mlx_folder(folder):
+            model = load_mlx_adapter(folder, read_adapter_config(folder), base.model)
+        elif is_gguf_folder(folder):
+            model = load_gguf_adapter(folder, base.model)
+        else:
+            model = peft.PeftModel.from_pretrained(base.model, str(folder), is_trainable=True)
     return replace(base, model=model, adapter=replace(origin, folder=str(Path(folder).absolute())))
 
 
@@ -155,8 +170,33 @@ def merge_adapter(pretrained: PretrainedModel) -> PretrainedModel:
     origin, model = pretrained.adapter, pretrained.model
     if origin is None or origin.folder is None or not hasattr(model, "merge_and_unload"):
         return pretrained
+    untie_adapted_layers(model)
     merged = replace(origin, merged=(*origin.merged, origin.folder), folder=None)
-    return replace(pretrained, model=model.merge_and_unload(), adapter=merged)  # type: ignore[operator]
+    whole: Any = model.merge_and_unload()  # type: ignore[operator]
+    note_untied_head(whole)
+    return replace(pretrained, model=whole, adapter=merged)
+
+
+def untie_adapted_layers(model: nn.Module) -> None:
+    """Give layers with an adapter weights of their own, where others share them: merging writes into them."""
+    sharers = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    for module in model.modules():
+        adapted: Any = module
+        layer = adapted.get_base_layer() if hasattr(adapted, "get_base_layer") else None
+        weight = getattr(layer, "weight", None)
+        if layer is not None and weight is not None and sharers[id(weight)] > 1:
+            layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+
+
+def note_untied_head(model: Any) -> None:
+    """Write into the configuration that embeddings and head are parted, or loading would tie them again."""
+    config = getattr(model, "config", None)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if config is None or head is None or head.weight is model.get_input_embeddings().weight:
+        return
+    for part in (config, config.get_text_config()):
+        if getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False
 
 
 def save_adapter(model: nn.Module, origin: AdapterOrigin, folder: Path) -> None:
@@ -166,10 +206,16 @@ def save_adapter(model: nn.Module, origin: AdapterOrigin, folder: Path) -> None:
     peft = import_peft()
     peft_model: Any = model
     state = peft.get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-    config = deepcopy(peft_model.peft_config[peft_model.active_adapter])
+    config = peft_model.peft_config[peft_model.active_adapter]
     if origin.initial is not None:
         state, config = as_plain_lora(state, origin.initial, config)
-    config.base_model_name_or_path, config.inference_mode = origin.parent, True
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, str(folder / ADAPTER_WEIGHTS), metadata={"format": "pt"})
+    save_adapter_config(config, origin, folder)
+
+
+def save_adapter_config(config: Any, origin: AdapterOrigin, folder: Path) -> None:
+    """Write PEFT's configuration of an adapter, for the base as `origin` names it."""
+    config = deepcopy(config)
+    config.base_model_name_or_path, config.inference_mode = origin.parent, True
     config.save_pretrained(str(folder))

@@ -12,6 +12,7 @@ from dpo_wrapper.data.tokens.tokenizers import load_tokenizer
 from dpo_wrapper.libraries.error_text import summarize_error
 from dpo_wrapper.libraries.hub import NotOnHubError, find_on_hub
 from dpo_wrapper.pretrained.decoder import PRESETS
+from dpo_wrapper.pretrained.gguf_file import find_gguf, load_gguf
 from dpo_wrapper.pretrained.model import PretrainedModel
 
 
@@ -38,8 +39,13 @@ def load_hugging_face(
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
     try:
-        check_quantization(name, AutoConfig.from_pretrained(files))
-        model = AutoModelForCausalLM.from_pretrained(files, **options)
+        config = AutoConfig.from_pretrained(files)
+        check_quantization(name, config)
+        gguf_file = find_gguf(files)
+        if gguf_file is not None:
+            model = load_gguf(gguf_file, config, **options | {"dtype": dtype or torch.float32})
+        else:
+            model = AutoModelForCausalLM.from_pretrained(files, **options)
     except QuantizationError:
         raise
     except (OSError, ValueError, ImportError) as error:

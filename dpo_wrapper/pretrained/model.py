@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 RUN_FILE = "run.json"
 """In the folder of a training run: its settings, and whether its model is saved."""
+EXPORT_FILE = "export.json"
+"""In the folder of an export: what it was made of, and whether it agrees with that."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +64,38 @@ def read_settings(name: str) -> dict[str, Any]:
 
 
 def check_finished(folder: Path) -> None:
-    """ValueError if a folder holds a run whose model is not trained yet."""
+    """ValueError if a folder holds a run whose model is not trained yet, or an export that is of no use."""
+    check_export(folder)
     if read_run(folder).get("status") == "training":
         remedy = f"resume it, or use {folder}/sft" if (folder / "sft").is_dir() else "resume it"
         raise ValueError(f"--model should be a finished run, but {folder} has not finished: {remedy}.")
 
 
+def check_export(folder: Path) -> None:
+    """ValueError if a folder holds an export that does not agree with its model."""
+    export = read_export(folder)
+    if export.get("status", "verified") != "verified":
+        why = "differs from it" if export["status"] == "differs" else "was not finished"
+        raise ValueError(
+            f"--model should be an export that agrees with its model, but that in {folder} {why}: export "
+            f"{export.get('model')} again."
+        )
+
+
 def read_run(folder: Path) -> dict[str, Any]:
     """The run.json of a training run's folder; empty if there is none that can be read."""
+    return read_dict(folder / RUN_FILE)
+
+
+def read_export(folder: Path) -> dict[str, Any]:
+    """The export.json of an export's folder; empty if there is none that can be read."""
+    return read_dict(folder / EXPORT_FILE)
+
+
+def read_dict(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is none that can be read."""
     try:
-        run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return run if isinstance(run, dict) else {}
+    return content if isinstance(content, dict) else {}

@@ -3,6 +3,7 @@
 import json
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import tyro
@@ -11,6 +12,7 @@ from dpo_wrapper.commands.chat.config import ChatConfig
 from dpo_wrapper.commands.compare.config import parse_arguments as parse_comparison
 from dpo_wrapper.commands.compare.runs import list_runs
 from dpo_wrapper.commands.evaluate.config import EvaluateConfig
+from dpo_wrapper.commands.export.config import ExportConfig, Format
 from dpo_wrapper.commands.pairs.config import PairsConfig
 from dpo_wrapper.training.command_line import parse_arguments
 from helpers.examples import load_example
@@ -48,18 +50,22 @@ def test_it_goes_on_where_it_stopped(run_rounds, fails, num_done):
 
 
 def test_one_script_leads_from_logs_to_an_answer(tmp_path):
-    run_script = partial(record_commands(tmp_path), "from_logs.sh", "model", "logs.jsonl", "out", "Why?")
+    arguments = ("from_logs.sh", "model", "logs.jsonl", "out", "Why?")
+    record = record_commands(tmp_path)
+    run_script = partial(record, *arguments, "base.gguf")
     status, commands = run_script(fails="compare")
     assert status == 1 and [name for name, *_ in commands] == ["pairs", "compare"]
     status, after = run_script()
-    assert status == 0 and [name for name, *_ in after] == ["compare", "evaluate", "chat"]
+    assert status == 0
+    assert [name for name, *_ in after] == ["compare", "evaluate", "chat", "export", "export", "export"]
     assert after[0] == commands[1]
+    assert record(*arguments)[1] == after[:-1]  # no adapter over a base where none is named
 
     pairs = tyro.cli(PairsConfig, args=commands[0][1:])
     comparison = parse_comparison(after[0][1:])
     evaluation, chat = (
         tyro.cli(one, args=args, config=(tyro.conf.FlagCreatePairsOff,))
-        for one, (_, *args) in zip((EvaluateConfig, ChatConfig), after[1:], strict=True)
+        for one, (_, *args) in zip((EvaluateConfig, ChatConfig), after[1:3], strict=True)
     )
     assert (pairs.data, pairs.model, pairs.out) == ((Path("logs.jsonl"),), "model", Path("out/pairs.jsonl"))
     assert {one.config.model for one in comparison.contestants} == {"model"}
@@ -68,6 +74,13 @@ def test_one_script_leads_from_logs_to_an_answer(tmp_path):
     assert evaluation.data == (pairs.out,)
     assert evaluation.model == chat.model == str(list_runs(comparison)[0].folder)
     assert chat.prompt == "Why?" and chat.reference
+
+    options = (tyro.conf.FlagCreatePairsOff,)
+    exports = [tyro.cli(ExportConfig, args=args, config=options) for _, *args in after[3:]]
+    assert {one.model for one in exports} == {chat.model}
+    assert {form for one in exports for form in one.to} == {*get_args(Format)} - {"x-transformers"}
+    assert [one.quantize for one in exports] == ["none", "q8_0", "none"]
+    assert [one.base for one in exports] == [None, None, Path("base.gguf")] and exports[2].adapter
 
 
 def test_the_judge_of_the_bundled_tasks_tells_right_answers_from_wordy_and_wrong_ones():

@@ -96,7 +96,7 @@ def test_a_missing_peft_is_named(rows, tmp_path, llama, monkeypatch):
 
 def test_an_adapter_whose_base_is_gone_says_so(rows, tmp_path):
     base = save_decoder_adapter(tmp_path)
-    with pytest.raises(ValueError, match=f"should be in {base}, but there is nothing: give --model BASE"):
+    with pytest.raises(ValueError, match=f"should be in {base}, but there is nothing: put it back, or"):
         set_up_training(make_lora_config(rows, tmp_path / "out", tmp_path / "adapter", lora=False))
 
 

@@ -51,6 +51,8 @@ class ExportConfig:
     """What the export and the model are compared on."""
     num_tokens: int = 16
     """Number of tokens that both write after each prompt."""
+    check: bool = False
+    """Write nothing: say whether exports that are there are as they were when they were compared."""
 
     def __post_init__(self) -> None:
         if not self.to:
@@ -63,12 +65,9 @@ class ExportConfig:
             raise ValueError(
                 f"--num-tokens should be at least 1, but it is {self.num_tokens}: give another value."
             )
-        for name in ("quantize", "adapter"):
-            if getattr(self, name) != getattr(type(self), name) and not self.writes_gguf:
-                raise ValueError(
-                    f"{flag(name)} should be given with --to gguf or ollama, but --to is "
-                    f"{' '.join(self.to)}: leave it out."
-                )
+        self._check_takers("quantize", "gguf", "ollama")
+        self._check_takers("adapter", "gguf", "ollama")
+        self._check_takers("dtype", "merged", "gguf", "ollama")
         if self.adapter and self.quantize != "none":
             raise ValueError(
                 f"--quantize should be left out where the adapter is exported alone, but it is "
@@ -79,6 +78,11 @@ class ExportConfig:
                 "--base should be given with --adapter, but that is missing: give it, or leave both."
             )
 
-    @property
-    def writes_gguf(self) -> bool:
-        return "gguf" in self.to or "ollama" in self.to
+    def _check_takers(self, option: str, *formats: Format) -> None:
+        """Raise ValueError if an option is given that none of the formats reads."""
+        is_given = getattr(self, option) != getattr(type(self), option)
+        if is_given and not set(formats) & set(self.to):
+            raise ValueError(
+                f"{flag(option)} should be given with --to {' or '.join(formats)}, but --to is "
+                f"{' '.join(self.to)}: leave it out."
+            )

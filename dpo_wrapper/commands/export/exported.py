@@ -4,7 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dpo_wrapper.commands.export.agreement import Agreement, PromptOutput, Reader, compare
+from dpo_wrapper.commands.export.agreement import (
+    Agreement,
+    PromptOutput,
+    Reader,
+    UnreadableError,
+    compare,
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,11 @@ class Exported:
             if check.open_reader is None:
                 missing.append(check.missing)
                 continue
-            reader = check.open_reader()
+            try:
+                reader = check.open_reader()
+            except UnreadableError as error:
+                missing.append(str(error))
+                continue
             try:
                 agreement = compare(check.outputs or outputs, reader, check.tolerance)
             finally:

@@ -6,6 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Beginnings of an adapter, by PEFT's names, that are taken out of the base's weights. An adapter that was
+converted for the base as it was names none of them."""
+
 
 @dataclass(frozen=True)
 class LoraFactors:
@@ -51,23 +55,28 @@ def list_lora_factors(model: nn.Module, form: str) -> list[LoraFactors]:
     base = peft_model.get_base_model()
     for path, layer in base.named_modules():
         name = peft_model.active_adapter
+        if (variant := getattr(layer, "lora_variant", {}).get(name)) is not None:
+            raise ValueError(
+                f"--to {form} takes layers that add scale · B A x to what the base computes, but {path} "
+                f"computes otherwise ({type(variant).__name__}): use --to merged or peft."
+            )
         if name in getattr(layer, "lora_A", ()):
-            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+            a, b = detach(layer.lora_A[name].weight), detach(layer.lora_B[name].weight)
             if not isinstance(layer.get_base_layer(), nn.Linear):
                 kind = type(layer.get_base_layer()).__name__
                 raise ValueError(
                     f"--to {form} takes factors of nn.Linear and nn.Embedding, but {path} is a {kind}: use "
                     "--to merged."
                 )
-            factors.append(LoraFactors(path, *detach(a, b), float(layer.scaling[name])))
+            factors.append(LoraFactors(path, a, b, float(layer.scaling[name])))
         elif name in getattr(layer, "lora_embedding_A", ()):
-            a, b = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
-            factors.append(LoraFactors(path, *detach(a, b), float(layer.scaling[name]), is_embedding=True))
+            a, b = detach(layer.lora_embedding_A[name]), detach(layer.lora_embedding_B[name])
+            factors.append(LoraFactors(path, a, b, float(layer.scaling[name]), is_embedding=True))
     return factors
 
 
-def detach(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(tensor.detach().to("cpu", torch.float32).contiguous() for tensor in tensors)
+def detach(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32).contiguous()
 
 
 def find_other_parts(config: Any) -> str | None:
@@ -85,6 +94,10 @@ def find_other_parts(config: Any) -> str | None:
         return "holds embeddings of single tokens"
     if getattr(config, "lora_bias", False):
         return "has biases of its own (lora_bias)"
+    if str(config.init_lora_weights).startswith(CHANGE_THE_BASE):
+        return f"stands on what its beginning has left of the base ({config.init_lora_weights})"
+    if getattr(config, "layer_replication", None):
+        return "repeats layers of the base (layer_replication)"
     if getattr(config, "target_parameters", None):
         return "changes parameters of experts"
     return None

@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from dpo_wrapper.commands.export.agreement import TOLERANCES
 from dpo_wrapper.commands.export.config import ExportConfig
 from dpo_wrapper.commands.export.exported import Check, Exported
+from dpo_wrapper.commands.export.mlx_reader import list_commands, make_mlx_check
+from dpo_wrapper.commands.export.rope_keys import repeat_rope_keys
 from dpo_wrapper.commands.export.source import ExportSource
 from dpo_wrapper.commands.export.transformers_reader import ModuleReader
+from dpo_wrapper.commands.export.weights import WeightDigests
 from dpo_wrapper.libraries.tensor_files import apply_umask
 from dpo_wrapper.pretrained.model import CONFIG_FILE
 
@@ -19,48 +23,58 @@ def write_merged(source: ExportSource, folder: Path, config: ExportConfig) -> Ex
     """Write the model, its adapter merged in float32, with its tokenizer.
 
     Raises:
-        ValueError: it is a model of x-transformers.
+        ValueError: the dtype cannot hold its weights.
     """
-    if source.kind == "x_transformers":
-        raise ValueError(
-            f"--to merged writes a Hugging Face folder, but {source.name} is a model of x-transformers: use "
-            "--to x-transformers."
-        )
     model: Any = source.merge().pretrained.model
     dtype = getattr(torch, config.dtype)
-    tensors = {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in model.state_dict().items()
-    }
-    model.config.dtype = dtype
-    model.save_pretrained(folder, state_dict=tensors)
+    weights = WeightDigests.of(model, dtype)
+    model.save_pretrained(folder, state_dict=cast_state(model, dtype))
     source.tokenizer.save(folder)
+    write_dtype(folder / CONFIG_FILE, config.dtype)
     repeat_rope_keys(folder / CONFIG_FILE)
     for file in folder.glob("*.safetensors"):
         apply_umask(file)
-    check = Check(
-        lambda: ModuleReader("transformers", lambda: load_in_float32(folder)), TOLERANCES[config.dtype]
-    )
-    return Exported(folder, [check], usage=[f'AutoModelForCausalLM.from_pretrained("{folder}")'])
+    tolerance = TOLERANCES[config.dtype]
+    checks = [
+        Check(lambda: ModuleReader("transformers", lambda: load_in_float32(folder), weights), tolerance),
+        make_mlx_check(source, folder, tolerance),
+    ]
+    usage = [
+        f'AutoModelForCausalLM.from_pretrained("{folder}")',
+        *list_commands(source, config, folder),
+    ]
+    return Exported(folder, checks, usage, [weights.note])
 
 
-def load_in_float32(folder: Path) -> Any:
+def load_in_float32(folder: str | Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def repeat_rope_keys(file: Path) -> None:
-    """Write `rope_theta` and `rope_scaling` at the top of a config.json too, where other programs read them.
+def cast_state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The state of a model in another dtype; what is tied stays so.
 
-    transformers 5 has them in `rope_parameters` alone; mlx-lm and older programs would take 10,000.
+    Raises:
+        ValueError: a weight is too large for it.
     """
-    settings = json.loads(file.read_text(encoding="utf-8"))
-    rope = settings.get("rope_parameters")
-    if not isinstance(rope, dict) or "rope_theta" not in rope:
-        return
-    settings["rope_theta"] = rope["rope_theta"]
-    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    if scaling.get("rope_type", "default") != "default":
-        settings["rope_scaling"] = scaling
+    cast: dict[int, Tensor] = {}
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if tensor.data_ptr() in cast:
+            state[name] = cast[tensor.data_ptr()]
+        elif tensor.is_floating_point():
+            state[name] = cast[tensor.data_ptr()] = tensor.to(dtype)
+            if not state[name].isfinite().all() and tensor.isfinite().all():
+                raise ValueError(
+                    f"--dtype should hold the model's weights, but {name} has one of "
+                    f"{tensor.abs().max():.1e}, which is too large for {str(dtype).removeprefix('torch.')}: "
+                    "use bfloat16."
+                )
+    return state
+
+
+def write_dtype(file: Path, dtype: str) -> None:
+    """Name the dtype of the weights in a config.json, for older versions of transformers too."""
+    settings = json.loads(file.read_text(encoding="utf-8")) | {"dtype": dtype, "torch_dtype": dtype}
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

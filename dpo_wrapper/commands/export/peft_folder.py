@@ -10,6 +10,8 @@ from dpo_wrapper.commands.export.config import ExportConfig
 from dpo_wrapper.commands.export.exported import Check, Exported
 from dpo_wrapper.commands.export.source import ExportSource
 from dpo_wrapper.commands.export.transformers_reader import ModuleReader
+from dpo_wrapper.commands.export.weights import WeightDigests
+from dpo_wrapper.libraries.hub import find_on_hub
 from dpo_wrapper.pretrained import save_pretrained
 
 
@@ -20,15 +22,16 @@ def write_peft(source: ExportSource, folder: Path, config: ExportConfig) -> Expo
         ValueError: the model has no adapter, or one that stands on another.
     """
     origin = source.require_adapter("peft")
+    weights = WeightDigests.of(source.pretrained.model, torch.float32)
     save_pretrained(source.pretrained, source.pretrained.model, folder)
 
     def load() -> Any:
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
 
-        base = AutoModelForCausalLM.from_pretrained(origin.base, dtype=torch.float32)
+        base = AutoModelForCausalLM.from_pretrained(find_on_hub(origin.base), dtype=torch.float32)
         return PeftModel.from_pretrained(base, str(folder))
 
     usage = [f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{origin.base}"), "{folder}")']
-    check = Check(lambda: ModuleReader("PEFT", load), TOLERANCES["float32"])
-    return Exported(folder, [check], usage)
+    check = Check(lambda: ModuleReader("PEFT", load, weights), TOLERANCES["float32"])
+    return Exported(folder, [check], usage, [weights.note])

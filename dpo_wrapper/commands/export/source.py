@@ -11,6 +11,7 @@ from dpo_wrapper.commands.export.agreement import PromptOutput, compute_outputs
 from dpo_wrapper.commands.export.config import ExportConfig
 from dpo_wrapper.data.tokens.tokenizers import Tokenizer
 from dpo_wrapper.evaluation.model_pair import check_is_trained, complete_options, load_named
+from dpo_wrapper.libraries.error_text import summarize_error
 from dpo_wrapper.pretrained import AdapterOrigin, PretrainedModel, read_run
 from dpo_wrapper.pretrained.adapter import merge_adapter
 
@@ -35,7 +36,7 @@ class ExportSource:
 
     @classmethod
     def load(cls, config: ExportConfig) -> "ExportSource":
-        """Load a model, and ask it for its answers.
+        """Load a model; `outputs` is empty before `answer`.
 
         Raises:
             ValueError: it cannot be loaded, or its weights are quantized.
@@ -46,11 +47,29 @@ class ExportSource:
         pretrained = load_named(config.model, "the model", tokenizer_name=None, max_length=512, **options)
         check_not_quantized(pretrained, config.model)
         pretrained.model.eval().requires_grad_(False)
-        source = cls(config.model, pretrained, run, ())
+        return cls(config.model, pretrained, run, ())
+
+    def answer(self, config: ExportConfig) -> "ExportSource":
+        """The same with what the model says of the prompts.
+
+        Raises:
+            ValueError: the model has too few positions.
+        """
+        positions = self.pretrained.max_positions
+        if positions is not None and config.num_tokens >= positions:
+            raise ValueError(
+                f"--num-tokens should be below the {positions} positions of {self.name}, but it is "
+                f"{config.num_tokens}: give a smaller one."
+            )
         outputs = compute_outputs(
-            pretrained.model, source.tokenizer, config.prompts, config.num_tokens, as_chat=source.is_chat
+            self.pretrained.model,
+            self.tokenizer,
+            config.prompts,
+            config.num_tokens,
+            as_chat=self.is_chat,
+            max_positions=positions,
         )
-        return replace(source, outputs=tuple(outputs))
+        return replace(self, outputs=tuple(outputs))
 
     @property
     def kind(self) -> Kind:
@@ -68,17 +87,36 @@ class ExportSource:
         choice = self.run.get("settings", {}).get("as_chat", "auto")
         return self.tokenizer.has_chat_template if choice == "auto" else choice == "always"
 
+    @property
+    def was_trained_in_4_bits(self) -> bool:
+        """Whether the adapter was trained on other weights than it is exported for."""
+        return bool(self.run.get("settings", {}).get("load_in_4bit"))
+
+    def free_memory(self) -> None:
+        """Drop the weights, which are of no use once the last export is written."""
+        self.pretrained.model.to("meta")
+
     def merge(self) -> "ExportSource":
         """The same without adapter, which is written into the weights in float32.
 
         The model of `self` is used up by it.
+
+        Raises:
+            ValueError: PEFT cannot merge the adapter.
         """
         pretrained = self.pretrained
         origin = pretrained.adapter
         if origin is None:
             return self
         named = replace(pretrained, adapter=replace(origin, folder=origin.folder or self.name))
-        return replace(self, pretrained=replace(merge_adapter(named), adapter=None))
+        try:
+            merged = merge_adapter(named)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the adapter of {self.name} should be one that PEFT can merge, but it cannot "
+                f"({summarize_error(error)}): use --to peft."
+            ) from error
+        return replace(self, pretrained=replace(merged, adapter=None))
 
     def require_adapter(self, form: str) -> AdapterOrigin:
         """Where the adapter comes from; ValueError if there is none, or another is merged below it."""

@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dpo_wrapper.commands.export.agreement import TOLERANCES
 from dpo_wrapper.commands.export.config import ExportConfig
 from dpo_wrapper.commands.export.exported import Check, Exported
 from dpo_wrapper.commands.export.source import ExportSource
 from dpo_wrapper.commands.export.transformers_reader import ModuleReader
+from dpo_wrapper.commands.export.weights import WeightDigests
 from dpo_wrapper.pretrained import save_pretrained
 from dpo_wrapper.pretrained.model import CONFIG_FILE, WEIGHTS_FILE
 
@@ -16,14 +19,10 @@ from dpo_wrapper.pretrained.model import CONFIG_FILE, WEIGHTS_FILE
 def write_x_transformers(source: ExportSource, folder: Path, config: ExportConfig) -> Exported:
     """Write weights, arguments and tokenizer; the three lines that load them are run to check them.
 
-    Raises:
-        ValueError: it is no model of x-transformers.
+    Its adapter is merged before, if it has one.
     """
-    if source.kind != "x_transformers":
-        raise ValueError(
-            f"--to x-transformers should be given for a model of x-transformers, but {source.name} is one of "
-            "Hugging Face: use --to merged."
-        )
+    source = source.merge()
+    weights = WeightDigests.of(source.pretrained.model, torch.float32)
     save_pretrained(source.pretrained, source.pretrained.model, folder)
     lines = format_loading(folder)
 
@@ -32,9 +31,8 @@ def write_x_transformers(source: ExportSource, folder: Path, config: ExportConfi
         exec("\n".join(lines), names)
         return names["model"]
 
-    return Exported(
-        folder, [Check(lambda: ModuleReader("x-transformers", load), TOLERANCES["float32"])], lines
-    )
+    check = Check(lambda: ModuleReader("x-transformers", load, weights), TOLERANCES["float32"])
+    return Exported(folder, [check], lines, [weights.note])
 
 
 def format_loading(folder: Path) -> list[str]:

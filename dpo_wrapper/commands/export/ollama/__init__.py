@@ -1,0 +1,1 @@
+"""A GGUF file with a Modelfile for Ollama."""
