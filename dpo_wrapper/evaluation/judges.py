@@ -72,6 +72,11 @@ def load_judge(
         return ImplicitJudge(spec, pair)
     if is_function(spec):
         return FunctionJudge(spec, load_function(spec))
+    if spec.endswith(".py"):
+        raise ValueError(
+            f"--judge should name a function of a file, as in rules.py:score, but it is {spec}: write "
+            f"{spec}:NAME."
+        )
     from dpo_wrapper.evaluation.reward_model import RewardModel
 
     return RewardModel(spec, dtype=dtype, device=device)

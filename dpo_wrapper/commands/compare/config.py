@@ -100,8 +100,11 @@ def list_contestants(config: TrainConfig, losses: Sequence[str], recipe: Path | 
         raise ValueError(
             f"--losses should be given without --loss, but that is {config.loss}: name it in --losses."
         )
+    parsed: dict[str, str] = {}
     for loss in losses:
-        parse_losses(loss)
+        same = parsed.setdefault(repr(parse_losses(loss)), loss)
+        if same is not loss:
+            raise ValueError(f"--losses should differ, but {same} and {loss} are one: leave one out.")
     return [Contestant("-".join([*stem, name_loss(loss)]), replace(config, loss=loss)) for loss in losses]
 
 

@@ -40,7 +40,7 @@ class CrossedBootstrap:
         A share of 0 or 1 is the same in all resamples, and has the interval of `bound_certain_share`.
         """
         found = self._estimate(lambda draw: draw(table))
-        if is_share and found.value in (0.0, 1.0):
+        if is_share and found.bounds is not None and found.value in (0.0, 1.0):
             return bound_certain_share(found.value, self.prompt_counts.shape[1], CONFIDENCE)
         return found
 
@@ -51,7 +51,8 @@ class CrossedBootstrap:
     def _estimate(self, combine: Callable[[Callable[[Table], Floats]], Floats]) -> Estimate:
         value = float(combine(lambda table: np.asarray(np.nanmean(table))))
         draws = combine(self.draw_means)
-        if not np.isfinite(draws).any():
+        is_alone = self.prompt_counts.shape[1] < 2  # nothing is known of other prompts
+        if is_alone or not np.isfinite(draws).any():
             return Estimate(value)
         tail = (1 - CONFIDENCE) / 2
         low, high = np.nanquantile(draws, (tail, 1 - tail))

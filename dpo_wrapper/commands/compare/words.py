@@ -8,7 +8,10 @@ from dpo_wrapper.evaluation.statistics.bootstrap import Estimate
 
 def draw_conclusions(results: Sequence[MetricResult], num_seeds: int, num_pairs: int) -> list[str]:
     """The sentences of a page, on each metric and on what was drawn for the intervals."""
-    sentences = [describe_order(one.metric.label, one.means, one.metric.format) for one in results]
+    sentences = []
+    for one in results:
+        sentences.append(describe_order(one.metric.label, one.means, one.metric.format))
+        sentences += describe_differences(one)
     seeds = f"{num_seeds} seeds" if num_seeds > 1 else "one seed"
     basis = f"All of this rests on {num_pairs:,} eval pairs and {seeds}"
     if num_seeds == 1:
@@ -47,6 +50,20 @@ def describe_order(
     text = f"In {label} {'; '.join(sentences)}."
     ties = [shown.get(name, name) for name in names[1:] if name not in below[first]]
     return f"{text} Between {first} and {join_words(ties)} it is a tie." if ties else text
+
+
+def describe_differences(result: MetricResult) -> list[str]:
+    """A sentence on contestants that differ on the same pairs, though their intervals overlap."""
+    names = sorted(result.means, key=lambda name: -(result.means[name].value or 0.0))
+    first, format_value = names[0], result.metric.format
+    shown = []
+    for name in names[1:]:
+        bounds = result.differences[name].bounds
+        if bounds is not None and bounds[1] < 0 and do_overlap(result.means[first], result.means[name]):
+            shown.append(f"{name} by {format_value(-bounds[1])} to {format_value(-bounds[0])}")
+    if not shown:
+        return []
+    return [f"On the same pairs and seeds {first} is above {join_words(shown)} all the same."]
 
 
 def do_overlap(one: Estimate, other: Estimate) -> bool:

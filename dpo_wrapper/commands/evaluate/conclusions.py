@@ -1,11 +1,14 @@
 """What the figures of an evaluation support, in words."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpo_wrapper.evaluation.statistics.figures import ACCURACY
 
 Interval = Mapping[str, float | None]
+
+MIN_SIDE_PAIRS = 10
+"""Pairs whose chosen answer is the longer one, or the shorter one, below which lengths cannot be balanced."""
 
 
 def draw_conclusions(content: Mapping[str, Any], has_reference: bool) -> list[str]:
@@ -17,7 +20,7 @@ def draw_conclusions(content: Mapping[str, Any], has_reference: bool) -> list[st
     """
     figures = content["figures"]
     sentences = [conclude_accuracy(figures[ACCURACY], content["pairs"], has_reference)]
-    sentences += conclude_length(figures)
+    sentences += conclude_length(figures, content["length_bins"])
     if (answers := content.get("answers")) is not None and "win_rate" in answers:
         sentences.append(conclude_win_rate(answers))
     return sentences
@@ -42,8 +45,11 @@ def conclude_accuracy(accuracy: Interval, num_pairs: int, has_reference: bool) -
     return f"The accuracy, {span}, is above that of a coin: the model prefers the chosen answers{than}."
 
 
-def conclude_length(figures: Mapping[str, Interval]) -> list[str]:
-    """A sentence on what length alone explains; none where nothing can be said of it."""
+def conclude_length(figures: Mapping[str, Interval], bins: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence on what length alone explains; none where nothing can be said of it.
+
+    `bins` are those of pairs by the difference of their lengths.
+    """
     balanced, longer = figures["accuracy/lengths_balanced"], figures["length/longer_wins"]
     accuracy = figures[ACCURACY]
     if balanced["low"] is None or balanced["high"] is None or accuracy["low"] is None:
@@ -52,6 +58,16 @@ def conclude_length(figures: Mapping[str, Interval]) -> list[str]:
     share = max(longer["value"] or 0, 1 - (longer["value"] or 0))
     alone = f"Always taking {rule} would be right in {share:.1%}"
     span = format_interval(balanced)
+    counts = {
+        word: sum(one["pairs"] for one in bins if sign * one["low"] > 0)
+        for word, sign in (("longer", 1), ("shorter", -1))
+    }
+    rarer = min(counts, key=lambda word: counts[word])
+    if balanced["low"] <= 0.5 < accuracy["low"] and counts[rarer] < MIN_SIDE_PAIRS:
+        return [
+            f"{alone}; the chosen answer is {rarer} in {counts[rarer]} of {sum(counts.values())} pairs of "
+            "unlike lengths, too few to tell whether it is length alone."
+        ]
     if balanced["low"] > 0.5:
         return [
             f"{alone}; with lengths balanced the accuracy is still above that of a coin, {span}: it is not "

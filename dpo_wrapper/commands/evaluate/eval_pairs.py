@@ -115,8 +115,14 @@ def select_held_out(
         sentence = f"{left_out:,} rows are left out, for they are not marked as test, as others are."
         return rows, [sentence] if left_out else []
     settings = run.get("settings", {})
-    if not settings or not names_same_data(config.data, settings["data"]):
+    if not settings:
         return everything, []
+    if not names_same_data(config.data, settings["data"]):
+        sentence = (
+            "rows that the run was trained on are not told apart here: they are where --data names just what "
+            f"the run did ({' '.join(settings['data'])})."
+        )
+        return everything, [] if settings.get("eval_data") else [sentence]
     fraction = settings["eval_fraction"]
     if settings.get("eval_data") or any(splits) or not fraction:
         return everything, ["the run was trained on these rows: their figures are not those of new ones."]

@@ -43,7 +43,7 @@ def test_recipes_are_contestants_and_the_command_line_wins(recipes):
     [
         (["--losses", "sigmoid"], "at least two losses or recipes to compare, but there is sigmoid alone"),
         ([], "at least two losses or recipes"),
-        (["--losses", "sigmoid", "Sigmoid"], "differ in their names, but sigmoid is there twice"),
+        (["--losses", "sigmoid", "Sigmoid"], "sigmoid and Sigmoid are one: leave one out"),
         (
             ["--losses", "sigmoid", "ipo", "--loss", "kto"],
             "--losses should be given without --loss, but that is",
@@ -55,6 +55,7 @@ def test_recipes_are_contestants_and_the_command_line_wins(recipes):
             "--num-samples is of answers that a judge reads",
         ),
         (["--losses", "sigmoid", "sigmoit"], "sigmoit"),
+        (["--losses", "sigmoid", "ipo", "dpo"], "sigmoid and dpo are one: leave one out"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(arguments, problem):

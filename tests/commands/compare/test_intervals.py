@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from dpo_wrapper.commands.compare.intervals import CrossedBootstrap
-from dpo_wrapper.commands.compare.words import describe_order
+from dpo_wrapper.commands.compare.results import METRICS, MetricResult
+from dpo_wrapper.commands.compare.words import describe_differences, describe_order
 from dpo_wrapper.evaluation.statistics.bootstrap import Estimate
 
 
@@ -76,3 +77,19 @@ def test_overlapping_intervals_are_called_a_tie(estimates, sentence):
         describe_order("x", estimates, "{:.0%}".format).replace(" b (75%) is a tie", " b is a tie")
         == sentence
     )
+
+
+def test_nothing_is_said_of_other_prompts_where_there_is_one():
+    bootstrap = CrossedBootstrap(2, ["a", "a"])
+    for table, is_share in ((np.array([[1.0, 2.0], [2.0, 5.0]]), False), (np.ones((2, 2)), True)):
+        assert bootstrap.estimate_mean(table, is_share=is_share).bounds is None
+
+
+def test_a_difference_on_the_same_pairs_is_told_beside_a_tie():
+    means = {"a": Estimate(0.3, 0.1, 0.5), "b": Estimate(0.2, 0.0, 0.4), "c": Estimate(0.1, 0.0, 0.2)}
+    differences = {"b": Estimate(-0.1, -0.15, -0.05), "c": Estimate(-0.2, -0.5, 0.1)}
+    metric = next(one for one in METRICS if not one.is_share)
+    (sentence,) = describe_differences(MetricResult(metric, {}, means, differences))
+    low, high = map(metric.format, (0.05, 0.15))
+    assert sentence == f"On the same pairs and seeds a is above b by {low} to {high} all the same."
+    assert describe_differences(MetricResult(metric, {}, means, {name: means["a"] for name in "bc"})) == []

@@ -16,7 +16,8 @@ def make_content(accuracy, balanced=(0.5, 0.4, 0.6), longer=0.5, **others):
         "accuracy/lengths_balanced": figure(*balanced),
         "length/longer_wins": figure(longer),
     }
-    return {"figures": figures, "pairs": 40, "length_bins": []} | others
+    bins = [{"low": low, "high": low, "pairs": 20} for low in (-3, 4)]
+    return {"figures": figures, "pairs": 40, "length_bins": bins} | others
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,9 @@ def test_length_alone_is_named_where_it_may_explain_the_accuracy():
     assert explained.endswith("may be that of a coin: it may be length alone.")
     _, more = draw_conclusions(make_content(above, (0.65, 0.55, 0.7), 0.4), True)
     assert "taking the shorter answer would be right in 60.0%" in more and "not length alone" in more
+    few = [{"low": low, "high": low, "pairs": pairs} for low, pairs in ((-3, 80), (0, 19), (4, 1))]
+    _, unknown = draw_conclusions(make_content(above, (0.5, 0.4, 0.6), 0.2, length_bins=few), True)
+    assert "the chosen answer is longer in 1 of 81 pairs of unlike lengths, too few to tell" in unknown
     assert len(draw_conclusions(make_content((0.5, 0.4, 0.6)), True)) == 1
     assert len(draw_conclusions(make_content(above, (None,)), True)) == 1
 
