@@ -67,7 +67,8 @@ class ExportConfig:
             )
         self._check_takers("quantize", "gguf", "ollama")
         self._check_takers("adapter", "gguf", "ollama")
-        self._check_takers("dtype", "merged", "gguf", "ollama")
+        whole: tuple[Format, ...] = () if self.adapter else ("gguf", "ollama")
+        self._check_takers("dtype", "merged", *whole)
         if self.adapter and self.quantize != "none":
             raise ValueError(
                 f"--quantize should be left out where the adapter is exported alone, but it is "

@@ -25,6 +25,10 @@ from dpo_wrapper.commands.export.config import ExportConfig
             {"to": ("gguf",), "adapter": True, "quantize": "q8_0"},
             "^--quantize should be left out where the adapter is exported alone, but it is q8_0",
         ),
+        (
+            {"to": ("gguf",), "adapter": True, "dtype": "float16"},
+            "^--dtype should be given with --to merged, but --to is gguf: leave it out",
+        ),
         ({"to": ("gguf",), "base": Path("b.gguf")}, "^--base should be given with --adapter, but that is"),
     ],
 )
