@@ -74,7 +74,8 @@ def make_source(
 
 
 def make_config(folder: Path, **options: Any) -> ExportConfig:
-    options = {"model": "run", "to": ("ollama",), "out": folder, "dtype": "float32", **options}
+    dtype = {} if options.get("adapter") else {"dtype": "float32"}
+    options = {"model": "run", "to": ("ollama",), "out": folder, **dtype, **options}
     return ExportConfig(**options)
 
 
