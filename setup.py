@@ -5,6 +5,7 @@ from setuptools import find_packages, setup
 
 train = [
     "accelerate>=1.2",
+    "gguf>=0.19",
     "matplotlib>=3.8",
     "peft>=0.18",
     "pyarrow>=15",

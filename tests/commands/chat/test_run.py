@@ -189,6 +189,14 @@ class Terminal:
     def type(self, text):
         os.write(self.descriptor, text.encode())
 
+    def type_until(self, text, expected):
+        """Type a text again and again: a signal between a prompt and the wait for a line is not seen."""
+        while expected not in self.text:
+            self.type(text)
+            if select.select([self.descriptor], [], [], 2)[0]:
+                self.read()
+        self.wait_for(expected)
+
     def exit_status(self):
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
@@ -204,7 +212,6 @@ def test_a_conversation_in_a_terminal(llama):
     assert "^C" in terminal.wait_for("(stopped)\r\n\r\n> ")
     terminal.type("/reset\n")
     terminal.wait_for("> ")
-    terminal.type("\x03")
-    terminal.wait_for("(Ctrl-D leaves)\r\n> ")
+    terminal.type_until("\x03", "(Ctrl-D leaves)\r\n> ")
     terminal.type("\x04")
     assert terminal.exit_status() == 0
