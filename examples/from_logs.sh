@@ -7,7 +7,8 @@
 #
 # Usage: from_logs.sh MODEL LOGS OUT [PROMPT [GGUF]]
 # GGUF is a file of MODEL for llama.cpp, in 4 bits perhaps, on which the adapter is tried.
-# What was interrupted is continued by the same command.
+# With 60 prompts and a model of 135M parameters it takes about 35 minutes on 2 cores, the exports 4 of them. What was
+# interrupted is continued by the same command.
 set -eu
 model=$1 logs=$2 out=$3 prompt=${4:-How do I keep bread fresh?} base=${5:-}
 pairs=$out/pairs.jsonl run=$out/compare/runs/sigmoid-beta-0.1-seed0
