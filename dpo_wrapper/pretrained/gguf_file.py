@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from dpo_wrapper.pretrained.gguf_adapter import open_gguf, read_tensor
+
 
 def find_gguf(folder: str | Path) -> Path | None:
     """The GGUF file that is the only model in a folder with a config.json, if there is one."""
@@ -46,20 +48,18 @@ def hide_bar() -> Iterator[None]:
 
 def load_gemma(file: Path, config: Any, dtype: torch.dtype, **options: Any) -> Any:
     """A Gemma, to whose norms 1 is added in the file."""
-    from gguf import MODEL_ARCH, GGUFReader, dequantize, get_tensor_name_map
+    from gguf import MODEL_ARCH, get_tensor_name_map
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     names = get_tensor_name_map(MODEL_ARCH.GEMMA, config.num_hidden_layers)
-    tensors = {
-        tensor.name: dequantize(tensor.data, tensor.tensor_type) for tensor in GGUFReader(file).tensors
-    }
+    tensors = {tensor.name: read_tensor(tensor) for tensor in open_gguf(file).tensors}
     state = {}
     for name in model.state_dict():
         if name == "lm_head.weight":
             continue
         gguf_name = names.get_name(name, try_suffixes=(".weight",))
-        tensor = torch.tensor(tensors[gguf_name or name])
+        tensor = tensors[gguf_name or name]
         state[name] = tensor - 1 if name.endswith("norm.weight") else tensor
     model.load_state_dict(state, strict=False)
     return model.eval()

@@ -17,7 +17,6 @@ from dpo_wrapper.training.processes import join_processes
 
 COMPILED = re.compile(r"(MLP|FeedForward|FFN|Norm)$", re.IGNORECASE)
 """The names of the classes that are compiled; torch's own layers are fast already."""
-"""Names of classes of feed-forward layers."""
 
 
 def resolve_dtype(config: TrainConfig) -> torch.dtype | None:

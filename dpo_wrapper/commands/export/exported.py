@@ -1,7 +1,7 @@
 """A written export, and how it is read back."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_wrapper.commands.export.agreement import (
@@ -43,7 +43,7 @@ class Exported:
     folder: Path
     checks: Sequence[Check]
     usage: Sequence[str] = ()
-    notes: Sequence[str] = field(default=())
+    notes: Sequence[str] = ()
 
     def read_back(self, outputs: Sequence[PromptOutput]) -> tuple[list[Agreement], list[str]]:
         """How far each program's results are apart from the model's, and sentences on missing programs.

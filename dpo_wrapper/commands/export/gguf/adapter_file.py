@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dpo_wrapper.commands.export.gguf.base_file import check_base_file, has_head
 from dpo_wrapper.commands.export.gguf.families import Family, architecture_id, find_family
+from dpo_wrapper.commands.export.gguf.storage import write_file
 from dpo_wrapper.commands.export.gguf.tensors import interleave_halves
 from dpo_wrapper.commands.export.lora_factors import LoraFactors, list_lora_factors
 from dpo_wrapper.pretrained.gguf_adapter import import_gguf
@@ -65,10 +66,7 @@ def write_adapter_file(
         b = order_rows(one.b, one.path, family, config) * (one.scale * one.rank / alpha)
         writer.add_tensor(f"{name}.lora_a", a.contiguous().numpy())
         writer.add_tensor(f"{name}.lora_b", b.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_file(writer)
 
 
 def name_tensors(factors: Sequence[LoraFactors], family: Family, config: Any, *, has_head: bool) -> list[str]:

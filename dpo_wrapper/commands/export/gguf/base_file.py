@@ -10,7 +10,7 @@ from torch import nn
 
 from dpo_wrapper.commands.export.gguf.families import Family, architecture_id
 from dpo_wrapper.commands.export.gguf.tensors import has_tied_head
-from dpo_wrapper.pretrained.adapter import import_peft, without_deprecations
+from dpo_wrapper.pretrained.adapter import import_peft, make_peft_model
 from dpo_wrapper.pretrained.gguf_adapter import import_gguf, open_gguf, read_field
 from dpo_wrapper.pretrained.gguf_file import load_gguf
 
@@ -90,8 +90,6 @@ def copy_adapter(model: Any, base: nn.Module) -> nn.Module:
     peft = import_peft()
     config = deepcopy(model.peft_config[model.active_adapter])
     config.init_lora_weights = True  # other beginnings would change the base
-    with without_deprecations():
-        copy = peft.get_peft_model(base, config)
+    copy = make_peft_model(base, config)
     peft.set_peft_model_state_dict(copy, peft.get_peft_model_state_dict(model, save_embedding_layers=False))
-    copied: nn.Module = copy.eval()
-    return copied
+    return copy.eval()

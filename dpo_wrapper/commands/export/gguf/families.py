@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 
@@ -43,6 +44,8 @@ GELU = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False}
 LLAMA = Family(
     "llama", "LlamaForCausalLM", "LlamaConfig", True, 0.0, ("default", "linear", "yarn", "llama3"), SILU
 )
+gemma = partial(Family, norm_offset=1.0, llama_cpp_rounding=1e-3, rope_types=("default", "linear"))
+
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": LLAMA,
@@ -50,33 +53,24 @@ FAMILIES: dict[str, Family] = {
     "Qwen3ForCausalLM": Family(
         "qwen3", "Qwen3ForCausalLM", "Qwen3Config", required=SILU | {"attention_bias": False}
     ),
-    "GemmaForCausalLM": Family(
+    "GemmaForCausalLM": gemma(
         "gemma",
         "GemmaForCausalLM",
         "GemmaConfig",
-        norm_offset=1.0,
-        llama_cpp_rounding=1e-3,
-        rope_types=("default", "linear"),
         required={"hidden_act": "gelu_pytorch_tanh", "attention_bias": False},
     ),
-    "Gemma2ForCausalLM": Family(
+    "Gemma2ForCausalLM": gemma(
         "gemma2",
         "Gemma2ForCausalLM",
         "Gemma2Config",
-        norm_offset=1.0,
-        llama_cpp_rounding=1e-3,
-        rope_types=("default", "linear"),
         required=GELU,
         window_period=2,
         full_head_size_layers=46,
     ),
-    "Gemma3ForCausalLM": Family(
+    "Gemma3ForCausalLM": gemma(
         "gemma3",
         "Gemma3ForCausalLM",
         "Gemma3TextConfig",
-        norm_offset=1.0,
-        llama_cpp_rounding=1e-3,
-        rope_types=("default", "linear"),
         required=GELU | {"attn_logit_softcapping": None, "use_bidirectional_attention": False},
         window_period=6,
         full_head_size_layers=62,

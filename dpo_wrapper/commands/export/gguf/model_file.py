@@ -16,6 +16,7 @@ from dpo_wrapper.commands.export.gguf.storage import (
     add_tensor,
     quantize_by_llama_cpp,
     stored_type,
+    write_file,
 )
 from dpo_wrapper.commands.export.gguf.tensors import convert_tensors, has_tied_head
 from dpo_wrapper.commands.export.source import ExportSource
@@ -73,10 +74,7 @@ def write_base_gguf(model: Any, tokenizer: Tokenizer, file: Path, dtype: str) ->
     notes = add_keys(writer, model, tokenizer, dtype)
     for name, array in convert_tensors(model, family):
         add_tensor(writer, name, array, dtype)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_file(writer)
     return notes
 
 

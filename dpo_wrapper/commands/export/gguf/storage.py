@@ -50,6 +50,14 @@ def add_tensor(writer: Any, name: str, array: Array, stored: str) -> None:
     writer.add_tensor(name, quantize(array, tensor_type), raw_dtype=tensor_type)
 
 
+def write_file(writer: Any) -> None:
+    """Write what was added to a `gguf.GGUFWriter`, and close it."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def check_quantizer(quantization: Quantization) -> None:
     """Raise ImportError where the program that quantizes is missing."""
     if quantization == "q4_k_m" and find_spec("llama_cpp") is None and shutil.which(PROGRAM) is None:

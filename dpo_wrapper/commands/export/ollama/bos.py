@@ -1,7 +1,8 @@
 """Whether llama.cpp puts a BOS token in front of a text, by what stands in a GGUF file."""
 
 from pathlib import Path
-from typing import Any
+
+from dpo_wrapper.pretrained.gguf_adapter import open_gguf, read_field
 
 _ADD_BOS = {
     "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano",
@@ -12,15 +13,8 @@ _ADD_BOS = {
 
 def adds_bos_token(file: Path) -> bool:
     """Whether the tokenizer of a GGUF file puts a BOS in front of every text."""
-    from gguf import GGUFReader
-
-    fields = GGUFReader(file).fields
-
-    def read(name: str) -> Any:
-        field = fields.get(f"tokenizer.ggml.{name}")
-        return None if field is None else field.contents()
-
-    flag = read("add_bos_token")
-    if flag is not None:
-        return bool(flag)
-    return bool(read("model") == "llama" or read("pre") in _ADD_BOS)
+    reader = open_gguf(file)
+    flag, model, pre = (
+        read_field(reader, f"tokenizer.ggml.{name}") for name in ("add_bos_token", "model", "pre")
+    )
+    return bool(model == "llama" or pre in _ADD_BOS) if flag is None else bool(flag)
