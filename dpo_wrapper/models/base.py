@@ -1,6 +1,7 @@
 """The interface to a language model, and the implementation for any module of which nothing is known."""
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from dpo_wrapper.models.balance_loss import BalanceLoss
 from dpo_wrapper.models.lower_layers import DecoderLayer
-from dpo_wrapper.prefix_tree import TreeLayout
+from dpo_wrapper.prefix_tree import StateKernel, TreeLayout
 
 install_lock = threading.Lock()
 """Held while a library's attention is wrapped, once for the process."""
@@ -45,6 +46,7 @@ class LanguageModel:
     plain_attention_hint = ""  # what makes attention such that a kernel may compute it, in brackets
     has_own_positions = False  # whether its attention may count positions by itself, whatever a tree says
     layer_name = "layer"  # what `decoder_layers` are called, in messages
+    recurrent_layers: Sequence[nn.Module] = ()  # those that carry a state along the sequence
     balance_loss: BalanceLoss | None = None  # the loss that balances its experts, where it is needed
 
     def __init__(self, model: nn.Module) -> None:
@@ -66,6 +68,14 @@ class LanguageModel:
         Raises PrefixSharingError if the model's attention cannot be run over a tree.
         """
         raise NotImplementedError
+
+    def state_kernels(self) -> list[StateKernel]:
+        """What may compute the layers that carry a state over a tree, the best first; none without such layers."""
+        return []
+
+    def layers_along_paths(self, state: StateKernel | None) -> list[nn.Module]:
+        """The layers that run along the paths of a tree where `state` is what computes those with a state."""
+        return []
 
     def output_head(self) -> OutputHead | None:
         """The output head; None if it is anything but one linear layer."""

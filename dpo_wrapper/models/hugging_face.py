@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from dpo_wrapper.models.balance_loss import BalanceLoss
 from dpo_wrapper.models.base import LanguageModel, OutputHead, as_output_head, has_hooks, install_lock
 from dpo_wrapper.models.hugging_face_attention import install_hooks
+from dpo_wrapper.models.hugging_face_recurrence import can_fork, install_recurrence_hooks
 from dpo_wrapper.models.lower_layers import DecoderLayer
+from dpo_wrapper.models.recurrent import RecurrentTree, find_recurrent_layers, install_layer_hook
 from dpo_wrapper.models.rerun import run_pass
-from dpo_wrapper.prefix_tree import PrefixSharingError, TreeLayout
+from dpo_wrapper.prefix_tree import PrefixSharingError, StateKernel, TreeLayout
 
 
 class HuggingFaceModel(LanguageModel):
@@ -27,9 +29,13 @@ class HuggingFaceModel(LanguageModel):
     def __init__(self, model: nn.Module, inner: Any) -> None:
         super().__init__(model)
         self.inner = self.called_module = inner
+        self.recurrent_layers = find_recurrent_layers(inner)
         if "transformers" in sys.modules:
             with install_lock:
                 install_hooks()
+                for layer_class in {type(layer) for layer in self.recurrent_layers}:
+                    install_layer_hook(layer_class)
+                    install_recurrence_hooks(layer_class)
         config = inner.config
         if getattr(config, "is_encoder_decoder", False):
             problem = f"the model should be decoder-only, but {type(inner).__name__} has an encoder"
@@ -121,13 +127,15 @@ class HuggingFaceModel(LanguageModel):
 
     def forward_tree(self, layout: TreeLayout, return_hidden: bool) -> Float[Tensor, "r w _"]:
         model = self.inner.base_model if return_hidden else self.model
+        along_paths = self.layers_along_paths(layout.options.state)
+        tree = RecurrentTree(layout, frozenset(map(id, along_paths)))
 
         def forward() -> Tensor:
             output = self.call(model, input_ids=layout.ids, position_ids=layout.position)
             return output.last_hidden_state if return_hidden else output.logits
 
         try:
-            output = run_pass(self.model, forward, layout)
+            output = run_pass(self.model, forward, tree)
         except (AttributeError, TypeError) as error:
             if "NoneType" not in str(error):
                 raise
@@ -136,6 +144,13 @@ class HuggingFaceModel(LanguageModel):
         if not layout.kernels:
             raise PrefixSharingError("its tokens meet elsewhere than in transformers' attention interface")
         return output
+
+    def state_kernels(self) -> list[StateKernel]:
+        forks = any(map(can_fork, map(type, self.recurrent_layers)))
+        return ["fork", "paths"] if forks else ["paths"] if self.recurrent_layers else []
+
+    def layers_along_paths(self, state: StateKernel | None) -> list[nn.Module]:
+        return [layer for layer in self.recurrent_layers if state == "paths" or not can_fork(type(layer))]
 
     @cached_property
     def layer_list(self) -> nn.ModuleList:

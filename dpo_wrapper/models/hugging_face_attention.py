@@ -14,9 +14,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from dpo_wrapper.models.recurrent import RecurrentTree
 from dpo_wrapper.models.rerun import attention_tree, may_be_over_tree
 from dpo_wrapper.models.untraced import untraced
-from dpo_wrapper.prefix_tree import PrefixSharingError, TreeLayout, attend_along_paths, attend_with_kernel
+from dpo_wrapper.prefix_tree import PrefixSharingError, attend_along_paths, attend_with_kernel
 from dpo_wrapper.prefix_tree.attention import make_causal_mask
 
 
@@ -82,9 +83,10 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
     """An attention function as transformers calls it, around `attention`, which has this name there."""
-    layout: TreeLayout | None = attention_tree()
-    if layout is None:
+    tree: RecurrentTree | None = attention_tree()
+    if tree is None:
         return attention(module, query, key, value, attention_mask, **kwargs)
+    layout = tree.layout
     kwargs.pop("position_ids", None)  # by which other attention tells where packed sequences begin
     window = kwargs.get("sliding_window")
     if attention_mask is not None and attention_mask.numel() > 1:

@@ -1,20 +1,113 @@
-"""Layers that carry a state along the sequence, told by what they are made of."""
+"""Layers that carry a state along the sequence, told by what they are made of, over a prefix tree."""
 
-from torch import nn
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial, wraps
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from dpo_wrapper.models.rerun import attention_tree, may_be_over_tree, without_tree
+from dpo_wrapper.models.untraced import untraced
+from dpo_wrapper.prefix_tree import PrefixSharingError, TreeLayout, note_kernel, run_along_paths
 
 STATE_PARAMETERS = {"A_log", "time_decay", "recurrent_param", "recurrent_gate_weight"}
 """Names of parameters by which layers of Mamba, Gated DeltaNet, RWKV and Griffin let their state decay."""
 
 
-def find_recurrent_layers(model: nn.Module) -> list[str]:
-    """The classes of layers with a recurrent state or a short convolution, such as `MambaMixer`."""
-    return sorted({type(module).__name__ for module in model.modules() if carries_state(module)})
+def find_recurrent_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers with a recurrent state, a short convolution or a token shift, those inside of others left out."""
+
+    def search(module: nn.Module) -> Iterator[nn.Module]:
+        if carries_state(module):
+            yield module
+            return
+        for child in module.children():
+            yield from search(child)
+
+    return list(dict.fromkeys(search(model)))
 
 
 def carries_state(module: nn.Module) -> bool:
-    """Whether a layer has a state that decays, or a convolution over tokens (one filter for each channel)."""
-    convolutions = (child for child in module.children() if isinstance(child, nn.Conv1d))
+    """Whether a layer has a state that decays, or a convolution or a shift over tokens (of each channel)."""
+    if isinstance(module, nn.RNNBase):
+        return True
+    children = list(module.children())
+    convolutions = (child for child in children if isinstance(child, nn.Conv1d))
     is_convolution = any(child.groups == child.in_channels > 1 for child in convolutions)
-    return is_convolution or not STATE_PARAMETERS.isdisjoint(
-        name for name, _ in module.named_parameters(recurse=False)
-    )
+    is_shift = any(isinstance(child, nn.ZeroPad2d) and child.padding[2:] == (1, -1) for child in children)
+    names = {name for name, _ in module.named_parameters(recurse=False)}
+    return is_convolution or is_shift or not STATE_PARAMETERS.isdisjoint(names)
+
+
+@dataclass(frozen=True)
+class RecurrentTree:
+    """What the layers of a model need to run over a tree.
+
+    Attributes:
+        along_paths: the ids of the layers that run along its paths.
+    """
+
+    layout: TreeLayout
+    along_paths: frozenset[int]
+
+
+@cache
+def install_layer_hook(layer_class: Any) -> None:
+    """Wrap the `forward` of a class of layers, once for the process.
+
+    While a model runs over a tree that names a layer in `along_paths`, the layer runs along the tree's paths;
+    otherwise, and in all other threads, it does what it always does.
+    """
+    forward = layer_class.forward
+
+    @wraps(forward)
+    def forward_over_tree(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return (_forward if may_be_over_tree() else _call)(forward, self, *args, **kwargs)
+
+    layer_class.forward = forward_over_tree
+
+
+def _call(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    return forward(*args, **kwargs)
+
+
+@untraced  # a tree in the trace would have it compiled anew for each tree
+def _forward(forward: Any, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    tree: RecurrentTree | None = attention_tree()
+    if tree is None or id(layer) not in tree.along_paths:
+        return forward(layer, *args, **kwargs)
+    note_kernel(tree.layout, "paths")
+    return run_layer_along_paths(tree.layout, partial(forward, layer), args, kwargs)
+
+
+def run_layer_along_paths(
+    layout: TreeLayout, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """Call a layer along the paths of a tree, with all that it takes of each token.
+
+    It returns an output for each token, which may be the first of several. Tensors among the others are states
+    that nobody asks for where no text is generated; None stands for them.
+    """
+    values, structure = tree_flatten((args, kwargs))
+    shape = layout.ids.shape
+    of_tokens = [k for k, value in enumerate(values) if isinstance(value, Tensor) and value.shape[:2] == shape]
+    results: list[tuple[list[Any], Any]] = []
+
+    def call(*tokens: Tensor) -> Tensor:
+        inputs = dict(enumerate(values)) | dict(zip(of_tokens, tokens, strict=True))
+        path_args, path_kwargs = tree_unflatten(list(inputs.values()), structure)
+        with without_tree():
+            results.append(tree_flatten(forward(*path_args, **path_kwargs)))
+        out = results[-1][0][0]
+        if out.shape[:2] != tokens[0].shape[:2]:
+            raise PrefixSharingError("a layer with a state returns something else than an output for each token")
+        return out
+
+    if not of_tokens:
+        raise PrefixSharingError("a layer with a state takes its inputs in other rows than the tree's")
+    out = run_along_paths(layout, [values[k] for k in of_tokens], call)
+    leaves, structure = results[-1]
+    others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves[1:]]
+    return tree_unflatten([out, *others], structure)

@@ -27,12 +27,14 @@ class _Thread(threading.local):
     Attributes:
         tree: of the forward pass that runs, what `attention_tree` returns.
         is_over_tree: whether there is one. `torch.compile` asks for it, and would compile anew for each tree.
+        is_along_paths: whether a layer runs along the paths of a tree, which it should not see.
         rerun: the pass of the layer that ran again last, for backward passes inside backward passes; a
             function, which returns None when that pass is gone.
     """
 
     tree: Any = None
     is_over_tree = False
+    is_along_paths = False
     rerun: "Callable[[], ForwardPass | None]" = staticmethod(lambda: None)
 
 
@@ -69,13 +71,25 @@ def _attention_over(tree: Any) -> Iterator[None]:
         _thread.tree, _thread.is_over_tree = before
 
 
+@contextmanager
+def without_tree() -> Iterator[None]:
+    """Let `attention_tree` find none inside this context."""
+    before, _thread.is_along_paths = _thread.is_along_paths, True
+    try:
+        yield
+    finally:
+        _thread.is_along_paths = before
+
+
 def may_be_over_tree() -> bool:
     """Whether `attention_tree` has to be asked; `torch.compile` can trace this, but not that."""
-    return _thread.is_over_tree or len(_in_backward) > 0
+    return (_thread.is_over_tree or len(_in_backward) > 0) and not _thread.is_along_paths
 
 
 def attention_tree() -> Any:
     """The tree that attention runs over now, in a forward pass or in a layer that runs again; else None."""
+    if _thread.is_along_paths:
+        return None
     if _thread.tree is not None:
         return _thread.tree
     backward = torch._C._current_graph_task_id()

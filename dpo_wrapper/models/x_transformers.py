@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from dpo_wrapper.models.base import LanguageModel, OutputHead, as_output_head, has_hooks, install_lock
 from dpo_wrapper.models.lower_layers import DecoderLayer
+from dpo_wrapper.models.recurrent import RecurrentTree, install_layer_hook
 from dpo_wrapper.models.rerun import attention_tree, may_be_over_tree, run_pass
 from dpo_wrapper.models.untraced import untraced
-from dpo_wrapper.prefix_tree import PrefixSharingError, TreeLayout, attend_along_paths, attend_with_kernel
+from dpo_wrapper.prefix_tree import (
+    PrefixSharingError, StateKernel, TreeLayout, attend_along_paths, attend_with_kernel, shift_over_tree,
+)  # fmt: skip
 from dpo_wrapper.prefix_tree.attention import make_causal_mask
 
 
@@ -32,8 +35,15 @@ class XTransformersModel(LanguageModel):
             problem = "the model should have an output head, but it returns embeddings"
             raise TypeError(f"{problem}: leave return_only_embed at False.")
         self.net = self.called_module = net
+        library: Any = sys.modules["x_transformers.x_transformers"]
+        attention = [module for module in net.modules() if isinstance(module, library.Attention)]
+        self.hybrid_modules = [m.hybrid_module for m in attention if m.hybrid_module is not None]
+        shifts = [module for module in net.modules() if isinstance(module, library.ShiftTokens)]
+        self.recurrent_layers = [*shifts, *self.hybrid_modules]
         with install_lock:
             install_hooks()
+            for module_class in {type(module) for module in self.hybrid_modules}:
+                install_layer_hook(module_class)
         self.vocab_size = net.num_tokens
         self.max_positions = getattr(net.pos_emb, "max_seq_len", None)
 
@@ -51,7 +61,14 @@ class XTransformersModel(LanguageModel):
         position = layout.position if len(layout.position) > 1 else layout.position[0]
         pos = position if takes_positions else None
         forward = partial(self.net, layout.ids, return_embeddings=return_hidden, pos=pos)
-        return run_pass(self.model, forward, as_attention_tree(self.net, layout))
+        along_paths = frozenset(map(id, self.hybrid_modules))
+        return run_pass(self.model, forward, as_attention_tree(self.net, layout, along_paths))
+
+    def state_kernels(self) -> list[StateKernel]:
+        return ["fork"] if self.recurrent_layers else []
+
+    def layers_along_paths(self, state: StateKernel | None) -> list[nn.Module]:
+        return self.hybrid_modules
 
     def decoder_layers(self) -> list[DecoderLayer]:
         layers: Any = self.net.attn_layers.layers  # each a list of norms, attention or feed-forward, residual
@@ -78,7 +95,7 @@ def skip_block(x: Tensor, *_: Any, return_intermediates: bool = False, **__: Any
 
 
 @dataclass(frozen=True)
-class AttentionTree:
+class AttentionTree(RecurrentTree):
     """What the attention of one model needs to run over a tree.
 
     Attributes:
@@ -86,12 +103,11 @@ class AttentionTree:
         bias: the model's module that computes a bias from positions, if it has one.
     """
 
-    layout: TreeLayout
     windows: dict[int, int | None]
     bias: Any
 
 
-def as_attention_tree(net: Any, layout: TreeLayout) -> AttentionTree:
+def as_attention_tree(net: Any, layout: TreeLayout, along_paths: frozenset[int]) -> AttentionTree:
     """What a `TransformerWrapper` needs; PrefixSharingError where its attention cannot run over a tree."""
     windows = {}
     for module in net.modules():
@@ -100,12 +116,12 @@ def as_attention_tree(net: Any, layout: TreeLayout) -> AttentionTree:
                 raise PrefixSharingError("its attention has a bias that depends on the data")
             past = vars(module)["max_attend_past"]
             windows[id(module.attend)] = None if past is None else past + 1
-    return AttentionTree(layout, windows, net.attn_layers.rel_pos)
+    return AttentionTree(layout, along_paths, windows, net.attn_layers.rel_pos)
 
 
 @cache
 def install_hooks() -> None:
-    """Wrap the forward methods of the library's attention, once for the process.
+    """Wrap the forward methods of the library's attention and its shift of tokens, once for the process.
 
     While a model runs over a tree they do what is needed there; otherwise, and in all other threads, what
     they always do.
@@ -113,6 +129,8 @@ def install_hooks() -> None:
     attention_class: Any = sys.modules["x_transformers.x_transformers"].Attention
     attend_class: Any = sys.modules["x_transformers.attend"].Attend
     forward_attention, forward_attend = attention_class.forward, attend_class.forward
+    library: Any = sys.modules["x_transformers.x_transformers"]
+    shift = library.shift
 
     def is_active(attend: Any) -> bool:
         return may_be_over_tree() and is_over_tree(attend)
@@ -130,6 +148,10 @@ def install_hooks() -> None:
             return _attend(self, partial(forward_attend, self), *args, **kwargs)
         return forward_attend(self, *args, **kwargs)
 
+    @wraps(shift)
+    def shift_tokens(t: Tensor, amount: int, mask: Tensor | None = None) -> Tensor:
+        return _shift(shift, t, amount, mask) if may_be_over_tree() else shift(t, amount, mask)
+
     def get_max_attend_past(self: Any) -> int | None:  # the library makes a mask of it, as large as the tree
         past = vars(self)["max_attend_past"]
         return None if past is not None and is_active(self.attend) else past
@@ -140,6 +162,7 @@ def install_hooks() -> None:
     attention_class.forward = forward_without_bias
     attention_class.max_attend_past = property(get_max_attend_past, set_max_attend_past)
     attend_class.forward = forward_over_tree
+    library.shift = shift_tokens
 
 
 @untraced  # a tree in the trace would have it compiled anew for each tree
@@ -147,6 +170,15 @@ def is_over_tree(attend: Any) -> bool:
     """Whether an `Attend` module runs over a tree now."""
     tree = attention_tree()
     return isinstance(tree, AttentionTree) and id(attend) in tree.windows
+
+
+@untraced
+def _shift(shift: Callable[..., Tensor], t: Tensor, amount: int, mask: Tensor | None) -> Tensor:
+    """What `shift` of the library does, over a tree."""
+    tree = attention_tree()
+    if not isinstance(tree, AttentionTree) or amount == 0:
+        return shift(t, amount, mask)
+    return shift_over_tree(tree.layout, t, amount)
 
 
 @untraced

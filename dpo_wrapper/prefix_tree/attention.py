@@ -1,7 +1,7 @@
 """Attention over a prefix tree, for models that know nothing of trees.
 
-Everything in a transformer but attention works token by token, so that only attention has to know the tree.
-There are two ways to compute it: `attend_along_paths` runs the model's own attention on ordinary causal
+In a transformer everything but attention works token by token; for layers that carry a state along the
+sequence, see `recurrence`. There are two ways to compute it: `attend_along_paths` runs the model's own attention on ordinary causal
 sequences, and `attend_with_kernel` runs a kernel on the tree itself, if attention is plain softmax attention.
 """
 
@@ -13,11 +13,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dpo_wrapper.prefix_tree import cpu_attention
-from dpo_wrapper.prefix_tree.layout import TreeKernel, TreeLayout
-
-
-class PrefixSharingError(Exception):
-    """Raised where a model cannot be run over a tree; the message is the reason, as a part of a sentence."""
+from dpo_wrapper.prefix_tree.layout import TreeLayout
+from dpo_wrapper.prefix_tree.paths import check_rows, note_kernel, run_along_paths
 
 
 def attend_along_paths(
@@ -33,23 +30,15 @@ def attend_along_paths(
     attention runs on each group of paths, and for a token on several paths the output on one of them is kept:
     they are all equal.
     """
-    check_rows(layout, q)
+    check_rows(layout, (q.shape[0], q.shape[2]))
     note_kernel(layout, "model")
-    tokens = [rearrange(t, "r h w d -> (r w) h d") for t in (q, k, v)]
-    outputs = []
-    for group in layout.groups:
-        gathered = (t.index_select(0, group.flatten()).unflatten(0, group.shape) for t in tokens)
-        out = attention_fn(*(rearrange(t, "g n h d -> g h n d") for t in gathered))
-        outputs.append(rearrange(out, "g h n e -> (g n) h e"))
-    unique = torch.cat(outputs).index_select(0, layout.path_index)
-    return rearrange(unique, "(r w) h e -> r h w e", w=q.shape[2])
 
+    def attend(*tokens: Float[Tensor, "g n h _"]) -> Float[Tensor, "g n h e"]:
+        out = attention_fn(*(rearrange(t, "g n h d -> g h n d") for t in tokens))
+        return rearrange(out, "g h n e -> g n h e")
 
-def check_rows(layout: TreeLayout, q: Float[Tensor, "r h w d"]) -> None:
-    """PrefixSharingError if attention has other rows than the tree."""
-    shape, layout_shape = (q.shape[0], q.shape[2]), tuple(layout.ids.shape)
-    if shape != layout_shape:
-        raise PrefixSharingError(f"its attention has rows of shape {shape} for tokens in {layout_shape}")
+    out = run_along_paths(layout, [rearrange(t, "r h w d -> r w h d") for t in (q, k, v)], attend)
+    return rearrange(out, "r w h e -> r h w e")
 
 
 def attend_with_kernel(
@@ -66,7 +55,7 @@ def attend_with_kernel(
     k and v: each of these belongs to h // g of them that follow one another. With a window a token attends to
     that many tokens, itself included. `scale` is the factor of `q · k`, None for `1 / sqrt(d)`.
     """
-    check_rows(layout, q)
+    check_rows(layout, (q.shape[0], q.shape[2]))
     options, branches, rows = layout.options, layout.branches, len(layout.ids)
     is_used = options.kernel == "flex"
     if options.kernel == "branches" and window is None and q.shape[-1] == v.shape[-1]:
@@ -91,12 +80,6 @@ def cast_as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not torch.is_autocast_enabled(kind) or torch.float64 in {t.dtype for t in tensors}:
         return tensors
     return tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors)
-
-
-def note_kernel(layout: TreeLayout, kernel: TreeKernel) -> None:
-    """Note what computes attention over a tree, for the probe of a model."""
-    if not torch.compiler.is_compiling():
-        layout.kernels.add(kernel)
 
 
 def make_causal_mask(n: int, window: int | None, device: torch.device) -> Bool[Tensor, "1 1 n n"]:

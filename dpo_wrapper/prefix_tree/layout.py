@@ -1,38 +1,44 @@
 """A prefix tree as a model takes it: its tokens in rows, and its paths grouped into padded sequences."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dpo_wrapper.prefix_tree import cpu_attention
+from dpo_wrapper.prefix_tree.grouping import group_rows
 from dpo_wrapper.prefix_tree.tree import PrefixTree
 from dpo_wrapper.tensor_dataclass import TensorDataclass
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-MAX_PADDING = 0.15
-"""The share of padding in a group of paths above which the next path opens another group."""
+Value = TypeVar("Value")
 
 TreeKernel = Literal["flex", "branches", "model"]
 """What computes plain softmax attention over a tree: FlexAttention, torch's CPU kernel on each branch, or the
 model's own attention along each path."""
 
+StateKernel = Literal["fork", "paths"]
+"""What computes layers that carry a state along the sequence: each token once, where a branch begins with the
+state at its fork, or the layers as they are along each path."""
+
 
 @dataclass(frozen=True)
 class TreeOptions:
-    """How a model takes trees: its widest row, and what computes plain attention."""
+    """How a model takes trees: its widest row, and what computes plain attention and layers with a state.
+
+    `state` is None for a model that has no such layers.
+    """
 
     max_positions: int | None = None
     kernel: TreeKernel = "model"
     min_branch_numel: int = field(default_factory=lambda: cpu_attention.MIN_BRANCH_NUMEL)
+    state: StateKernel | None = None
 
 
 @dataclass(frozen=True)
@@ -67,48 +73,31 @@ class TreeLayout(TensorDataclass):
         ids, position = (
             F.pad(values, (0, rows * width - u)).view(rows, width) for values in (tree.ids, tree.position)
         )
-        groups, path_index = group_paths(tree.leaf_paths(), rows * width)
+        groups, path_index = group_rows(tree.leaf_paths(), rows * width)
         branches = cpu_attention.find_branches(tree.position)
         return cls(ids, position, groups, path_index, tree.subtree_end, branches, options)
 
     @property
-    def kernels(self) -> set[TreeKernel]:
-        """What has computed attention over this tree so far."""
+    def kernels(self) -> set[TreeKernel | StateKernel]:
+        """What has computed attention, and layers that carry a state, over this tree so far."""
         return vars(self).setdefault("_kernels", set())
+
+    def remember(self, key: Hashable, compute: Callable[[], Value]) -> Value:
+        """What `compute` returns for this layout; it is called once for each key."""
+        values = vars(self).setdefault("_values", {})
+        if key not in values:
+            values[key] = compute()
+        return values[key]
 
     def block_mask(self, window: int | None) -> "BlockMask":
         """The tree's block mask for FlexAttention, computed once for each width of a sliding window."""
         from dpo_wrapper.prefix_tree.flex_attention import create_tree_block_mask
 
-        block_masks = vars(self).setdefault("_block_masks", {})
-        if window not in block_masks:
+        def compute() -> "BlockMask":
             u, size = len(self.subtree_end), self.position.numel()
             # a token of padding attends to itself
             padding = torch.arange(u + 1, size + 1, device=self.subtree_end.device)
             subtree_end = torch.cat([self.subtree_end, padding])
-            block_masks[window] = create_tree_block_mask(subtree_end, self.position.flatten(), window)
-        return block_masks[window]
+            return create_tree_block_mask(subtree_end, self.position.flatten(), window)
 
-
-def group_paths(
-    paths: Sequence[NDArray[np.int64]], size: int
-) -> tuple[tuple[Int[Tensor, "g n"], ...], Int[Tensor, "rw"]]:
-    """Group paths, the longest first: `groups` and `path_index` of a layout of `size` tokens with padding."""
-    paths = sorted(paths, key=len)
-    lengths = np.array([len(path) for path in paths], dtype=np.int64)
-    starts, tokens = lengths.cumsum() - lengths, np.concatenate(paths)
-    groups: list[Tensor] = []
-    path_index, offset, end = np.zeros(size, dtype=np.int64), 0, len(paths)
-    while end:
-        longest = lengths[end - 1]
-        means = lengths[:end][::-1].cumsum() / np.arange(1, end + 1)
-        count = int((means >= (1 - MAX_PADDING) * longest).sum())
-        start, length = (values[end - count : end, None] for values in (starts, lengths))
-        columns = np.arange(longest)
-        group = tokens[start + np.minimum(columns, length - 1)]
-        is_real = columns < length
-        path_index[group[is_real]] = offset + is_real.ravel().nonzero()[0]
-        groups.append(torch.from_numpy(group))
-        offset += group.size
-        end -= count
-    return tuple(groups), torch.from_numpy(path_index)
+        return self.remember(("block mask", window), compute)

@@ -9,8 +9,7 @@ from torch import nn
 from dpo_wrapper.log_probs import Impl
 from dpo_wrapper.models import LanguageModel
 from dpo_wrapper.models.eval_mode import eval_mode, reproducible_forward
-from dpo_wrapper.models.recurrent import find_recurrent_layers
-from dpo_wrapper.prefix_tree import TreeOptions
+from dpo_wrapper.prefix_tree import StateKernel, TreeOptions
 from dpo_wrapper.scoring.probe import FAST_KERNELS, KERNEL_NAMES, Probe, ProbeKey, SharePrefix
 from dpo_wrapper.scoring.probe_head import probe_head
 from dpo_wrapper.scoring.probe_modes import EvalModeCheck
@@ -61,26 +60,34 @@ def probe_sharing(model: LanguageModel, probe: Probe, share_prefix: SharePrefix,
         return probe.padded("share_prefix is False")
     reason = model.why_no_tree()
     if reason is None:
-        own = TreeOptions(model.max_positions)
-        fast = replace(own, kernel=FAST_KERNELS.get(probe.device.type, own.kernel))
-        trial = TreeTrial(model, probe, needs_grad, fast.kernel)
-        reason, kernels = trial.why_not_shared(fast)
-        if reason is None and fast.kernel in kernels:
-            return replace(probe, tree=fast, kernels=kernels)
-        why_own_attention = f"it is not plain softmax attention{model.plain_attention_hint}"
-        if reason is not None and fast.kernel in kernels and fast.kernel != own.kernel:
-            why_own_attention = f"{KERNEL_NAMES[fast.kernel]} does not fit ({reason})"
-            reason, kernels = trial.why_not_shared(own)
-        if reason is None:
-            return replace(probe, tree=own, kernels=kernels, why_own_attention=why_own_attention)
-    remedy = "use share_prefix = 'auto'"
-    if layers := find_recurrent_layers(model.model):
-        carriers = f"its {' and '.join(layers)} layers"
-        reason = f"{carriers} carry a state along the sequence, which the prefix tree does not branch yet"
-        remedy = f"it would take layers that begin each branch with the state at its fork, so {remedy}"
+        for state in model.state_kernels() or [None]:
+            found = try_sharing(model, probe, needs_grad, state)
+            if isinstance(found, Probe):
+                return found
+            reason = reason or found  # of the first that was tried
     sentence = f"prefixes are not shared in the {model.name} model, for {reason}"
     if share_prefix is True:
-        raise ValueError(f"{sentence}: {remedy}.")
+        raise ValueError(f"{sentence}: use share_prefix = 'auto'.")
     if model.name != "module":
         warnings.warn(f"{sentence}; its sequences are padded.", stacklevel=2)
+    assert reason is not None
     return probe.padded(reason)
+
+
+def try_sharing(
+    model: LanguageModel, probe: Probe, needs_grad: bool, state: StateKernel | None
+) -> Probe | str:
+    """The probe with the fastest kernel that gives the model's own results over a tree, or why none does."""
+    own = TreeOptions(model.max_positions, state=state)
+    fast = replace(own, kernel=FAST_KERNELS.get(probe.device.type, own.kernel))
+    trial = TreeTrial(model, probe, needs_grad, fast.kernel)
+    reason, kernels = trial.why_not_shared(fast)
+    if reason is None and fast.kernel in kernels:
+        return replace(probe, tree=fast, kernels=kernels)
+    why_own_attention = f"it is not plain softmax attention{model.plain_attention_hint}"
+    if reason is not None and fast.kernel in kernels and fast.kernel != own.kernel:
+        why_own_attention = f"{KERNEL_NAMES[fast.kernel]} does not fit ({reason})"
+        reason, kernels = trial.why_not_shared(own)
+    if reason is not None:
+        return reason
+    return replace(probe, tree=own, kernels=kernels, why_own_attention=why_own_attention)

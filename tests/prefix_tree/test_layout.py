@@ -5,7 +5,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dpo_wrapper.prefix_tree import PrefixTree, TreeLayout, TreeOptions
-from dpo_wrapper.prefix_tree.layout import MAX_PADDING
+from dpo_wrapper.prefix_tree.grouping import MAX_PADDING
 from helpers.trees import branching_sequences, sequence_sets
 
 

@@ -1,0 +1,176 @@
+"""Layers of transformers that carry a state along the sequence, over a prefix tree.
+
+Their code calls the convolution and the recurrence as functions of its module, which have one name in all
+families. `install_recurrence_hooks` wraps these functions, once for the process. While a model runs over a
+tree each token is computed once, by the function as it is; otherwise, and in all other threads, the functions
+do what they always do.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from functools import cache, partial, wraps
+from typing import Any
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from dpo_wrapper.models.rerun import attention_tree, may_be_over_tree
+from dpo_wrapper.models.untraced import untraced
+from dpo_wrapper.prefix_tree import PrefixSharingError, TreeLayout, convolve_over_tree, scan_over_tree
+
+Function = Callable[..., Any]
+
+
+def convolve(
+    layout: TreeLayout, function: Function, hidden_states: Tensor, weight: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """`causal_conv1d_fn`: a convolution of each channel, of hidden states [r c w] with weights [c width]."""
+
+    def convolve_rows(x: Tensor) -> Tensor:
+        return function(x, weight, *args, **kwargs)
+
+    return convolve_over_tree(layout, hidden_states, weight.shape[-1], convolve_rows)
+
+
+def delta_rule(
+    layout: TreeLayout,
+    function: Function,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The gated delta rule and Kimi's; a state is kept where the logarithm g of its decay and beta are zero."""
+    kwargs |= {"output_final_state": True}
+
+    def scan(tokens: tuple[Tensor, ...], state: Tensor | None) -> Any:
+        q, k, v, g, beta = tokens
+        return function(q, k, v, g=g, beta=beta, **kwargs | {"initial_state": state})
+
+    return scan_over_tree(layout, [query, key, value], [g, beta], scan), None
+
+
+def state_space_duality(
+    layout: TreeLayout,
+    function: Function,
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    **kwargs: Any,
+) -> Tensor:
+    """The scan of Mamba 2, whose state is kept where the time step dt is zero."""
+    dt = time_step(dt, dt_bias, dt_softplus).clamp(*dt_limit)
+    kwargs |= {"return_final_states": True}
+
+    def scan(tokens: tuple[Tensor, ...], state: Tensor | None) -> Any:
+        x, b, c, dt = tokens
+        return function(x, dt, A, b, c, **kwargs | {"initial_states": state})
+
+    return scan_over_tree(layout, [hidden_states, B, C], [dt], scan)
+
+
+def selective_scan(
+    layout: TreeLayout,
+    function: Function,
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    *,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    **kwargs: Any,
+) -> Tensor:
+    """The scan of Mamba 1, of tensors [r d w], which takes no state: what it reads of one is added.
+
+    The state is linear in what it was: behind n tokens `exp(A · (dt_1 + ... + dt_n))` of it is left.
+    """
+    dt = time_step(dt.transpose(1, 2), delta_bias, delta_softplus)
+    kwargs |= {"return_last_state": True}
+
+    def scan(tokens: tuple[Tensor, ...], state: Tensor | None) -> Any:
+        x, b, c, dt = (rearrange(t, "g n d -> g d n") for t in tokens)
+        out, state_behind = function(x, dt, A, b, c, D, **kwargs)
+        if state is not None:
+            decay = (dt.cumsum(-1)[..., None] * A[:, None]).exp()  # g d n s
+            left = decay * state[:, :, None]
+            out = out + (left * rearrange(c, "g s n -> g 1 n s")).sum(-1).to(out.dtype)
+            state_behind = state_behind + left[:, :, -1]
+        return rearrange(out, "g d n -> g n d"), state_behind
+
+    inputs = [rearrange(t, "r d w -> r w d") for t in (hidden_states, B, C)]
+    out = rearrange(scan_over_tree(layout, inputs, [dt], scan), "r w d -> r d w")
+    return out if z is None else out * F.silu(z)
+
+
+def time_step(dt: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
+    """The time steps of a scan, from the projection [r w d]."""
+    dt = dt if bias is None else dt + bias.to(dt.dtype)
+    return F.softplus(dt) if softplus else dt
+
+
+def decline(layout: TreeLayout, function: Function, *args: Any, **kwargs: Any) -> None:
+    """A kernel of the whole layer: its callers go on by the functions above where it returns nothing."""
+
+
+OVER_TREE: dict[str, Callable[..., Any]] = {
+    "causal_conv1d_fn": convolve,
+    "torch_chunk_gated_delta_rule": delta_rule,
+    "chunk_kimi_delta_attention": delta_rule,
+    "mamba2_chunk_scan": state_space_duality,
+    "mamba_selective_scan": selective_scan,
+    "mamba_inner_fn": decline,
+    "mamba2_split_conv1d_scan_combined": decline,
+}
+"""By the names that transformers gives the functions, what computes them over a tree."""
+
+
+@cache
+def can_fork(layer_class: Any) -> bool:
+    """Whether the `forward` of a class of layers calls one of these functions."""
+    forward = inspect.unwrap(layer_class.forward)
+    return not OVER_TREE.keys().isdisjoint(forward.__code__.co_names)
+
+
+def install_recurrence_hooks(layer_class: Any) -> None:
+    """Wrap the functions that a class of layers calls."""
+    module = sys.modules[layer_class.__module__]
+    for name in OVER_TREE:
+        if hasattr(module, name):
+            install_function_hook(module, name)
+
+
+@cache
+def install_function_hook(module: Any, name: str) -> None:
+    """Wrap a function of a module of transformers."""
+    function = getattr(module, name)
+    over_tree = untraced(partial(_call, function, OVER_TREE[name]))
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return over_tree(*args, **kwargs) if may_be_over_tree() else function(*args, **kwargs)
+
+    setattr(module, name, call)
+
+
+def _call(function: Function, over_tree: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    tree = attention_tree()
+    if tree is None:
+        return function(*args, **kwargs)
+    states = ("initial_state", "initial_states", "output_final_state", "return_final_states")
+    if any(kwargs.pop(name, None) not in (None, False) for name in (*states, "return_last_state")):
+        raise PrefixSharingError("its layers begin with a state, or ask for one")
+    return over_tree(tree.layout, function, *args, **kwargs)
