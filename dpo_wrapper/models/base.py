@@ -70,7 +70,7 @@ class LanguageModel:
         raise NotImplementedError
 
     def state_kernels(self) -> list[StateKernel]:
-        """What may compute the layers that carry a state over a tree, the best first; none without such layers."""
+        """What may compute layers that carry a state over a tree, the best first; none without such."""
         return []
 
     def layers_along_paths(self, state: StateKernel | None) -> list[nn.Module]:

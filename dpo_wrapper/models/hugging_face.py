@@ -33,7 +33,7 @@ class HuggingFaceModel(LanguageModel):
         if "transformers" in sys.modules:
             with install_lock:
                 install_hooks()
-                for layer_class in {type(layer) for layer in self.recurrent_layers}:
+                for layer_class in self.recurrent_classes():
                     install_layer_hook(layer_class)
                     install_recurrence_hooks(layer_class)
         config = inner.config
@@ -145,12 +145,17 @@ class HuggingFaceModel(LanguageModel):
             raise PrefixSharingError("its tokens meet elsewhere than in transformers' attention interface")
         return output
 
+    def recurrent_classes(self) -> set[Any]:
+        """The classes of layers that carry a state."""
+        return {type(layer) for layer in self.recurrent_layers}
+
     def state_kernels(self) -> list[StateKernel]:
-        forks = any(map(can_fork, map(type, self.recurrent_layers)))
+        forks = any(map(can_fork, self.recurrent_classes()))
         return ["fork", "paths"] if forks else ["paths"] if self.recurrent_layers else []
 
     def layers_along_paths(self, state: StateKernel | None) -> list[nn.Module]:
-        return [layer for layer in self.recurrent_layers if state == "paths" or not can_fork(type(layer))]
+        forked = [] if state == "paths" else [c for c in self.recurrent_classes() if can_fork(c)]
+        return [layer for layer in self.recurrent_layers if type(layer) not in forked]
 
     @cached_property
     def layer_list(self) -> nn.ModuleList:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import cache, partial, wraps
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
@@ -19,8 +20,15 @@ from torch import Tensor
 from dpo_wrapper.models.rerun import attention_tree, may_be_over_tree
 from dpo_wrapper.models.untraced import untraced
 from dpo_wrapper.prefix_tree import PrefixSharingError, TreeLayout, convolve_over_tree, scan_over_tree
+from dpo_wrapper.prefix_tree.gated_delta_rule import apply_gated_delta_rule
 
 Function = Callable[..., Any]
+
+MAX_SEGMENT = 64
+"""The longest segments for functions that take time quadratic in their length."""
+
+L2_EPSILON = 1e-6
+"""What transformers adds to the squared norms of queries and keys of the gated delta rule."""
 
 
 def convolve(
@@ -44,7 +52,7 @@ def delta_rule(
     beta: Tensor,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The gated delta rule and Kimi's; a state is kept where the logarithm g of its decay and beta are zero."""
+    """A delta rule, whose state is kept where the logarithm g of its decay and beta are zero."""
     kwargs |= {"output_final_state": True}
 
     def scan(tokens: tuple[Tensor, ...], state: Tensor | None) -> Any:
@@ -54,15 +62,42 @@ def delta_rule(
     return scan_over_tree(layout, [query, key, value], [g, beta], scan), None
 
 
+def gated_delta_rule(
+    layout: TreeLayout,
+    function: Function,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    use_qk_l2norm_in_kernel: bool = False,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The gated delta rule of Qwen 3.5: on the CPU by a function that computes less for short segments."""
+    if query.device.type != "cpu":
+        kwargs |= {"use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel}
+        return delta_rule(layout, function, query, key, value, g, beta, **kwargs)
+    q, k, v, g, beta = (t.to(torch.float32) for t in (query, key, value, g, beta))
+    if use_qk_l2norm_in_kernel:
+        q, k = (t * torch.rsqrt(t.square().sum(-1, keepdim=True) + L2_EPSILON) for t in (q, k))
+    q = q * q.shape[-1] ** -0.5
+
+    def scan(tokens: tuple[Tensor, ...], state: Tensor | None) -> tuple[Tensor, Tensor]:
+        q, k, v, g, beta = tokens
+        return apply_gated_delta_rule(q, k, v, g, beta, state)
+
+    return scan_over_tree(layout, [q, k, v], [g, beta], scan, MAX_SEGMENT).to(query.dtype), None
+
+
 def state_space_duality(
     layout: TreeLayout,
     function: Function,
-    hidden_states: Tensor,
+    x: Tensor,
     dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    /,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, float("inf")),
@@ -74,45 +109,44 @@ def state_space_duality(
 
     def scan(tokens: tuple[Tensor, ...], state: Tensor | None) -> Any:
         x, b, c, dt = tokens
-        return function(x, dt, A, b, c, **kwargs | {"initial_states": state})
+        return function(x, dt, a, b, c, **kwargs | {"initial_states": state})
 
-    return scan_over_tree(layout, [hidden_states, B, C], [dt], scan)
+    return scan_over_tree(layout, [x, b, c], [dt], scan)
 
 
 def selective_scan(
     layout: TreeLayout,
     function: Function,
-    hidden_states: Tensor,
+    x: Tensor,
     dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    /,
     z: Tensor | None = None,
-    *,
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     **kwargs: Any,
 ) -> Tensor:
     """The scan of Mamba 1, of tensors [r d w], which takes no state: what it reads of one is added.
 
-    The state is linear in what it was: behind n tokens `exp(A · (dt_1 + ... + dt_n))` of it is left.
+    The state is linear in what it was: behind n tokens `exp(a · (dt_1 + ... + dt_n))` of it is left.
     """
     dt = time_step(dt.transpose(1, 2), delta_bias, delta_softplus)
     kwargs |= {"return_last_state": True}
 
-    def scan(tokens: tuple[Tensor, ...], state: Tensor | None) -> Any:
-        x, b, c, dt = (rearrange(t, "g n d -> g d n") for t in tokens)
-        out, state_behind = function(x, dt, A, b, c, D, **kwargs)
+    def scan(tokens: tuple[Tensor, ...], state: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, b, c, dt = (t.transpose(1, 2) for t in tokens)
+        out, state_behind = function(x, dt, a, b, c, **kwargs)
         if state is not None:
-            decay = (dt.cumsum(-1)[..., None] * A[:, None]).exp()  # g d n s
-            left = decay * state[:, :, None]
+            decay = (rearrange(dt.cumsum(-1), "g d n -> g d n 1") * rearrange(a, "d s -> d 1 s")).exp()
+            left = decay * rearrange(state, "g d s -> g d 1 s")
             out = out + (left * rearrange(c, "g s n -> g 1 n s")).sum(-1).to(out.dtype)
             state_behind = state_behind + left[:, :, -1]
-        return rearrange(out, "g d n -> g n d"), state_behind
+        return out.transpose(1, 2), state_behind
 
-    inputs = [rearrange(t, "r d w -> r w d") for t in (hidden_states, B, C)]
-    out = rearrange(scan_over_tree(layout, inputs, [dt], scan), "r w d -> r d w")
+    inputs = [t.transpose(1, 2) for t in (x, b, c)]
+    out = scan_over_tree(layout, inputs, [dt], scan).transpose(1, 2)
     return out if z is None else out * F.silu(z)
 
 
@@ -128,7 +162,7 @@ def decline(layout: TreeLayout, function: Function, *args: Any, **kwargs: Any) -
 
 OVER_TREE: dict[str, Callable[..., Any]] = {
     "causal_conv1d_fn": convolve,
-    "torch_chunk_gated_delta_rule": delta_rule,
+    "torch_chunk_gated_delta_rule": gated_delta_rule,
     "chunk_kimi_delta_attention": delta_rule,
     "mamba2_chunk_scan": state_space_duality,
     "mamba_selective_scan": selective_scan,

@@ -17,7 +17,7 @@ STATE_PARAMETERS = {"A_log", "time_decay", "recurrent_param", "recurrent_gate_we
 
 
 def find_recurrent_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers with a recurrent state, a short convolution or a token shift, those inside of others left out."""
+    """The layers with a state, a short convolution or a token shift; not those inside of others."""
 
     def search(module: nn.Module) -> Iterator[nn.Module]:
         if carries_state(module):
@@ -87,12 +87,12 @@ def run_layer_along_paths(
 ) -> Any:
     """Call a layer along the paths of a tree, with all that it takes of each token.
 
-    It returns an output for each token, which may be the first of several. Tensors among the others are states
-    that nobody asks for where no text is generated; None stands for them.
+    It returns an output for each token, which may be the first of several. Tensors among the others are
+    states, for which nobody asks where no text is generated; None stands for them.
     """
     values, structure = tree_flatten((args, kwargs))
-    shape = layout.ids.shape
-    of_tokens = [k for k, value in enumerate(values) if isinstance(value, Tensor) and value.shape[:2] == shape]
+    tensors = [k for k, value in enumerate(values) if isinstance(value, Tensor)]
+    of_tokens = [k for k in tensors if values[k].shape[:2] == layout.ids.shape]
     results: list[tuple[list[Any], Any]] = []
 
     def call(*tokens: Tensor) -> Tensor:
@@ -102,11 +102,11 @@ def run_layer_along_paths(
             results.append(tree_flatten(forward(*path_args, **path_kwargs)))
         out = results[-1][0][0]
         if out.shape[:2] != tokens[0].shape[:2]:
-            raise PrefixSharingError("a layer with a state returns something else than an output for each token")
+            raise PrefixSharingError("a layer with a state does not return an output for each token")
         return out
 
     if not of_tokens:
-        raise PrefixSharingError("a layer with a state takes its inputs in other rows than the tree's")
+        raise PrefixSharingError("a layer with a state takes other rows than the tree's")
     out = run_along_paths(layout, [values[k] for k in of_tokens], call)
     leaves, structure = results[-1]
     others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves[1:]]

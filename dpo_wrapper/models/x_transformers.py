@@ -16,7 +16,12 @@ from dpo_wrapper.models.recurrent import RecurrentTree, install_layer_hook
 from dpo_wrapper.models.rerun import attention_tree, may_be_over_tree, run_pass
 from dpo_wrapper.models.untraced import untraced
 from dpo_wrapper.prefix_tree import (
-    PrefixSharingError, StateKernel, TreeLayout, attend_along_paths, attend_with_kernel, shift_over_tree,
+    PrefixSharingError,
+    StateKernel,
+    TreeLayout,
+    attend_along_paths,
+    attend_with_kernel,
+    shift_over_tree,
 )  # fmt: skip
 from dpo_wrapper.prefix_tree.attention import make_causal_mask
 
@@ -42,8 +47,9 @@ class XTransformersModel(LanguageModel):
         self.recurrent_layers = [*shifts, *self.hybrid_modules]
         with install_lock:
             install_hooks()
-            for module_class in {type(module) for module in self.hybrid_modules}:
-                install_layer_hook(module_class)
+            module: Any
+            for module in self.hybrid_modules:
+                install_layer_hook(type(module))  # type: ignore[arg-type]
         self.vocab_size = net.num_tokens
         self.max_positions = getattr(net.pos_emb, "max_seq_len", None)
 

@@ -1,8 +1,8 @@
 """Prefix trees: sequences that share a prefix are computed as a tree in which each token stands once.
 
-`PrefixTree` holds the tokens, `TreeLayout` what a model needs to run over them. `attention` computes attention
-over a layout, `recurrence` layers that carry a state, and `run_along_paths` whatever knows ordinary sequences
-only. Nothing here knows any model.
+`PrefixTree` holds the tokens, and `TreeLayout` what a model needs to run over them. `attention` computes
+attention over a layout, `recurrence` layers that carry a state, and `run_along_paths` whatever knows ordinary
+sequences only. Nothing here knows any model.
 """
 
 from dpo_wrapper.prefix_tree.attention import attend_along_paths, attend_with_kernel

@@ -1,8 +1,9 @@
 """Attention over a prefix tree, for models that know nothing of trees.
 
-In a transformer everything but attention works token by token; for layers that carry a state along the
-sequence, see `recurrence`. There are two ways to compute it: `attend_along_paths` runs the model's own attention on ordinary causal
-sequences, and `attend_with_kernel` runs a kernel on the tree itself, if attention is plain softmax attention.
+In a transformer everything but attention works token by token. (`recurrence` is for layers that carry a state
+along the sequence.) There are two ways to compute it: `attend_along_paths` runs the model's own attention on
+ordinary causal sequences, and `attend_with_kernel` runs a kernel on the tree itself, if attention is plain
+softmax attention.
 """
 
 from collections.abc import Callable

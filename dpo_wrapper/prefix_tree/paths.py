@@ -20,8 +20,8 @@ def run_along_paths(
 ) -> Shaped[Tensor, "r w ..."]:
     """Gather the tokens along the tree's paths, and run `causal_fn` on each group of paths.
 
-    It takes tensors [g n ...] and returns one. For a token on several paths the output on one of them is kept:
-    they are all equal.
+    It takes tensors [g n ...] and returns one. For a token on several paths the output on one of them is
+    kept: they are all equal.
     """
     shape, outputs = layout.ids.shape, []
     flat = [t.flatten(0, 1) for t in tokens]
@@ -31,10 +31,9 @@ def run_along_paths(
     return torch.cat(outputs).index_select(0, layout.path_index).unflatten(0, shape)
 
 
-def check_rows(layout: TreeLayout, shape: tuple[int, int], part: str = "attention") -> None:
+def check_rows(layout: TreeLayout, shape: Sequence[int], part: str = "attention") -> None:
     """PrefixSharingError if a part of a model has other rows than the tree."""
-    if shape != tuple(layout.ids.shape):
-        tree_shape = tuple(layout.ids.shape)
+    if (shape := tuple(shape)) != (tree_shape := tuple(layout.ids.shape)):
         raise PrefixSharingError(f"its {part} has rows of shape {shape} for tokens in {tree_shape}")
 
 

@@ -1,8 +1,8 @@
 """Layers over a prefix tree that carry something along the sequence: a state, or the inputs of a convolution.
 
-Like `attention`, for models that know nothing of trees. `convolve_over_tree` and `scan_over_tree` compute each
-token once, for each branch begins with what its fork has left. What cannot be told to begin with a state runs
-along the paths by `run_along_paths`.
+This is, like `attention`, for models that know nothing of trees. Each token is computed once: a branch begins
+with the state, or the inputs, at its fork. A layer that cannot be told to begin with a state runs along the
+paths instead, by `run_along_paths`.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,9 +24,7 @@ Scan = Callable[[tuple[Tensor, ...], Tensor | None], tuple[Tensor, Tensor]]
 outputs [g n ...] and the state behind the last."""
 
 
-def shift_over_tree(
-    layout: TreeLayout, x: Float[Tensor, "r w d"], distance: int
-) -> Float[Tensor, "r w d"]:
+def shift_over_tree(layout: TreeLayout, x: Float[Tensor, "r w d"], distance: int) -> Float[Tensor, "r w d"]:
     """What stands `distance` tokens before each token on its path; zeros where nothing does."""
     check_rows(layout, x.shape[:2], "token shift")
     note_kernel(layout, "fork")

@@ -1,5 +1,6 @@
 """What the first look at a model has found, and the state of a model for which that holds."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -9,7 +10,7 @@ from dpo_wrapper.log_probs import Impl
 from dpo_wrapper.models import LanguageModel
 from dpo_wrapper.models.list_modules import list_modules
 from dpo_wrapper.models.wrappers import wrapper_kind
-from dpo_wrapper.prefix_tree import TreeKernel, TreeOptions
+from dpo_wrapper.prefix_tree import StateKernel, TreeKernel, TreeOptions
 
 SharePrefix = bool | Literal["auto"]
 
@@ -91,6 +92,9 @@ class Probe:
         why_padded: why prefixes are not shared; None where they are.
         why_own_attention: why the model's own attention runs where there is a faster kernel; else None.
         kernels: what computed attention over the tree of the trial; several where layers differ.
+        forked: the classes of layers that pass a state on to each branch of the tree.
+        along_paths: the classes of layers that run along each path of the tree.
+        why_along_paths: why layers run along paths that could pass a state on; else None.
     """
 
     device: torch.device
@@ -101,7 +105,10 @@ class Probe:
     why_all_logits: str | None = None
     why_padded: str | None = None
     why_own_attention: str | None = None
-    kernels: frozenset[TreeKernel] = frozenset()
+    kernels: frozenset[TreeKernel | StateKernel] = frozenset()
+    forked: tuple[str, ...] = ()
+    along_paths: tuple[str, ...] = ()
+    why_along_paths: str | None = None
 
     def padded(self, reason: str) -> "Probe":
         """The same, but with padded rows, for a reason."""
@@ -114,11 +121,30 @@ class Probe:
             head = "the head is applied to scored positions alone"
         if self.tree is None:
             return f"sequences are padded, for {self.why_padded}; {head}"
+        attention = f", by {self.explain_attention()}" if self.kernels & {"flex", "branches", "model"} else ""
+        return "; ".join([f"shared prefixes are computed once{attention}", *self.explain_layers(), head])
+
+    def explain_attention(self) -> str:
+        """What computes attention over a tree."""
+        assert self.tree is not None
         attention = "the model's own attention along each path"
-        if self.tree.kernel != "model":
+        if self.tree.kernel in self.kernels and self.tree.kernel != "model":
             attention = KERNEL_NAMES[self.tree.kernel]
             if "model" in self.kernels:
                 attention += " where attention is plain, else by the model's own along each path"
         elif self.why_own_attention is not None:
             attention += f", for {self.why_own_attention}"
-        return f"shared prefixes are computed once, by {attention}; {head}"
+        return attention
+
+    def explain_layers(self) -> Iterator[str]:
+        """What layers that carry a state do over a tree."""
+        if self.forked:
+            yield f"its {join_names(self.forked)} layers pass their state on to each branch"
+        if self.along_paths:
+            reason = "" if self.why_along_paths is None else f" ({self.why_along_paths})"
+            yield f"its {join_names(self.along_paths)} layers run along each path{reason}"
+
+
+def join_names(names: Sequence[str]) -> str:
+    """`A`, `A and B`, or `A, B and C`."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

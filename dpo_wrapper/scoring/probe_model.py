@@ -60,11 +60,13 @@ def probe_sharing(model: LanguageModel, probe: Probe, share_prefix: SharePrefix,
         return probe.padded("share_prefix is False")
     reason = model.why_no_tree()
     if reason is None:
-        for state in model.state_kernels() or [None]:
+        states: list[StateKernel | None] = [*model.state_kernels()] or [None]
+        for state in states:
             found = try_sharing(model, probe, needs_grad, state)
             if isinstance(found, Probe):
-                return found
-            reason = reason or found  # of the first that was tried
+                forked, along_paths = name_layers(model, state)
+                return replace(found, forked=forked, along_paths=along_paths, why_along_paths=reason)
+            reason = reason or found  # why the fastest way does not fit
     sentence = f"prefixes are not shared in the {model.name} model, for {reason}"
     if share_prefix is True:
         raise ValueError(f"{sentence}: use share_prefix = 'auto'.")
@@ -72,6 +74,13 @@ def probe_sharing(model: LanguageModel, probe: Probe, share_prefix: SharePrefix,
         warnings.warn(f"{sentence}; its sequences are padded.", stacklevel=2)
     assert reason is not None
     return probe.padded(reason)
+
+
+def name_layers(model: LanguageModel, state: StateKernel | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The classes of layers that pass a state on to each branch, and of those that run along the paths."""
+    along_paths = {type(layer).__name__ for layer in model.layers_along_paths(state)}
+    names = {type(layer).__name__ for layer in model.recurrent_layers}
+    return tuple(sorted(names - along_paths)), tuple(sorted(along_paths))
 
 
 def try_sharing(

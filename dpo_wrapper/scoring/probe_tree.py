@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dpo_wrapper.batches.sequences import ScoredSequences
 from dpo_wrapper.models import LanguageModel
 from dpo_wrapper.models.wrappers import is_sharded
-from dpo_wrapper.prefix_tree import PrefixSharingError, TreeKernel, TreeOptions
+from dpo_wrapper.prefix_tree import PrefixSharingError, StateKernel, TreeKernel, TreeOptions
 from dpo_wrapper.scoring.probe import Probe
 from dpo_wrapper.scoring.rounding import narrowest_dtype, why_gradients_differ, why_log_probs_differ
 from dpo_wrapper.scoring.token_log_probs import compute_log_probs
@@ -95,7 +95,7 @@ class TreeTrial:
                 (tokens * weights.to(tokens)).sum().backward()
             return tokens.detach(), [p.grad for p in parameters]
 
-    def why_not_shared(self, options: TreeOptions) -> tuple[str | None, frozenset[TreeKernel]]:
+    def why_not_shared(self, options: TreeOptions) -> tuple[str | None, frozenset[TreeKernel | StateKernel]]:
         """Why the model may not run over a tree by a kernel, or None; and what has computed its attention."""
         if self.longest < 8:
             return "its rows are too short", frozenset()
