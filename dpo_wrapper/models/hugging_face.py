@@ -139,7 +139,10 @@ class HuggingFaceModel(LanguageModel):
         except (AttributeError, TypeError) as error:
             if "NoneType" not in str(error):
                 raise
-            reason = "its layers use the attention mask, which a tree does not have, outside of attention"
+            missing = "the attention mask"
+            if "paths" in layout.kernels:
+                missing += " or a second output of layers with a state"
+            reason = f"its layers use {missing}, which a tree does not have, outside of attention"
             raise PrefixSharingError(reason) from error
         if not layout.kernels:
             raise PrefixSharingError("its tokens meet elsewhere than in transformers' attention interface")

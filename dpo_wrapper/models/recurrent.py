@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial, wraps
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,8 +13,11 @@ from dpo_wrapper.models.rerun import attention_tree, may_be_over_tree, without_t
 from dpo_wrapper.models.untraced import untraced
 from dpo_wrapper.prefix_tree import PrefixSharingError, TreeLayout, note_kernel, run_along_paths
 
-STATE_PARAMETERS = {"A_log", "time_decay", "recurrent_param", "recurrent_gate_weight"}
-"""Names of parameters by which layers of Mamba, Gated DeltaNet, RWKV and Griffin let their state decay."""
+DECAYS = {
+    "A_log", "time_decay", "recurrent_param", "recurrent_gate_weight", "slope_rate", "fgate_preact", "ifgate_preact"
+}  # fmt: skip
+"""Names of parameters, buffers and modules by which layers let their state decay: in Mamba and Gated DeltaNet,
+RWKV, Griffin (two), lightning attention and xLSTM (two)."""
 
 
 def find_recurrent_layers(model: nn.Module) -> list[nn.Module]:
@@ -37,8 +41,8 @@ def carries_state(module: nn.Module) -> bool:
     convolutions = (child for child in children if isinstance(child, nn.Conv1d))
     is_convolution = any(child.groups == child.in_channels > 1 for child in convolutions)
     is_shift = any(isinstance(child, nn.ZeroPad2d) and child.padding[2:] == (1, -1) for child in children)
-    names = {name for name, _ in module.named_parameters(recurse=False)}
-    return is_convolution or is_shift or not STATE_PARAMETERS.isdisjoint(names)
+    names = chain(module._parameters, module._buffers, module._modules)
+    return is_convolution or is_shift or not DECAYS.isdisjoint(names)
 
 
 @dataclass(frozen=True)

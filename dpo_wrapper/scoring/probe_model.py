@@ -64,8 +64,7 @@ def probe_sharing(model: LanguageModel, probe: Probe, share_prefix: SharePrefix,
         for state in states:
             found = try_sharing(model, probe, needs_grad, state)
             if isinstance(found, Probe):
-                forked, along_paths = name_layers(model, state)
-                return replace(found, forked=forked, along_paths=along_paths, why_along_paths=reason)
+                return replace(name_layers(model, found), why_along_paths=reason)
             reason = reason or found  # why the fastest way does not fit
     sentence = f"prefixes are not shared in the {model.name} model, for {reason}"
     if share_prefix is True:
@@ -76,11 +75,16 @@ def probe_sharing(model: LanguageModel, probe: Probe, share_prefix: SharePrefix,
     return probe.padded(reason)
 
 
-def name_layers(model: LanguageModel, state: StateKernel | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The classes of layers that pass a state on to each branch, and of those that run along the paths."""
-    along_paths = {type(layer).__name__ for layer in model.layers_along_paths(state)}
-    names = {type(layer).__name__ for layer in model.recurrent_layers}
-    return tuple(sorted(names - along_paths)), tuple(sorted(along_paths))
+def name_layers(model: LanguageModel, probe: Probe) -> Probe:
+    """The probe with the classes of layers that carry a state, if such layers have run over its tree."""
+    assert probe.tree is not None
+    along_paths = {type(layer).__name__ for layer in model.layers_along_paths(probe.tree.state)}
+    forked = {type(layer).__name__ for layer in model.recurrent_layers} - along_paths
+    return replace(
+        probe,
+        forked=tuple(sorted(forked)) if "fork" in probe.kernels else (),
+        along_paths=tuple(sorted(along_paths)) if "paths" in probe.kernels else (),
+    )
 
 
 def try_sharing(

@@ -147,9 +147,11 @@ class TreeTrial:
     def ignores_positions(self, sequences: ScoredSequences, probe: Probe, tokens: Tensor) -> bool:
         """Whether a model counts positions in the tree's row by itself, as BLOOM does for its biases.
 
-        It is looked at in narrow dtypes alone: in others, wrong positions are more than rounding.
+        It is looked at in narrow dtypes alone: in others, wrong positions are more than rounding. Models whose
+        layers carry a state know the order of tokens by it, and many have no positions.
         """
-        if not self.model.has_own_positions or torch.finfo(self.dtype).bits > 16:
+        may_count = self.model.has_own_positions and not self.model.recurrent_layers
+        if not may_count or torch.finfo(self.dtype).bits > 16:
             return False
         assert probe.tree is not None
         tree = sequences.as_tree(probe.tree)
