@@ -59,7 +59,63 @@ SPARSE = (
     )
 )
 
-SHAREABLE: dict[str, Make] = {name: make for name, make in ZOO.items() if not name.startswith("plain")} | {
+
+DELTA_NET = dict(
+    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8
+)
+QWEN = DELTA_NET | dict(head_dim=8, layer_types=["linear_attention", "full_attention"])
+SHARED_EXPERT = EXPERTS | dict(shared_expert_intermediate_size=8)
+MAMBA2 = dict(mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=16)
+JAMBA = dict(attn_layer_offset=1, attn_layer_period=2, expert_layer_offset=1, expert_layer_period=2)
+
+FORK, PATHS = "layers pass their state on to each branch", "layers run along each path"
+RECURRENT: dict[str, tuple[Make, str]] = {  # with what is told of their layers that carry a state
+    "qwen3.5": (hf("Qwen3_5", config_suffix="TextConfig", **QWEN), f"Qwen3_5GatedDeltaNet {FORK}"),
+    "qwen3.5-moe": (
+        hf("Qwen3_5Moe", config_suffix="TextConfig", **QWEN | SHARED_EXPERT),
+        f"Qwen3_5MoeGatedDeltaNet {FORK}",
+    ),
+    "qwen3-next": (hf("Qwen3Next", **QWEN | SHARED_EXPERT), f"Qwen3NextGatedDeltaNet {FORK}"),
+    "falcon-h1": (hf("FalconH1", mamba_d_ssm=32, head_dim=8, **MAMBA2), f"FalconH1Mixer {FORK}"),
+    "lfm2": (hf("Lfm2", layer_types=["conv", "full_attention"]), f"Lfm2ShortConv {FORK}"),
+    "mamba2": (
+        hf("Mamba2", num_heads=4, head_dim=8, state_size=8, n_groups=2, expand=2, chunk_size=16),
+        f"Mamba2Mixer {FORK}",
+    ),
+    "mamba": (hf("Mamba", state_size=4), f"MambaMixer {FORK}"),
+    "jamba": (hf("Jamba", num_experts=2, mamba_d_state=4, **JAMBA), f"JambaMambaMixer {FORK}"),
+    "granite-hybrid": (
+        hf(
+            "GraniteMoeHybrid",
+            layer_types=["mamba", "attention"],
+            num_local_experts=3,
+            num_experts_per_tok=2,
+            shared_intermediate_size=8,
+            mamba_n_groups=1,
+            **MAMBA2,
+        ),
+        f"GraniteMoeHybridMambaLayer {FORK}",
+    ),
+    "recurrent-gemma": (
+        hf("RecurrentGemma", lru_width=DIM, attention_window_size=16, head_dim=8, num_hidden_layers=3),
+        f"RecurrentGemmaRecurrentBlock {PATHS}",
+    ),
+    "minimax": (
+        hf("MiniMax", layer_types=["linear_attention", "full_attention"], num_local_experts=3, block_size=8),
+        f"MiniMaxLightningAttention {PATHS}",
+    ),
+    "xlstm": (hf("xLSTM", num_heads=2, chunk_size=8, ffn_round_up_to_multiple_of=8), f"xLSTMLayer {PATHS}"),
+    "xt-shift": (xt(decoder=dict(shift_tokens=1)), f"ShiftTokens {FORK}"),
+    "xt-shifts": (xt(decoder=ROTARY | dict(shift_tokens=3, attn_flash=True)), f"ShiftTokens {FORK}"),
+    "xt-gru": (
+        xt(decoder=dict(attn_hybrid_module=nn.GRU(DIM, DIM, batch_first=True), attn_hybrid_fold_axial_dim=1)),
+        f"FoldAxially {PATHS}",
+    ),
+}
+
+SHAREABLE: dict[str, Make] = {
+    **{name: make for name, make in ZOO.items() if not name.startswith("plain")},
+    **{name: make for name, (make, _) in RECURRENT.items()},
     "xt-alibi-flash": xt(decoder=dict(alibi_pos_bias=True, attn_flash=True), **NO_TABLE),
     "xt-qk-norm": xt(decoder=dict(attn_qk_norm=True)),
     "xt-grouped-query": xt(decoder=dict(attn_kv_heads=1)),
@@ -87,19 +143,19 @@ SHAREABLE: dict[str, Make] = {name: make for name, make in ZOO.items() if not na
 }
 
 DIFFERS = "log-probs would differ"
-STATE = "carry a state along the sequence"
 ELSEWHERE = "elsewhere than in transformers' attention interface"
 CHUNKS = dict(layer_types=["chunked_attention", "full_attention"], attention_chunk_size=16, moe_layers=[])
 NOT_SHAREABLE: dict[str, tuple[Make, str]] = {  # with a part of the reason that is given
-    "shift-tokens": (xt(decoder=dict(shift_tokens=1)), DIFFERS),
     "memory-tokens": (xt(num_memory_tokens=2), "rows of shape"),
     "memory-kv": (xt(decoder=dict(attn_num_mem_kv=2)), "memory key/values"),
     "residual-attention": (xt(decoder=dict(residual_attn=True)), DIFFERS),
     "dynamic-alibi": (xt(decoder=dict(attn_data_dependent_alibi=True)), "depends on the data"),
     "plain-gru": (ZOO["plain-gru"], "plain module"),
-    "mamba": (hf("Mamba"), STATE),
     "bloom": (hf("Bloom", n_head=2), ELSEWHERE),
-    "lfm2": (hf("Lfm2", layer_types=["conv", "full_attention"]), STATE),
+    "zaya": (
+        hf("Zaya", head_dim=8, router_hidden_size=8, num_experts=3),
+        "a second output of layers with a state",
+    ),
     "llama4": (hf("Llama4", config_suffix="TextConfig", head_dim=8, **CHUNKS), "than by a sliding window"),
     # with SDPA attention, transformers before 5.18 hands it no causal mask
     "doge": (hf("Doge", "eager"), "mask of its own"),

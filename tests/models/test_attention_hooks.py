@@ -108,13 +108,15 @@ def compile_parts(model, parts):
         ("hf-llama", ["LlamaMLP"], "branches"),
         ("xt-rotary-flash", ["AttentionLayers", "Decoder"], "branches"),
         ("xt-rotary-flash", ["FeedForward"], "model"),
+        ("xt-gru", ["FoldAxially"], "model"),
+        ("qwen3.5", ["Qwen3_5GatedDeltaNet"], "branches"),
     ],
     indirect=["each_kernel"],
 )
 def test_compiled_parts(name, parts, each_kernel):
-    expected = loss_and_gradients(make_dpo(ZOO[name]), CASES[1])
+    expected, make = loss_and_gradients(make_dpo(SHAREABLE[name]), CASES[1]), SHAREABLE[name]
     torch._dynamo.reset()
-    dpo = make_dpo(lambda seed: compile_parts(ZOO[name](seed), parts), make_reference=ZOO[name])
+    dpo = make_dpo(lambda seed: compile_parts(make(seed), parts), make_reference=make)
     assert any(m._compiled_call_impl is not None for m in dpo.policy_model.modules())
     assert_close(loss_and_gradients(dpo, CASES[1]), expected, 3e-5)
     assert shares_prefix(dpo)
@@ -130,9 +132,9 @@ def test_a_model_compiled_and_used_before_is_compiled_no_more_for_new_trees(name
         graphs.append(graph)
         return graph.forward
 
-    dpo, plain = (make_dpo(ZOO[name]) for _ in range(2))
+    dpo, plain = (make_dpo(SHAREABLE[name]) for _ in range(2))
     model = dpo.policy_model
-    (model.model if name.startswith("hf") else model.attn_layers).compile(backend=count_graph)
+    (model.attn_layers if name.startswith("xt") else model.base_model).compile(backend=count_graph)
     model(CASES[0].preferred_seq)
     dpo = DPO(model, reference=dpo.ref_model, beta=0.3)
     counts = []
@@ -165,7 +167,7 @@ def test_kernels_group_heads_as_x_transformers_does(kv_heads, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.usefixtures("each_kernel")
 @pytest.mark.parametrize("warm", [True, False], ids=["after-a-call", "from-the-first-call"])
-@pytest.mark.parametrize("name", ["xt-rotary", "xt-alibi", "hf-llama"])
+@pytest.mark.parametrize("name", ["xt-rotary", "xt-alibi", "hf-llama", "qwen3.5", "minimax"])
 def test_two_threads(name, warm, request):
     request.addfinalizer(functools.partial(sys.setswitchinterval, sys.getswitchinterval()))
     sys.setswitchinterval(1e-6)

@@ -31,6 +31,9 @@ LAYERS = (
     "Attention",
     "FeedForward",
     "TransformerEncoderLayer",
+    "Qwen3_5DecoderLayer",
+    "Mamba2Block",
+    "RecurrentGemmaDecoderLayer",
 )
 
 
@@ -94,18 +97,25 @@ NAMES = [
     "xt-window",
     "xt-t5",
     "xt-dropout",
+    "xt-shift",
+    "xt-gru",
+    "qwen3.5",
+    "mamba2",
+    "recurrent-gemma",
     "plain-transformer",
 ]
 CASES_OF_WAYS = [
     (name, way, reentrant)
     for name in NAMES
     for way, reentrant in WAYS
-    if way is not by_the_librarys_flag or name.startswith("hf")
+    if way is not by_the_librarys_flag or not name.startswith(("xt", "plain"))
 ]
 FAST = [
     *(("hf-llama", way, reentrant) for way, reentrant in WAYS if way is not by_hand_twice),
     ("xt-rotary", by_composition, False),
     ("xt-dropout", by_torchs_wrapper, False),
+    ("qwen3.5", by_the_librarys_flag, True),
+    ("xt-gru", by_composition, False),
     ("plain-transformer", by_torchs_wrapper, True),
     ("plain-transformer", by_hand_twice, False),
 ]

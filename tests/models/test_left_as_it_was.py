@@ -23,7 +23,7 @@ from helpers.marks import mark_slow_except
 from helpers.models import VOCAB, ZOO, hf_llama, randomise_, seeded
 from helpers.shareable_models import CASES, SHAREABLE
 
-NAMES = ["xt-dropout", "xt-window", "xt-alibi", "hf-opt", "hf-gpt2", "plain-transformer"]
+NAMES = ["xt-dropout", "xt-window", "xt-alibi", "hf-opt", "hf-gpt2", "xt-gru", "lfm2", "plain-transformer"]
 
 
 def set_modes(model: nn.Module, modes: str) -> None:

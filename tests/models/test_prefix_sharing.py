@@ -30,7 +30,8 @@ from helpers.shareable_models import (
     "exact", [pytest.param(True, id="float64", marks=pytest.mark.slow), pytest.param(False, id="float32")]
 )
 @pytest.mark.parametrize(
-    "name", mark_slow_except(["xt-rotary", "xt-alibi", "hf-llama-gqa", "hf-gpt2"], SHAREABLE)
+    "name",
+    mark_slow_except(["xt-rotary", "xt-alibi", "hf-llama-gqa", "hf-gpt2", "qwen3.5", "lfm2"], SHAREABLE),
 )
 def test_shared_prefixes_change_no_log_prob_loss_or_gradient(name, exact):
     if name == "dory" and not exact:
@@ -45,7 +46,11 @@ def test_shared_prefixes_change_no_log_prob_loss_or_gradient(name, exact):
 
 
 @pytest.mark.parametrize(
-    "name", mark_slow_except(["xt-absolute", "hf-opt"], ["xt-absolute", "xt-polar", "hf-gpt2", "hf-opt"])
+    "name",
+    mark_slow_except(
+        ["xt-absolute", "xt-shift", "hf-opt"],
+        ["xt-absolute", "xt-polar", "xt-shift", "xt-gru", "hf-gpt2", "hf-opt"],
+    ),
 )
 def test_trees_larger_than_the_table_of_positions_are_laid_out_in_several_rows(name):
     shared, padded = (make_dpo(SHAREABLE[name], share, exact=True) for share in (True, False))
@@ -93,8 +98,15 @@ def test_autocast(name):
 @pytest.mark.parametrize(
     "policy, reference",
     mark_slow_except(
-        [("xt-rotary", "hf-llama"), ("gemma2", "xt-alibi"), ("gemma2", "shift-tokens")],
-        product(["xt-rotary", "gemma2"], ["hf-llama", "hf-gpt2", "xt-alibi", "shift-tokens", "plain-gru"]),
+        [
+            ("xt-rotary", "hf-llama"),
+            ("gemma2", "xt-alibi"),
+            ("gemma2", "memory-kv"),
+            ("xt-rotary", "qwen3.5"),
+        ],
+        product(
+            ["xt-rotary", "gemma2"], ["hf-llama", "hf-gpt2", "xt-alibi", "qwen3.5", "memory-kv", "plain-gru"]
+        ),
     ),
 )
 def test_policy_and_reference_of_different_families(policy, reference):
