@@ -2,15 +2,13 @@
 
 import re
 import warnings
-from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from dpo_wrapper.models import hugging_face_attention, hugging_face_recurrence, recurrent, x_transformers
-from dpo_wrapper.prefix_tree import TreeLayout, note_kernel
+from dpo_wrapper.models import hugging_face_attention, recurrent, x_transformers
+from dpo_wrapper.prefix_tree import TreeLayout
+from helpers.broken_trees import detach_states, forget_states, mix_branches
 from helpers.dpo_calls import arguments
 from helpers.marks import mark_slow_except
 from helpers.shareable_models import (
@@ -76,11 +74,7 @@ def test_branches_that_see_one_another_are_caught(name, monkeypatch):
 
 
 def test_tokens_shifted_along_the_row_are_caught(monkeypatch):
-    def shift_row(layout, x, distance):
-        note_kernel(layout, "fork")
-        return F.pad(x, (0, 0, distance, -distance))
-
-    monkeypatch.setattr(x_transformers, "shift_over_tree", shift_row)
+    mix_branches(monkeypatch)
     with pytest.raises(ValueError, match=DIFFERS):
         make_dpo(SHAREABLE["xt-shift"])(**arguments(CASES[1]))
 
@@ -88,37 +82,19 @@ def test_tokens_shifted_along_the_row_are_caught(monkeypatch):
 # layers that carry a state
 
 
-def break_fork(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    """Have branches begin with no state, or with one that is a constant, or convolve them as one row."""
-    scan_over_tree = hugging_face_recurrence.scan_over_tree
-
-    def scan_wrongly(layout: TreeLayout, inputs: Any, gates: Any, scan: Any, *args: Any) -> Tensor:
-        def scan_segments(tokens: Any, state: Tensor | None) -> Any:
-            return scan(tokens, None if state is None or how == "forgotten" else state.detach())
-
-        return scan_over_tree(layout, inputs, gates, scan_segments, *args)
-
-    def convolve_row(layout: TreeLayout, x: Tensor, _width: int, convolve: Any) -> Tensor:
-        note_kernel(layout, "fork")
-        return convolve(x)
-
-    if how == "one row":
-        monkeypatch.setattr(hugging_face_recurrence, "convolve_over_tree", convolve_row)
-    else:
-        monkeypatch.setattr(hugging_face_recurrence, "scan_over_tree", scan_wrongly)
-
-
 MISTAKES = [
-    ("qwen3.5", "forgotten", "its log-probs would differ"),
-    ("qwen3.5", "a constant", "its gradients would differ"),
-    ("mamba2", "a constant", "its gradients would differ"),
-    ("lfm2", "one row", "they depend on other branches of the tree"),
+    (forget_states, "qwen3.5", "its log-probs would differ"),
+    (detach_states, "qwen3.5", "its gradients would differ"),
+    (detach_states, "mamba2", "its gradients would differ"),
+    (mix_branches, "lfm2", "they depend on other branches of the tree"),
 ]
 
 
-@pytest.mark.parametrize("name, how, reason", mark_slow_except(MISTAKES[2:], MISTAKES))
-def test_layers_run_along_paths_where_a_branch_begins_with_a_wrong_state(name, how, reason, monkeypatch):
-    break_fork(monkeypatch, how)
+@pytest.mark.parametrize("break_tree, name, reason", mark_slow_except(MISTAKES[2:], MISTAKES))
+def test_layers_run_along_paths_where_a_branch_begins_with_a_wrong_state(
+    break_tree, name, reason, monkeypatch
+):
+    break_tree(monkeypatch)
     dpo, padded = make_dpo(SHAREABLE[name]), make_dpo(SHAREABLE[name], False)
     assert_close(loss_and_gradients(dpo, CASES[1]), loss_and_gradients(padded, CASES[1]), 3e-5)
     assert re.search(rf"layers run along each path \(.*{reason}", dpo.policy.explain())
@@ -126,13 +102,11 @@ def test_layers_run_along_paths_where_a_branch_begins_with_a_wrong_state(name, h
 
 @pytest.mark.filterwarnings("ignore:prefixes are not shared in the Hugging Face model, for its log-probs")
 def test_rows_are_padded_where_layers_go_wrong_along_paths_too(monkeypatch):
-    break_fork(monkeypatch, "one row")
+    mix_branches(monkeypatch)
     run_along_paths = recurrent.run_along_paths
     monkeypatch.setattr(recurrent, "run_along_paths", lambda *args: run_along_paths(*args).detach())
     dpo, padded = make_dpo(SHAREABLE["lfm2"], "auto"), make_dpo(SHAREABLE["lfm2"], False)
     assert_close(loss_and_gradients(dpo, CASES[1]), loss_and_gradients(padded, CASES[1]), 3e-5)
     assert "sequences are padded, for its log-probs would differ" in dpo.policy.explain()
-    with pytest.raises(
-        ValueError, match=r"not shared .* for its log-probs would differ .*: use share_prefix"
-    ):
+    with pytest.raises(ValueError, match=r"not shared .* for its log-probs would differ.*: use share_prefix"):
         make_dpo(SHAREABLE["lfm2"])(**arguments(CASES[1]))
