@@ -115,6 +115,8 @@ class AttentionTree(RecurrentTree):
 
 def as_attention_tree(net: Any, layout: TreeLayout, along_paths: frozenset[int]) -> AttentionTree:
     """What a `TransformerWrapper` needs; PrefixSharingError where its attention cannot run over a tree."""
+    if net.attn_layers.residual_attn:
+        raise PrefixSharingError("its attention adds the scores of the layer before")
     windows = {}
     for module in net.modules():
         if isinstance(module, sys.modules["x_transformers.x_transformers"].Attention):

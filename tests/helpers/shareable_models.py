@@ -148,7 +148,7 @@ CHUNKS = dict(layer_types=["chunked_attention", "full_attention"], attention_chu
 NOT_SHAREABLE: dict[str, tuple[Make, str]] = {  # with a part of the reason that is given
     "memory-tokens": (xt(num_memory_tokens=2), "rows of shape"),
     "memory-kv": (xt(decoder=dict(attn_num_mem_kv=2)), "memory key/values"),
-    "residual-attention": (xt(decoder=dict(residual_attn=True)), DIFFERS),
+    "residual-attention": (xt(decoder=dict(residual_attn=True)), "adds the scores of the layer before"),
     "dynamic-alibi": (xt(decoder=dict(attn_data_dependent_alibi=True)), "depends on the data"),
     "plain-gru": (ZOO["plain-gru"], "plain module"),
     "bloom": (hf("Bloom", n_head=2), ELSEWHERE),

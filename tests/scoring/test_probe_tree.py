@@ -59,6 +59,7 @@ JAMBA = dict(num_experts=2, attn_layer_offset=1, attn_layer_period=2, mamba_d_st
 MIXES: dict[str, Callable[[], nn.Module]] = {
     "bloom": fresh_hf("Bloom", n_head=2, n_layer=2),
     "gpt-neo": fresh_hf("GPTNeo", **LOCAL),
+    "residual-attention": fresh_xt(residual_attn=True),
     # these mix tokens where branches are mixed
     "lfm2": fresh_hf("Lfm2", layer_types=["conv", "full_attention"]),
     "shift-tokens": fresh_xt(shift_tokens=1),
@@ -102,7 +103,9 @@ def test_untrained_models_that_mix_tokens_are_found_in_every_dtype(name, mode, m
     mix_branches(monkeypatch)
     probe = probe_of(MIXES[name](), mode)
     reason = probe.why_padded or probe.why_along_paths
-    assert reason is not None and re.search("log-probs would differ|its tokens meet elsewhere", reason)
+    assert reason is not None and re.search(
+        "log-probs would differ|its tokens meet elsewhere|adds the scores", reason
+    )
 
 
 @pytest.mark.filterwarnings("ignore:prefixes are not shared")
