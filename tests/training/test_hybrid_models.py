@@ -1,4 +1,4 @@
-"""Models whose layers carry a state along the sequence: they train on padded rows, and the run says so."""
+"""Models whose layers carry a state along the sequence train over a prefix tree, and the run says so."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def naive_log_prob(model: nn.Module, prompt: list[int], completion: list[int]) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", HYBRIDS)
-def test_a_hybrid_model_trains_on_padded_rows_and_says_so(rows, tmp_path, capsys, layer):
+def test_a_hybrid_model_trains_over_a_prefix_tree_and_says_so(rows, tmp_path, capsys, layer):
     folder = tmp_path / "model"
     HYBRIDS[layer](0).save_pretrained(folder)
     options = {"model": str(folder), "tokenizer": "bytes", "max_length": 40, "batch_size": 11, "epochs": 1}
@@ -72,6 +72,5 @@ def test_a_hybrid_model_trains_on_padded_rows_and_says_so(rows, tmp_path, capsys
     actual = [before["logps/chosen"], before["logps/rejected"]]
     assert actual == pytest.approx(expected, rel=1e-4)
     printed = capsys.readouterr().out
-    assert printed.count("sequences are padded") == 1
-    sentence = "carry a state along the sequence, which the prefix tree does not branch yet"
-    assert f"dpo: Hugging Face model; sequences are padded, for its {layer} layers {sentence}" in printed
+    assert printed.count("shared prefixes are computed once") == 1
+    assert f"its {layer} layers pass their state on to each branch" in printed
