@@ -183,7 +183,7 @@ def install_recurrence_hooks(layer_class: Any) -> None:
     """Wrap the functions that a class of layers calls."""
     module = sys.modules[layer_class.__module__]
     for name in OVER_TREE:
-        if hasattr(module, name):
+        if callable(getattr(module, name, None)):  # older versions have None where a library is missing
             install_function_hook(module, name)
 
 

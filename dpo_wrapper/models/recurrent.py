@@ -14,10 +14,11 @@ from dpo_wrapper.models.untraced import untraced
 from dpo_wrapper.prefix_tree import PrefixSharingError, TreeLayout, note_kernel, run_along_paths
 
 DECAYS = {
-    "A_log", "time_decay", "recurrent_param", "recurrent_gate_weight", "slope_rate", "fgate_preact", "ifgate_preact"
-}  # fmt: skip
-"""Names of parameters, buffers and modules by which layers let their state decay: in Mamba and Gated DeltaNet,
-RWKV, Griffin (two), lightning attention and xLSTM (two)."""
+    *("A_log", "time_decay"),  # of Mamba and Gated DeltaNet, and of RWKV
+    *("recurrent_param", "recurrent_gate_weight"),  # of Griffin
+    *("slope_rate", "fgate_preact", "ifgate_preact"),  # of lightning attention, and of xLSTM
+}
+"""Names of parameters, buffers and modules by which layers let their state decay."""
 
 
 def find_recurrent_layers(model: nn.Module) -> list[nn.Module]:

@@ -59,7 +59,9 @@ class TreeTrial:
         self.longest = longest
         self.dtype = narrowest_dtype(model.model, probe.device)
         if model.recurrent_layers and self.dtype == torch.float64:
-            self.dtype = torch.float32  # in which such layers compute their states, whatever their weights are
+            self.dtype = (
+                torch.float32
+            )  # in which such layers compute their states, whatever their weights are
 
     def sequences(self, changed_row: int | None = None) -> ScoredSequences:
         """Two pairs with a shared prefix each; all tokens of one branch but its first may be changed.
@@ -149,8 +151,8 @@ class TreeTrial:
     def ignores_positions(self, sequences: ScoredSequences, probe: Probe, tokens: Tensor) -> bool:
         """Whether a model counts positions in the tree's row by itself, as BLOOM does for its biases.
 
-        It is looked at in narrow dtypes alone: in others, wrong positions are more than rounding. Models whose
-        layers carry a state know the order of tokens by it, and many have no positions.
+        It is looked at in narrow dtypes alone: in others, wrong positions are more than rounding. Models
+        whose layers carry a state know the order of tokens by it, and many have no positions.
         """
         may_count = self.model.has_own_positions and not self.model.recurrent_layers
         if not may_count or torch.finfo(self.dtype).bits > 16:

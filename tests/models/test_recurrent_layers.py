@@ -1,7 +1,9 @@
 """Layers that carry a state along the sequence: which they are, and how they run over a tree in each mode."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 
 from dpo_wrapper import DPO
 from dpo_wrapper.models.hugging_face import HuggingFaceModel
+from dpo_wrapper.models.hugging_face_recurrence import install_recurrence_hooks
 from dpo_wrapper.models.recurrent import find_recurrent_layers
 from helpers.dpo_calls import arguments, nudged
 from helpers.kernels import probes, shares_prefix
@@ -96,6 +99,15 @@ def test_rwkv_which_changes_its_weights_in_eval_mode():
         results, expected = loss_and_gradients(shared, CASES[1]), loss_and_gradients(padded, CASES[1])
     assert_close(results, expected, 1e-10)
     assert "RwkvFeedForward and RwkvSelfAttention layers run along each path" in shared.explain()
+
+
+def test_functions_of_libraries_that_are_missing_stay_none(monkeypatch):
+    """As older versions of transformers have them, which then compute the layer by other functions."""
+    module = ModuleType("layers_of_old")
+    module.causal_conv1d_fn = None
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    install_recurrence_hooks(type("Layer", (), {"__module__": module.__name__}))
+    assert module.causal_conv1d_fn is None
 
 
 # whatever runs them
