@@ -109,9 +109,11 @@ def state_space_duality(
 
     def scan(tokens: tuple[Tensor, ...], state: Tensor | None) -> Any:
         x, b, c, dt = tokens
+        if x.device.type == "cpu":
+            kwargs["chunk_size"] = x.shape[1]
         return function(x, dt, a, b, c, **kwargs | {"initial_states": state})
 
-    return scan_over_tree(layout, [x, b, c], [dt], scan)
+    return scan_over_tree(layout, [x, b, c], [dt], scan, MAX_SEGMENT if x.device.type == "cpu" else None)
 
 
 def selective_scan(
