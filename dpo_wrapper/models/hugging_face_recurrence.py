@@ -175,18 +175,16 @@ OVER_TREE: dict[str, Callable[..., Any]] = {
 
 
 @cache
-def can_fork(layer_class: Any) -> bool:
-    """Whether the `forward` of a class of layers calls one of these functions."""
-    forward = inspect.unwrap(layer_class.forward)
-    return not OVER_TREE.keys().isdisjoint(forward.__code__.co_names)
+def called_functions(layer_class: Any) -> frozenset[str]:
+    """The functions that the `forward` of a class of layers calls in its module, of those in `OVER_TREE`."""
+    code, module = inspect.unwrap(layer_class.forward).__code__, sys.modules[layer_class.__module__]
+    return frozenset(name for name in OVER_TREE if name in code.co_names and callable(vars(module).get(name)))
 
 
 def install_recurrence_hooks(layer_class: Any) -> None:
     """Wrap the functions that a class of layers calls."""
-    module = sys.modules[layer_class.__module__]
-    for name in OVER_TREE:
-        if hasattr(module, name):
-            install_function_hook(module, name)
+    for name in called_functions(layer_class):
+        install_function_hook(sys.modules[layer_class.__module__], name)
 
 
 @cache
