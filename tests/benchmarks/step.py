@@ -17,9 +17,10 @@ step; Linux only) less VmRSS from before the first step.
 
 Floor: the time of the step's matrix products alone, if every unique token is computed once (policy forward,
 twice that backward, reference forward; linear layers, the causal half of both attention products, and the
-head where something is scored; not the recurrences and convolutions of a hybrid), at the rate at which this machine multiplies float32 matrices (4096x512 by
-512x2048, same threads, measured before each run): by torch.mm, which the shares in the table are of, and by
-`dpo_wrapper.cpu_matmul.matmul`, which is faster on some processors, so that a share may exceed 100%.
+head where something is scored, but not the recurrences of a hybrid), at the rate at which this machine
+multiplies float32 matrices (4096x512 by 512x2048, same threads, measured before each run): by torch.mm, which
+the shares in the table are of, and by `dpo_wrapper.cpu_matmul.matmul`, which is faster on some processors, so
+that a share may exceed 100%.
 """
 
 import argparse
