@@ -6,7 +6,7 @@ paths instead, by `run_along_paths`.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from itertools import chain
 
 import numpy as np
 import torch
@@ -15,9 +15,7 @@ from torch import Tensor
 
 from dpo_wrapper.prefix_tree.layout import TreeLayout
 from dpo_wrapper.prefix_tree.paths import check_rows, note_kernel
-from dpo_wrapper.prefix_tree.segments import TreeSegments
-
-State = TypeVar("State")
+from dpo_wrapper.prefix_tree.segments import TreeSegments, find_parents
 
 Scan = Callable[[tuple[Tensor, ...], Tensor | None], tuple[Tensor, Tensor]]
 """Maps the inputs [g n ...] of tokens and the state [g ...] before the first of them, or None for zeros, to
@@ -30,8 +28,8 @@ def shift_over_tree(layout: TreeLayout, x: Float[Tensor, "r w d"], distance: int
     note_kernel(layout, "fork")
     tokens, windows = branch_heads(layout, distance + 1)
     flat = x.flatten(0, 1)
-    shifted = torch.cat([flat.new_zeros(min(distance, len(flat)), x.shape[2]), flat[:-distance]])
-    return shifted.index_copy(0, tokens, gather_or_zeros(flat, windows[:, 0])).view_as(x)
+    heads = gather_or_zeros(flat, windows[:, 0])  # among them all tokens that `roll` moves round the end
+    return flat.roll(distance, 0).index_copy(0, tokens, heads).view_as(x)
 
 
 def convolve_over_tree(
@@ -72,24 +70,23 @@ def scan_over_tree(
     check_rows(layout, inputs[0].shape[:2], "recurrence")
     note_kernel(layout, "fork")
     segments = find_segments(layout, max_segment)
-    groups = [group for depth in segments.depths for group in depth]
-    shapes = [group.tokens.shape for group in groups]
-    index = torch.cat([group.tokens.flatten() for group in groups])
-    tokens = [t.flatten(0, 1).index_select(0, index) for t in (*inputs, *gates)]
+    tokens = [t.flatten(0, 1).index_select(0, segments.tokens) for t in (*inputs, *gates)]
     for k in range(len(inputs), len(tokens)):
         is_padding = segments.is_padding.view(-1, *[1] * (tokens[k].dim() - 1))
         tokens[k] = tokens[k].masked_fill(is_padding, 0.0)
-    pieces = zip(*(t.split([n * m for n, m in shapes]) for t in tokens), strict=True)
-    outputs, states = [], inputs[0].new_empty(0)
+    sizes = [g * n for depth in segments.depths for g, n in (group.shape for group in depth)]
+    pieces = zip(*(t.split(sizes) for t in tokens), strict=True)
+    outputs: list[Tensor] = []
+    states_behind: list[Tensor] = []
     for depth in segments.depths:
+        states = torch.cat(states_behind) if states_behind else None
         states_behind = []
         for group in depth:
-            rows = tuple(t.unflatten(0, group.tokens.shape) for t in next(pieces))
-            state = None if group.parents is None else states.index_select(0, group.parents)
+            rows = tuple(t.unflatten(0, group.shape) for t in next(pieces))
+            state = None if states is None else states.index_select(0, group.parents)
             out, state_behind = scan(rows, state)
             outputs.append(out.flatten(0, 1))
             states_behind.append(state_behind)
-        states = torch.cat(states_behind)
     return torch.cat(outputs).index_select(0, segments.token_index).unflatten(0, layout.ids.shape)
 
 
@@ -110,14 +107,12 @@ def branch_heads(layout: TreeLayout, width: int) -> tuple[Int[Tensor, "m"], Int[
     """
 
     def find() -> tuple[Tensor, Tensor]:
-        tokens, windows = [], []
-        for branch, prefix in layout.branches:
-            before = [np.arange(run.start, run.stop) for run in prefix]
-            head = np.arange(branch.start, min(branch.stop, branch.start + width - 1))
-            path = np.concatenate([np.full(width - 1, -1), *before, head])[-(width - 1 + len(head)) :]
-            tokens.append(head)
-            windows.append(np.lib.stride_tricks.sliding_window_view(path, width))
-        arrays = np.concatenate(tokens), np.concatenate(windows)
+        parent = find_parents(layout.branches)
+        heads = (range(b.start, min(b.stop, b.start + width - 1)) for b, _ in layout.branches)
+        windows = [np.fromiter(chain.from_iterable(heads), np.int64)]
+        for _ in range(width - 1):
+            windows.append(parent[windows[-1]])
+        arrays = windows[0], np.stack(windows[::-1], axis=1)
         first, second = (torch.from_numpy(x).to(layout.ids.device, non_blocking=True) for x in arrays)
         return first, second
 

@@ -26,16 +26,16 @@ from dpo_wrapper.tensor_dataclass import TensorDataclass
 
 @dataclass(frozen=True)
 class SegmentGroup(TensorDataclass):
-    """Segments of one depth as `g` rows of `n` tokens.
+    """Segments of one depth, as rows of one length.
 
     Attributes:
-        tokens: their indices; a shorter row is padded with its own last token.
-        parents: for each the index of the segment before it, among all of the depth above, the groups one
-            after another; None for segments at a root.
+        shape: the number of rows, and of tokens in each.
+        parents: for each row the index of the segment before it, among all of the depth above, the groups one
+            after another; zeros for segments at a root.
     """
 
-    tokens: Int[Tensor, "g n"]
-    parents: Int[Tensor, "g"] | None
+    shape: tuple[int, int]
+    parents: Int[Tensor, "g"]
 
 
 @dataclass(frozen=True)
@@ -44,51 +44,57 @@ class TreeSegments(TensorDataclass):
 
     Attributes:
         depths: the groups of each depth, from the roots on.
-        is_padding: for each token of the flattened groups, one after another, whether it pads a row.
-        token_index: for each token of the layout, its index in the flattened groups.
+        tokens: the indices of the tokens of all groups, row after row. A shorter segment is padded with its
+            own last token.
+        is_padding: whether each of these pads a row.
+        token_index: for each token of the layout, its place among `tokens`; 0 for the layout's own padding.
     """
 
     depths: tuple[tuple[SegmentGroup, ...], ...]
+    tokens: Int[Tensor, "t"]
     is_padding: Bool[Tensor, "t"]
     token_index: Int[Tensor, "rw"]
 
     @classmethod
     def from_branches(cls, branches: Sequence[Branch], size: int, max_length: int | None) -> "TreeSegments":
         """Find the segments of a tree, of at most `max_length` tokens, in a layout of `size` tokens."""
+        parent = find_parents(branches)
+        u = len(parent) - 1
         branch_starts = np.array([branch.start for branch, _ in branches])
-        fork = np.array([prefix[-1].stop - 1 if prefix else size for _, prefix in branches])
-        u = branches[-1][0].stop
-        parent = np.arange(-1, u - 1)
-        parent[branch_starts] = fork
-
-        forks = fork[fork < size]  # the token behind a fork begins a segment too
-        segments = cut_rows(np.arange(u), np.union1d(branch_starts, forks + 1), max_length)
+        forks = parent[branch_starts]
+        starts = np.union1d(branch_starts, forks + 1)  # the token behind a fork begins a segment too
         by_depth: dict[int, list[NDArray[np.int64]]] = {}
-        depth_behind = {size: -1}  # by the last token of a segment
-        for segment in segments:
+        depth_behind = {-1: -1}  # by the last token of a segment
+        for segment in cut_rows(np.arange(u), starts, max_length):
             depth = depth_behind[int(parent[segment[0]])] + 1
             depth_behind[int(segment[-1])] = depth
             by_depth.setdefault(depth, []).append(segment)
 
-        depths, offset = [], 0
-        token_index, place = np.zeros(size, np.int64), np.zeros(size + 1, np.int64)
-        for depth, rows in by_depth.items():
+        depths, tokens, count = [], list[Tensor](), 0
+        token_index, row_index = np.zeros(size, np.int64), np.zeros(u, np.int64)
+        for rows in by_depth.values():
             groups, index = group_rows(rows, size)
-            tokens = np.concatenate(rows)
-            token_index[tokens] = index.numpy()[tokens] + offset
-            parents = [parent[group[:, 0].numpy()] for group in groups]
-            depths.append(
-                tuple(
-                    SegmentGroup(group, torch.from_numpy(place[before]) if depth else None)
-                    for group, before in zip(groups, parents, strict=True)
-                )
-            )
+            parents = [torch.from_numpy(row_index[parent[group[:, 0].numpy()]]) for group in groups]
+            shapes = [(len(group), group.shape[1]) for group in groups]
+            depths.append(tuple(map(SegmentGroup, shapes, parents)))
             last = torch.cat([group[:, -1] for group in groups]).numpy()
-            place[last] = np.arange(len(last))
-            offset += sum(group.numel() for group in groups)
-        is_padding = np.ones(offset, bool)
+            row_index[last] = np.arange(len(last))
+            real = np.concatenate(rows)
+            token_index[real] = index.numpy()[real] + count
+            tokens += [group.flatten() for group in groups]
+            count += sum(group.numel() for group in groups)
+        is_padding = np.ones(count, bool)
         is_padding[token_index[:u]] = False
-        return cls(tuple(depths), torch.from_numpy(is_padding), torch.from_numpy(token_index))
+        return cls(tuple(depths), torch.cat(tokens), *map(torch.from_numpy, (is_padding, token_index)))
+
+
+def find_parents(branches: Sequence[Branch]) -> NDArray[np.int64]:
+    """For each token of a tree the one before it on its path, or -1; at the end -1, so that -1 has itself."""
+    parent = np.arange(-1, branches[-1][0].stop)
+    parent[-1] = -1
+    for branch, prefix in branches:
+        parent[branch.start] = prefix[-1].stop - 1 if prefix else -1
+    return parent
 
 
 def cut_rows(

@@ -1,6 +1,7 @@
 """Sequences that share prefixes, random trees of them, and what a tree's paths say."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -63,3 +64,13 @@ def nodes_of(tree: PrefixTree) -> list[Any]:
             assert nodes[token] in (None, node)
             nodes[token] = node
     return nodes
+
+
+def parents_of(tree: PrefixTree) -> list[int]:
+    """For each token the one before it, or -1, read off the paths."""
+    parents = [-1] * len(tree.ids)
+    for path in paths_of(tree):
+        for before, token in pairwise(path.tolist()):
+            assert parents[token] in (-1, before)
+            parents[token] = before
+    return parents
