@@ -74,17 +74,18 @@ def scan_over_tree(
     for k in range(len(inputs), len(tokens)):
         is_padding = segments.is_padding.view(-1, *[1] * (tokens[k].dim() - 1))
         tokens[k] = tokens[k].masked_fill(is_padding, 0.0)
-    sizes = [g * n for depth in segments.depths for g, n in (group.shape for group in depth)]
-    pieces = zip(*(t.split(sizes) for t in tokens), strict=True)
+    shapes = [shape for depth in segments.depths for shape in depth]
+    parents = segments.parents.split([rows for rows, _ in shapes])
+    pieces = zip(parents, *(t.split([rows * n for rows, n in shapes]) for t in tokens), strict=True)
     outputs: list[Tensor] = []
     states_behind: list[Tensor] = []
     for depth in segments.depths:
         states = torch.cat(states_behind) if states_behind else None
         states_behind = []
-        for group in depth:
-            rows = tuple(t.unflatten(0, group.shape) for t in next(pieces))
-            state = None if states is None else states.index_select(0, group.parents)
-            out, state_behind = scan(rows, state)
+        for shape in depth:
+            before, *rows = next(pieces)
+            state = None if states is None else states.index_select(0, before)
+            out, state_behind = scan(tuple(t.unflatten(0, shape) for t in rows), state)
             outputs.append(out.flatten(0, 1))
             states_behind.append(state_behind)
     return torch.cat(outputs).index_select(0, segments.token_index).unflatten(0, layout.ids.shape)

@@ -25,32 +25,21 @@ from dpo_wrapper.tensor_dataclass import TensorDataclass
 
 
 @dataclass(frozen=True)
-class SegmentGroup(TensorDataclass):
-    """Segments of one depth, as rows of one length.
-
-    Attributes:
-        shape: the number of rows, and of tokens in each.
-        parents: for each row the index of the segment before it, among all of the depth above, the groups one
-            after another; zeros for segments at a root.
-    """
-
-    shape: tuple[int, int]
-    parents: Int[Tensor, "g"]
-
-
-@dataclass(frozen=True)
 class TreeSegments(TensorDataclass):
-    """The segments of a tree whose layout has `rw` tokens.
+    """The segments of a tree whose layout has `rw` tokens, as `g` rows in groups.
 
     Attributes:
-        depths: the groups of each depth, from the roots on.
+        depths: for each depth, from the roots on, the shapes of its groups: how many rows of how many tokens.
+        parents: for each row of all groups the index of the segment before it, among the rows of the depth
+            above; zeros for segments at a root.
         tokens: the indices of the tokens of all groups, row after row. A shorter segment is padded with its
             own last token.
         is_padding: whether each of these pads a row.
         token_index: for each token of the layout, its place among `tokens`; 0 for the layout's own padding.
     """
 
-    depths: tuple[tuple[SegmentGroup, ...], ...]
+    depths: tuple[tuple[tuple[int, int], ...], ...]
+    parents: Int[Tensor, "g"]
     tokens: Int[Tensor, "t"]
     is_padding: Bool[Tensor, "t"]
     token_index: Int[Tensor, "rw"]
@@ -70,22 +59,22 @@ class TreeSegments(TensorDataclass):
             depth_behind[int(segment[-1])] = depth
             by_depth.setdefault(depth, []).append(segment)
 
-        depths, tokens, count = [], list[Tensor](), 0
-        token_index, row_index = np.zeros(size, np.int64), np.zeros(u, np.int64)
-        for rows in by_depth.values():
-            groups, index = group_rows(rows, size)
-            parents = [torch.from_numpy(row_index[parent[group[:, 0].numpy()]]) for group in groups]
-            shapes = [(len(group), group.shape[1]) for group in groups]
-            depths.append(tuple(map(SegmentGroup, shapes, parents)))
-            last = torch.cat([group[:, -1] for group in groups]).numpy()
+        depths, groups, parents, row_index = [], [], [], np.zeros(u, np.int64)
+        for segments in by_depth.values():
+            at_depth = [group.numpy() for group in group_rows(segments, u)[0]]
+            first, last = (np.concatenate([group[:, k] for group in at_depth]) for k in (0, -1))
+            parents.append(row_index[parent[first]])
             row_index[last] = np.arange(len(last))
-            real = np.concatenate(rows)
-            token_index[real] = index.numpy()[real] + count
-            tokens += [group.flatten() for group in groups]
-            count += sum(group.numel() for group in groups)
-        is_padding = np.ones(count, bool)
-        is_padding[token_index[:u]] = False
-        return cls(tuple(depths), torch.cat(tokens), *map(torch.from_numpy, (is_padding, token_index)))
+            depths.append(tuple((len(group), group.shape[1]) for group in at_depth))
+            groups += at_depth
+        tokens = np.concatenate([group.ravel() for group in groups])
+        places, token_index = np.arange(len(tokens)), np.zeros(size, np.int64)
+        token_index[tokens[::-1]] = places[
+            ::-1
+        ]  # the first place of a token, the others being padding, is left
+        is_padding = token_index[tokens] != places
+        arrays = np.concatenate(parents), tokens, is_padding, token_index
+        return cls(tuple(depths), *map(torch.from_numpy, arrays))
 
 
 def find_parents(branches: Sequence[Branch]) -> NDArray[np.int64]:

@@ -18,20 +18,21 @@ def find_segments(tree, max_positions=None, max_length=None):
 def segments_of(segments):
     """For each depth its segments, in the order of their rows, and the parent that each row names."""
     tokens = list(zip(segments.tokens.tolist(), segments.is_padding.tolist(), strict=True))
-    depths = []
+    parents, depths = segments.parents.tolist(), []
     for depth in segments.depths:
-        rows, parents = [], []
-        for group in depth:
-            count, length = group.shape
-            for _ in range(count):
-                row, tokens = tokens[:length], tokens[length:]
+        rows = []
+        for count, length in depth:
+            group, tokens = tokens[: count * length], tokens[count * length :]
+            assert sum(is_padding for _, is_padding in group) <= MAX_PADDING * len(group)
+            for start in range(0, len(group), length):
+                row = group[start : start + length]
                 real = [token for token, is_padding in row if not is_padding]
                 # padding follows what is real, and repeats its last token
                 assert row == [(t, False) for t in real] + [(real[-1], True)] * (length - len(real))
                 rows.append(real)
-            parents += group.parents.tolist()
-        depths.append((rows, parents))
-    assert not tokens
+        depths.append((rows, parents[: len(rows)]))
+        parents = parents[len(rows) :]
+    assert not tokens and not parents
     return depths
 
 
@@ -72,21 +73,6 @@ def test_segments_are_runs_behind_their_parents(sequences, max_positions, max_le
     tokens, places = segments.tokens, segments.token_index
     assert torch.equal(tokens[places[:u]], torch.arange(u)) and not segments.is_padding[places[:u]].any()
     assert not places[u:].any()
-    for start, group in zip(group_starts(segments), groups_of(segments), strict=True):
-        count, length = group.shape
-        padding = segments.is_padding[start : start + count * length].sum()
-        assert padding <= MAX_PADDING * count * length
-
-
-def groups_of(segments):
-    return [group for depth in segments.depths for group in depth]
-
-
-def group_starts(segments):
-    start = 0
-    for group in groups_of(segments):
-        yield start
-        start += group.shape[0] * group.shape[1]
 
 
 @given(sequence_sets | branching_sequences())
@@ -107,12 +93,7 @@ def test_long_segments_are_cut_into_nearly_equal_parts():
 def test_moving_segments_keeps_everything():
     segments = find_segments(random_tree(0, longest=20), max_length=5)
     moved = segments.to("meta")
-    assert [[g.shape for g in depth] for depth in moved.depths] == [
-        [g.shape for g in depth] for depth in segments.depths
-    ]
-    here, there = list(segments.iterate_tensors()), list(moved.iterate_tensors())
-    assert len(here) == 3 + len(groups_of(segments))
-    for a, b in zip(here, there, strict=True):
-        assert b.device.type == "meta" and a.shape == b.shape and a.dtype == b.dtype
-    copy = segments.map_tensors(torch.clone)
-    assert segments_of(copy) == segments_of(segments)
+    assert moved.depths == segments.depths
+    for before, after in zip(segments.iterate_tensors(), moved.iterate_tensors(), strict=True):
+        assert after.device.type == "meta" and after.shape == before.shape and after.dtype == before.dtype
+    assert segments_of(segments.map_tensors(torch.clone)) == segments_of(segments)
