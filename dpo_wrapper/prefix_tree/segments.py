@@ -69,16 +69,14 @@ class TreeSegments(TensorDataclass):
             groups += at_depth
         tokens = np.concatenate([group.ravel() for group in groups])
         places, token_index = np.arange(len(tokens)), np.zeros(size, np.int64)
-        token_index[tokens[::-1]] = places[
-            ::-1
-        ]  # the first place of a token, the others being padding, is left
+        token_index[tokens[::-1]] = places[::-1]  # the first place of each token: the others are padding
         is_padding = token_index[tokens] != places
         arrays = np.concatenate(parents), tokens, is_padding, token_index
         return cls(tuple(depths), *map(torch.from_numpy, arrays))
 
 
 def find_parents(branches: Sequence[Branch]) -> NDArray[np.int64]:
-    """For each token of a tree the one before it on its path, or -1; at the end -1, so that -1 has itself."""
+    """For each token of a tree the one before it on its path, or -1; and another -1, as what is before -1."""
     parent = np.arange(-1, branches[-1][0].stop)
     parent[-1] = -1
     for branch, prefix in branches:
