@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch import Generator
 
 from dpo_wrapper.prefix_tree import (
     PrefixSharingError,
@@ -19,7 +18,15 @@ from dpo_wrapper.prefix_tree import (
 from dpo_wrapper.prefix_tree.grouping import MAX_PADDING
 from dpo_wrapper.prefix_tree.recurrence import branch_heads, find_segments
 from helpers.device_waits import DEVICE, DeviceTensor, counted_waits
-from helpers.trees import branching_sequences, parents_of, paths_of, random_tree, sequence_sets
+from helpers.trees import (
+    assert_equal_along_paths,
+    branching_sequences,
+    draw_normal,
+    parents_of,
+    paths_of,
+    random_tree,
+    sequence_sets,
+)
 
 DOCSTRING = [[1, 2, 3, 4], [1, 2, 24, 25], [5, 6]]
 sequences = sequence_sets | branching_sequences()
@@ -31,27 +38,6 @@ def layout_of(sequences, max_positions=None):
     return tree, TreeLayout.from_tree(tree, TreeOptions(max_positions))
 
 
-def random(*shape, seed=0):
-    drawn = torch.randn(shape, generator=Generator().manual_seed(seed), dtype=torch.float64)
-    return drawn.requires_grad_()
-
-
-def assert_as_along_paths(tree, out, along_path, inputs):
-    """Compare outputs [r w d] with those of `along_path`, which takes the indices of a path, and gradients.
-
-    The loss weights each token of each path by itself.
-    """
-    paths = [path for path in paths_of(tree) if len(path)]
-    flat = out.flatten(0, 1)
-    results = []
-    for on_path in (lambda path: flat.index_select(0, path), along_path):
-        outputs = torch.cat([on_path(path) for path in paths])
-        loss = (outputs * random(*outputs.shape, seed=1).detach()).sum()
-        results.append((outputs, *torch.autograd.grad(loss, inputs, retain_graph=True)))
-    for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-
-
 @given(sequences, max_positions, st.sampled_from([0, 1, 2, 3, 7, 50]))
 @settings(max_examples=40, deadline=None)
 @example([[7]], None, 1)
@@ -59,12 +45,12 @@ def assert_as_along_paths(tree, out, along_path, inputs):
 @example([[1], [2], [3]], None, 3)  # as far as there are tokens
 def test_a_shift_is_that_along_each_path(sequences, max_positions, distance):
     tree, layout = layout_of(sequences, max_positions)
-    x = random(*layout.ids.shape, 2)
+    x = draw_normal(*layout.ids.shape, 2)
 
     def shift(path):
         return F.pad(x.flatten(0, 1)[path], (0, 0, distance, 0))[: len(path)]
 
-    assert_as_along_paths(tree, shift_over_tree(layout, x, distance), shift, [x])
+    assert_equal_along_paths(tree, shift_over_tree(layout, x, distance), shift, [x])
 
 
 @given(sequences, max_positions, st.sampled_from([1, 2, 4, 9, 60]))
@@ -74,7 +60,7 @@ def test_a_shift_is_that_along_each_path(sequences, max_positions, distance):
 def test_a_convolution_is_that_along_each_path(sequences, max_positions, width):
     tree, layout = layout_of(sequences, max_positions)
     rows, columns = layout.ids.shape
-    x, weight, bias = random(rows, 3, columns), random(3, width, seed=2), random(3, seed=3)
+    x, weight, bias = draw_normal(rows, 3, columns), draw_normal(3, width, seed=2), draw_normal(3, seed=3)
 
     def convolve(x):
         out = F.conv1d(x, weight[:, None], bias, padding=width - 1, groups=3)
@@ -85,7 +71,7 @@ def test_a_convolution_is_that_along_each_path(sequences, max_positions, width):
 
     out = convolve_over_tree(layout, x, width, convolve)
     assert out.shape == x.shape
-    assert_as_along_paths(tree, out.transpose(1, 2), along_path, [x, weight, bias])
+    assert_equal_along_paths(tree, out.transpose(1, 2), along_path, [x, weight, bias])
 
 
 def scan(tokens, state):
@@ -105,10 +91,10 @@ def scan_inputs(layout):
     """x, y, and the gates a and b; the layout's padding holds what would spoil any state."""
     shape = layout.ids.shape
     tokens = [
-        random(*shape, 3, seed=4),
-        random(*shape, 2, seed=5),
-        random(*shape, seed=6),
-        random(*shape, seed=7),
+        draw_normal(*shape, 3, seed=4),
+        draw_normal(*shape, 2, seed=5),
+        draw_normal(*shape, seed=6),
+        draw_normal(*shape, seed=7),
     ]
     u = len(layout.subtree_end)
     with torch.no_grad():
@@ -125,7 +111,7 @@ def scan_inputs(layout):
 def test_a_scan_is_that_along_each_path(sequences, max_positions, max_segment):
     tree, layout = layout_of(sequences, max_positions)
     x, y, a, b = inputs = scan_inputs(layout)
-    weight = random(3, 3, seed=8)  # of the layer, before the scan
+    weight = draw_normal(3, 3, seed=8)  # of the layer, before the scan
 
     def along_path(path):
         tokens = [t.flatten(0, 1)[path][None] for t in (x @ weight, y, a, b)]
@@ -133,7 +119,7 @@ def test_a_scan_is_that_along_each_path(sequences, max_positions, max_segment):
 
     out = scan_over_tree(layout, [x @ weight, y], [a, b], scan, max_segment)
     assert out.shape == x.shape
-    assert_as_along_paths(tree, out, along_path, [*inputs, weight])
+    assert_equal_along_paths(tree, out, along_path, [*inputs, weight])
 
 
 def test_every_branch_sends_gradients_into_the_prefix():
@@ -175,7 +161,13 @@ def test_gradcheck_passes():
         return scan_over_tree(layout, [mixed.transpose(1, 2), y], [a, b], scan, 1).flatten(0, 1)[:9]
 
     shape = layout.ids.shape
-    inputs = [random(*shape, 3), random(*shape, 2), random(*shape), random(*shape), random(3, 3)]
+    inputs = [
+        draw_normal(*shape, 3),
+        draw_normal(*shape, 2),
+        draw_normal(*shape),
+        draw_normal(*shape),
+        draw_normal(3, 3),
+    ]
     assert torch.autograd.gradcheck(over_tree, inputs)
 
 
