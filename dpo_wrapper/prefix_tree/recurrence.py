@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dpo_wrapper.prefix_tree.layout import TreeLayout
-from dpo_wrapper.prefix_tree.paths import check_rows, note_kernel
+from dpo_wrapper.prefix_tree.paths import PrefixSharingError, check_rows, note_kernel
 from dpo_wrapper.prefix_tree.segments import TreeSegments, find_parents
 
 Scan = Callable[[tuple[Tensor, ...], Tensor | None], tuple[Tensor, Tensor]]
@@ -25,6 +25,8 @@ outputs [g n ...] and the state behind the last."""
 def shift_over_tree(layout: TreeLayout, x: Float[Tensor, "r w d"], distance: int) -> Float[Tensor, "r w d"]:
     """What stands `distance` tokens before each token on its path; zeros where nothing does."""
     check_rows(layout, x.shape[:2], "token shift")
+    if distance < 0:
+        raise PrefixSharingError("its token shift looks at the tokens that follow")
     note_kernel(layout, "fork")
     tokens, windows = branch_heads(layout, distance + 1)
     flat = x.flatten(0, 1)
@@ -40,7 +42,8 @@ def convolve_over_tree(
 ) -> Float[Tensor, "r c w"]:
     """Compute a causal convolution, in which a token meets `width - 1` tokens before it, over a tree.
 
-    It runs over the tree's row as it is, and for the first tokens of each branch over those on their paths.
+    It runs over the tree's row as it is, and again for the first tokens of each branch, with those that stand
+    before them on their paths.
     """
     check_rows(layout, (x.shape[0], x.shape[2]), "convolution")
     note_kernel(layout, "fork")
@@ -63,7 +66,8 @@ def scan_over_tree(
 
     Args:
         inputs: what `scan` takes of each token.
-        gates: what it takes after these; a token whose gates are all zero leaves the state as it is.
+        gates: what it takes after these. A token whose gates are all zero should leave the state as it is: so
+            do those that pad a segment.
         scan: computes the recurrence over ordinary sequences.
         max_segment: the longest segments; None for as long as they are.
     """

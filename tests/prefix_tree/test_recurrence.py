@@ -208,6 +208,12 @@ def test_heads_of_branches_are_the_tokens_whose_window_leaves_the_branch(sequenc
     assert dict(zip(tokens.tolist(), windows.tolist(), strict=True)) == expected
 
 
+def test_a_shift_from_tokens_that_follow_is_refused():
+    layout = layout_of(DOCSTRING)[1]
+    with pytest.raises(PrefixSharingError, match="its token shift looks at the tokens that follow"):
+        shift_over_tree(layout, torch.zeros(1, 9, 2), -1)
+
+
 def test_what_a_layout_needs_is_found_once():
     layout = layout_of(DOCSTRING)[1]
     assert find_segments(layout, 2) is find_segments(layout, 2) is not find_segments(layout, None)
