@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dpo_wrapper.models.balance_loss import BalanceLoss
 from dpo_wrapper.models.base import LanguageModel, OutputHead, as_output_head, has_hooks, install_lock
 from dpo_wrapper.models.hugging_face_attention import install_hooks
-from dpo_wrapper.models.hugging_face_recurrence import can_fork, install_recurrence_hooks
+from dpo_wrapper.models.hugging_face_recurrence import called_functions, install_recurrence_hooks
 from dpo_wrapper.models.lower_layers import DecoderLayer
 from dpo_wrapper.models.recurrent import RecurrentTree, find_recurrent_layers, install_layer_hook
 from dpo_wrapper.models.rerun import run_pass
@@ -153,11 +153,11 @@ class HuggingFaceModel(LanguageModel):
         return {type(layer) for layer in self.recurrent_layers}
 
     def state_kernels(self) -> list[StateKernel]:
-        forks = any(map(can_fork, self.recurrent_classes()))
+        forks = any(map(called_functions, self.recurrent_classes()))
         return ["fork", "paths"] if forks else ["paths"] if self.recurrent_layers else []
 
     def layers_along_paths(self, state: StateKernel | None) -> list[nn.Module]:
-        forked = [] if state == "paths" else [c for c in self.recurrent_classes() if can_fork(c)]
+        forked = [] if state == "paths" else [c for c in self.recurrent_classes() if called_functions(c)]
         return [layer for layer in self.recurrent_layers if type(layer) not in forked]
 
     @cached_property

@@ -109,9 +109,11 @@ def state_space_duality(
 
     def scan(tokens: tuple[Tensor, ...], state: Tensor | None) -> Any:
         x, b, c, dt = tokens
+        if x.device.type == "cpu":
+            kwargs["chunk_size"] = x.shape[1]
         return function(x, dt, a, b, c, **kwargs | {"initial_states": state})
 
-    return scan_over_tree(layout, [x, b, c], [dt], scan)
+    return scan_over_tree(layout, [x, b, c], [dt], scan, MAX_SEGMENT if x.device.type == "cpu" else None)
 
 
 def selective_scan(
@@ -173,18 +175,16 @@ OVER_TREE: dict[str, Callable[..., Any]] = {
 
 
 @cache
-def can_fork(layer_class: Any) -> bool:
-    """Whether the `forward` of a class of layers calls one of these functions."""
-    forward = inspect.unwrap(layer_class.forward)
-    return not OVER_TREE.keys().isdisjoint(forward.__code__.co_names)
+def called_functions(layer_class: Any) -> frozenset[str]:
+    """The functions that the `forward` of a class of layers calls in its module, of those in `OVER_TREE`."""
+    code, module = inspect.unwrap(layer_class.forward).__code__, sys.modules[layer_class.__module__]
+    return frozenset(name for name in OVER_TREE if name in code.co_names and callable(vars(module).get(name)))
 
 
 def install_recurrence_hooks(layer_class: Any) -> None:
     """Wrap the functions that a class of layers calls."""
-    module = sys.modules[layer_class.__module__]
-    for name in OVER_TREE:
-        if callable(getattr(module, name, None)):  # older versions have None where a library is missing
-            install_function_hook(module, name)
+    for name in called_functions(layer_class):
+        install_function_hook(sys.modules[layer_class.__module__], name)
 
 
 @cache

@@ -28,24 +28,25 @@ def apply_gated_delta_rule(
     Each head of q and k belongs to v // h heads of the values that follow one another. Memory and time are
     quadratic in n. `log_decay` should not be positive.
     """
-    repeats = v.shape[2] // k.shape[2]
-    if repeats > 1:
-        q, k = (t.repeat_interleave(repeats, dim=2) for t in (q, k))
-    q, k, v, log_decay, beta = (t.transpose(1, 2) for t in (q, k, v, log_decay, beta))
-    n = q.shape[2]
+    heads = k.shape[2], v.shape[2] // k.shape[2]
+    q, k = (
+        t.transpose(1, 2)[:, :, None].contiguous() for t in (q, k)
+    )  # each serves the heads of v in its row
+    v, log_decay, beta = (t.transpose(1, 2).unflatten(1, heads) for t in (v, log_decay, beta))
+    n = q.shape[-2]
     since_start = log_decay.cumsum(-1)  # the logarithm of what is left at each token of the state before
     is_later = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
     differences = since_start[..., :, None] - since_start[..., None, :]
     decay = differences.masked_fill(is_later, -torch.inf).exp()
-    left = since_start.exp()[..., None]
-    targets = v if state is None else v - left * (k @ state)
-    overlaps = (k @ k.mT) * decay * beta[..., None]
-    corrections = torch.linalg.solve_triangular(
-        overlaps, targets * beta[..., None], upper=False, unitriangular=True
-    )
-    out = ((q @ k.mT) * decay) @ corrections
-    state_behind = (k * decay[..., -1, :, None]).mT @ corrections
+    left, targets, beta = since_start.exp()[..., None], v, beta[..., None]
     if state is not None:
-        out = out + left * (q @ state)
-        state_behind = state_behind + left[..., -1:, :] * state
-    return out.transpose(1, 2), state_behind
+        state = state.unflatten(1, heads)
+        targets = torch.addcmul(v, left, k @ state, value=-1)
+    overlaps = (k @ k.mT) * (decay * beta)
+    corrections = torch.linalg.solve_triangular(overlaps, targets * beta, upper=False, unitriangular=True)
+    out = ((q @ k.mT) * decay) @ corrections
+    state_behind = k.mT @ (corrections * decay[..., -1, :, None])
+    if state is not None:
+        out = torch.addcmul(out, left, q @ state)
+        state_behind = torch.addcmul(state_behind, left[..., -1:, :], state)
+    return out.flatten(1, 2).transpose(1, 2), state_behind.flatten(1, 2)

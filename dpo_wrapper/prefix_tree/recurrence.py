@@ -6,7 +6,7 @@ paths instead, by `run_along_paths`.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from itertools import chain
 
 import numpy as np
 import torch
@@ -14,10 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dpo_wrapper.prefix_tree.layout import TreeLayout
-from dpo_wrapper.prefix_tree.paths import check_rows, note_kernel
-from dpo_wrapper.prefix_tree.segments import TreeSegments
-
-State = TypeVar("State")
+from dpo_wrapper.prefix_tree.paths import PrefixSharingError, check_rows, note_kernel
+from dpo_wrapper.prefix_tree.segments import TreeSegments, find_parents
 
 Scan = Callable[[tuple[Tensor, ...], Tensor | None], tuple[Tensor, Tensor]]
 """Maps the inputs [g n ...] of tokens and the state [g ...] before the first of them, or None for zeros, to
@@ -27,11 +25,13 @@ outputs [g n ...] and the state behind the last."""
 def shift_over_tree(layout: TreeLayout, x: Float[Tensor, "r w d"], distance: int) -> Float[Tensor, "r w d"]:
     """What stands `distance` tokens before each token on its path; zeros where nothing does."""
     check_rows(layout, x.shape[:2], "token shift")
+    if distance < 0:
+        raise PrefixSharingError("its token shift looks at the tokens that follow")
     note_kernel(layout, "fork")
     tokens, windows = branch_heads(layout, distance + 1)
     flat = x.flatten(0, 1)
-    shifted = torch.cat([flat.new_zeros(min(distance, len(flat)), x.shape[2]), flat[:-distance]])
-    return shifted.index_copy(0, tokens, gather_or_zeros(flat, windows[:, 0])).view_as(x)
+    heads = gather_or_zeros(flat, windows[:, 0])  # among them all tokens that `roll` moves round the end
+    return flat.roll(distance, 0).index_copy(0, tokens, heads).view_as(x)
 
 
 def convolve_over_tree(
@@ -42,7 +42,8 @@ def convolve_over_tree(
 ) -> Float[Tensor, "r c w"]:
     """Compute a causal convolution, in which a token meets `width - 1` tokens before it, over a tree.
 
-    It runs over the tree's row as it is, and for the first tokens of each branch over those on their paths.
+    It runs over the tree's row as it is, and again for the first tokens of each branch, with those that stand
+    before them on their paths.
     """
     check_rows(layout, (x.shape[0], x.shape[2]), "convolution")
     note_kernel(layout, "fork")
@@ -65,31 +66,32 @@ def scan_over_tree(
 
     Args:
         inputs: what `scan` takes of each token.
-        gates: what it takes after these; a token whose gates are all zero leaves the state as it is.
+        gates: what it takes after these. A token whose gates are all zero should leave the state as it is: so
+            do those that pad a segment.
         scan: computes the recurrence over ordinary sequences.
         max_segment: the longest segments; None for as long as they are.
     """
     check_rows(layout, inputs[0].shape[:2], "recurrence")
     note_kernel(layout, "fork")
     segments = find_segments(layout, max_segment)
-    groups = [group for depth in segments.depths for group in depth]
-    shapes = [group.tokens.shape for group in groups]
-    index = torch.cat([group.tokens.flatten() for group in groups])
-    tokens = [t.flatten(0, 1).index_select(0, index) for t in (*inputs, *gates)]
+    tokens = [t.flatten(0, 1).index_select(0, segments.tokens) for t in (*inputs, *gates)]
     for k in range(len(inputs), len(tokens)):
         is_padding = segments.is_padding.view(-1, *[1] * (tokens[k].dim() - 1))
         tokens[k] = tokens[k].masked_fill(is_padding, 0.0)
-    pieces = zip(*(t.split([n * m for n, m in shapes]) for t in tokens), strict=True)
-    outputs, states = [], inputs[0].new_empty(0)
+    shapes = [shape for depth in segments.depths for shape in depth]
+    parents = segments.parents.split([rows for rows, _ in shapes])
+    pieces = zip(parents, *(t.split([rows * n for rows, n in shapes]) for t in tokens), strict=True)
+    outputs: list[Tensor] = []
+    states_behind: list[Tensor] = []
     for depth in segments.depths:
+        states = torch.cat(states_behind) if states_behind else None
         states_behind = []
-        for group in depth:
-            rows = tuple(t.unflatten(0, group.tokens.shape) for t in next(pieces))
-            state = None if group.parents is None else states.index_select(0, group.parents)
-            out, state_behind = scan(rows, state)
+        for shape in depth:
+            before, *rows = next(pieces)
+            state = None if states is None else states.index_select(0, before)
+            out, state_behind = scan(tuple(t.unflatten(0, shape) for t in rows), state)
             outputs.append(out.flatten(0, 1))
             states_behind.append(state_behind)
-        states = torch.cat(states_behind)
     return torch.cat(outputs).index_select(0, segments.token_index).unflatten(0, layout.ids.shape)
 
 
@@ -110,14 +112,12 @@ def branch_heads(layout: TreeLayout, width: int) -> tuple[Int[Tensor, "m"], Int[
     """
 
     def find() -> tuple[Tensor, Tensor]:
-        tokens, windows = [], []
-        for branch, prefix in layout.branches:
-            before = [np.arange(run.start, run.stop) for run in prefix]
-            head = np.arange(branch.start, min(branch.stop, branch.start + width - 1))
-            path = np.concatenate([np.full(width - 1, -1), *before, head])[-(width - 1 + len(head)) :]
-            tokens.append(head)
-            windows.append(np.lib.stride_tricks.sliding_window_view(path, width))
-        arrays = np.concatenate(tokens), np.concatenate(windows)
+        parent = find_parents(layout.branches)
+        heads = (range(b.start, min(b.stop, b.start + width - 1)) for b, _ in layout.branches)
+        windows = [np.fromiter(chain.from_iterable(heads), np.int64)]
+        for _ in range(width - 1):
+            windows.append(parent[windows[-1]])
+        arrays = windows[0], np.stack(windows[::-1], axis=1)
         first, second = (torch.from_numpy(x).to(layout.ids.device, non_blocking=True) for x in arrays)
         return first, second
 

@@ -25,70 +25,63 @@ from dpo_wrapper.tensor_dataclass import TensorDataclass
 
 
 @dataclass(frozen=True)
-class SegmentGroup(TensorDataclass):
-    """Segments of one depth as `g` rows of `n` tokens.
-
-    Attributes:
-        tokens: their indices; a shorter row is padded with its own last token.
-        parents: for each the index of the segment before it, among all of the depth above, the groups one
-            after another; None for segments at a root.
-    """
-
-    tokens: Int[Tensor, "g n"]
-    parents: Int[Tensor, "g"] | None
-
-
-@dataclass(frozen=True)
 class TreeSegments(TensorDataclass):
-    """The segments of a tree whose layout has `rw` tokens.
+    """The segments of a tree whose layout has `rw` tokens, as `g` rows in groups.
 
     Attributes:
-        depths: the groups of each depth, from the roots on.
-        is_padding: for each token of the flattened groups, one after another, whether it pads a row.
-        token_index: for each token of the layout, its index in the flattened groups.
+        depths: for each depth, from the roots on, the shapes of its groups: how many rows of how many tokens.
+        parents: for each row of all groups the index of the segment before it, among the rows of the depth
+            above; zeros for segments at a root.
+        tokens: the indices of the tokens of all groups, row after row. A shorter segment is padded with its
+            own last token.
+        is_padding: whether each of these pads a row.
+        token_index: for each token of the layout, its place among `tokens`; 0 for the layout's own padding.
     """
 
-    depths: tuple[tuple[SegmentGroup, ...], ...]
+    depths: tuple[tuple[tuple[int, int], ...], ...]
+    parents: Int[Tensor, "g"]
+    tokens: Int[Tensor, "t"]
     is_padding: Bool[Tensor, "t"]
     token_index: Int[Tensor, "rw"]
 
     @classmethod
     def from_branches(cls, branches: Sequence[Branch], size: int, max_length: int | None) -> "TreeSegments":
         """Find the segments of a tree, of at most `max_length` tokens, in a layout of `size` tokens."""
+        parent = find_parents(branches)
+        u = len(parent) - 1
         branch_starts = np.array([branch.start for branch, _ in branches])
-        fork = np.array([prefix[-1].stop - 1 if prefix else size for _, prefix in branches])
-        u = branches[-1][0].stop
-        parent = np.arange(-1, u - 1)
-        parent[branch_starts] = fork
-
-        forks = fork[fork < size]  # the token behind a fork begins a segment too
-        segments = cut_rows(np.arange(u), np.union1d(branch_starts, forks + 1), max_length)
+        forks = parent[branch_starts]
+        starts = np.union1d(branch_starts, forks + 1)  # the token behind a fork begins a segment too
         by_depth: dict[int, list[NDArray[np.int64]]] = {}
-        depth_behind = {size: -1}  # by the last token of a segment
-        for segment in segments:
+        depth_behind = {-1: -1}  # by the last token of a segment
+        for segment in cut_rows(np.arange(u), starts, max_length):
             depth = depth_behind[int(parent[segment[0]])] + 1
             depth_behind[int(segment[-1])] = depth
             by_depth.setdefault(depth, []).append(segment)
 
-        depths, offset = [], 0
-        token_index, place = np.zeros(size, np.int64), np.zeros(size + 1, np.int64)
-        for depth, rows in by_depth.items():
-            groups, index = group_rows(rows, size)
-            tokens = np.concatenate(rows)
-            token_index[tokens] = index.numpy()[tokens] + offset
-            parents = [parent[group[:, 0].numpy()] for group in groups]
-            depths.append(
-                tuple(
-                    SegmentGroup(group, torch.from_numpy(place[before]) if depth else None)
-                    for group, before in zip(groups, parents, strict=True)
-                )
-            )
-            last = torch.cat([group[:, -1] for group in groups]).numpy()
-            place[last] = np.arange(len(last))
-            offset += sum(group.numel() for group in groups)
-        is_padding = np.ones(offset, bool)
-        is_padding[token_index[:u]] = False
-        return cls(tuple(depths), torch.from_numpy(is_padding), torch.from_numpy(token_index))
+        depths, groups, parents, row_index = [], [], [], np.zeros(u, np.int64)
+        for segments in by_depth.values():
+            at_depth = [group.numpy() for group in group_rows(segments, u)[0]]
+            first, last = (np.concatenate([group[:, k] for group in at_depth]) for k in (0, -1))
+            parents.append(row_index[parent[first]])
+            row_index[last] = np.arange(len(last))
+            depths.append(tuple((len(group), group.shape[1]) for group in at_depth))
+            groups += at_depth
+        tokens = np.concatenate([group.ravel() for group in groups])
+        places, token_index = np.arange(len(tokens)), np.zeros(size, np.int64)
+        token_index[tokens[::-1]] = places[::-1]  # the first place of each token: the others are padding
+        is_padding = token_index[tokens] != places
+        arrays = np.concatenate(parents), tokens, is_padding, token_index
+        return cls(tuple(depths), *map(torch.from_numpy, arrays))
+
+
+def find_parents(branches: Sequence[Branch]) -> NDArray[np.int64]:
+    """For each token of a tree the one before it on its path, or -1; and another -1, as what is before -1."""
+    parent = np.arange(-1, branches[-1][0].stop)
+    parent[-1] = -1
+    for branch, prefix in branches:
+        parent[branch.start] = prefix[-1].stop - 1 if prefix else -1
+    return parent
 
 
 def cut_rows(

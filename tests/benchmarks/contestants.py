@@ -34,7 +34,9 @@ BETA = 0.1
 
 def build(args: Namespace) -> nn.Module:
     torch.manual_seed(args.seed)
-    if args.model == "llama":
+    if args.model == "qwen3.5" and args.contestant != "llama":
+        return build_qwen(args)
+    if args.model != "xt":
         return build_llama(
             vocab_size=args.vocab,
             hidden_size=args.dim,
@@ -59,6 +61,26 @@ def build_llama(**config: Any) -> nn.Module:
 
     common = {"max_position_embeddings": 4096, "attn_implementation": "sdpa", "use_cache": False}
     return LlamaForCausalLM(LlamaConfig(**common | config))
+
+
+def build_qwen(args: Namespace) -> nn.Module:
+    """A Qwen 3.5 of the Llama's matrix sizes: keys and values of Gated DeltaNet are as wide as the model."""
+    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+    heads = {"linear_num_key_heads": args.dim // 128, "linear_num_value_heads": args.dim // 128}
+    config = Qwen3_5TextConfig(
+        vocab_size=args.vocab,
+        hidden_size=args.dim,
+        intermediate_size=args.dim * 11 // 4,
+        num_hidden_layers=args.depth,
+        num_attention_heads=args.dim // 64,
+        num_key_value_heads=args.dim // 64,
+        head_dim=64,
+        max_position_embeddings=4096,
+        use_cache=False,
+        **heads,
+    )
+    return Qwen3_5ForCausalLM(config)
 
 
 @torch.no_grad()
@@ -111,7 +133,8 @@ class Batch:
 
     def flops(self, model: nn.Module, dim: int, depth: int) -> dict[str, float]:
         """Of the matrix products of one forward pass that computes each unique token once: every linear layer
-        of the decoder, the causal half of both attention products, and the head where something is scored."""
+        of the decoder, the causal half of both products in `depth` layers of attention, and the head where
+        something is scored."""
         rows = [row[:-1] for row in self.chosen + self.rejected]  # a last token is never an input
         tree = PrefixTree.from_sequences(rows)
         head = head_of(model)
@@ -137,7 +160,7 @@ def ours(
     reference: Reference = "copy",
 ) -> Step:
     """`DPO`; if it makes the reference, the policy gets its noise afterwards."""
-    loss = losses.Sigmoid(BETA) if args.model == "llama" else losses.SigmoidNorm(BETA)
+    loss = losses.SigmoidNorm(BETA) if args.model == "xt" else losses.Sigmoid(BETA)
     dpo = DPO(model, loss=loss, share_prefix=share, reference=reference)
     if reference == "copy":
         perturb(model, args.seed)
@@ -232,6 +255,7 @@ CONTESTANTS: dict[str, Callable[[nn.Module, Batch, Namespace], Step]] = {
     "tree": lambda m, b, a: ours(m, b, a, share="auto"),
     "cached": lambda m, b, a: ours(m, b, a, share="auto", cached=True),
     "plain": lambda m, b, a: ours(m, b, a, share=False),
+    "llama": lambda m, b, a: ours(m, b, a, share="auto"),
     "trl": trl,
     "trl-checkpointing": lambda m, b, a: trl(m, b, a, checkpointing=True),
     "x-transformers": x_transformers,
@@ -270,6 +294,8 @@ def measure(args: Namespace, lengths: Lengths) -> Generator[None, None, dict[str
             seconds.append(took)
             peaks.append(status("VmHWM") - before if weighs else 0)
         yield
+    layer_types = getattr(getattr(model, "config", None), "layer_types", None)
+    attention_layers = args.depth if layer_types is None else layer_types.count("full_attention")
     gradients = [p.grad.double().norm() for p in model.parameters() if p.grad is not None]
     return {
         "seconds": statistics.median(seconds),
@@ -279,6 +305,6 @@ def measure(args: Namespace, lengths: Lengths) -> Generator[None, None, dict[str
         "loss": float(loss.detach()),
         **rates,
         "tokens": batch.counts(),
-        "forward_flops": batch.flops(model, args.dim, args.depth),
+        "forward_flops": batch.flops(model, args.dim, attention_layers),
         "torch": torch.__version__,
     }

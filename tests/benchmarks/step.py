@@ -3,6 +3,7 @@
     python tests/benchmarks/step.py                              # lengths of hh_harmless, 8 pairs, a Llama
     python tests/benchmarks/step.py --shape en --pairs 4 --json en.json
     python tests/benchmarks/step.py --model xt                   # against x-transformers' own DPO
+    python tests/benchmarks/step.py --model qwen3.5              # a hybrid, also against a Llama of its sizes
 
 Each contestant has a process of its own, the same weights and the same tokens. They run in turns, one step
 each, so that all see the same good and bad minutes of the machine.
@@ -16,9 +17,10 @@ step; Linux only) less VmRSS from before the first step.
 
 Floor: the time of the step's matrix products alone, if every unique token is computed once (policy forward,
 twice that backward, reference forward; linear layers, the causal half of both attention products, and the
-head where something is scored), at the rate at which this machine multiplies float32 matrices (4096x512 by
-512x2048, same threads, measured before each run): by torch.mm, which the shares in the table are of, and by
-`dpo_wrapper.cpu_matmul.matmul`, which is faster on some processors, so that a share may exceed 100%.
+head where something is scored, but not the recurrences of a hybrid), at the rate at which this machine
+multiplies float32 matrices (4096x512 by 512x2048, same threads, measured before each run): by torch.mm, which
+the shares in the table are of, and by `dpo_wrapper.cpu_matmul.matmul`, which is faster on some processors, so
+that a share may exceed 100%.
 """
 
 import argparse
@@ -38,11 +40,13 @@ to the mean of all in padded, real and unique tokens."""
 OF_MODEL = {
     "llama": ["tree", "cached", "plain", "trl"],
     "xt": ["tree", "cached", "plain", "x-transformers"],
+    "qwen3.5": ["tree", "cached", "plain", "trl", "llama"],
 }
 NAMES = {
     "tree": "dpo_wrapper, tree",
     "cached": "dpo_wrapper, tree, cached reference",
     "plain": "dpo_wrapper, plain",
+    "llama": "dpo_wrapper, tree, a Llama of these sizes",
     "trl": "TRL DPOTrainer.compute_loss",
     "trl-checkpointing": "TRL, with gradient checkpointing (its default)",
     "x-transformers": "x-transformers DPO",
@@ -118,7 +122,7 @@ def report(results: dict[str, dict[str, Any]]) -> dict[str, float]:
             print(f"{NAMES[name]:<46} {why_not(result)}")
             continue
         seconds, peak = result["seconds"], result["peak_mb"]
-        result["share_of_floor"] = passes(name) * sum(forward.values()) / rate / seconds
+        result["share_of_floor"] = passes(name) * sum(result["forward_flops"].values()) / rate / seconds
         slower = f"{seconds / tree['seconds']:.2f}" if tree else ""
         heavier = f"{peak / tree['peak_mb']:.2f}" if tree and peak else ""
         shown = "unknown" if peak is None else f"{peak:.0f}"

@@ -1,6 +1,7 @@
 """Sequences that share prefixes, random trees of them, and what a tree's paths say."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -63,3 +64,37 @@ def nodes_of(tree: PrefixTree) -> list[Any]:
             assert nodes[token] in (None, node)
             nodes[token] = node
     return nodes
+
+
+def parents_of(tree: PrefixTree) -> list[int]:
+    """For each token the one before it, or -1, read off the paths."""
+    parents = [-1] * len(tree.ids)
+    for path in paths_of(tree):
+        for before, token in pairwise(path.tolist()):
+            assert parents[token] in (-1, before)
+            parents[token] = before
+    return parents
+
+
+def draw_normal(*shape: int, seed: int = 0) -> Tensor:
+    """Normal numbers in float64, which need a gradient."""
+    numbers = torch.randn(shape, generator=Generator().manual_seed(seed), dtype=torch.float64)
+    return numbers.requires_grad_()
+
+
+def assert_equal_along_paths(
+    tree: PrefixTree, out: Tensor, along_path: Callable[[Tensor], Tensor], inputs: list[Tensor]
+) -> None:
+    """Compare outputs [r w ...] over a tree, and gradients of the inputs, with those along each path alone.
+
+    `along_path` takes the indices of a path's tokens. The loss weights each token of each path by itself.
+    """
+    paths = [path for path in paths_of(tree) if len(path)]
+    flat = out.flatten(0, 1)
+    results = []
+    for function in (lambda path: flat.index_select(0, path), along_path):
+        outputs = torch.cat([function(path) for path in paths])
+        loss = (outputs * draw_normal(*outputs.shape, seed=1).detach()).sum()
+        results.append((outputs, *torch.autograd.grad(loss, inputs, retain_graph=True)))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
