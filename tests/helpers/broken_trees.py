@@ -1,4 +1,4 @@
-"""Mistakes that layers with a state may make over a prefix tree, for the trial to find."""
+"""Layers with a state over a prefix tree: mistakes for the trial to find, and where there are none to make."""
 
 from typing import Any
 
@@ -8,6 +8,14 @@ from torch import Tensor
 
 from dpo_wrapper.models import hugging_face_recurrence, x_transformers
 from dpo_wrapper.prefix_tree import TreeLayout, note_kernel
+
+
+def require_forks() -> None:
+    """Skip a test where the layers of transformers are too old to pass a state on to branches."""
+    from transformers.models.lfm2.modeling_lfm2 import Lfm2ShortConv
+
+    if not hugging_face_recurrence.called_functions(Lfm2ShortConv):
+        pytest.skip("all layers with a state run along the paths in this version of transformers")
 
 
 def mix_branches(monkeypatch: pytest.MonkeyPatch) -> None:

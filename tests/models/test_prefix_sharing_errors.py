@@ -8,7 +8,7 @@ import torch
 
 from dpo_wrapper.models import hugging_face_attention, recurrent, x_transformers
 from dpo_wrapper.prefix_tree import TreeLayout
-from helpers.broken_trees import detach_states, forget_states, mix_branches
+from helpers.broken_trees import detach_states, forget_states, mix_branches, require_forks
 from helpers.dpo_calls import arguments
 from helpers.marks import mark_slow_except
 from helpers.shareable_models import (
@@ -94,6 +94,7 @@ MISTAKES = [
 def test_layers_run_along_paths_where_a_branch_begins_with_a_wrong_state(
     break_tree, name, reason, monkeypatch
 ):
+    require_forks()
     break_tree(monkeypatch)
     dpo, padded = make_dpo(SHAREABLE[name]), make_dpo(SHAREABLE[name], False)
     assert_close(loss_and_gradients(dpo, CASES[1]), loss_and_gradients(padded, CASES[1]), 3e-5)
@@ -102,6 +103,7 @@ def test_layers_run_along_paths_where_a_branch_begins_with_a_wrong_state(
 
 @pytest.mark.filterwarnings("ignore:prefixes are not shared in the Hugging Face model, for its log-probs")
 def test_rows_are_padded_where_layers_go_wrong_along_paths_too(monkeypatch):
+    require_forks()
     mix_branches(monkeypatch)
     run_along_paths = recurrent.run_along_paths
     monkeypatch.setattr(recurrent, "run_along_paths", lambda *args: run_along_paths(*args).detach())

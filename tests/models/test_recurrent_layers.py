@@ -4,6 +4,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from dpo_wrapper import DPO
 from dpo_wrapper.models.hugging_face import HuggingFaceModel
 from dpo_wrapper.models.hugging_face_recurrence import install_recurrence_hooks
 from dpo_wrapper.models.recurrent import find_recurrent_layers
+from helpers.broken_trees import require_forks
 from helpers.dpo_calls import arguments, nudged
 from helpers.kernels import probes, shares_prefix
 from helpers.marks import mark_slow_except
@@ -20,6 +22,7 @@ from helpers.models import ZOO, seeded
 from helpers.oracle import ExactFloat64, to_float64
 from helpers.shareable_models import (
     CASES,
+    FORK,
     PATHS,
     RECURRENT,
     SHAREABLE,
@@ -66,6 +69,8 @@ def test_a_convolution_that_mixes_channels_is_none():
 )
 def test_what_layers_do_over_a_tree_is_told(name):
     make, told = RECURRENT[name]
+    if told.endswith(FORK) and not name.startswith("xt"):
+        require_forks()
     dpo = make_dpo(make)
     dpo(**arguments(CASES[1]))
     expected = "paths" if told.endswith(PATHS) else "fork"
@@ -103,7 +108,7 @@ def test_rwkv_which_changes_its_weights_in_eval_mode():
 
 def test_functions_of_libraries_that_are_missing_stay_none(monkeypatch):
     """As older versions of transformers have them, which then compute the layer by other functions."""
-    module = ModuleType("layers_of_old")
+    module: Any = ModuleType("layers_of_old")
     exec("class Layer:\n    def forward(self, x):\n        return causal_conv1d_fn(x)", vars(module))
     module.causal_conv1d_fn = None
     monkeypatch.setitem(sys.modules, module.__name__, module)

@@ -17,7 +17,7 @@ from dpo_wrapper.prefix_tree import PrefixSharingError, TreeOptions, cpu_attenti
 from dpo_wrapper.scoring.probe import Probe
 from dpo_wrapper.scoring.probe_tree import TreeTrial
 from dpo_wrapper.scoring.scorer import Scorer
-from helpers.broken_trees import mix_branches
+from helpers.broken_trees import mix_branches, require_forks
 from helpers.dpo_calls import arguments, nudged
 from helpers.kernels import shares_prefix
 from helpers.marks import mark_slow_except
@@ -100,6 +100,8 @@ FAST_MIXES_NOT |= {("llama", "float32"), ("from-zero", "autocast")}
 @pytest.mark.filterwarnings("ignore:prefixes are not shared")
 @pytest.mark.parametrize("name, mode", mark_slow_except(FAST_MIXES, product(MIXES, MODES)))
 def test_untrained_models_that_mix_tokens_are_found_in_every_dtype(name, mode, monkeypatch):
+    if name == "lfm2":
+        require_forks()
     mix_branches(monkeypatch)
     probe = probe_of(MIXES[name](), mode)
     reason = probe.why_padded or probe.why_along_paths
