@@ -1,4 +1,4 @@
-"""Layers with a state over a prefix tree: mistakes for the trial to find, and where there are none to make."""
+"""Layers with a state over a prefix tree: the mistakes that the trial should find, and where none can be."""
 
 from typing import Any
 
