@@ -72,9 +72,8 @@ def draw_batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["layers", "mlp"])
 @pytest.mark.parametrize("name", ["hf-llama", "qwen3.5"])
-def test_compiled_parts_keep_their_graphs_over_batches_of_any_shape(name, part, monkeypatch):
+def test_compiled_parts_keep_their_graphs_over_batches_of_any_shape(name, part):
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     graphs: list[torch.fx.GraphModule] = []
     functions: set[str] = set()  # in graphs that run over a tree
 
@@ -94,9 +93,10 @@ def test_compiled_parts_keep_their_graphs_over_batches_of_any_shape(name, part, 
         (layer if part == "layers" else layer.mlp).compile(backend=record)
     counts = []
     for batch in draw_batches():
-        loss, expected = dpo(*batch), plain(*batch)
-        loss.backward()
-        assert torch.allclose(loss, expected, atol=1e-5)
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            loss = dpo(*batch)
+            loss.backward()
+        assert torch.allclose(loss, plain(*batch), atol=1e-5)
         counts.append(len(graphs))
     assert counts[0] > 0 and counts[-1] == counts[0]
     assert any("linear" in function for function in functions)
