@@ -32,10 +32,11 @@ class _Thread(threading.local):
             function, which returns None when that pass is gone.
     """
 
-    tree: Any = None
-    is_over_tree = False
-    is_along_paths = False
-    rerun: "Callable[[], ForwardPass | None]" = staticmethod(lambda: None)
+    def __init__(self) -> None:  # in each thread; torch.compile watches attributes of the instance alone
+        self.tree: Any = None
+        self.is_over_tree = False
+        self.is_along_paths = False
+        self.rerun: Callable[[], ForwardPass | None] = lambda: None
 
 
 _thread = _Thread()
