@@ -109,7 +109,6 @@ def compile_parts(model, parts):
         ("xt-rotary-flash", ["AttentionLayers", "Decoder"], "branches"),
         ("xt-rotary-flash", ["FeedForward"], "model"),
         ("xt-gru", ["FoldAxially"], "model"),
-        ("qwen3.5", ["Qwen3_5GatedDeltaNet"], "branches"),
     ],
     indirect=["each_kernel"],
 )

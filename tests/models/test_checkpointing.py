@@ -115,7 +115,6 @@ FAST = [
     ("xt-rotary", by_composition, False),
     ("xt-dropout", by_torchs_wrapper, False),
     ("qwen3.5", by_the_librarys_flag, True),
-    ("xt-gru", by_composition, False),
     ("plain-transformer", by_torchs_wrapper, True),
     ("plain-transformer", by_hand_twice, False),
 ]

@@ -45,7 +45,12 @@ def describe(model: nn.Module) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "name, checkpointed", [*((name, False) for name in NAMES), ("hf-opt", True), ("hf-gpt2", True)]
+    "name, checkpointed",
+    [
+        *mark_slow_except([(n, False) for n in NAMES if n != "xt-gru"], [(n, False) for n in NAMES]),
+        ("hf-opt", True),
+        ("hf-gpt2", True),
+    ],
 )
 def test_modes_rates_and_attributes(name, checkpointed):
     policy = SHAREABLE.get(name, ZOO.get(name))(0)
