@@ -177,14 +177,19 @@ OVER_TREE: dict[str, Callable[..., Any]] = {
 @cache
 def called_functions(layer_class: Any) -> frozenset[str]:
     """The functions that the `forward` of a class of layers calls in its module, of those in `OVER_TREE`."""
-    code, module = inspect.unwrap(layer_class.forward).__code__, sys.modules[layer_class.__module__]
-    return frozenset(name for name in OVER_TREE if name in code.co_names and callable(vars(module).get(name)))
+    names, module = inspect.unwrap(layer_class.forward).__code__.co_names, module_of(layer_class)
+    return frozenset(name for name in OVER_TREE if name in names and callable(getattr(module, name, None)))
+
+
+def module_of(layer_class: Any) -> Any:
+    """The module of a class's `forward`, which is not that of the class where FSDP has made a class of it."""
+    return sys.modules[inspect.unwrap(layer_class.forward).__module__]
 
 
 def install_recurrence_hooks(layer_class: Any) -> None:
     """Wrap the functions that a class of layers calls."""
     for name in called_functions(layer_class):
-        install_function_hook(sys.modules[layer_class.__module__], name)
+        install_function_hook(module_of(layer_class), name)
 
 
 @cache
