@@ -53,11 +53,11 @@ def delta_rule(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """A delta rule, whose state is kept where the logarithm g of its decay and beta are zero."""
-    kwargs |= {"output_final_state": True}
 
     def scan(tokens: tuple[Tensor, ...], state: Tensor | None) -> Any:
         q, k, v, g, beta = tokens
-        return function(q, k, v, g=g, beta=beta, **kwargs | {"initial_state": state})
+        options = kwargs | {"initial_state": state, "output_final_state": True}
+        return function(q, k, v, g=g, beta=beta, **options)
 
     return scan_over_tree(layout, [query, key, value], [g, beta], scan), None
 
@@ -104,16 +104,16 @@ def state_space_duality(
     **kwargs: Any,
 ) -> Tensor:
     """The scan of Mamba 2, whose state is kept where the time step dt is zero."""
-    dt = time_step(dt, dt_bias, dt_softplus).clamp(*dt_limit)
-    kwargs |= {"return_final_states": True}
+    is_on_cpu = x.device.type == "cpu"
 
     def scan(tokens: tuple[Tensor, ...], state: Tensor | None) -> Any:
         x, b, c, dt = tokens
-        if x.device.type == "cpu":
-            kwargs["chunk_size"] = x.shape[1]
-        return function(x, dt, a, b, c, **kwargs | {"initial_states": state})
+        chunk = {"chunk_size": x.shape[1]} if is_on_cpu else {}  # to which sequences are padded
+        options = kwargs | chunk | {"initial_states": state, "return_final_states": True}
+        return function(x, dt, a, b, c, **options)
 
-    return scan_over_tree(layout, [x, b, c], [dt], scan, MAX_SEGMENT if x.device.type == "cpu" else None)
+    dt = time_step(dt, dt_bias, dt_softplus).clamp(*dt_limit)
+    return scan_over_tree(layout, [x, b, c], [dt], scan, MAX_SEGMENT if is_on_cpu else None)
 
 
 def selective_scan(
@@ -134,12 +134,10 @@ def selective_scan(
 
     The state is linear in what it was: behind n tokens `exp(a · (dt_1 + ... + dt_n))` of it is left.
     """
-    dt = time_step(dt.transpose(1, 2), delta_bias, delta_softplus)
-    kwargs |= {"return_last_state": True}
 
     def scan(tokens: tuple[Tensor, ...], state: Tensor | None) -> tuple[Tensor, Tensor]:
         x, b, c, dt = (t.transpose(1, 2) for t in tokens)
-        out, state_behind = function(x, dt, a, b, c, **kwargs)
+        out, state_behind = function(x, dt, a, b, c, **kwargs, return_last_state=True)
         if state is not None:
             decay = (rearrange(dt.cumsum(-1), "g d n -> g d n 1") * rearrange(a, "d s -> d 1 s")).exp()
             left = decay * rearrange(state, "g d s -> g d 1 s")
@@ -147,6 +145,7 @@ def selective_scan(
             state_behind = state_behind + left[:, :, -1]
         return out.transpose(1, 2), state_behind
 
+    dt = time_step(dt.transpose(1, 2), delta_bias, delta_softplus)
     inputs = [t.transpose(1, 2) for t in (x, b, c)]
     out = scan_over_tree(layout, inputs, [dt], scan).transpose(1, 2)
     return out if z is None else out * F.silu(z)

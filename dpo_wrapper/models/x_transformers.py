@@ -22,7 +22,7 @@ from dpo_wrapper.prefix_tree import (
     attend_along_paths,
     attend_with_kernel,
     shift_over_tree,
-)  # fmt: skip
+)
 from dpo_wrapper.prefix_tree.attention import make_causal_mask
 
 

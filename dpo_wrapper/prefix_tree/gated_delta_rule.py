@@ -29,9 +29,8 @@ def apply_gated_delta_rule(
     quadratic in n. `log_decay` should not be positive.
     """
     heads = k.shape[2], v.shape[2] // k.shape[2]
-    q, k = (
-        t.transpose(1, 2)[:, :, None].contiguous() for t in (q, k)
-    )  # each serves the heads of v in its row
+    # an axis for the value heads that share a head of q and k
+    q, k = (t.transpose(1, 2)[:, :, None].contiguous() for t in (q, k))
     v, log_decay, beta = (t.transpose(1, 2).unflatten(1, heads) for t in (v, log_decay, beta))
     n = q.shape[-2]
     since_start = log_decay.cumsum(-1)  # the logarithm of what is left at each token of the state before

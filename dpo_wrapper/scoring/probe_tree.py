@@ -59,9 +59,7 @@ class TreeTrial:
         self.longest = longest
         self.dtype = narrowest_dtype(model.model, probe.device)
         if model.recurrent_layers and self.dtype == torch.float64:
-            self.dtype = (
-                torch.float32
-            )  # in which such layers compute their states, whatever their weights are
+            self.dtype = torch.float32  # their states are computed in it, whatever the weights are
 
     def sequences(self, changed_row: int | None = None) -> ScoredSequences:
         """Two pairs with a shared prefix each; all tokens of one branch but its first may be changed.
