@@ -43,42 +43,29 @@ def convolve(
 
 
 def delta_rule(
-    layout: TreeLayout,
-    function: Function,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    **kwargs: Any,
+    layout: TreeLayout, function: Function, *inputs: Tensor, g: Tensor, beta: Tensor, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """A delta rule, whose state is kept where the logarithm g of its decay and beta are zero."""
+    """A delta rule of queries, keys and values.
+
+    The state is kept where the logarithm g of its decay and beta are zero.
+    """
 
     def scan(tokens: tuple[Tensor, ...], state: Tensor | None) -> Any:
         q, k, v, g, beta = tokens
         options = kwargs | {"initial_state": state, "output_final_state": True}
         return function(q, k, v, g=g, beta=beta, **options)
 
-    return scan_over_tree(layout, [query, key, value], [g, beta], scan), None
+    return scan_over_tree(layout, inputs, [g, beta], scan), None
 
 
 def gated_delta_rule(
-    layout: TreeLayout,
-    function: Function,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    use_qk_l2norm_in_kernel: bool = False,
-    **kwargs: Any,
+    layout: TreeLayout, function: Function, *inputs: Tensor, g: Tensor, beta: Tensor, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """The gated delta rule of Qwen 3.5: on the CPU by a function that computes less for short segments."""
-    if query.device.type != "cpu":
-        kwargs |= {"use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel}
-        return delta_rule(layout, function, query, key, value, g, beta, **kwargs)
-    q, k, v, g, beta = (t.to(torch.float32) for t in (query, key, value, g, beta))
-    if use_qk_l2norm_in_kernel:
+    if inputs[0].device.type != "cpu":
+        return delta_rule(layout, function, *inputs, g=g, beta=beta, **kwargs)
+    q, k, v, g, beta = (t.to(torch.float32) for t in (*inputs, g, beta))
+    if kwargs.get("use_qk_l2norm_in_kernel"):
         q, k = (t * torch.rsqrt(t.square().sum(-1, keepdim=True) + L2_EPSILON) for t in (q, k))
     q = q * q.shape[-1] ** -0.5
 
@@ -86,7 +73,8 @@ def gated_delta_rule(
         q, k, v, g, beta = tokens
         return apply_gated_delta_rule(q, k, v, g, beta, state)
 
-    return scan_over_tree(layout, [q, k, v], [g, beta], scan, MAX_SEGMENT).to(query.dtype), None
+    out = scan_over_tree(layout, [q, k, v], [g, beta], scan, MAX_SEGMENT)
+    return out.to(inputs[0].dtype), None
 
 
 def state_space_duality(
