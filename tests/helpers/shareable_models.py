@@ -65,6 +65,18 @@ DELTA_NET = dict(
 )
 QWEN = DELTA_NET | dict(head_dim=8, layer_types=["linear_attention", "full_attention"])
 SHARED_EXPERT = EXPERTS | dict(shared_expert_intermediate_size=8)
+KIMI = EXPERTS | dict(
+    layer_types=["linear_attention", "full_attention"],
+    mlp_layer_types=["dense", "sparse"],
+    num_local_experts=3,
+    num_key_value_heads=2,
+    linear_num_heads=2,
+    linear_head_dim=8,
+    kv_lora_rank=8,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=8,
+    v_head_dim=8,
+)
 MAMBA2 = dict(mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=16)
 JAMBA = dict(attn_layer_offset=1, attn_layer_period=2, expert_layer_offset=1, expert_layer_period=2)
 
@@ -76,6 +88,7 @@ RECURRENT: dict[str, tuple[Make, str]] = {  # with what is told of their layers 
         f"Qwen3_5MoeGatedDeltaNet {FORK}",
     ),
     "qwen3-next": (hf("Qwen3Next", **QWEN | SHARED_EXPERT), f"Qwen3NextGatedDeltaNet {FORK}"),
+    "kimi-linear": (hf("KimiLinear", **KIMI), f"KimiLinearDeltaAttention {FORK}"),
     "falcon-h1": (hf("FalconH1", mamba_d_ssm=32, head_dim=8, **MAMBA2), f"FalconH1Mixer {FORK}"),
     "lfm2": (hf("Lfm2", layer_types=["conv", "full_attention"]), f"Lfm2ShortConv {FORK}"),
     "mamba2": (
