@@ -193,7 +193,7 @@ class Terminal:
         """Type a text again and again: a signal between a prompt and the wait for a line is not seen."""
         while expected not in self.text:
             self.type(text)
-            if select.select([self.descriptor], [], [], 2)[0]:
+            while expected not in self.text and select.select([self.descriptor], [], [], 2)[0]:
                 self.read()
         self.wait_for(expected)
 
