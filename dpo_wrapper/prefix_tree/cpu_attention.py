@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 Branch = tuple[slice, tuple[slice, ...]]
 """The tokens of a branch and those of its prefix, as slices of the tree's tokens."""
 
-MIN_BRANCH_NUMEL = 2**15
+MIN_BRANCH_NUMEL = 2**13
 """The mean number of elements (tokens x heads x width) in the queries of one branch, below which the many
 small kernel calls cost more time than they save."""
 
