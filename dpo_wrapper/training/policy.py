@@ -108,8 +108,10 @@ def enable_checkpointing(model: Any) -> None:
         raise ValueError(
             f"{problem}, but {name} of x-transformers has no such option: lower --micro-batch-tokens instead."
         )
+    # its name from transformers 5.24 on, which warns of the other one
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     try:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable({"use_reentrant": False})
     except ValueError as error:
         raise ValueError(f"{problem}, but {name} cannot: leave it out.") from error
 

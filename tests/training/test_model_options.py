@@ -175,6 +175,12 @@ def test_checkpointed_layers_run_again_to_the_same_result(rows, tmp_path, llama)
     assert_metrics_close(logs[False], logs[True])
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_checkpointing_is_turned_on_by_its_present_name(rows, tmp_path, llama):
+    setup = set_up(rows, tmp_path, **llama | {"gradient_checkpointing": True})
+    assert setup.pretrained.model.is_gradient_checkpointing
+
+
 def test_models_without_checkpointing_are_told(rows, tmp_path):
     message = r"but TransformerWrapper of x-transformers has no such option: lower --micro-batch-tokens"
     with pytest.raises(ValueError, match=message):
