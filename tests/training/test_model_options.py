@@ -178,7 +178,7 @@ def test_checkpointed_layers_run_again_to_the_same_result(rows, tmp_path, llama)
 @pytest.mark.filterwarnings("error::FutureWarning")
 def test_checkpointing_is_turned_on_by_its_present_name(rows, tmp_path, llama):
     setup = set_up(rows, tmp_path, **llama | {"gradient_checkpointing": True})
-    assert setup.pretrained.model.is_gradient_checkpointing
+    assert setup.pretrained.model.model.layers[0].gradient_checkpointing
 
 
 def test_models_without_checkpointing_are_told(rows, tmp_path):
