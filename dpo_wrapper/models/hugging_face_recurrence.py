@@ -164,13 +164,17 @@ OVER_TREE: dict[str, Callable[..., Any]] = {
 @cache
 def called_functions(layer_class: Any) -> frozenset[str]:
     """The functions that the `forward` of a class of layers calls in its module, of those in `OVER_TREE`."""
-    names, module = inspect.unwrap(layer_class.forward).__code__.co_names, module_of(layer_class)
+    code = getattr(inspect.unwrap(layer_class.forward), "__code__", None)  # None in compiled extensions
+    names, module = getattr(code, "co_names", ()), module_of(layer_class)
     return frozenset(name for name in OVER_TREE if name in names and callable(getattr(module, name, None)))
 
 
 def module_of(layer_class: Any) -> Any:
-    """The module of a class's `forward`, which is not that of the class where FSDP has made a class of it."""
-    return sys.modules[inspect.unwrap(layer_class.forward).__module__]
+    """The module of a class's `forward`, which is not that of the class where FSDP has made a class of it.
+
+    None where Python does not list it, as of a file that was run by hand.
+    """
+    return sys.modules.get(inspect.unwrap(layer_class.forward).__module__)
 
 
 def install_recurrence_hooks(layer_class: Any) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dpo_wrapper import DPO
 from dpo_wrapper.models.hugging_face import HuggingFaceModel
-from dpo_wrapper.models.hugging_face_recurrence import install_recurrence_hooks
+from dpo_wrapper.models.hugging_face_recurrence import called_functions, install_recurrence_hooks
 from dpo_wrapper.models.recurrent import find_recurrent_layers
 from helpers.broken_trees import require_forks
 from helpers.dpo_calls import arguments, nudged
@@ -114,6 +114,17 @@ def test_functions_of_libraries_that_are_missing_stay_none(monkeypatch):
     monkeypatch.setitem(sys.modules, module.__name__, module)
     install_recurrence_hooks(module.Layer)
     assert module.causal_conv1d_fn is None
+
+
+def test_a_layer_of_a_module_that_python_does_not_list_calls_no_known_function():
+    module: Any = ModuleType("run_by_hand")
+    module.causal_conv1d_fn = len
+    exec("class Layer:\n    def forward(self, x):\n        return causal_conv1d_fn(x)", vars(module))
+    assert called_functions(module.Layer) == frozenset()
+
+
+def test_a_layer_of_a_compiled_extension_calls_no_known_function():
+    assert called_functions(type("Layer", (), {"forward": len})) == frozenset()
 
 
 # whatever runs them
