@@ -200,7 +200,8 @@ def _call(function: Function, over_tree: Callable[..., Any], *args: Any, **kwarg
     tree = attention_tree()
     if tree is None:
         return function(*args, **kwargs)
-    states = ("initial_state", "initial_states", "output_final_state", "return_final_states")
-    if any(kwargs.pop(name, None) not in (None, False) for name in (*states, "return_last_state")):
+    names = ("initial_state", "initial_states", "output_final_state", "return_final_states")
+    states = [kwargs.pop(name, None) for name in (*names, "return_last_state")]
+    if any(isinstance(state, Tensor) or state for state in states):
         raise PrefixSharingError("its layers begin with a state, or ask for one")
     return over_tree(tree.layout, function, *args, **kwargs)

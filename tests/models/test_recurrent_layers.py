@@ -12,8 +12,14 @@ from torch import Tensor, nn
 
 from dpo_wrapper import DPO
 from dpo_wrapper.models.hugging_face import HuggingFaceModel
-from dpo_wrapper.models.hugging_face_recurrence import called_functions, install_recurrence_hooks
-from dpo_wrapper.models.recurrent import find_recurrent_layers
+from dpo_wrapper.models.hugging_face_recurrence import (
+    called_functions,
+    install_function_hook,
+    install_recurrence_hooks,
+)
+from dpo_wrapper.models.recurrent import RecurrentTree, find_recurrent_layers
+from dpo_wrapper.models.rerun import run_pass
+from dpo_wrapper.prefix_tree import PrefixSharingError, TreeLayout, TreeOptions
 from helpers.broken_trees import require_forks
 from helpers.dpo_calls import arguments, nudged
 from helpers.kernels import probes, shares_prefix
@@ -31,6 +37,7 @@ from helpers.shareable_models import (
     loss_and_gradients,
     make_dpo,
 )
+from helpers.trees import random_tree
 
 RWKV = hf("Rwkv", attention_hidden_size=16, context_length=64)
 
@@ -125,6 +132,17 @@ def test_a_layer_of_a_module_that_python_does_not_list_calls_no_known_function()
 
 def test_a_layer_of_a_compiled_extension_calls_no_known_function():
     assert called_functions(type("Layer", (), {"forward": len})) == frozenset()
+
+
+@pytest.mark.parametrize("option", [{"initial_states": torch.zeros(2, 3)}, {"return_final_states": True}])
+def test_a_function_that_is_given_a_state_or_asked_for_one_cannot_run_over_a_tree(option):
+    module: Any = ModuleType("layers_with_states")
+    module.causal_conv1d_fn = torch.add
+    install_function_hook(module, "causal_conv1d_fn")
+    x = torch.zeros(1, 2, 3)
+    tree = RecurrentTree(TreeLayout.from_tree(random_tree(0), TreeOptions()), frozenset())
+    with pytest.raises(PrefixSharingError, match="begin with a state, or ask for one"):
+        run_pass(nn.Identity(), lambda: module.causal_conv1d_fn(x, x, **option), tree)
 
 
 # whatever runs them
