@@ -86,7 +86,8 @@ class TreeLayout(TensorDataclass):
         """What `compute` returns for this layout; it is called once for each key."""
         values = vars(self).setdefault("_values", {})
         if key not in values:
-            values[key] = compute()
+            with torch.inference_mode(False):  # a later pass over the tree may compute gradients
+                values[key] = compute()
         return values[key]
 
     def block_mask(self, window: int | None) -> "BlockMask":

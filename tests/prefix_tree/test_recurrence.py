@@ -233,3 +233,21 @@ def test_no_device_is_waited_for():
         assert all(t.grad is not None for t in inputs)
         x.sum().item()
     assert waits  # as a wait would have been
+
+
+def test_a_tree_may_be_evaluated_in_inference_mode_and_then_train():
+    _, layout = layout_of(DOCSTRING)
+    inputs = draw_normal(*layout.ids.shape, 2), draw_normal(*layout.ids.shape, seed=1)
+
+    def compute():
+        def scan(tokens, state):
+            out = (tokens[0] * tokens[1][..., None]).cumsum(1) + (0 if state is None else state[:, None])
+            return out, out[:, -1]
+
+        return scan_over_tree(layout, [shift_over_tree(layout, inputs[0], 1)], [inputs[1]], scan)
+
+    with torch.inference_mode():
+        expected = compute()
+    out = compute()
+    out.sum().backward()
+    assert torch.equal(out, expected)
