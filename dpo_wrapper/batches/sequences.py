@@ -132,14 +132,18 @@ class ScoredSequences(TensorDataclass):
         """The same sequences as a prefix tree, built once for each of the options."""
         trees = vars(self).setdefault("_trees", {})
         if options not in trees:
-            host = self.on_cpu
-            if host is self:
-                # trees are built on the CPU; inside the context each call of torch takes longer
-                with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
-                    trees[options] = ScoredTreeTokens.from_sequences(self, options)
-            else:
-                trees[options] = host.as_tree(options).to(self.ids.device)
+            with torch.inference_mode(False):  # a later pass over the tree may compute gradients
+                trees[options] = self.build_tree(options)
         return trees[options]
+
+    def build_tree(self, options: TreeOptions) -> "ScoredTreeTokens":
+        """Build the tree on the CPU, and move it to where the sequences are."""
+        host = self.on_cpu
+        if host is not self:
+            return host.as_tree(options).to(self.ids.device)
+        # inside of the context each call of torch takes longer
+        with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
+            return ScoredTreeTokens.from_sequences(self, options)
 
     def prebuild_tree(self, options: TreeOptions | None) -> "ScoredSequences":
         """Build the tree ahead of the forward pass, where the tokens are still on the CPU."""

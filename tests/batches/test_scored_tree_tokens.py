@@ -29,6 +29,13 @@ def test_a_tree_is_built_once_for_each_of_the_options_and_moves_with_the_sequenc
             assert tensor.device.type == "meta"
 
 
+def test_a_tree_that_is_built_in_inference_mode_may_train_later():
+    with torch.inference_mode():
+        tree = scored_sequences(0).as_tree(TreeOptions())
+    fields = tree.source, tree.target, tree.entry, tree.count, tree.layout.ids, *tree.layout.groups
+    assert not any(tensor.is_inference() for tensor in fields)
+
+
 def score_of(past, target):
     """A number that tells pasts and targets apart: any table would do."""
     return hash((*past, -7, target)) % 1000003 / 1000
