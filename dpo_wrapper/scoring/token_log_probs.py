@@ -11,9 +11,12 @@ from dpo_wrapper.log_probs import FusedLoss, gather_log_probs, log_probs_from_hi
 from dpo_wrapper.models import LanguageModel
 from dpo_wrapper.models.eval_mode import reproducible_forward
 from dpo_wrapper.models.rerun import run_pass
+from dpo_wrapper.prefix_tree import PrefixSharingError, StateKernel
 from dpo_wrapper.scoring.fused_loss import fused_loss_of_entries
 from dpo_wrapper.scoring.probe import Probe
 from dpo_wrapper.validation import describe_type
+
+STATE_KERNELS: frozenset[StateKernel] = frozenset({"fork", "paths"})
 
 
 def compute_log_probs(
@@ -44,6 +47,8 @@ def compute_log_probs(
     with reproducible_forward(model.model):
         if tree is not None:
             output = model.forward_tree(tree.layout, return_hidden=head is not None)
+            if probe.kernels & STATE_KERNELS - tree.layout.kernels:
+                raise PrefixSharingError("the code of its layers with a state has been replaced")
         else:
             output = run_pass(model.model, lambda: run_padded(model, sequences.ids, head is not None))
         aux_loss = compute_aux_loss(model, sequences, tree, output) if needs_aux_loss else None
