@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import get_args
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -16,7 +17,8 @@ from dpo_wrapper.scoring.fused_loss import fused_loss_of_entries
 from dpo_wrapper.scoring.probe import Probe
 from dpo_wrapper.validation import describe_type
 
-STATE_KERNELS: frozenset[StateKernel] = frozenset({"fork", "paths"})
+STATE_KERNELS: frozenset[StateKernel] = frozenset(get_args(StateKernel))
+"""What layers with a state note of a pass over a tree, each time."""
 
 
 def compute_log_probs(
