@@ -69,9 +69,9 @@ class LanguageModel:
         """
         raise NotImplementedError
 
-    def state_kernels(self) -> list[StateKernel]:
-        """What may compute layers that carry a state over a tree, the best first; none without such."""
-        return []
+    def state_kernels(self) -> list[StateKernel | None]:
+        """What may compute layers that carry a state over a tree, the best first; None without such."""
+        return [None]
 
     def layers_along_paths(self, state: StateKernel | None) -> list[nn.Module]:
         """The layers that run along the paths of a tree where `state` is what computes those with a state."""

@@ -152,9 +152,10 @@ class HuggingFaceModel(LanguageModel):
         """The classes of layers that carry a state."""
         return {type(layer) for layer in self.recurrent_layers}
 
-    def state_kernels(self) -> list[StateKernel]:
-        forks = any(map(called_functions, self.recurrent_classes()))
-        return ["fork", "paths"] if forks else ["paths"] if self.recurrent_layers else []
+    def state_kernels(self) -> list[StateKernel | None]:
+        if not self.recurrent_layers:
+            return [None]
+        return ["fork", "paths"] if any(map(called_functions, self.recurrent_classes())) else ["paths"]
 
     def layers_along_paths(self, state: StateKernel | None) -> list[nn.Module]:
         forked = [] if state == "paths" else [c for c in self.recurrent_classes() if called_functions(c)]

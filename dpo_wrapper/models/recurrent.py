@@ -69,13 +69,11 @@ def install_layer_hook(layer_class: Any) -> None:
 
     @wraps(forward)
     def forward_over_tree(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return (_forward if may_be_over_tree() else _call)(forward, self, *args, **kwargs)
+        if may_be_over_tree():
+            return _forward(forward, self, *args, **kwargs)
+        return forward(self, *args, **kwargs)
 
     layer_class.forward = forward_over_tree
-
-
-def _call(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    return forward(*args, **kwargs)
 
 
 @untraced  # a tree in the trace would have it compiled anew for each tree

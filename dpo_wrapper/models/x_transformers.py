@@ -70,8 +70,8 @@ class XTransformersModel(LanguageModel):
         along_paths = frozenset(map(id, self.hybrid_modules))
         return run_pass(self.model, forward, as_attention_tree(self.net, layout, along_paths))
 
-    def state_kernels(self) -> list[StateKernel]:
-        return ["fork"] if self.recurrent_layers else []
+    def state_kernels(self) -> list[StateKernel | None]:
+        return ["fork"] if self.recurrent_layers else [None]
 
     def layers_along_paths(self, state: StateKernel | None) -> list[nn.Module]:
         return self.hybrid_modules
@@ -134,11 +134,9 @@ def install_hooks() -> None:
     While a model runs over a tree they do what is needed there; otherwise, and in all other threads, what
     they always do.
     """
-    attention_class: Any = sys.modules["x_transformers.x_transformers"].Attention
-    attend_class: Any = sys.modules["x_transformers.attend"].Attend
-    forward_attention, forward_attend = attention_class.forward, attend_class.forward
     library: Any = sys.modules["x_transformers.x_transformers"]
-    shift = library.shift
+    attention_class, attend_class = library.Attention, library.Attend
+    forward_attention, forward_attend, shift = attention_class.forward, attend_class.forward, library.shift
 
     def is_active(attend: Any) -> bool:
         return may_be_over_tree() and is_over_tree(attend)

@@ -60,8 +60,7 @@ def probe_sharing(model: LanguageModel, probe: Probe, share_prefix: SharePrefix,
         return probe.padded("share_prefix is False")
     reason = model.why_no_tree()
     if reason is None:
-        states: list[StateKernel | None] = [*model.state_kernels()] or [None]
-        for state in states:
+        for state in model.state_kernels():
             found = try_sharing(model, probe, needs_grad, state)
             if isinstance(found, Probe):
                 return replace(name_layers(model, found), why_along_paths=reason)
