@@ -5,18 +5,14 @@ import torch
 from torch import Tensor
 
 from dpo_wrapper import DPO
-from helpers.dpo_calls import arguments
+from helpers.dpo_calls import arguments, on_device
 from helpers.kernels import probes, shares_prefix
 from helpers.shareable_models import CASES, RECURRENT, make_dpo
 
 
 def train_step(dpo: DPO, device: str) -> tuple[Tensor, Tensor]:
     """The loss, and all gradients as one vector."""
-    batch = {
-        name: tuple(t.to(device) for t in value) if isinstance(value, tuple) else value.to(device)
-        for name, value in arguments(CASES[1]).items()
-    }
-    loss = dpo.to(device)(**batch)
+    loss = dpo.to(device)(**on_device(arguments(CASES[1]), device))
     loss.backward()
     grads = [p.grad.flatten() for p in dpo.policy_model.parameters() if p.grad is not None]
     return loss.detach(), torch.cat(grads)

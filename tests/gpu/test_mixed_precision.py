@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 
 from dpo_wrapper import DPO
 from helpers.batches import random_batch
-from helpers.dpo_calls import arguments, nudged
+from helpers.dpo_calls import arguments, nudged, on_device
 from helpers.kernels import tree_kernels
 from helpers.models import ZOO, hf_llama
 from helpers.oracle import ExactFloat64
@@ -19,13 +19,6 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "gru": ZOO["plain-gru"],  # padded, and without a head of its own
 }
 CASE = arguments(random_batch(Generator().manual_seed(0), b=4, odd=0))
-
-
-def on_device(device: str) -> dict[str, Any]:
-    return {
-        name: tuple(t.to(device) for t in value) if isinstance(value, tuple) else value.to(device)
-        for name, value in CASE.items()
-    }
 
 
 def make_dpo(name: str, device: str, dtype: torch.dtype = torch.float32, **options: Any) -> DPO:
@@ -53,7 +46,7 @@ def train_step(
     dpo: DPO, device: str, dtype: torch.dtype, scaler: torch.amp.GradScaler | None = None
 ) -> list[Tensor]:
     with torch.autocast(device, dtype):
-        loss = dpo(**on_device(device))
+        loss = dpo(**on_device(CASE, device))
     assert loss.dtype == torch.float32
     if scaler is None:
         loss.backward()
@@ -93,7 +86,7 @@ def test_an_overflow_leaves_the_step_out(device):
     optimizer = torch.optim.SGD(dpo.policy_model.parameters(), lr=1e-2)
     scaler = torch.amp.GradScaler(device, init_scale=1e38)
     with torch.autocast(device, torch.float16):
-        loss = dpo(**on_device(device))
+        loss = dpo(**on_device(CASE, device))
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()

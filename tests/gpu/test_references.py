@@ -9,18 +9,11 @@ from torch import Generator
 from dpo_wrapper import DPO
 from helpers.adapters import lora
 from helpers.batches import random_batch
-from helpers.dpo_calls import arguments, nudged
+from helpers.dpo_calls import arguments, nudged, on_device
 from helpers.models import hf_llama
 
 WIDE = {"hidden_size": 32}  # heads of 16, the least that FlexAttention takes on CUDA
-
-
-def on_device(device: str) -> dict:
-    case = arguments(random_batch(Generator().manual_seed(0), b=4, odd=0))
-    return {
-        name: tuple(t.to(device) for t in value) if isinstance(value, tuple) else value.to(device)
-        for name, value in case.items()
-    }
+CASE = arguments(random_batch(Generator().manual_seed(0), b=4, odd=0))
 
 
 def other_device(device: str) -> str:
@@ -42,7 +35,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_reference_stays_where_it_starts(kind, device):
-    dpo, columns = KINDS[kind](device), on_device(device)
+    dpo, columns = KINDS[kind](device), on_device(CASE, device)
     loss, before = dpo(**columns, return_metrics=True)
     assert loss.device.type == device
     assert abs(loss.item() - math.log(2)) < (1e-2 if kind == "copy in bfloat16" else 1e-4)
@@ -65,7 +58,9 @@ def test_log_probs_and_gradients_are_those_of_the_cpu():
     losses, grads = [], []
     for device in ("cpu", "cuda"):
         policy = nudged(hf_llama(0, **WIDE)).to(device)
-        loss = DPO(policy, reference=hf_llama(0, **WIDE).to(device), share_prefix=True)(**on_device(device))
+        loss = DPO(policy, reference=hf_llama(0, **WIDE).to(device), share_prefix=True)(
+            **on_device(CASE, device)
+        )
         loss.backward()
         losses.append(loss.detach().cpu())
         grads.append([p.grad.cpu() for p in policy.parameters()])

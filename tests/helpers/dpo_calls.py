@@ -15,6 +15,14 @@ def arguments(case: Case) -> dict:
     }
 
 
+def on_device(values: dict, device: str) -> dict:
+    """The same arguments, tensors or tuples of them, on a device."""
+    return {
+        name: tuple(t.to(device) for t in value) if isinstance(value, tuple) else value.to(device)
+        for name, value in values.items()
+    }
+
+
 def nudged(model: nn.Module, scale: float = 0.02) -> nn.Module:
     """The model a few steps further on, in place."""
     generator = Generator().manual_seed(3)

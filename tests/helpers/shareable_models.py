@@ -44,11 +44,12 @@ GEMMA2 = dict(head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=3.0, 
 EXPERTS = dict(num_experts=3, num_experts_per_tok=2, moe_intermediate_size=8)
 AFMOE = EXPERTS | dict(head_dim=8, num_dense_layers=1, sliding_window=3)
 
-LATENT = dict(kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
+LATENT = dict(kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
 SPARSE = (
     LATENT
     | EXPERTS
     | dict(  # a query attends to the few keys that an index finds
+        q_lora_rank=8,
         num_key_value_heads=2,
         n_routed_experts=4,
         n_group=1,
@@ -65,17 +66,17 @@ DELTA_NET = dict(
 )
 QWEN = DELTA_NET | dict(head_dim=8, layer_types=["linear_attention", "full_attention"])
 SHARED_EXPERT = EXPERTS | dict(shared_expert_intermediate_size=8)
-KIMI = EXPERTS | dict(
-    layer_types=["linear_attention", "full_attention"],
-    mlp_layer_types=["dense", "sparse"],
-    num_local_experts=3,
-    num_key_value_heads=2,
-    linear_num_heads=2,
-    linear_head_dim=8,
-    kv_lora_rank=8,
-    qk_nope_head_dim=8,
-    qk_rope_head_dim=8,
-    v_head_dim=8,
+KIMI = (
+    LATENT
+    | EXPERTS
+    | dict(
+        layer_types=["linear_attention", "full_attention"],
+        mlp_layer_types=["dense", "sparse"],
+        num_local_experts=3,
+        num_key_value_heads=2,
+        linear_num_heads=2,
+        linear_head_dim=8,
+    )
 )
 MAMBA2 = dict(mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=16)
 JAMBA = dict(attn_layer_offset=1, attn_layer_period=2, expert_layer_offset=1, expert_layer_period=2)
