@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dpo_wrapper.batches.batch import Batch
 from dpo_wrapper.batches.pair_log_probs import discounted_sums, wpo_weights
-from dpo_wrapper.batches.sequences import Ids, ScoredSequences, SequenceLogProbs
+from dpo_wrapper.batches.sequences import Ids, ScoredSequences, SequenceLogProbs, copy_to_cpu
 from dpo_wrapper.losses.inputs import PairLogProbs
 from dpo_wrapper.validation import (
     check_pair_values,
@@ -59,9 +59,10 @@ class PreferenceBatch(Batch):
         def stack_sides(sides: tuple[Tensor, Tensor]) -> Tensor:
             return torch.cat([F.pad(side, (0, width - side.shape[1])) for side in sides])
 
-        is_scored = ~stack_sides(prompt_masks)
-        sequences = ScoredSequences.from_padded(stack_sides(seqs), is_scored, stack_sides(seq_masks))
-        return cls(sequences, index_stacked_sides(sequences), weights, margins)
+        rows = copy_to_cpu(stack_sides(seqs), ~stack_sides(prompt_masks), stack_sides(seq_masks))
+        sequences = ScoredSequences.from_padded(*rows)
+        values = (None if column is None else column.cpu() for column in (weights, margins))
+        return cls(sequences, index_stacked_sides(sequences), *values).to(seqs[0].device)
 
     @classmethod
     def from_lists(

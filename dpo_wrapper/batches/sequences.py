@@ -74,6 +74,8 @@ class ScoredSequences(TensorDataclass):
 
         A token is scored if it is real as well. The first real token of a row never is.
         """
+        device = seq.device
+        seq, scored, real = copy_to_cpu(seq, scored, real)
         order = real.long().argsort(dim=-1, descending=True, stable=True)
         seq, scored, real = (mask.gather(-1, order) for mask in (seq, scored & real, real))
         scored = F.pad(scored[:, 1:], (1, 0), value=False)  # nothing predicts the first real token
@@ -92,7 +94,7 @@ class ScoredSequences(TensorDataclass):
             target=seq[row, place].long(),
             length=scored.sum(dim=-1),
             real=is_input.sum(dim=-1),
-        )
+        ).to(device)
 
     @classmethod
     def from_lists(
@@ -229,6 +231,16 @@ class ScoredTreeTokens(TensorDataclass):
         layout = TreeLayout.from_tree(tree, options)
         count = tree.path.bincount(minlength=layout.ids.numel()).view_as(layout.ids)
         return cls(layout, source, target, entry, count)
+
+
+def copy_to_cpu(
+    seq: Int[Tensor, "s n"], scored: Bool[Tensor, "s n"], real: Bool[Tensor, "s n"]
+) -> tuple[Int[Tensor, "s n"], Bool[Tensor, "s n"], Bool[Tensor, "s n"]]:
+    """Rows of ids and their masks on the CPU; a device on which they are is waited for once."""
+    if seq.device.type == "cpu":
+        return seq, scored, real
+    ids, is_scored, is_real = torch.stack([seq.long(), scored.long(), real.long()]).cpu()
+    return ids, is_scored.bool(), is_real.bool()
 
 
 def unique_pairs(

@@ -23,12 +23,16 @@ from dpo_wrapper.prefix_tree.attention import make_causal_mask
 
 @cache
 def install_hooks() -> None:
-    """Wrap the look-up of attention functions (by index and by method) and of mask functions."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+    """Wrap the look-up of attention functions (by index and by method) and of mask functions.
+
+    So is the function that looks for packed sequences, since it waits for the device: a tree has none.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
     attention_by_index: Any = AttentionInterface.__getitem__
     attention_by_method: Any = AttentionInterface.get_interface
     mask_by_index: Any = AttentionMaskInterface.__getitem__
+    find_packed: Any = getattr(masking_utils, "find_packed_sequence_indices", None)
 
     def get_attention_by_index(self: Any, name: str) -> Any:
         attention = attention_by_index(self, name)
@@ -43,6 +47,11 @@ def install_hooks() -> None:
         make_mask = mask_by_index(self, name)
         return partial(_make_mask, make_mask) if may_be_over_tree() else make_mask
 
+    def find_packed_off_trees(position_ids: Tensor) -> Any:
+        return None if may_be_over_tree() and attention_tree() is not None else find_packed(position_ids)
+
+    if find_packed is not None:  # some release may have none
+        masking_utils.find_packed_sequence_indices = find_packed_off_trees
     AttentionInterface.__getitem__ = get_attention_by_index
     AttentionInterface.get_interface = get_attention_by_method
     AttentionMaskInterface.__getitem__ = get_mask_by_index
