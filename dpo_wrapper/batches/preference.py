@@ -61,8 +61,8 @@ class PreferenceBatch(Batch):
 
         rows = copy_to_cpu(stack_sides(seqs), ~stack_sides(prompt_masks), stack_sides(seq_masks))
         sequences = ScoredSequences.from_padded(*rows)
-        values = (None if column is None else column.cpu() for column in (weights, margins))
-        return cls(sequences, index_stacked_sides(sequences), *values).to(seqs[0].device)
+        weights, margins = (None if column is None else column.cpu() for column in (weights, margins))
+        return cls(sequences, index_stacked_sides(sequences), weights, margins).to(seqs[0].device)
 
     @classmethod
     def from_lists(

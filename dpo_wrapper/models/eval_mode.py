@@ -56,8 +56,10 @@ def hold_modes(modes: Sequence[tuple[nn.Module, bool]]) -> Iterator[None]:
 
 
 def set_mode(module: nn.Module, is_training: bool) -> None:
-    """Set a module's flag where it differs, for assigning to an attribute of a module takes long."""
-    if module.training != is_training:
+    """Set a module's flag, without `nn.Module.__setattr__`, which takes ten times as long."""
+    if "training" in vars(module):
+        vars(module)["training"] = is_training
+    else:  # of the module in a wrapper, or of a compiled one
         module.training = is_training
 
 

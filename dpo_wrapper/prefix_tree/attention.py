@@ -13,7 +13,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dpo_wrapper.prefix_tree import cpu_attention
+from dpo_wrapper.prefix_tree import cpu_attention, flash_attention
 from dpo_wrapper.prefix_tree.layout import TreeLayout
 from dpo_wrapper.prefix_tree.paths import check_rows, note_kernel, run_along_paths
 
@@ -58,15 +58,24 @@ def attend_with_kernel(
     """
     check_rows(layout, (q.shape[0], q.shape[2]))
     options, branches, rows = layout.options, layout.branches, len(layout.ids)
-    is_used = options.kernel == "flex"
-    if options.kernel == "branches" and window is None and q.shape[-1] == v.shape[-1]:
+    kernel = options.kernel
+    if kernel == "branches":
         mean_branch_length = branches[-1][0].stop / len(branches)
-        is_used = mean_branch_length * q.shape[1] * q.shape[-1] >= options.min_branch_numel
-    if not is_used:
+        pays = mean_branch_length * q.shape[1] * q.shape[-1] >= options.min_branch_numel
+        if window is not None or q.shape[-1] != v.shape[-1] or not pays:
+            return None
+    if kernel == "model":
         return None
-    note_kernel(layout, options.kernel)
-    q, k, v = (rearrange(t, "r h w d -> 1 h (r w) d") for t in cast_as_autocast(q, k, v))
-    if options.kernel == "flex":
+    q, k, v = cast_as_autocast(q, k, v)
+    if kernel == "flash" and not flash_attention.fits_flash(layout, q, k, v):
+        kernel = "flex"
+    note_kernel(layout, kernel)
+    if kernel == "flash":
+        q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
+        out = flash_attention.attend_with_flash(layout, q, k, v, window, scale)
+        return out.unflatten(0, (rows, -1)).transpose(1, 2)
+    q, k, v = (rearrange(t, "r h w d -> 1 h (r w) d") for t in (q, k, v))
+    if kernel == "flex":
         from dpo_wrapper.prefix_tree import flex_attention  # imports a part of torch that others do not need
 
         out = flex_attention.attend_with_flex(q, k, v, layout.block_mask(window), scale)

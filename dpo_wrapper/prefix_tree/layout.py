@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
-TreeKernel = Literal["flex", "branches", "model"]
-"""What computes plain softmax attention over a tree: FlexAttention, torch's CPU kernel on each branch, or the
-model's own attention along each path."""
+TreeKernel = Literal["flash", "flex", "branches", "model"]
+"""What computes plain softmax attention over a tree: FlashAttention or, where it does not fit, FlexAttention;
+FlexAttention; torch's CPU kernel on each branch; or the model's own attention along each path."""
 
 StateKernel = Literal["fork", "paths"]
 """What computes layers that carry a state along the sequence: each token once, where a branch begins with the

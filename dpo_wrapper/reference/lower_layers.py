@@ -131,7 +131,7 @@ class LowerLayers:
         if (reason := self.why_not_tried()) is not None:
             return reason
         model = self.policy.language_model
-        trial = TreeTrial(model, probe, needs_grad, "model" if probe.tree is None else probe.tree.kernel)
+        trial = TreeTrial(model, probe, needs_grad)
         sequences = trial.sequences().prebuild_tree(probe.tree).to(probe.device)
         lower = LayerRecord(record.recorded, record.replayed)
         try:

@@ -14,10 +14,11 @@ from dpo_wrapper.prefix_tree import StateKernel, TreeKernel, TreeOptions
 
 SharePrefix = bool | Literal["auto"]
 
-FAST_KERNELS: dict[str, TreeKernel] = {"cuda": "flex", "cpu": "branches"}
-"""The kernel that is faster than a model's own attention, by kind of device."""
+FAST_KERNELS: dict[str, tuple[TreeKernel, ...]] = {"cuda": ("flash", "flex"), "cpu": ("branches",)}
+"""The kernels that are faster than a model's own attention, by kind of device, the fastest first."""
 
 KERNEL_NAMES: dict[TreeKernel, str] = {
+    "flash": "FlashAttention",
     "flex": "FlexAttention",
     "branches": "torch's kernel on each long branch",
 }
@@ -121,15 +122,14 @@ class Probe:
             head = "the head is applied to scored positions alone"
         if self.tree is None:
             return f"sequences are padded, for {self.why_padded}; {head}"
-        attention = f", by {self.explain_attention()}" if self.kernels & {"flex", "branches", "model"} else ""
+        attention = f", by {self.explain_attention()}" if self.kernels & {*KERNEL_NAMES, "model"} else ""
         return "; ".join([f"shared prefixes are computed once{attention}", *self.explain_layers(), head])
 
     def explain_attention(self) -> str:
         """What computes attention over a tree."""
-        assert self.tree is not None
         attention = "the model's own attention along each path"
-        if self.tree.kernel in self.kernels and self.tree.kernel != "model":
-            attention = KERNEL_NAMES[self.tree.kernel]
+        if fast := [name for kernel, name in KERNEL_NAMES.items() if kernel in self.kernels]:
+            attention = join_names(fast)
             if "model" in self.kernels:
                 attention += " where attention is plain, else by the model's own along each path"
         elif self.why_own_attention is not None:

@@ -91,14 +91,18 @@ def try_sharing(
 ) -> Probe | str:
     """The probe with the fastest kernel that gives the model's own results over a tree, or why none does."""
     own = TreeOptions(model.max_positions, state=state)
-    fast = replace(own, kernel=FAST_KERNELS.get(probe.device.type, own.kernel))
-    trial = TreeTrial(model, probe, needs_grad, fast.kernel)
-    reason, kernels = trial.why_not_shared(fast)
-    if reason is None and fast.kernel in kernels:
-        return replace(probe, tree=fast, kernels=kernels)
-    why_own_attention = f"it is not plain softmax attention{model.plain_attention_hint}"
-    if reason is not None and fast.kernel in kernels and fast.kernel != own.kernel:
-        why_own_attention = f"{KERNEL_NAMES[fast.kernel]} does not fit ({reason})"
+    trial = TreeTrial(model, probe, needs_grad)
+    why_own_attention = None
+    for kernel in FAST_KERNELS.get(probe.device.type, ()):
+        fast = replace(own, kernel=kernel)
+        reason, kernels = trial.why_not_shared(fast)
+        if not kernels & set(KERNEL_NAMES):
+            why_own_attention = f"it is not plain softmax attention{model.plain_attention_hint}"
+            break  # the model's own has run instead
+        if reason is None:
+            return replace(probe, tree=fast, kernels=kernels)
+        why_own_attention = f"{KERNEL_NAMES[kernel]} does not fit ({reason})"
+    else:
         reason, kernels = trial.why_not_shared(own)
     if reason is not None:
         return reason

@@ -48,15 +48,12 @@ class TreeTrial:
         dtype: the narrowest that the model computes in.
     """
 
-    def __init__(self, model: LanguageModel, probe: Probe, needs_grad: bool, fast_kernel: TreeKernel) -> None:
+    def __init__(self, model: LanguageModel, probe: Probe, needs_grad: bool) -> None:
         self.model, self.probe = model, probe
         self.needs_grad = needs_grad and not is_sharded(model.model)  # backward would reduce gradients
         is_large = sum(p.numel() for p in model.model.parameters()) > LARGE_NUMEL
         longest = LONGEST_ON_CPU if is_large and probe.device.type == "cpu" else LONGEST
-        limit = model.max_positions
-        if limit is not None:  # with flex the tree has one row, as `attend_with_kernel` asks for
-            longest = min(longest, limit // 2 if fast_kernel == "flex" else limit)
-        self.longest = longest
+        self.longest = min(longest, model.max_positions or longest)
         self.dtype = narrowest_dtype(model.model, probe.device)
         if model.recurrent_layers and self.dtype == torch.float64:
             self.dtype = torch.float32  # their states are computed in it, whatever the weights are

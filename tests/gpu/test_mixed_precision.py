@@ -74,7 +74,7 @@ def test_gradients_under_autocast(name, dtype, device):
     dpo = make_dpo(name, device)
     error = error_of(train_step(dpo, device, dtype, scaler), true)
     if device == "cuda" and name == "llama":
-        assert tree_kernels(dpo) == {"flex"}
+        assert tree_kernels(dpo) == {"flash"}
     assert error < max(3 * plain_error, 1e-4)
     if scaler is not None:
         assert scaler.get_scale() == 2.0**10, "no step was left out"

@@ -1,9 +1,10 @@
-"""FlexAttention over a tree against a dense mask in float64: values and, on CUDA alone, gradients.
+"""Attention over a tree against a dense mask in float64: values and, on CUDA alone, gradients.
 
-Each case is compiled anew on CUDA, which takes seconds, so that there are few. On the CPU, torch has no
-backward pass of FlexAttention.
+Each case of FlexAttention is compiled anew on CUDA, which takes seconds, so that there are few. On the CPU,
+torch has no backward pass of FlexAttention, and no FlashAttention at all.
 """
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from dpo_wrapper.prefix_tree import TreeOptions, flex_attention
+from dpo_wrapper.prefix_tree import TreeKernel, TreeOptions, flex_attention
 from dpo_wrapper.prefix_tree.attention import attend_with_kernel
 from dpo_wrapper.prefix_tree.layout import TreeLayout
 from dpo_wrapper.prefix_tree.tree import PrefixTree
@@ -44,10 +45,12 @@ def attend_densely(tree: PrefixTree, window: int | None, q: Tensor, k: Tensor, v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.device))
 
 
-def attend_by_flex(tree: PrefixTree, window: int | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    layout = TreeLayout.from_tree(tree, TreeOptions(kernel="flex")).to(q.device)
+def attend_by(
+    kernel: TreeKernel, tree: PrefixTree, window: int | None, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    layout = TreeLayout.from_tree(tree, TreeOptions(kernel=kernel)).to(q.device)
     out = attend_with_kernel(layout, q, k, v, window, None)
-    assert out is not None
+    assert out is not None and layout.kernels == {kernel}
     return out
 
 
@@ -59,15 +62,15 @@ def values_and_grads(attend, tree, window, inputs, *, has_backward: bool) -> lis
     return [out.detach(), *grads]
 
 
-def check(case: str, device: str, tree: PrefixTree) -> None:
-    """The error of FlexAttention is about that of attention under a dense mask in the same dtype."""
+def check(kernel: TreeKernel, case: str, device: str, tree: PrefixTree) -> None:
+    """The error of a kernel is about that of attention under a dense mask in the same dtype."""
     *sizes, window, dtype = CASES[case]
     inputs = [x.to(device) for x in draw(tree, *sizes, dtype)]
     options = {"has_backward": device == "cuda"}
     true = values_and_grads(attend_densely, tree, window, [x.double() for x in inputs], **options)
     plain = values_and_grads(attend_densely, tree, window, inputs, **options)
-    flex = values_and_grads(attend_by_flex, tree, window, inputs, **options)
-    for name, got, same_dtype, exact in zip(("out", "q", "k", "v"), flex, plain, true, strict=False):
+    results = values_and_grads(partial(attend_by, kernel), tree, window, inputs, **options)
+    for name, got, same_dtype, exact in zip(("out", "q", "k", "v"), results, plain, true, strict=False):
         assert got.dtype == dtype
         error, plain_error = relative_error(got, exact), relative_error(same_dtype, exact)
         assert error < max(3 * plain_error, 1e-6), f"{name}: {error:.1e}, of a dense mask {plain_error:.1e}"
@@ -75,7 +78,19 @@ def check(case: str, device: str, tree: PrefixTree) -> None:
 
 @pytest.mark.parametrize("case", mark_slow_except(["16-float32-gqa", "64-bfloat16-window"], CASES))
 def test_values_and_gradients(case, device):
-    check(case, device, random_tree(1))
+    check("flex", case, device, random_tree(1))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("case", [case for case in CASES if "bfloat16" in case])
+def test_flash_attention(case):
+    for seed, longest in ((1, 200), (2, 3), (3, 400)):
+        check("flash", case, "cuda", random_tree(seed, longest=longest))
+
+
+@pytest.mark.cuda
+def test_flash_attention_of_sequences_of_one_token():
+    check("flash", "64-bfloat16-gqa", "cuda", PrefixTree.from_sequences([[1], [2], [3]]))
 
 
 @torch.no_grad()
@@ -94,14 +109,14 @@ def test_trees_and_windows_of_any_size_share_a_graph(monkeypatch):
     for seed, (longest, window, expected) in enumerate(trees):
         tree = random_tree(seed, longest=longest)
         assert (len(tree.ids) <= flex_attention.BLOCK_SIZE) == (longest == 10)
-        attend_by_flex(tree, window, *draw(tree, *sizes, dtype)[:3])
+        attend_by("flex", tree, window, *draw(tree, *sizes, dtype)[:3])
         assert len(graphs) == expected, (len(tree.ids), window)
 
 
 @pytest.mark.cuda
 def test_another_tree_compiles_nothing():
     case = next(iter(CASES))
-    check(case, "cuda", random_tree(1))
+    check("flex", case, "cuda", random_tree(1))
     with torch.compiler.set_stance("fail_on_recompile"):
         for seed, longest in ((2, 150), (3, 400)):
-            check(case, "cuda", random_tree(seed, longest=longest))
+            check("flex", case, "cuda", random_tree(seed, longest=longest))

@@ -17,6 +17,7 @@ from lengths import SHAPES, lengths
 from measure import UnavailableError, write_json
 from torch import Tensor, nn
 
+from dpo_wrapper.models import language_model
 from dpo_wrapper.training.policy import find_compiled_layers
 
 SEED = 150
@@ -85,21 +86,24 @@ class Setup:
     def set_modes(self, name: str) -> None:
         """Train mode, which checkpointing asks for; these models have no dropout."""
         self.model.train()
-        for module in self.compiled_parts:
-            if name.endswith("compiled"):
-                module.compile(dynamic=True)
-            else:
-                module._compiled_call_impl = None
+        for parts, modules in self.compiled.items():
+            for module in modules:
+                if name.endswith(parts):
+                    module.compile(dynamic=True)
+                else:
+                    module._compiled_call_impl = None
         if name.endswith("checkpointing"):
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         else:
             self.model.gradient_checkpointing_disable()
 
     @cached_property
-    def compiled_parts(self) -> list[nn.Module]:
-        """Of policy and reference, what `--torch-compile` compiles."""
+    def compiled(self) -> dict[str, list[nn.Module]]:
+        """By the end of a contestant's name, what is compiled of policy and reference."""
         models = [self.model] if isinstance(self.reference, str) else [self.model, self.reference]
-        return [module for model in models for module in find_compiled_layers(model)]
+        parts = [module for model in models for module in find_compiled_layers(model)]
+        layers = [layer.module for model in models for layer in language_model(model).decoder_layers()]
+        return {"compiled-parts": parts, "compiled-layers": layers}
 
     def train_step(self, forward: Step) -> Tensor:
         """A whole step; returns the loss."""

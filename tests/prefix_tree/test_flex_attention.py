@@ -15,7 +15,7 @@ from dpo_wrapper.scoring import probe
 from helpers import models
 from helpers.batches import random_batch
 from helpers.dpo_calls import arguments, nudged
-from helpers.kernels import tree_kernels, use_kernel
+from helpers.kernels import probes, tree_kernels, use_kernel
 from helpers.marks import mark_slow_except
 from helpers.models import ZOO, x_transformer
 from helpers.trees import attention_mask, random_tree
@@ -97,7 +97,7 @@ def test_log_probs_of_whole_models(name, monkeypatch):
 
 @pytest.mark.parametrize("name", mark_slow_except(FAST, MODELS))
 def test_the_probe_keeps_to_the_models_attention_where_flex_fails(name, monkeypatch):
-    monkeypatch.setitem(probe.FAST_KERNELS, "cpu", "flex")
+    monkeypatch.setitem(probe.FAST_KERNELS, "cpu", ("flex",))
     attend = Mock(side_effect=NotImplementedError)
     monkeypatch.setattr(flex_attention, "attend_with_flex", attend)
     case = random_batch(Generator().manual_seed(0), b=4, odd=0)
@@ -122,7 +122,9 @@ def test_gradients_on_cuda(name, monkeypatch):
         policy = nudged(MODELS[name]()).cuda()
         dpo = DPO(policy, reference=MODELS[name]().cuda(), share_prefix=share)
         dpo(**on_cuda).backward()
-        assert tree_kernels(dpo) == ({"flex"} if share else set())
+        assert tree_kernels(dpo) == ({"flash"} if share else set())
+        if name != "not plain":  # FlashAttention takes no float32
+            assert all(probe.kernels == ({"flex"} if share else set()) for probe in probes(dpo))
         grads.append([p.grad for p in policy.parameters()])
     for a, b in zip(*grads, strict=True):
         assert torch.allclose(a, b, atol=1e-4)

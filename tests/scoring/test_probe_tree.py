@@ -142,7 +142,7 @@ def test_the_trial_of_flex_attention_has_full_blocks():
     from dpo_wrapper.prefix_tree.flex_attention import BLOCK_SIZE
 
     probe = Probe(torch.device("cpu"), 37, True, "auto")
-    trial = TreeTrial(language_model(hf_llama(0)), probe, True, "flex")
+    trial = TreeTrial(language_model(hf_llama(0)), probe, True)
     layout = trial.sequences().as_tree(TreeOptions(kernel="flex")).layout
     mask = layout.block_mask(None)
     assert layout.ids.shape[0] == 1 and layout.ids.shape[1] > 2 * BLOCK_SIZE
@@ -152,8 +152,8 @@ def test_the_trial_of_flex_attention_has_full_blocks():
 @pytest.mark.parametrize("changed", [0, 3])
 def test_changing_a_branch_keeps_the_shape_of_the_tree(changed):
     probe = Probe(torch.device("cpu"), 37, True, "auto")
-    for model, kernel in ((hf_llama(0), "model"), (ZOO["hf-gpt2"](0), "flex")):
-        trial = TreeTrial(language_model(model), probe, True, kernel)
+    for model in (hf_llama(0), ZOO["hf-gpt2"](0)):
+        trial = TreeTrial(language_model(model), probe, True)
         trees = [trial.sequences(row).as_tree(TreeOptions()) for row in (None, changed)]
         layouts = [tree.layout for tree in trees]
         assert torch.equal(*(layout.position for layout in layouts))
