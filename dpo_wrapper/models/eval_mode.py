@@ -39,7 +39,8 @@ def hold_modes(modes: Sequence[tuple[nn.Module, bool]]) -> Iterator[None]:
     holder = object()
     with _lock:
         for module, is_training in modes:  # all are read first: a wrapper may hand its flag on
-            held = _held.setdefault(id(module), _Held(module, module.training, {}))
+            if (held := _held.get(id(module))) is None:
+                held = _held[id(module)] = _Held(module, module.training, {})
             held.modes[holder] = is_training
         for module, is_training in modes:
             set_mode(module, is_training)
@@ -78,7 +79,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     library = sys.modules.get("transformers.modeling_layers")
     layer_class = getattr(library, "GradientCheckpointingLayer", ())
     modules = list_modules(model)
-    checkpointing = [m for m in modules if getattr(m, "gradient_checkpointing", False)]
+    checkpointing = [m for m in modules if vars(m).get("gradient_checkpointing")]
     if any(isinstance(module, layer_class) for module in checkpointing):
         with _lock:
             checkpoint_in_eval_mode(layer_class)
