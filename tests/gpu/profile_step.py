@@ -1,10 +1,10 @@
 """Where the time of our training step goes: kernels, waits for the device, and gaps in which no kernel runs.
 
     python tests/gpu/profile_step.py --json profile.json           # 0.5b full hh 64, and 1.5b lora en 16
-    python tests/gpu/profile_step.py --case 1.5b full hh 32
+    python tests/gpu/profile_step.py --case 1.5b full hh 32 --contestant tree-compiled-layers
     python tests/gpu/profile_step.py --device cpu --toy
 
-Cases are those of train_step.py. Kernels and waits are per step, as torch.profiler records them. It slows the
+Cases and contestants are those of train_step.py. Kernels and waits are per step, as torch.profiler records them. It slows the
 processor's side down, so that the share of gaps is computed from the time of steps that were not profiled:
 1 - (time in which a kernel runs) / (time of a step). Places are lines of code that waited for the device in
 one more step, as torch.cuda.set_sync_debug_mode warns of them. On the CPU, the outermost operations stand for
@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_case import Case, Setup, add_case_options, run_cases, set_up
 
 CASES = [Case("0.5b", "full", "hh", 64), Case("1.5b", "lora", "en", 16)]
+OURS = ["tree", "tree-compiled-parts", "tree-compiled-layers", "tree-checkpointing", "packed", "plain"]
 MAX_KERNELS, MAX_GAPS, MAX_PLACES = 25, 10, 25
 WAITS = (
     "cudaStreamSynchronize",
@@ -179,8 +180,8 @@ def count_places(device: str) -> Iterator[Counter[tuple[str, str]]]:
 
 def profile_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     setup = set_up(case, args.device)
-    forward = setup.build_forward("tree")
-    setup.set_modes("tree")
+    forward = setup.build_forward(args.contestant)
+    setup.set_modes(args.contestant)
     for _ in range(2):  # the first probes and compiles, the second fills caches
         setup.train_step(forward)
     runs = [timed(lambda: setup.train_step(forward), args.device) for _ in range(args.runs)]
@@ -194,6 +195,7 @@ def profile_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     profiled_ms = profiled_us / 1e3 / args.runs
     return {
         "case": asdict(case),
+        "contestant": args.contestant,
         "explain": forward.explain().splitlines(),  # type: ignore[attr-defined]
         "tokens": setup.batch.counts(),
         "step_ms": step_ms,
@@ -238,6 +240,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_case_options(parser, "0.5b full hh 64, 1.5b lora en 16")
+    parser.add_argument("--contestant", choices=OURS, default="tree", help="as in train_step.py")
     add_running(parser, runs=3)
     return parser.parse_args()
 
