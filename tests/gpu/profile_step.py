@@ -4,11 +4,12 @@
     python tests/gpu/profile_step.py --case 1.5b full hh 32 --contestant tree-compiled-layers
     python tests/gpu/profile_step.py --device cpu --toy
 
-Cases and contestants are those of train_step.py. Kernels and waits are per step, as torch.profiler records them. It slows the
-processor's side down, so that the share of gaps is computed from the time of steps that were not profiled:
-1 - (time in which a kernel runs) / (time of a step). Places are lines of code that waited for the device in
-one more step, as torch.cuda.set_sync_debug_mode warns of them. On the CPU, the outermost operations stand for
-kernels, and places are those of operations that would wait on CUDA, as far as torch dispatches them.
+Cases and contestants are those of train_step.py. Kernels and waits are per step, as torch.profiler records
+them. It slows the processor's side down, so that the share of gaps is computed from the time of steps that
+were not profiled: 1 - (time in which a kernel runs) / (time of a step). Places are lines of code that waited
+for the device in one more step, as torch.cuda.set_sync_debug_mode warns of them. On the CPU, the outermost
+operations stand for kernels, and places are those of operations that would wait on CUDA, as far as torch
+dispatches them.
 """
 
 import argparse
