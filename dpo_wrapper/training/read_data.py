@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 from dpo_wrapper.data.example_table import ExampleTable
 from dpo_wrapper.data.input_data import TokenizedData
 from dpo_wrapper.data.split import split_rows
+from dpo_wrapper.data.trained_prompts import PromptDigests
 from dpo_wrapper.training.explanations import explain_cuts
 
 Rows = tuple[ExampleTable, NDArray[np.int64]]
@@ -27,7 +28,7 @@ def split_table(table: ExampleTable, fraction: float, seed: int) -> tuple[Rows, 
     return (table, np.array(train, np.int64)), (table, np.array(test, np.int64))
 
 
-def count_shared_prompts(train: Rows, eval: Rows) -> int:
+def count_trained_prompts(trained_prompts: PromptDigests, eval: Rows) -> int:
     """Number of the rows to evaluate on whose prompt is one that is trained on."""
-    digests = [table.column("prompt_digest")[rows] for table, rows in (train, eval)]
-    return int(np.isin(digests[1], digests[0]).sum())
+    table, rows = eval
+    return int(np.isin(table.column("prompt_digest")[rows], trained_prompts).sum())

@@ -25,7 +25,7 @@ from dpo_wrapper.training.optimizer import create_optimizer, create_schedule, fi
 from dpo_wrapper.training.out_of_memory import advise_on_weights, explain_out_of_memory
 from dpo_wrapper.training.policy import resolve_dtype, set_up_policy
 from dpo_wrapper.training.processes import check_launcher
-from dpo_wrapper.training.read_data import Rows, count_shared_prompts, explain_all_cuts, split_table
+from dpo_wrapper.training.read_data import Rows, count_trained_prompts, explain_all_cuts, split_table
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.sharding import find_fsdp_plugin
 from dpo_wrapper.training.stage_plan import StagePlan, choose_stages, plan_stages
@@ -95,7 +95,7 @@ def set_up_training(config: TrainConfig) -> TrainSetup:
             for term, _ in loss.terms
             if not term.is_per_pair
         ]
-    if shared := count_shared_prompts(train, eval):
+    if shared := count_trained_prompts(plans[-1].trained_prompts, eval):
         notes.append(
             f"{shared} of the {len(eval[1])} eval examples have prompts that are trained on: their "
             "metrics do not say how the policy does on new prompts."

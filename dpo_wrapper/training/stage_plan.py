@@ -3,6 +3,8 @@
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,9 @@ from numpy.typing import NDArray
 from dpo_wrapper.data.collate import add_kl_completions
 from dpo_wrapper.data.errors import ExampleError
 from dpo_wrapper.data.example_table import ExampleTable
-from dpo_wrapper.data.example_view import COMPLETION, view_completions, view_preferences
+from dpo_wrapper.data.example_view import COMPLETION, ExampleView, view_completions, view_preferences
 from dpo_wrapper.data.examples import PREFERENCE_TYPES, DatasetType, TokenizedExample
+from dpo_wrapper.data.trained_prompts import PromptDigests, read_trained_prompts
 from dpo_wrapper.losses import CombinedLoss
 from dpo_wrapper.training.config import STAGES, StageName, TrainConfig, flag
 
@@ -52,6 +55,7 @@ class StagePlan:
         epochs: passes over the examples, unless --max-steps allows fewer.
         num_steps: number of optimizer steps.
         learning_rate: peak of the stage.
+        trained_prompts: all that the model has been trained on after the stage, in earlier runs too.
     """
 
     name: StageName
@@ -59,6 +63,7 @@ class StagePlan:
     num_steps: int
     learning_rate: float
     splits: Splits
+    trained_prompts: PromptDigests
 
 
 def choose_stages(config: TrainConfig, types: Collection[DatasetType]) -> tuple[StageName, ...]:
@@ -132,7 +137,7 @@ def plan_stages(
     if learns_prompts is None:
         learns_prompts = config.is_new_model and "pretrain" not in stages
 
-    def view(stage: StageName, table: ExampleTable, rows: NDArray[np.int64]) -> Sequence[TokenizedExample]:
+    def view(stage: StageName, table: ExampleTable, rows: NDArray[np.int64]) -> ExampleView:
         if stage == "pretrain":
             return view_completions(table, rows, "language_modeling", is_document=True)
         if stage == "sft":
@@ -140,16 +145,26 @@ def plan_stages(
         options: dict[str, Any] = {"ranking": config.ranking or "all", "on_error": config.on_error}
         examples, skipped = view_preferences(table, rows, dataset_type, **options)
         errors.extend(skipped)
-        return add_kl_completions(examples, config.max_length, config.seed)
+        return examples
 
     errors: list[ExampleError] = []
     types: dict[StageName, Any] = {"pretrain": "language_modeling", "sft": "prompt_completion"}
-    plans = []
+    add_partners = partial(add_kl_completions, max_length=config.max_length, seed=config.seed)
+    trained_prompts, plans = read_earlier_prompts(config), []
     for stage in stages:
         unit = UNITS[types.get(stage, dataset_type)]
-        splits = Splits(view(stage, *train), view(stage, *eval), unit)
+        examples, eval_examples = view(stage, *train), view(stage, *eval)
+        splits = Splits(add_partners(examples), add_partners(eval_examples), unit)
+        trained_prompts = np.union1d(trained_prompts, train[0].column("prompt_digest")[examples.rows])
         num_steps = epochs[stage] * math.ceil(len(splits.train) / config.batch_size)
         num_steps = min(num_steps, config.max_steps or num_steps)
         learning_rate = config.peak_learning_rate(stage, num_steps)
-        plans.append(StagePlan(stage, epochs[stage], num_steps, learning_rate, splits))
+        plans.append(StagePlan(stage, epochs[stage], num_steps, learning_rate, splits, trained_prompts))
     return plans, errors
+
+
+def read_earlier_prompts(config: TrainConfig) -> PromptDigests:
+    """What the model was trained on before the run, as far as its folder and that of its adapter say."""
+    folders = [] if config.is_new_model else [config.model, config.adapter]
+    known = [read_trained_prompts(Path(folder)) for folder in folders if folder is not None]
+    return np.concatenate([np.zeros(0, np.uint64), *(digests for digests in known if digests is not None)])

@@ -13,6 +13,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from dpo_wrapper.data import scored_sequences
+from dpo_wrapper.data.trained_prompts import TRAINED_PROMPTS_FILE, write_trained_prompts
 from dpo_wrapper.display.terminal import create_progress_bar, hide_sharing_warnings, print_line
 from dpo_wrapper.dpo import DPO
 from dpo_wrapper.evaluation.exact_answers import ExactAnswers
@@ -83,6 +84,8 @@ def run_stages(setup: TrainSetup) -> None:
     accelerator.wait_for_everyone()  # all have read the folder
     if accelerator.is_main_process:
         run.open()
+        if not (run.path / TRAINED_PROMPTS_FILE).exists():  # where a run began may be gone when it goes on
+            write_trained_prompts(run.path, setup.stages[-1].trained_prompts)
     accelerator.wait_for_everyone()
     notes = (*(describe_plan(plan, config) for plan in setup.stages), *setup.notes)
     accelerator.print(*run.notes, describe_size(setup.pretrained.model), *notes, sep="\n", flush=True)
@@ -120,6 +123,8 @@ def save_stage(setup: TrainSetup, plan: StagePlan, following: StagePlan, acceler
     """Save the model as it is after a stage, from which the following one starts."""
     run = setup.run
     save_policy(setup, run.stage_folder(plan.name), run.new_stage_folder(plan.name), accelerator)
+    if accelerator.is_main_process:
+        write_trained_prompts(run.stage_folder(plan.name), plan.trained_prompts)
     with run.new_checkpoint(accelerator, following.name, 0):
         pass
 

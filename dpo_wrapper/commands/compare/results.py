@@ -1,7 +1,7 @@
 """What the runs of a comparison have logged and scored."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,28 @@ class RunResult:
     def memory(self) -> float:
         """The most memory that it held, in GB."""
         return max(one["memory_gb"] for one in self.log if "memory_gb" in one)
+
+
+def keep_shared_prompts(results: Sequence[RunResult]) -> list[RunResult]:
+    """The results on the prompts that all runs were evaluated on.
+
+    A run leaves out those that the model was trained on before, where contestants begin with other models.
+
+    Raises:
+        ValueError: there is no such prompt.
+    """
+    kept = {}
+    for name in ("scores", "answers"):
+        lines_of_runs = [getattr(one, name) for one in results]
+        shared = set.intersection(*({line["prompt"] for line in lines} for lines in lines_of_runs))
+        kept[name] = [[line for line in lines if line["prompt"] in shared] for lines in lines_of_runs]
+    if not kept["scores"][0]:
+        raise ValueError(
+            "the contestants should have eval prompts in common that none was trained on, but there is none: "
+            "give other rows as --eval-data."
+        )
+    parts = zip(results, kept["scores"], kept["answers"], strict=True)
+    return [replace(one, scores=scores, answers=answers) for one, scores, answers in parts]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,12 @@ from typing import Any
 
 from dpo_wrapper.commands.compare.config import Comparison
 from dpo_wrapper.commands.compare.page import format_comparison_page
-from dpo_wrapper.commands.compare.results import MetricResult, RunResult, estimate_metrics
+from dpo_wrapper.commands.compare.results import (
+    MetricResult,
+    RunResult,
+    estimate_metrics,
+    keep_shared_prompts,
+)
 from dpo_wrapper.commands.compare.runs import ComparedRun, RunFailedError, evaluate_run, list_runs, train_run
 from dpo_wrapper.commands.compare.words import draw_conclusions
 from dpo_wrapper.data.whole_files import write_whole
@@ -68,6 +73,7 @@ def write_results(
     comparison: Comparison, results: Sequence[RunResult], failures: Mapping[str, str], *, is_last: bool
 ) -> None:
     """Write comparison.json and the page; print what they say at the end."""
+    results = keep_shared_prompts(results)
     seeds = [seed for seed in comparison.seeds if any(one.run.seed == seed for one in results)]
     estimates = estimate_metrics(results, seeds)
     conclusions = draw_conclusions(estimates, len(seeds), len(results[0].scores))

@@ -14,6 +14,7 @@ from dpo_wrapper.data.example_table import ExampleTable
 from dpo_wrapper.data.example_view import PREFERENCE, RANKED, view_preferences
 from dpo_wrapper.data.input_data import InputData
 from dpo_wrapper.data.split import split_rows
+from dpo_wrapper.data.trained_prompts import PromptDigests
 
 RUN_OPTIONS = ("max_length", "max_prompt_length", "on_long", "score", "as_chat", "allow_empty")
 """Options of tokens that are as in the run unless they are given."""
@@ -66,22 +67,27 @@ def hide_subset(data: InputData, config: DataConfig) -> InputData:
 
 
 def select_pairs(
-    data: InputData, tokenizer: Tokenizer, config: DataConfig, run: Mapping[str, Any]
+    data: InputData,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    run: Mapping[str, Any],
+    trained_prompts: PromptDigests | None,
 ) -> EvalPairs:
-    """The pairs to evaluate on: rows that are marked as test, or else held out by the run, or else all.
+    """The pairs to evaluate on: rows that are marked as test, or else all, without those trained on.
 
     Args:
         data: what --data names.
         tokenizer: the model's.
         config: how rows become tokens.
         run: the content of run.json; empty for a model that is no run.
+        trained_prompts: what `read_trained_prompts` says of the model.
 
     Raises:
         ValueError: the tokenizer refuses a row, or there is no pair.
     """
     tokenized = data.tokenize(tokenizer, config)
     table, notes = tokenized.table, list(tokenized.notes)
-    rows, split_notes = select_held_out(table, config, run)
+    rows, split_notes = select_rows(table, config, run, trained_prompts)
     types = table.dataset_types[rows]
     is_pair = (types == PREFERENCE) | (types == RANKED)
     if count := int((~is_pair).sum()):
@@ -103,34 +109,49 @@ def select_pairs(
     return EvalPairs(list(pairs), table, digests, subsets, originals, notes)
 
 
-def select_held_out(
-    table: ExampleTable, config: DataConfig, run: Mapping[str, Any]
+def select_rows(
+    table: ExampleTable, config: DataConfig, run: Mapping[str, Any], trained_prompts: PromptDigests | None
 ) -> tuple[NDArray[np.int64], list[str]]:
-    """Indices of the rows to evaluate on, and sentences on the choice."""
-    splits = table.column("split")
-    everything, is_test = np.arange(len(table)), splits == "test"
+    """Indices of the rows to evaluate on, and sentences on the choice; arguments as in `select_pairs`."""
+    rows, notes = np.arange(len(table)), []
+    is_test = table.column("split") == "test"
     if is_test.any():
         rows = np.flatnonzero(is_test)
-        left_out = len(table) - len(rows)
-        sentence = f"{left_out:,} rows are left out, for they are not marked as test, as others are."
-        return rows, [sentence] if left_out else []
-    settings = run.get("settings", {})
-    if not settings:
-        return everything, []
+        if left_out := len(table) - len(rows):
+            notes.append(f"{left_out:,} rows are left out, for they are not marked as test, as others are.")
+    elif trained_prompts is None and run.get("settings"):
+        trained_prompts, notes = find_trained_prompts(table, config, run["settings"])
+    if trained_prompts is None:
+        return rows, notes
+    is_new = ~np.isin(table.column("prompt_digest")[rows], trained_prompts)
+    if len(rows) and not is_new.any():
+        sentence = "the run was trained on these rows: their figures are not those of new ones."
+        return rows, [*notes, sentence]
+    if left_out := int((~is_new).sum()):
+        notes.append(f"{left_out:,} rows are left out, for the run was trained on them.")
+    return rows[is_new], notes
+
+
+def find_trained_prompts(
+    table: ExampleTable, config: DataConfig, settings: Mapping[str, Any]
+) -> tuple[PromptDigests | None, list[str]]:
+    """The prompts of a run that has no file of them, where its data is named; else None, and a sentence.
+
+    Its rows are split as it did.
+    """
     if not names_same_data(config.data, settings["data"]):
         sentence = (
             "rows that the run was trained on are not told apart here: they are where --data names just what "
             f"the run did ({' '.join(settings['data'])})."
         )
-        return everything, [] if settings.get("eval_data") else [sentence]
+        return None, [] if settings.get("eval_data") else [sentence]
+    splits, digests = (table.column(name) for name in ("split", "prompt_digest"))
     fraction = settings["eval_fraction"]
     if settings.get("eval_data") or any(splits) or not fraction:
-        return everything, ["the run was trained on these rows: their figures are not those of new ones."]
-    digests = table.column("prompt_digest").tolist()
+        return digests, []
     seed = settings["seed"] if settings.get("split_seed") is None else settings["split_seed"]
-    rows = np.array(split_rows(splits.tolist(), digests, fraction, seed)[1], np.int64)
-    left_out = len(table) - len(rows)
-    return rows, [f"{left_out:,} rows are left out, for the run was trained on them."]
+    train, _ = split_rows(splits.tolist(), digests.tolist(), fraction, seed)
+    return digests[train], []
 
 
 def names_same_data(paths: Sequence[Path], others: Sequence[str]) -> bool:

@@ -14,6 +14,7 @@ from dpo_wrapper.commands.evaluate.config import EvaluateConfig
 from dpo_wrapper.commands.evaluate.eval_pairs import EvalPairs, hide_subset, select_pairs, take_run_options
 from dpo_wrapper.commands.evaluate.evaluation_table import format_evaluation
 from dpo_wrapper.data.input_data import InputData
+from dpo_wrapper.data.trained_prompts import read_trained_prompts
 from dpo_wrapper.data.whole_files import write_whole
 from dpo_wrapper.data.writable import check_writable
 from dpo_wrapper.display.terminal import (
@@ -51,6 +52,7 @@ def run_evaluation(config: EvaluateConfig) -> Content:
     judge = None if config.judge is None else load_judge(config.judge, **config.loading)
     data = hide_subset(InputData.open(config.data, config), config)
     check_judged_data(config, data)
+    trained_prompts = read_trained_prompts(Path(config.model))
     pair = load_model_pair(
         config.model,
         config.reference,
@@ -65,7 +67,7 @@ def run_evaluation(config: EvaluateConfig) -> Content:
     used: Any = config
     if data.read is not None:
         used, notes = take_run_options(config, pair.run)
-    pairs = select_pairs(data, pair.tokenizer, used, pair.run)
+    pairs = select_pairs(data, pair.tokenizer, used, pair.run, trained_prompts)
     for model in pair.models:
         check_limits(model, pairs.table)
     content: Content = {"version": __version__, "settings": settings, "status": "scoring"}

@@ -19,8 +19,9 @@ from dpo_wrapper.commands.compare.run import compare
 from dpo_wrapper.commands.compare.runs import RunFailedError, list_runs, train_run
 from dpo_wrapper.training.train import train
 from helpers.browser import check_page, needs_browser
+from helpers.datasets import write_rows
 from helpers.lora_runs import save_decoder
-from helpers.runs import ROOT
+from helpers.runs import QUICK, ROOT, make_config
 
 LOSSES = ["--losses", "sigmoid", "simpo", "--seeds", "2", "--max-steps", "4"]
 OPTIONS = "--epochs 100 --batch-size 8 --max-length 128 --samples 1 --exact-answers 0 --eval-steps 2 --cpu"
@@ -104,6 +105,25 @@ def test_a_run_that_fails_leaves_the_others(make_comparison, in_process, monkeyp
     assert "simpo-seed1 failed" in page and "the loss should be finite, but it is nan." in page
     content = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert content["failures"] == {"simpo-seed1": "the loss should be finite, but it is nan."}
+
+
+@pytest.mark.slow
+def test_a_model_that_was_trained_on_eval_rows_is_compared_on_others(rows, tmp_path, decoder, in_process):
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    known = [row for row in lines if row["split"] == "test"][:2]
+    earlier = write_rows(tmp_path / "earlier.jsonl", [row | {"split": "train"} for row in known])
+    options = QUICK | {"model": str(decoder), "sft_epochs": 0, "eval_fraction": 0.0}
+    train(make_config(earlier, tmp_path / "trained", **options))
+    recipes = [tmp_path / f"{name}.yaml" for name in ("fresh", "trained")]
+    for file, model in zip(recipes, (decoder, tmp_path / "trained"), strict=True):
+        file.write_text(f"model: {model}\n")
+    arguments = ["--data", str(rows), "--out", str(tmp_path / "out"), *OPTIONS.split(), "--max-steps", "1"]
+    assert compare(parse_arguments([*map(str, recipes), *arguments, "--seeds", "1"])) == 0
+    evaluations = tmp_path / "out" / "evaluations"
+    files = [evaluations / f"{name}-seed0" / "scores.jsonl" for name in ("fresh", "trained")]
+    fresh, trained = (len(file.read_text().splitlines()) for file in files)
+    assert fresh == trained + 2
+    assert f"<dt>eval pairs</dt><dd>{trained}</dd>" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_folder_of_something_else_is_refused(make_comparison, tmp_path):
