@@ -29,6 +29,8 @@ CASES = {  # width of a head, heads of q, heads of k and v, window, dtype
     "16-bfloat16-window": (16, 2, 2, 50, torch.bfloat16),
 }
 
+FLEX = ["16-float32-gqa", "64-bfloat16-window", "128-float32-window-gqa"]
+
 
 def draw(tree: PrefixTree, dim: int, heads: int, kv_heads: int, dtype: torch.dtype) -> list[Tensor]:
     """q, k, v and the gradient of the output, on the CPU."""
@@ -76,7 +78,7 @@ def check(kernel: TreeKernel, case: str, device: str, tree: PrefixTree) -> None:
         assert error < max(3 * plain_error, 1e-6), f"{name}: {error:.1e}, of a dense mask {plain_error:.1e}"
 
 
-@pytest.mark.parametrize("case", mark_slow_except(["16-float32-gqa", "64-bfloat16-window"], CASES))
+@pytest.mark.parametrize("case", mark_slow_except(FLEX[:2], FLEX))
 def test_values_and_gradients(case, device):
     check("flex", case, device, random_tree(1))
 

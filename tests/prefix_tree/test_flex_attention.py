@@ -112,7 +112,7 @@ def test_the_probe_keeps_to_the_models_attention_where_flex_fails(name, monkeypa
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FAST)  # each is compiled for 20 s
 def test_gradients_on_cuda(name, monkeypatch):
     monkeypatch.setattr(models, "DIM", 32)  # on CUDA, FlexAttention needs heads of 16 or more
     case = arguments(random_batch(Generator().manual_seed(0), b=4, odd=0))
@@ -122,9 +122,8 @@ def test_gradients_on_cuda(name, monkeypatch):
         policy = nudged(MODELS[name]()).cuda()
         dpo = DPO(policy, reference=MODELS[name]().cuda(), share_prefix=share)
         dpo(**on_cuda).backward()
-        assert tree_kernels(dpo) == ({"flash"} if share else set())
-        if name != "not plain":  # FlashAttention takes no float32
-            assert all(probe.kernels == ({"flex"} if share else set()) for probe in probes(dpo))
+        ran = "model" if name == "not plain" else "flex"  # FlashAttention takes no float32
+        assert all(probe.kernels == ({ran} if share else set()) for probe in probes(dpo))
         grads.append([p.grad for p in policy.parameters()])
     for a, b in zip(*grads, strict=True):
         assert torch.allclose(a, b, atol=1e-4)
