@@ -52,8 +52,8 @@ class RecurrentTree:
 
     Attributes:
         along_paths: the ids of the layers that run along its paths.
-        functions: by the ids of layers, the functions that each other layer should call.
-        called: the functions that have been called so far.
+        functions: by the ids of layers, the functions that compute each other layer over a tree.
+        called: those that have run over this tree so far.
     """
 
     layout: TreeLayout
@@ -84,13 +84,15 @@ def install_layer_hook(layer_class: Any) -> None:
 @untraced  # a tree in the trace would have it compiled anew for each tree
 def _call(own_call: Any, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     tree: RecurrentTree | None = attention_tree()
-    if tree is not None and id(layer) in tree.along_paths:
+    if tree is None:
+        return own_call(layer, *args, **kwargs)
+    if id(layer) in tree.along_paths:
         note_kernel(tree.layout, "paths")
         return run_layer_along_paths(tree.layout, partial(own_call, layer), args, kwargs)
-    count = 0 if tree is None else len(tree.called)
+    count = len(tree.called)
     output = own_call(layer, *args, **kwargs)
-    if tree is not None and not tree.functions.get(id(layer), frozenset()) <= set(tree.called[count:]):
-        raise PrefixSharingError("the code of its layers with a state has been replaced")
+    if not tree.functions.get(id(layer), frozenset()) <= set(tree.called[count:]):
+        raise PrefixSharingError("a layer with a state calls other functions than those that run over a tree")
     return output
 
 

@@ -28,7 +28,7 @@ from helpers.shareable_models import (
     make_dpo,
 )
 
-REPLACED = "the code of its layers with a state has been replaced"
+REPLACED = "a layer with a state calls other functions than those that run over a tree"
 
 
 def add_accelerates_hook(layer: nn.Module) -> None:
