@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dpo_wrapper.models.balance_loss import BalanceLoss
 from dpo_wrapper.models.base import LanguageModel, OutputHead, as_output_head, has_hooks, install_lock
 from dpo_wrapper.models.hugging_face_attention import install_hooks
-from dpo_wrapper.models.hugging_face_recurrence import called_functions, install_recurrence_hooks
+from dpo_wrapper.models.hugging_face_recurrence import functions_over_tree, install_recurrence_hooks
 from dpo_wrapper.models.lower_layers import DecoderLayer
 from dpo_wrapper.models.recurrent import RecurrentTree, find_recurrent_layers, install_layer_hook
 from dpo_wrapper.models.rerun import run_pass
@@ -29,13 +29,10 @@ class HuggingFaceModel(LanguageModel):
     def __init__(self, model: nn.Module, inner: Any) -> None:
         super().__init__(model)
         self.inner = self.called_module = inner
-        self.recurrent_layers = find_recurrent_layers(inner)
         if "transformers" in sys.modules:
             with install_lock:
                 install_hooks()
-                for layer_class in self.recurrent_classes():
-                    install_layer_hook(layer_class)
-                    install_recurrence_hooks(layer_class)
+        self.find_recurrent_layers()
         config = inner.config
         if getattr(config, "is_encoder_decoder", False):
             problem = f"the model should be decoder-only, but {type(inner).__name__} has an encoder"
@@ -127,8 +124,11 @@ class HuggingFaceModel(LanguageModel):
 
     def forward_tree(self, layout: TreeLayout, return_hidden: bool) -> Float[Tensor, "r w _"]:
         model = self.inner.base_model if return_hidden else self.model
+        if self.recurrent_layers:
+            self.find_recurrent_layers()
         along_paths = self.layers_along_paths(layout.options.state)
-        tree = RecurrentTree(layout, frozenset(map(id, along_paths)))
+        functions = {id(layer): functions_over_tree(type(layer)) for layer in self.recurrent_layers}
+        tree = RecurrentTree(layout, frozenset(map(id, along_paths)), functions)
 
         def forward() -> Tensor:
             output = self.call(model, input_ids=layout.ids, position_ids=layout.position)
@@ -148,18 +148,27 @@ class HuggingFaceModel(LanguageModel):
             raise PrefixSharingError("its tokens meet elsewhere than in transformers' attention interface")
         return output
 
+    def find_recurrent_layers(self) -> None:
+        """Find the layers that carry a state, which may be new ones, and wrap what trees need."""
+        self.recurrent_layers = find_recurrent_layers(self.inner)
+        with install_lock:
+            for layer_class in self.recurrent_classes():
+                install_layer_hook(layer_class)
+                install_recurrence_hooks(layer_class)
+
     def recurrent_classes(self) -> set[Any]:
         """The classes of layers that carry a state."""
         return {type(layer) for layer in self.recurrent_layers}
 
     def state_kernels(self) -> list[StateKernel | None]:
+        self.find_recurrent_layers()
         if not self.recurrent_layers:
             return [None]
-        return ["fork", "paths"] if any(map(called_functions, self.recurrent_classes())) else ["paths"]
+        return ["fork", "paths"] if any(map(functions_over_tree, self.recurrent_classes())) else ["paths"]
 
     def layers_along_paths(self, state: StateKernel | None) -> list[nn.Module]:
-        forked = [] if state == "paths" else [c for c in self.recurrent_classes() if called_functions(c)]
-        return [layer for layer in self.recurrent_layers if type(layer) not in forked]
+        layers = self.recurrent_layers
+        return [m for m in layers if state == "paths" or not functions_over_tree(type(m))]
 
     @cached_property
     def layer_list(self) -> nn.ModuleList:

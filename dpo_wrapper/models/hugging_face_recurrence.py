@@ -169,6 +169,11 @@ def called_functions(layer_class: Any) -> frozenset[str]:
     return frozenset(name for name in OVER_TREE if name in names and callable(getattr(module, name, None)))
 
 
+def functions_over_tree(layer_class: Any) -> frozenset[str]:
+    """Of these functions, those that compute a layer of the class over a tree: all that do not decline."""
+    return frozenset(name for name in called_functions(layer_class) if OVER_TREE[name] is not decline)
+
+
 def module_of(layer_class: Any) -> Any:
     """The module of a class's `forward`, which is not that of the class where FSDP has made a class of it.
 
@@ -187,7 +192,7 @@ def install_recurrence_hooks(layer_class: Any) -> None:
 def install_function_hook(module: Any, name: str) -> None:
     """Wrap a function of a module of transformers."""
     function = getattr(module, name)
-    over_tree = untraced(partial(_call, function, OVER_TREE[name]))
+    over_tree = untraced(partial(_call, function, name))
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -196,12 +201,13 @@ def install_function_hook(module: Any, name: str) -> None:
     setattr(module, name, call)
 
 
-def _call(function: Function, over_tree: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _call(function: Function, called_name: str, *args: Any, **kwargs: Any) -> Any:
     tree = attention_tree()
     if tree is None:
         return function(*args, **kwargs)
+    tree.called.append(called_name)
     names = ("initial_state", "initial_states", "output_final_state", "return_final_states")
     states = [kwargs.pop(name, None) for name in (*names, "return_last_state")]
     if any(isinstance(state, Tensor) or state for state in states):
         raise PrefixSharingError("its layers begin with a state, or ask for one")
-    return over_tree(tree.layout, function, *args, **kwargs)
+    return OVER_TREE[called_name](tree.layout, function, *args, **kwargs)

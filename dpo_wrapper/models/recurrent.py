@@ -1,7 +1,7 @@
 """Layers that carry a state along the sequence, told by what they are made of, over a prefix tree."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial, wraps
 from itertools import chain
 from typing import Any
@@ -38,7 +38,7 @@ def carries_state(module: nn.Module) -> bool:
     """Whether a layer has a state that decays, or a convolution or a shift over tokens (of each channel)."""
     if isinstance(module, nn.RNNBase):
         return True
-    children = list(module.children())
+    children = module._modules.values()
     convolutions = (child for child in children if isinstance(child, nn.Conv1d))
     is_convolution = any(child.groups == child.in_channels > 1 for child in convolutions)
     is_shift = any(isinstance(child, nn.ZeroPad2d) and child.padding[2:] == (1, -1) for child in children)
@@ -52,37 +52,48 @@ class RecurrentTree:
 
     Attributes:
         along_paths: the ids of the layers that run along its paths.
+        functions: by the ids of layers, the functions that compute each other layer over a tree.
+        called: those that have run over this tree so far.
     """
 
     layout: TreeLayout
     along_paths: frozenset[int]
+    functions: Mapping[int, frozenset[str]] = field(default_factory=dict)
+    called: list[str] = field(default_factory=list)
 
 
 @cache
 def install_layer_hook(layer_class: Any) -> None:
-    """Wrap the `forward` of a class of layers, once for the process.
+    """Wrap the `__call__` of a class of layers, once for the process.
 
     While a model runs over a tree that names a layer in `along_paths`, the layer runs along the tree's paths;
-    otherwise, and in all other threads, it does what it always does.
+    otherwise, and in all other threads, it does what it always does. Its `forward` may be replaced at any
+    time, as accelerate does to move inputs between devices.
     """
-    forward = layer_class.forward
+    own_call = layer_class.__call__
 
-    @wraps(forward)
-    def forward_over_tree(self: Any, *args: Any, **kwargs: Any) -> Any:
+    @wraps(own_call)
+    def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
         if may_be_over_tree():
-            return _forward(forward, self, *args, **kwargs)
-        return forward(self, *args, **kwargs)
+            return _call(own_call, layer, *args, **kwargs)
+        return own_call(layer, *args, **kwargs)
 
-    layer_class.forward = forward_over_tree
+    layer_class.__call__ = call
 
 
 @untraced  # a tree in the trace would have it compiled anew for each tree
-def _forward(forward: Any, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _call(own_call: Any, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     tree: RecurrentTree | None = attention_tree()
-    if tree is None or id(layer) not in tree.along_paths:
-        return forward(layer, *args, **kwargs)
-    note_kernel(tree.layout, "paths")
-    return run_layer_along_paths(tree.layout, partial(forward, layer), args, kwargs)
+    if tree is None:
+        return own_call(layer, *args, **kwargs)
+    if id(layer) in tree.along_paths:
+        note_kernel(tree.layout, "paths")
+        return run_layer_along_paths(tree.layout, partial(own_call, layer), args, kwargs)
+    count = len(tree.called)
+    output = own_call(layer, *args, **kwargs)
+    if not tree.functions.get(id(layer), frozenset()) <= set(tree.called[count:]):
+        raise PrefixSharingError("a layer with a state calls other functions than those that run over a tree")
+    return output
 
 
 def run_layer_along_paths(

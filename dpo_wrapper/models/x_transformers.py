@@ -1,7 +1,7 @@
 """Models of lucidrains' x-transformers."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial, wraps
 from typing import Any
@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dpo_wrapper.models.base import LanguageModel, OutputHead, as_output_head, has_hooks, install_lock
+from dpo_wrapper.models.list_modules import list_modules
 from dpo_wrapper.models.lower_layers import DecoderLayer
 from dpo_wrapper.models.recurrent import RecurrentTree, install_layer_hook
 from dpo_wrapper.models.rerun import attention_tree, may_be_over_tree, run_pass
@@ -40,18 +41,24 @@ class XTransformersModel(LanguageModel):
             problem = "the model should have an output head, but it returns embeddings"
             raise TypeError(f"{problem}: leave return_only_embed at False.")
         self.net = self.called_module = net
-        library: Any = sys.modules["x_transformers.x_transformers"]
-        attention = [module for module in net.modules() if isinstance(module, library.Attention)]
-        self.hybrid_modules = [m.hybrid_module for m in attention if m.hybrid_module is not None]
-        shifts = [module for module in net.modules() if isinstance(module, library.ShiftTokens)]
-        self.recurrent_layers = [*shifts, *self.hybrid_modules]
         with install_lock:
             install_hooks()
-            module: Any
-            for module in self.hybrid_modules:
-                install_layer_hook(type(module))  # type: ignore[arg-type]
+        self.find_recurrent_layers()
         self.vocab_size = net.num_tokens
         self.max_positions = getattr(net.pos_emb, "max_seq_len", None)
+
+    def find_recurrent_layers(self) -> None:
+        """Find the layers that carry a state, which may be new ones, and wrap the hybrid modules."""
+        library: Any = sys.modules["x_transformers.x_transformers"]
+        modules = list_modules(self.net)
+        hybrid = (m.hybrid_module for m in modules if isinstance(m, library.Attention))
+        self.hybrid_modules: list[Any] = [module for module in hybrid if module is not None]
+        shifts = (m for m in modules if isinstance(m, library.ShiftTokens))
+        self.recurrent_layers = [*shifts, *self.hybrid_modules]
+        layer_classes: Iterator[Any] = map(type, self.hybrid_modules)
+        with install_lock:
+            for layer_class in layer_classes:
+                install_layer_hook(layer_class)
 
     def forward_logits(self, ids: Int[Tensor, "b n"]) -> Any:
         return self.net(ids)
@@ -60,6 +67,8 @@ class XTransformersModel(LanguageModel):
         return self.net(ids, return_embeddings=True)
 
     def forward_tree(self, layout: TreeLayout, return_hidden: bool) -> Float[Tensor, "r w _"]:
+        if self.hybrid_modules:
+            self.find_recurrent_layers()
         layers = self.net.attn_layers
         has_rotation = layers.rotary_pos_emb is not None or layers.polar_pos_emb is not None
         takes_positions = isinstance(self.net.pos_emb, nn.Module) or has_rotation
@@ -100,7 +109,7 @@ def skip_block(x: Tensor, *_: Any, return_intermediates: bool = False, **__: Any
     return (x, sys.modules["x_transformers.attend"].Intermediates()) if return_intermediates else x
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AttentionTree(RecurrentTree):
     """What the attention of one model needs to run over a tree.
 
@@ -124,7 +133,7 @@ def as_attention_tree(net: Any, layout: TreeLayout, along_paths: frozenset[int])
                 raise PrefixSharingError("its attention has a bias that depends on the data")
             past = vars(module)["max_attend_past"]
             windows[id(module.attend)] = None if past is None else past + 1
-    return AttentionTree(layout, along_paths, windows, net.attn_layers.rel_pos)
+    return AttentionTree(layout, along_paths, windows=windows, bias=net.attn_layers.rel_pos)
 
 
 @cache

@@ -1,7 +1,6 @@
 """Layers that carry a state along the sequence: which they are, and how they run over a tree in each mode."""
 
 import contextlib
-import inspect
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -144,16 +143,6 @@ def test_a_function_that_is_given_a_state_or_asked_for_one_cannot_run_over_a_tre
     tree = RecurrentTree(TreeLayout.from_tree(random_tree(0), TreeOptions()), frozenset())
     with pytest.raises(PrefixSharingError, match="begin with a state, or ask for one"):
         run_pass(nn.Identity(), lambda: module.causal_conv1d_fn(x, x, **option), tree)
-
-
-def test_sequences_are_padded_where_the_code_of_layers_is_replaced_after_the_first_look(monkeypatch):
-    """As libraries replace it for a whole class; what ran them along the paths is gone with it."""
-    dpo = make_dpo(SHAREABLE["minimax"], "auto")
-    expected = loss_and_gradients(dpo, CASES[1])
-    layer_class: Any = type(find_recurrent_layers(dpo.policy_model)[0])
-    monkeypatch.setattr(layer_class, "forward", inspect.unwrap(layer_class.forward))
-    with pytest.warns(UserWarning, match="the code of its layers with a state has been replaced"):
-        assert_close(loss_and_gradients(dpo, CASES[1]), expected, 1e-5)
 
 
 # whatever runs them

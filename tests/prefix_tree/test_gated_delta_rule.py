@@ -99,6 +99,21 @@ def test_a_strong_decay_gives_finite_numbers(dtype):
     assert_close(found, with_gradients(by_the_formula, inputs), 1e-3 if dtype == torch.float32 else 1e-9)
 
 
+@pytest.mark.parametrize("heads", [(2, 2), (2, 4)])
+def test_backward_keeps_the_inputs_and_one_tensor_like_the_values_alone(heads):
+    saved = {}
+
+    def keep(t):
+        saved[t.untyped_storage().data_ptr()] = t
+        return t
+
+    inputs = random_inputs(50, heads, widths=(16, 8))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        apply_gated_delta_rule(*inputs)
+    numel = sum(t.untyped_storage().nbytes() // t.itemsize for t in saved.values())
+    assert numel <= sum(t.numel() for t in inputs) + inputs[2].numel()
+
+
 def test_gradcheck_passes():
     inputs = random_inputs(3, heads=(1, 2), widths=(2, 3), g=1)
     assert torch.autograd.gradcheck(apply_gated_delta_rule, inputs)
