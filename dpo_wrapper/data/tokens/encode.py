@@ -79,10 +79,10 @@ def tokenize_row(example: Example, tokenizer: Tokenizer, options: TokenizeOption
     """The tokens of an example.
 
     A prompt that is longer than `max_prompt_length` is cut: a dialogue as `cut_dialogue` does, plain text at
-    its front (BOS stays). Where prompt and completion are longer than `max_length`, the prompt is cut further,
-    down to a quarter of `max_length`, alike for all completions; then completions lose their ends. A
-    completion that is cut has no EOS: it did not end there. A text without a prompt loses nothing, but becomes
-    several examples.
+    its front (BOS stays). Where prompt and completion are longer than `max_length`, the prompt is cut to what
+    the completions leave, or to a quarter of `max_length`, alike for all; then completions lose their ends. A
+    completion that is cut has no EOS: it did not end there. A text without a prompt loses nothing, but
+    becomes several examples.
 
     Raises:
         ValueError: the tokenizer refuses a text, a completion is empty, or the example is too long where
