@@ -69,7 +69,7 @@ class DataConfig:
     max_length: int = 512
     """Maximum sequence length in tokens."""
     max_prompt_length: int | None = None
-    """Maximum length of a prompt in tokens: longer dialogues lose their earliest turns, other text its front."""
+    """Maximum length of a prompt in tokens: dialogues lose their earliest turns, other text its front."""
     on_long: OnLong = "cut"
     """What happens to a sequence that is longer than --max-length. cut: it loses the earliest turns or the
     front of the prompt first, then the end of the completion, and a text without a prompt becomes several;

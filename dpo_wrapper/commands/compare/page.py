@@ -130,8 +130,9 @@ def format_samples(results: Sequence[RunResult]) -> str:
         references = [one["reference"] for one in written.values() if one["reference"] is not None]
         answers = {"reference": next(iter(references), None)}
         answers |= {name: one["policy"] for name, one in written.items()}
-        answers["chosen, in the data"] = next(iter(written.values()))["chosen"]
-        rows.append(format_answers(f"Prompt {number}", prompt, answers))
+        first = next(iter(written.values()))
+        answers["chosen, in the data"] = first["chosen"]
+        rows.append(format_answers(f"Prompt {number}", first["readable_prompt"], answers))
     return "\n".join(rows)
 
 
