@@ -89,12 +89,12 @@ def encode_logs(
                 logs.counts["dropped" if on_long == "drop" else "cut"] += 1
                 if on_long == "drop":
                     continue
-                ids = answer.prompt_ids
+                ids = list(answer.prompt_ids)
                 dialogue = as_dialogue(answer.example, tokenizer, as_chat)
                 if not isinstance(dialogue.prompt, str):
                     prompt = cut_dialogue(dialogue.prompt, dialogue.tools, max_length, tokenizer)
                     ids = tokenizer.encode_prompt(prompt, dialogue.tools)
-                cut = cut_prompt(EncodedExample(list(ids), []), max_length, tokenizer)
+                cut = cut_prompt(EncodedExample(ids, []), max_length, tokenizer)
                 answer = replace(answer, prompt_ids=tuple(cut.prompt))
             logs.answers.append(answer)
     return logs
