@@ -205,8 +205,11 @@ def parse_options(config_class: type[Config], command: str, args: Sequence[str])
     """The configuration that the arguments of a command ask for."""
     import tyro
 
+    from dpo_wrapper.libraries.tyro_cli import parse_command_line
+
     markers = (tyro.conf.FlagCreatePairsOff,)
-    return tyro.cli(config_class, prog=f"dpo-wrapper {command}", args=args, config=markers)
+    config: Config = parse_command_line(config_class, f"dpo-wrapper {command}", args, config=markers)
+    return config
 
 
 @contextmanager

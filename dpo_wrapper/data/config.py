@@ -69,11 +69,11 @@ class DataConfig:
     max_length: int = 512
     """Maximum sequence length in tokens."""
     max_prompt_length: int | None = None
-    """Maximum length of a prompt in tokens: longer ones lose their front."""
+    """Maximum length of a prompt in tokens: dialogues lose their earliest turns, other text its front."""
     on_long: OnLong = "cut"
-    """What happens to a sequence that is longer than --max-length. cut: it loses the front of the prompt
-    first, then the end of the completion, and a text without a prompt becomes several; drop: it is left out;
-    error: stop at the first."""
+    """What happens to a sequence that is longer than --max-length. cut: it loses the earliest turns or the
+    front of the prompt first, then the end of the completion, and a text without a prompt becomes several;
+    drop: it is left out; error: stop at the first."""
 
     def __post_init__(self) -> None:
         if isinstance(self.data, (str, Path)):

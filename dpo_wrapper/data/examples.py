@@ -243,7 +243,7 @@ class TokenizedExamples:
             (self.num_dropped, "longer than the maximum"),
         ]
         prompts, completions = self.num_shortened_prompts, self.num_truncated_completions
-        shortened = [(prompts, "prompt", "at the front"), (completions, "completion", "at the end")]
+        shortened = [(prompts, "prompt", "(earliest text)"), (completions, "completion", "(end)")]
         total = len(self.examples) + sum(n for n, _ in left_out)
         reasons = ", ".join(f"{n:,} {reason}" for n, reason in left_out if n)
         cuts = ", ".join(f"{n:,} {noun}{'s' * (n > 1)} {end}" for n, noun, end in shortened if n)

@@ -1,5 +1,6 @@
 """Prompts with completions of a model's own, as text and as tokens."""
 
+import re
 from collections.abc import Sequence
 
 from dpo_wrapper.data import Example, Message, TokenizedExample, Tokenizer
@@ -12,6 +13,7 @@ Prompt = str | Turns
 
 NO_LIMIT = 1 << 30
 TEXT_ROLES = {"user": "Human", "assistant": "Assistant", "tool": "Tool"}
+PROBE_WORDS = ("alpha", "beta", "gamma")
 
 
 def encode_completions(
@@ -51,6 +53,51 @@ def format_prompt(prompt: Prompt) -> str:
         return prompt[0].text
     turns = [f"{TEXT_ROLES.get(turn.role, 'System')}: {turn.text}" for turn in prompt]
     return "\n\n".join(turns)
+
+
+def decode_prompt(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of a prompt, with the markers between its turns but without a BOS in front of it."""
+    text, marked_text = tokenizer.decode(ids), tokenizer.decode(ids, skip_special_tokens=False)
+    return text if marked_text.endswith(text) else marked_text
+
+
+def read_prompt(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """What was said in a prompt, as `format_prompt` writes it, without the system's message.
+
+    What the tokenizer writes around turns is found by a dialogue of known words. A prompt without it, such as
+    plain text, is as `decode_prompt` gives it.
+    """
+    text = tokenizer.decode(ids, skip_special_tokens=False)
+    try:
+        start, answer, next_question, opening = split_probe(tokenizer, "user", "assistant", "user")
+    except ValueError:  # the template takes no such dialogue, or the words are not in it
+        return decode_prompt(tokenizer, ids)
+    starts = [(start, start)]
+    try:
+        before, border, _ = split_probe(tokenizer, "system", "user")
+        starts.append((before, border))
+    except ValueError:
+        pass  # the template takes no system's message
+    opening = next(opening[:end] for end in range(len(opening), -1, -1) if text.endswith(opening[:end]))
+    for before, border in sorted(starts, key=lambda pair: -len(pair[0])):
+        if text.startswith(before) and border in text:
+            turns = []
+            for exchange in text.partition(border)[2].removesuffix(opening).split(next_question):
+                question, _, reply = exchange.partition(answer)
+                turns += [Message("user", question), Message("assistant", reply)][: 2 if reply else 1]
+            return format_prompt(tuple(turns))
+    return decode_prompt(tokenizer, ids)
+
+
+def split_probe(tokenizer: Tokenizer, *roles: str) -> list[str]:
+    """What stands before, between and behind words that are said in some roles; ValueError if that fails."""
+    words = PROBE_WORDS[: len(roles)]
+    turns = tuple(map(Message, roles, words))
+    text = tokenizer.decode(tokenizer.encode_prompt(turns), skip_special_tokens=False)
+    before, *parts = re.split("|".join(words), text)
+    if len(parts) != len(words) or not all(parts):
+        raise ValueError(f"a prompt should hold {', '.join(words)} once each, apart, but it is {text!r}.")
+    return [before, *parts]
 
 
 def join_messages(prompt: Prompt, completion: str) -> Turns:

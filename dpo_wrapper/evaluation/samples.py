@@ -64,12 +64,6 @@ def generate_completions(
     return [tokenizer.decode(completion) for completion in completions]
 
 
-def decode_prompt(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """The text of a prompt, with the markers between its turns but without a BOS in front of it."""
-    text, marked_text = tokenizer.decode(ids), tokenizer.decode(ids, skip_special_tokens=False)
-    return text if marked_text.endswith(text) else marked_text
-
-
 def format_sample(texts: Mapping[str, str | None], max_chars: int = 300) -> str:
     """A prompt and its completions, each on a line behind its name; None is left out.
 
@@ -84,8 +78,9 @@ def format_sample(texts: Mapping[str, str | None], max_chars: int = 300) -> str:
 
 def format_samples(records: Sequence[Mapping[str, Any]], max_chars: int = 300) -> str:
     """Lines of samples.jsonl, below one another."""
-    names = ("prompt", "reference", "policy", "chosen")
-    return "\n\n".join(format_sample({name: one[name] for name in names}, max_chars) for one in records)
+    names = ("reference", "policy", "chosen")
+    texts = [{"prompt": one["readable_prompt"], **{name: one[name] for name in names}} for one in records]
+    return "\n\n".join(format_sample(one, max_chars) for one in texts)
 
 
 def select_last_samples(records: Sequence[Mapping[str, Any]], stage: str) -> list[Mapping[str, Any]]:

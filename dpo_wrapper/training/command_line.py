@@ -8,6 +8,7 @@ from typing import Any
 
 import tyro
 
+from dpo_wrapper.libraries.tyro_cli import parse_command_line
 from dpo_wrapper.training.config import TrainConfig
 from dpo_wrapper.training.options.data import DataOptions
 from dpo_wrapper.training.options.lora import LoraOptions
@@ -53,8 +54,8 @@ def parse_arguments(args: Sequence[str]) -> tuple[TrainConfig, bool]:
     The second value says whether the run should only be planned.
 
     Raises:
-        SystemExit: the arguments cannot be read, which is explained by then, or nothing should be trained.
-        ValueError: the recipe cannot be read, or options contradict each other.
+        SystemExit: nothing should be trained.
+        ValueError: the arguments or the recipe cannot be read, or options contradict each other.
     """
     args = list(args)
     defaults: Any = {}
@@ -64,7 +65,7 @@ def parse_arguments(args: Sequence[str]) -> tuple[TrainConfig, bool]:
             problem = f"the first argument should be an option or a recipe, but it is {recipe}"
             raise ValueError(f"{problem}: name a .yaml file, or write --data {recipe}.")
         defaults["default"] = parse_recipe(recipe)
-    arguments = tyro.cli(TrainArguments, prog=PROGRAM, args=args, config=MARKERS, **defaults)
+    arguments = parse_command_line(TrainArguments, PROGRAM, args, config=MARKERS, **defaults)
     config = TrainConfig.from_groups(arguments)
     if arguments.print_config:
         print(format_recipe(config), end="")
@@ -79,10 +80,9 @@ def parse_recipe(file: Path) -> TrainArguments:
     if not has_data:
         options += ["--data", "named on the command line"]
     try:
-        arguments = tyro.cli(TrainArguments, prog=PROGRAM, args=options, config=MARKERS)
-    except SystemExit:
-        print(f"dpo-wrapper: this option stands in {file}.", file=sys.stderr)
-        raise
+        arguments: TrainArguments = parse_command_line(TrainArguments, PROGRAM, options, config=MARKERS)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     if not has_data:
         object.__setattr__(arguments.data, "data", tyro.MISSING)
     return arguments

@@ -156,7 +156,7 @@ def format_figures(figures: Sequence[str]) -> str:
 def format_sample(number: int, sample: Mapping[str, Any]) -> str:
     """A prompt, and its completions side by side."""
     answers = {name: sample[name] for name in ("reference", "policy", "chosen")}
-    return format_answers(f"Prompt {number}", sample["prompt"], answers)
+    return format_answers(f"Prompt {number}", sample["readable_prompt"], answers)
 
 
 def format_costs(setup: TrainSetup, records: Sequence[Record]) -> str:

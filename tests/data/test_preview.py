@@ -121,7 +121,7 @@ def test_characters_and_white_space_at_the_borders_of_scored_parts() -> None:
         (["--data", "no.jsonl"], "the path should be a file, but 'no.jsonl' does not exist: check the path."),
         (["--data", "a.jsonl", "--columns", "chosen"], "--columns should hold pairs like prompt=question"),
         (["--data", "a.jsonl", "--columns", "best=chosen"], "the names are prompt, chosen, rejected"),
-        (["--data", "a.jsonl", "--preview", "-1"], "--preview should be 0 or more, but it is -1."),
+        (["--data", "a.jsonl", "--preview", "-1"], "--preview should be 0 or more, but it is -1: see"),
         (
             ["--data", "a.jsonl", "--chat-template", "no.jinja"],
             "--chat-template should be a file with a template",

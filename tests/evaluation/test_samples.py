@@ -1,11 +1,11 @@
 """Prompts that are sampled from, and how samples are shown."""
 
-from dpo_wrapper.data import ByteTokenizer, Message, TokenizedExample
+from dpo_wrapper.data import TokenizedExample
 from dpo_wrapper.evaluation.samples import (
     MAX_OPENING_TOKENS,
-    decode_prompt,
     find_prompts,
     format_sample,
+    format_samples,
     shorten,
 )
 
@@ -33,8 +33,7 @@ def test_texts_are_short_and_leave_the_terminal_alone():
     ]
 
 
-def test_turns_of_a_prompt_are_told_apart_but_no_bos_is_shown():
-    tokenizer = ByteTokenizer()
-    assert decode_prompt(tokenizer, tokenizer.encode_prompt("cat?")) == "cat?"
-    turns = (Message("user", "cat?"),)
-    assert decode_prompt(tokenizer, tokenizer.encode_prompt(turns)) == "<bos><user>cat?<assistant>"
+def test_what_was_said_is_shown_of_a_prompt():
+    record = {"prompt": "<user>cat?<assistant>", "readable_prompt": "cat?", "reference": None}
+    lines = format_samples([record | {"policy": "dog", "chosen": "cat"}]).splitlines()
+    assert lines == ["prompt     cat?", "policy     dog", "chosen     cat"]

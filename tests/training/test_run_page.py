@@ -90,7 +90,7 @@ def test_settings_that_change_nothing_are_left_out(tmp_path):
 
 
 def test_texts_of_models_stay_texts():
-    sample = {"prompt": SCRIPT, "reference": None, "policy": "", "chosen": f"{SCRIPT}\n\x1b[2J"}
+    sample = {"readable_prompt": SCRIPT, "reference": None, "policy": "", "chosen": f"{SCRIPT}\n\x1b[2J"}
     parsed = Page(format_sample(1, sample))
     assert parsed.texts["dd"] == [SCRIPT, "(empty)", f"{SCRIPT}\n\x1b[2J"]
     assert parsed.texts["dt"] == ["prompt", "policy", "chosen"] and "script" not in parsed.tags

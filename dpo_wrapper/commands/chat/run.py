@@ -13,7 +13,8 @@ from dpo_wrapper.display.terminal import replace_controls
 from dpo_wrapper.evaluation.model_pair import NO_REFERENCE, ModelPair, load_model_pair
 from dpo_wrapper.evaluation.sampling import derive_seed
 
-COMMANDS = {"/reset": "forgets the conversation", "/exit": "leaves"}
+COMMANDS = {"/help": "lists the commands", "/reset": "forgets the conversation", "/exit": "leaves"}
+KNOWN_COMMANDS = ", ".join(f"{name} {what}" for name, what in COMMANDS.items())
 
 
 class Chat:
@@ -41,8 +42,7 @@ class Chat:
         Raises:
             ValueError: the chat template refuses the dialogue.
         """
-        prompt = self.conversation.encode(text)
-        self.warn_if_cut(len(prompt))
+        prompt = self.encode(text)
         label = "model      " if self.config.shows_reference else ""
         answer, is_stopped = self.print_answer(label, self.pair.policy.model, prompt)
         if self.config.shows_reference and not is_stopped:
@@ -68,15 +68,18 @@ class Chat:
         print(flush=True)
         return result
 
-    def warn_if_cut(self, num_tokens: int) -> None:
-        """Say so if the beginning of the conversation does not fit into the model."""
+    def encode(self, text: str) -> list[int]:
+        """The ids in front of the answer to a message; says so if not all of them fit into the model."""
+        prompt = self.conversation.encode(text)
         positions = self.pair.policy.max_positions
         if positions is None:
-            return
+            return prompt
         room = positions - min(self.config.max_new_tokens, positions // 2)
-        if num_tokens > room:
-            left_out = f"the first {num_tokens - room} of {num_tokens} tokens are left out"
+        if (num_tokens := len(prompt)) > room:
+            prompt = self.conversation.encode(text, room)
+            left_out = f"the earliest {num_tokens - len(prompt)} of {num_tokens} tokens are left out"
             print(f"({left_out}, for the model has {positions} positions)", file=sys.stderr)
+        return prompt
 
 
 def load_pair(config: ChatConfig) -> ModelPair:
@@ -132,9 +135,10 @@ def reply(chat: Chat, text: str) -> None:
     """Do what a message asks for, if it is a command, or print the answer to it."""
     if text == "/reset":
         chat.conversation.reset()
+    elif text == "/help":
+        print(f"{KNOWN_COMMANDS}; Ctrl-C stops an answer, Ctrl-D leaves")
     elif is_command(text):
-        known = "; ".join(f"{name} {what}" for name, what in COMMANDS.items())
-        print(f"({text} is no command: {known})")
+        print(f"({text} is no command: {KNOWN_COMMANDS})")
     elif text:
         print("(stopped)\n" if chat.answer(text) else "")
 
@@ -142,7 +146,7 @@ def reply(chat: Chat, text: str) -> None:
 def print_opening(chat: Chat) -> None:
     """Say what one talks with, and how."""
     config = chat.config
-    print(f"{config.model}: {', '.join(f'{name} {what}' for name, what in COMMANDS.items())}")
+    print(f"{config.model}: {KNOWN_COMMANDS}")
     if not chat.conversation.is_dialogue:
         print("Each message is a prompt of its own, which the model continues.")
     if config.shows_reference:

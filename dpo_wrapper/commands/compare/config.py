@@ -6,8 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import tyro
-
+from dpo_wrapper.libraries.tyro_cli import parse_command_line
 from dpo_wrapper.losses import parse_losses
 from dpo_wrapper.training.command_line import MARKERS, OptionGroups, parse_recipe
 from dpo_wrapper.training.config import GROUPS, TrainConfig, flag
@@ -69,8 +68,9 @@ def parse_arguments(args: Sequence[str]) -> Comparison:
     """The comparison that the arguments after `dpo-wrapper compare` ask for.
 
     Raises:
-        SystemExit: the arguments cannot be read, which is explained by then.
-        ValueError: a recipe cannot be read, options contradict each other, or there is nothing to compare.
+        SystemExit: help was asked for.
+        ValueError: the arguments or a recipe cannot be read, options contradict each other, or there is
+            nothing to compare.
     """
     args = list(args)
     recipes: list[Path] = []
@@ -82,7 +82,7 @@ def parse_arguments(args: Sequence[str]) -> Comparison:
         if recipe is not None:
             groups = {name: getattr(parse_recipe(recipe), name) for name in GROUPS}
             defaults["default"] = CompareArguments(**groups)
-        arguments = tyro.cli(CompareArguments, prog=PROGRAM, args=args, config=MARKERS, **defaults)
+        arguments = parse_command_line(CompareArguments, PROGRAM, args, config=MARKERS, **defaults)
         config = TrainConfig.from_groups(arguments)
         contestants += list_contestants(config, arguments.losses, recipe)
     config = contestants[0].config

@@ -26,6 +26,7 @@ from dpo_wrapper.display import (
 from dpo_wrapper.evaluation.samples import select_last_samples
 from dpo_wrapper.training.config import flag
 from dpo_wrapper.training.monitoring.report_line import format_duration
+from dpo_wrapper.training.run_page import list_settings
 from dpo_wrapper.training.run_summary import hide_paths, name_data
 
 SEEDS_NOTE = (
@@ -45,11 +46,13 @@ def format_comparison_page(
     names = [one.name for one in comparison.contestants]
     colours = choose_colours(names)
     config = comparison.contestants[0].config
+    common, different = compare_settings(comparison, results)
     settings = {
         "model": hide_paths(config.model),
         "data": ", ".join(name_data(config)),
         "seeds": ", ".join(map(str, seeds)),
         "eval pairs": f"{len(results[0].scores):,}",
+        **common,
     }
     support = "".join(f"<p>{escape(one)}</p>" for one in conclusions)
     notes = [format_note(f"{name} failed", sentence, is_problem=True) for name, sentence in failures.items()]
@@ -61,7 +64,7 @@ def format_comparison_page(
         Section("curves", "While they trained", format_grid(format_curve_figures(results, colours))),
         Section("samples", "Samples", format_samples(results)),
         Section("costs", "Time and memory", format_costs(names, results)),
-        Section("settings", "What differs", format_differences(comparison)),
+        Section("settings", "What differs", format_differences(names, different)),
         Section("again", "A run again", format_code(again)),
     ]
     title = f"{', '.join(names[:-1])} and {names[-1]} compared"
@@ -130,8 +133,9 @@ def format_samples(results: Sequence[RunResult]) -> str:
         references = [one["reference"] for one in written.values() if one["reference"] is not None]
         answers = {"reference": next(iter(references), None)}
         answers |= {name: one["policy"] for name, one in written.items()}
-        answers["chosen, in the data"] = next(iter(written.values()))["chosen"]
-        rows.append(format_answers(f"Prompt {number}", prompt, answers))
+        first = next(iter(written.values()))
+        answers["chosen, in the data"] = first["chosen"]
+        rows.append(format_answers(f"Prompt {number}", first["readable_prompt"], answers))
     return "\n".join(rows)
 
 
@@ -146,11 +150,44 @@ def format_costs(names: Sequence[str], results: Sequence[RunResult]) -> str:
     return format_scrolled(format_table(head, lines, caption="Means over seeds; of memory the most"), "Costs")
 
 
-def format_differences(comparison: Comparison) -> str:
-    """The options that are not the same for all contestants."""
-    configs = {one.name: vars(one.config) for one in comparison.contestants}
+def compare_settings(
+    comparison: Comparison, results: Sequence[RunResult]
+) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """Settings that all contestants have in common; and of the others the value of each contestant."""
+    configs = {one.name: one.config for one in comparison.contestants}
     first = next(iter(configs.values()))
-    names = [name for name in first if any(config[name] != first[name] for config in configs.values())]
-    lines = [[contestant, *(str(config[name]) for name in names)] for contestant, config in configs.items()]
-    head = ["", *(flag(name) for name in names)]
-    return format_scrolled(format_table(head, lines), "Options that differ")
+    names = [name for name in vars(first) if len({str(getattr(one, name)) for one in configs.values()}) > 1]
+    options = {flag(name): {key: str(getattr(one, name)) for key, one in configs.items()} for name in names}
+    schedules = list_schedules(results)
+    different = {label: values for label, values in schedules.items() if len(set(values.values())) > 1}
+    common = {
+        label: next(iter(values.values())) for label, values in schedules.items() if label not in different
+    }
+    shown = {name.replace("_", " ") for name in (*names, "data", "seed")}
+    others = list_settings(first, has_loss="loss" not in names)
+    return common | {name: value for name, value in others.items() if name not in shown}, different | options
+
+
+def list_schedules(results: Sequence[RunResult]) -> dict[str, dict[str, str]]:
+    """Steps and peak learning rate of each stage, of each contestant; several where its seeds differ."""
+    found: dict[str, dict[str, dict[str, None]]] = {}
+    for result in results:
+        steps = [one for one in result.log if one["part"] == "step"]
+        for stage in dict.fromkeys(one["stage"] for one in steps):
+            of_stage = [one for one in steps if one["stage"] == stage]
+            values = {
+                f"{stage} steps": f"{of_stage[-1]['step']:,}",
+                f"{stage} peak learning rate": f"{max(one['lr'] for one in of_stage):.2g}",
+            }
+            for label, value in values.items():
+                found.setdefault(label, {}).setdefault(result.run.contestant.name, {})[value] = None
+    return {
+        label: {name: ", ".join(values) for name, values in of_label.items()}
+        for label, of_label in found.items()
+    }
+
+
+def format_differences(names: Sequence[str], different: Mapping[str, Mapping[str, str]]) -> str:
+    """The settings that are not the same for all contestants."""
+    lines = [[name, *(values.get(name, "-") for values in different.values())] for name in names]
+    return format_scrolled(format_table(["", *different], lines), "Settings that differ")

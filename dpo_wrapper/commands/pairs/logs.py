@@ -11,7 +11,7 @@ from dpo_wrapper.data.tokens.encode import as_dialogue, check_has_text, is_text
 from dpo_wrapper.data.tokens.encoded import EncodedExample
 from dpo_wrapper.data.tokens.options import OnLong
 from dpo_wrapper.data.tokens.tokenizers import Tokenizer
-from dpo_wrapper.data.tokens.truncate import cut_prompt
+from dpo_wrapper.data.tokens.truncate import cut_dialogue, cut_prompt
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def encode_logs(
         tokenizer: of the model that answers.
         max_length: number of tokens that a prompt may have.
         as_chat: as in `TokenizeOptions`.
-        on_long: what becomes of a longer prompt: 'cut' takes its last tokens (BOS stays), 'drop' leaves it
-            out, and 'error' refuses it.
+        on_long: what becomes of a longer prompt: 'cut' cuts it as in training, 'drop' leaves it out, and
+            'error' refuses it.
         on_error: 'raise' stops at the first example that cannot be used; 'skip' leaves such ones out.
         needs_answer: whether a recorded answer without text is refused.
 
@@ -89,7 +89,12 @@ def encode_logs(
                 logs.counts["dropped" if on_long == "drop" else "cut"] += 1
                 if on_long == "drop":
                     continue
-                cut = cut_prompt(EncodedExample(list(answer.prompt_ids), []), max_length, tokenizer)
+                ids = list(answer.prompt_ids)
+                dialogue = as_dialogue(answer.example, tokenizer, as_chat)
+                if not isinstance(dialogue.prompt, str):
+                    prompt = cut_dialogue(dialogue.prompt, dialogue.tools, max_length, tokenizer)
+                    ids = tokenizer.encode_prompt(prompt, dialogue.tools)
+                cut = cut_prompt(EncodedExample(ids, []), max_length, tokenizer)
                 answer = replace(answer, prompt_ids=tuple(cut.prompt))
             logs.answers.append(answer)
     return logs

@@ -7,7 +7,7 @@ from itertools import takewhile
 from typing import Any
 
 from dpo_wrapper.data.errors import ExampleError, describe_value, missing_field_error
-from dpo_wrapper.data.rows.messages import Message, Turns, parse_messages
+from dpo_wrapper.data.rows.messages import Message, Turns, parse_messages, split_system
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 NO_PROMPT = "add 'prompt', name its column by --columns, or say that there is none by --columns prompt="
@@ -55,8 +55,8 @@ def join_turns(prompt: Turns, turns: Turns) -> Turns | None:
         return turns
     if len(prompt) == 1 and _strip_turns(prompt)[0] in _strip_turns(turns):
         return turns  # the prompt column repeats a later question of the dialogue
-    prompt_system, questions = _split_system(prompt)
-    system, others = _split_system(turns)
+    prompt_system, questions = split_system(prompt)
+    system, others = split_system(turns)
     if questions and _strip_turns(others[: len(questions)]) == _strip_turns(questions):
         return None if prompt_system and system else prompt_system + system + others
     if questions and others and questions[-1].role == others[0].role == "user":
@@ -66,12 +66,6 @@ def join_turns(prompt: Turns, turns: Turns) -> Turns | None:
 
 def _strip_turns(turns: Turns) -> list[tuple[str, str, Any]]:
     return [turn.identity for turn in turns]
-
-
-def _split_system(turns: Turns) -> tuple[Turns, Turns]:
-    """The system messages at the beginning, and the other turns."""
-    count = next((k for k, turn in enumerate(turns) if turn.role not in ("system", "developer")), len(turns))
-    return turns[:count], turns[count:]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from typing import Any
 
 from dpo_wrapper.data.errors import ExampleError, describe_value
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
+SYSTEM_ROLES = ("system", "developer")
+ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool")
 
 # ShareGPT and similar data sets have other names for these roles.
 _ROLE_ALIASES = dict.fromkeys(("gpt", "chatgpt", "chatbot", "model", "bot", "ai"), "assistant")
@@ -63,6 +64,12 @@ Turns = tuple[Message, ...]
 def answer_turns(completion: str | Turns) -> Turns:
     """A completion of a dialogue as turns."""
     return (Message("assistant", completion),) if isinstance(completion, str) else completion
+
+
+def split_system(turns: Turns) -> tuple[Turns, Turns]:
+    """The system messages at the beginning, and the other turns."""
+    count = next((k for k, turn in enumerate(turns) if turn.role not in SYSTEM_ROLES), len(turns))
+    return turns[:count], turns[count:]
 
 
 def join_answer(prompt: Turns, answer: Turns) -> Turns:

@@ -10,7 +10,7 @@ from dpo_wrapper.data.rows.messages import Message, answer_turns
 from dpo_wrapper.data.tokens.encoded import EncodedExample, Score
 from dpo_wrapper.data.tokens.options import OnLong, TokenizeOptions
 from dpo_wrapper.data.tokens.tokenizers import Tokenizer
-from dpo_wrapper.data.tokens.truncate import cut_completions, cut_prompt, split_text
+from dpo_wrapper.data.tokens.truncate import cut_completions, cut_dialogue, cut_prompt, split_text
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,11 @@ def tokenize_examples(
 def tokenize_row(example: Example, tokenizer: Tokenizer, options: TokenizeOptions) -> TokenizedRow:
     """The tokens of an example.
 
-    A prompt that is longer than `max_prompt_length` loses tokens from its front (BOS stays). Where prompt and
-    completion are longer than `max_length`, the prompt loses more from its front, down to a quarter of
-    `max_length`, alike for all completions; then completions lose their ends. A completion that is cut has no
-    EOS: it did not end there. A text without a prompt loses nothing, but becomes several examples.
+    A prompt that is longer than `max_prompt_length` is cut: a dialogue as `cut_dialogue` does, plain text at
+    its front (BOS stays). Where prompt and completion are longer than `max_length`, the prompt is cut to what
+    the completions leave, or to a quarter of `max_length`, alike for all; then completions lose their ends. A
+    completion that is cut has no EOS: it did not end there. A text without a prompt loses nothing, but
+    becomes several examples.
 
     Raises:
         ValueError: the tokenizer refuses a text, a completion is empty, or the example is too long where
@@ -122,13 +123,20 @@ def fit_row(example: Example, tokenizer: Tokenizer, options: TokenizeOptions) ->
     dialogue = as_dialogue(example, tokenizer, options.as_chat)
     score = options.score or choose_score(dialogue)
     whole = tokenizer.encode_example(dialogue.prompt, dialogue.completions, dialogue.tools, score)
-    encoded = cut_prompt(whole, options.max_prompt_length or max_length, tokenizer)
+
+    def shorten(encoded: EncodedExample, length: int) -> EncodedExample:
+        if len(encoded.prompt) > length and not isinstance(dialogue.prompt, str):
+            prompt = cut_dialogue(dialogue.prompt, dialogue.tools, length, tokenizer)
+            encoded = tokenizer.encode_example(prompt, dialogue.completions, dialogue.tools, score)
+        return cut_prompt(encoded, length, tokenizer)
+
+    encoded = shorten(whole, options.max_prompt_length or max_length)
     longest = max(map(len, encoded.completions))
     num_truncated = 0
     if len(encoded.prompt) + longest > max_length:
         if (refusal := refuse_long(len(encoded.prompt) + longest, options)) is not None:
             return refusal
-        encoded = cut_prompt(encoded, max(max_length - longest, max_length // 4), tokenizer)
+        encoded = shorten(encoded, max(max_length - longest, max_length // 4))
         free = max_length - len(encoded.prompt)
         num_truncated = sum(len(ids) > free for ids in encoded.completions)
         encoded = cut_completions(encoded, free, tokenizer)

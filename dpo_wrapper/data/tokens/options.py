@@ -15,7 +15,7 @@ class TokenizeOptions:
 
     Attributes:
         max_length: number of tokens that a prompt with one completion may have, at least 8.
-        max_prompt_length: number of tokens that a prompt may have, of which the last are kept.
+        max_prompt_length: number of tokens that a prompt may have; a longer one is cut.
         on_long: 'cut' shortens what is longer than `max_length` (prompts first), and makes several examples
             of a text without a prompt; 'drop' leaves it out; 'error' refuses it.
         score: the turns that are scored, 'last' or 'assistant'; by default the assistant's turns of

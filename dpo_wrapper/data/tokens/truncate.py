@@ -1,7 +1,11 @@
 """Token ids of bounded length: what is too long is cut, and a text is split."""
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
+from dpo_wrapper.data.rows.messages import SYSTEM_ROLES, Turns, split_system
 from dpo_wrapper.data.tokens.encoded import EncodedExample
 from dpo_wrapper.data.tokens.tokenizers import Tokenizer
 
@@ -10,6 +14,35 @@ REPLACEMENT = "\ufffd"
 
 NUM_LAST = 16
 """Tokens that are decoded to see how a text ends: a character has four at most."""
+
+
+def cut_dialogue(prompt: Turns, tools: Sequence[Any], length: int, tokenizer: Tokenizer) -> Turns:
+    """A dialogue of at most `length` tokens, in which the template stands whole around what is left.
+
+    The earliest turns go first, up to a later question; the system's stay. Where the last question with what
+    follows is too long still, the longest text is cut: that of the system at its end, others at their front.
+    The result is longer than `length` only if no text is left.
+    """
+
+    def excess(turns: Turns) -> int:
+        return len(tokenizer.encode_prompt(turns, tools)) - length
+
+    system, others = split_system(prompt)
+    starts = [0, *(k for k, turn in enumerate(others) if k and turn.role == "user")]
+    index = bisect_left(starts, True, key=lambda start: excess(system + others[start:]) <= 0)
+    turns = system + others[starts[min(index, len(starts) - 1)] :]
+    while (over := excess(turns)) > 0:
+        ids = [tokenizer.encode(turn.text) for turn in turns]
+        k = max(range(len(turns)), key=lambda k: len(ids[k]))
+        if not ids[k]:
+            break
+        text, over = turns[k].text, min(over, (len(ids[k]) + 1) // 2)  # another may be the longest then
+        if turns[k].role in SYSTEM_ROLES:
+            text = text[: min(len(tokenizer.decode(ids[k][:-over])), len(text) - 1)]
+        else:
+            text = text[max(len(text) - len(tokenizer.decode(ids[k][over:])), 1) :]
+        turns = (*turns[:k], replace(turns[k], content=text), *turns[k + 1 :])
+    return turns
 
 
 def cut_prompt(encoded: EncodedExample, length: int, tokenizer: Tokenizer) -> EncodedExample:

@@ -14,11 +14,18 @@ from dpo_wrapper.training.config import StageName
 from dpo_wrapper.training.explanations import Explanations
 from dpo_wrapper.training.monitoring.figure import Figure
 from dpo_wrapper.training.monitoring.memory import measure_peak_memory
-from dpo_wrapper.training.monitoring.report_line import format_evaluation_line, format_step_line
+from dpo_wrapper.training.monitoring.report_line import (
+    format_duration,
+    format_evaluation_line,
+    format_step_line,
+)
 from dpo_wrapper.training.monitoring.time_left import TimeLeft
 from dpo_wrapper.training.monitoring.trackers import Trackers
 from dpo_wrapper.training.run_folder import RunFolder
 from dpo_wrapper.training.schedule import Schedule
+
+STEP_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
+"""The format of the bar of steps: what tqdm itself says of the time left is of the steps alone."""
 
 
 class MeasuredProgress:
@@ -67,12 +74,14 @@ class Monitor(AbstractContextManager["Monitor"]):
         self.trackers, self.step_offset = trackers, step_offset
         self.on_update: Callable[[], object] | None = None
         self.is_main_process = accelerator.is_main_process
+        self.time_left = TimeLeft(schedule)
         if self.is_main_process:
             records = [record for record in run.log.read() if record["stage"] == stage]
             self.explanations = Explanations(
                 run.explanations_file, run.record.settings, schedule.num_steps, records
             )
-        self.time_left = TimeLeft(schedule)
+            evaluations = [record for record in records if record["part"] != "step"]
+            self.time_left.seconds |= {record["part"]: record["seconds"] for record in evaluations}
         self.figure = Figure(run)
         self.forget_steps()
         self.bar = create_progress_bar(
@@ -81,6 +90,7 @@ class Monitor(AbstractContextManager["Monitor"]):
             is_main_process=self.is_main_process,
             total=schedule.num_steps,
             initial=steps_done,
+            bar_format=STEP_BAR,
         )
 
     def forget_steps(self) -> None:
@@ -107,7 +117,8 @@ class Monitor(AbstractContextManager["Monitor"]):
         if math.isfinite(metrics["loss"]):
             self.sums.add_values(metrics)
             self.seconds_since_line += seconds
-        self.bar.set_postfix_str(f"loss {metrics['loss']:.4f}", refresh=False)
+        left = format_duration(self.time_left.estimate(step))
+        self.bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {left} left", refresh=False)
         self.bar.update()
         if step == self.steps_done + 1 or self.schedule.is_due(self.schedule.logging_steps, step):
             self.print_steps(step)

@@ -5,7 +5,8 @@ from statistics import fmean
 
 from torch import nn
 
-from dpo_wrapper.evaluation.samples import decode_prompt, find_prompts, generate_completions
+from dpo_wrapper.evaluation.prompts import decode_prompt, read_prompt
+from dpo_wrapper.evaluation.samples import find_prompts, generate_completions
 from dpo_wrapper.pretrained import PretrainedModel
 from dpo_wrapper.training.config import STAGES
 from dpo_wrapper.training.files import write_json_lines
@@ -77,15 +78,16 @@ class Samples:
             self.reference_completions = self.generate_from_reference(progress)
             if step == 0 and self.needs_start:
                 self.reference_completions = [*policy]
-        decode = self.pretrained.tokenizer.decode
+        tokenizer = self.pretrained.tokenizer
         new: list[Sample] = [
             {
                 "stage": self.stage.name,
                 "step": step,
-                "prompt": decode_prompt(self.pretrained.tokenizer, prompt.ids),
+                "prompt": decode_prompt(tokenizer, prompt.ids),
+                "readable_prompt": read_prompt(tokenizer, prompt.ids),
                 "reference": reference,
                 "policy": completion,
-                "chosen": decode(prompt.completion),
+                "chosen": tokenizer.decode(prompt.completion),
             }
             for prompt, reference, completion in zip(
                 self.prompts, self.reference_completions, policy, strict=True

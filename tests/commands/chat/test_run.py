@@ -72,7 +72,9 @@ def test_a_conversation_goes_on_until_it_is_reset(llama, type_lines, monkeypatch
         return f"answer {len(prompts)}", False
 
     monkeypatch.setattr(run, "stream_answer", answer)
-    type_lines("one", "", "two", "/reset", "/frob", "/etc/passwd?", KeyboardInterrupt(), "/exit", "never")
+    type_lines(
+        "one", "", "two", "/reset", "/frob", "/help", "/etc/passwd?", KeyboardInterrupt(), "/exit", "never"
+    )
     run_chat(make_config(llama, as_chat="always", system="s"))
     assert prompts == [
         "<bos><system>s<user>one<assistant>",
@@ -80,9 +82,10 @@ def test_a_conversation_goes_on_until_it_is_reset(llama, type_lines, monkeypatch
         "<bos><system>s<user>/etc/passwd?<assistant>",
     ]
     out = capsys.readouterr().out
-    assert (
-        "answer 1\n\nanswer 2\n\n(/frob is no command: /reset forgets the conversation; /exit leaves)" in out
-    )
+    known = "/help lists the commands, /reset forgets the conversation, /exit leaves"
+    assert f"{llama}: {known}\n" in out
+    help = f"{known}; Ctrl-C stops an answer, Ctrl-D leaves"
+    assert f"answer 1\n\nanswer 2\n\n(/frob is no command: {known})\n{help}\nanswer 3" in out
     assert out.endswith("answer 3\n\n\n(Ctrl-D leaves)\n")
 
 
@@ -140,10 +143,21 @@ def test_what_a_model_has_not_is_refused(options, problem, llama):
 def test_what_does_not_fit_is_said(llama, monkeypatch, capsys):
     chat = Chat(make_config(llama))
     monkeypatch.setattr(type(chat.pair.policy), "max_positions", 16)
-    chat.warn_if_cut(10)
-    assert capsys.readouterr().err == ""
-    chat.warn_if_cut(12)
-    expected = "(the first 2 of 12 tokens are left out, for the model has 16 positions)\n"
+    bos = chat.pair.tokenizer.bos_id
+    assert chat.encode("123456789") == [bos, *b"123456789"] and capsys.readouterr().err == ""
+    assert chat.encode("123456789ab") == [*b"23456789ab"]
+    expected = "(the earliest 2 of 12 tokens are left out, for the model has 16 positions)\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_the_earliest_turns_of_a_conversation_are_left_out(llama, monkeypatch, capsys):
+    chat = Chat(make_config(llama, as_chat="always", system="s"))
+    monkeypatch.setattr(type(chat.pair.policy), "max_positions", 20)
+    chat.conversation.add("one", "two")
+    chat.conversation.add("3", "4")
+    text = chat.pair.tokenizer.decode(chat.encode("five"), skip_special_tokens=False)
+    assert text == "<bos><system>s<user>3<assistant>4<user>five<assistant>"
+    expected = "(the earliest 8 of 21 tokens are left out, for the model has 20 positions)\n"
     assert capsys.readouterr().err == expected
 
 

@@ -273,7 +273,7 @@ def test_what_is_read_and_cut_is_said(tmp_path: Path, capsys: pytest.CaptureFixt
     text = capsys.readouterr().out
     assert "30 rows have loss_masking_spans, which are ignored" in text
     assert "30 rows have a margin, which the loss takes as nats" in text
-    assert "Cut to the maximum length: 1 prompt at the front." in text
+    assert "Cut to the maximum length: 1 prompt (earliest text)." in text
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

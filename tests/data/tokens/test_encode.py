@@ -27,21 +27,16 @@ BYTES = ByteTokenizer()
 BOS, EOS = 256, 257
 
 
-_prompts = st.text(max_size=60) | st.lists(
-    st.builds(Message, st.just("user"), st.text(max_size=20)), min_size=1
-).map(tuple)
-
-
 @pytest.mark.pitfall(7, 9)
 @given(
-    _prompts,
+    st.text(max_size=60),
     st.text(max_size=60),
     st.text(max_size=60),
     st.integers(8, 80),
     st.sampled_from([BYTES, NoBos()]),
 )
 def test_truncation(
-    prompt: str | tuple[Message, ...], chosen: str, rejected: str, max_length: int, tokenizer: ByteTokenizer
+    prompt: str, chosen: str, rejected: str, max_length: int, tokenizer: ByteTokenizer
 ) -> None:
     example = Example(prompt, (chosen, rejected), weight=2.0, margin=0.5, source="here")
     pair = tokenize_example(example, tokenizer, max_length)
@@ -150,13 +145,11 @@ def test_counts_and_summary() -> None:
     ]
     tokenized = tokenize_examples(examples, BYTES, 16)
     assert (tokenized.num_shortened_prompts, tokenized.num_truncated_completions) == (2, 2)
-    assert (
-        tokenized.summary() == "Cut to the maximum length: 2 prompts at the front, 2 completions at the end."
-    )
+    assert tokenized.summary() == "Cut to the maximum length: 2 prompts (earliest text), 2 completions (end)."
     assert tokenize_examples(examples[:1], BYTES, 16).summary() == ""
     assert TokenizedExamples(tokenized.examples, 1000, 0, 1, 0, [ExampleError("x")]).summary() == (
         "Left out of 1,004 examples: 1 with an error, 1,000 with the same tokens in every completion; "
-        "cut to the maximum length: 1 prompt at the front."
+        "cut to the maximum length: 1 prompt (earliest text)."
     )
 
 

@@ -52,6 +52,19 @@ def test_a_mean_over_pairs_is_no_mean_of_means(run, capsys):
     assert "accuracy  89%" in capsys.readouterr().out.splitlines()[-1]  # 8 of the 9 since the first line
 
 
+def test_the_time_left_has_evaluations_in_lines_and_bar_and_after_a_resume(run, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    for part, seconds in (("eval", 60.0), ("train", 600.0), ("step", 9.0)):
+        run.log.append("dpo", part, 4, {"seconds": seconds})
+    run.log.append("sft", "eval", 4, {"seconds": 7000.0})
+    schedule = Schedule(9, logging_steps=1, eval_steps=8, save_steps=0, sample_steps=0)
+    with watch(run, schedule, steps_done=4) as monitor:
+        monitor.log_step(5, step_metrics(2, 0.5), 2, seconds=15.0)
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1].endswith("  13:00 left")  # 4 steps, 2 evaluations, one of train pairs
+    assert "loss 0.5000, 13:00 left]" in printed.err and "<" not in printed.err
+
+
 def test_the_log_has_the_speed_of_each_step(run):
     with watch(run, Schedule(5, logging_steps=2, eval_steps=5, save_steps=0, sample_steps=0)) as monitor:
         monitor.log_step(1, step_metrics(2, 0.5), 2, seconds=0.5)

@@ -70,8 +70,8 @@ def test_the_reference_is_asked_once(sample):
     first, second = samples.take(6)
     assert stage.calls == {stage.model: 2, stage.reference: 1}
     assert first == {
-        "stage": "dpo", "step": 6, "prompt": "q0", "reference": "reference 1", "policy": "policy 2",
-        "chosen": "a0",
+        "stage": "dpo", "step": 6, "prompt": "q0", "readable_prompt": "q0", "reference": "reference 1",
+        "policy": "policy 2", "chosen": "a0",
     }  # fmt: skip
     assert second["prompt"] == "q1"
     records = samples.run.read_samples()
