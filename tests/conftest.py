@@ -1,3 +1,4 @@
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,8 +28,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """Tiny models: a second thread costs more than it does, the more so where tests run side by side."""
+    """Tiny models: a second thread costs more than it does, the more so where tests run side by side.
+
+    Processes that tests start have one thread as well.
+    """
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True, scope="session")
