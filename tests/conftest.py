@@ -1,3 +1,4 @@
+import gc
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def pytest_unconfigure() -> None:
+    """At its exit, a library tells what of it is still frozen as leaked."""
+    gc.unfreeze()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Under `-n`, neighbours run in one process, which makes their fixtures once, until another is idle."""
@@ -34,6 +40,13 @@ def one_thread():
     """
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def freeze_libraries() -> None:
+    """Collections of garbage, of which each run makes several, no more look at what is loaded by now."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
