@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers.curves import unrendered_curves
-from helpers.runs import BUNDLED, QUICK, SMALL_DECODER, make_config
+from helpers.runs import BUNDLED, QUICK, SMALL_DECODER, make_config, short_samples
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,8 +50,8 @@ def freeze_libraries() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def quick_curves() -> Iterator[None]:
-    with unrendered_curves():
+def quick_runs() -> Iterator[None]:
+    with unrendered_curves(), short_samples():
         yield
 
 
