@@ -1,3 +1,5 @@
+import gc
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -5,7 +7,7 @@ import pytest
 import torch
 
 from helpers.curves import unrendered_curves
-from helpers.runs import BUNDLED, QUICK, SMALL_DECODER, make_config
+from helpers.runs import BUNDLED, QUICK, SMALL_DECODER, make_config, short_samples
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -15,6 +17,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_unconfigure() -> None:
+    """At its exit, a library tells what of it is still frozen as leaked."""
+    gc.unfreeze()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -27,13 +34,24 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """Tiny models: a second thread costs more than it does, the more so where tests run side by side."""
+    """Tiny models: a second thread costs more than it does, the more so where tests run side by side.
+
+    Processes that tests start have one thread as well.
+    """
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def freeze_libraries() -> None:
+    """Collections of garbage, of which each run makes several, no more look at what is loaded by now."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
-def quick_curves() -> Iterator[None]:
-    with unrendered_curves():
+def quick_runs() -> Iterator[None]:
+    with unrendered_curves(), short_samples():
         yield
 
 

@@ -6,8 +6,9 @@ import pytest
 import tqdm
 
 from dpo_wrapper.display.terminal import create_progress_bar
+from dpo_wrapper.pretrained import PRESETS
 from dpo_wrapper.training.train import train
-from helpers.runs import make_config
+from helpers.runs import SMALL_DECODER, make_config
 
 
 @pytest.fixture
@@ -26,7 +27,8 @@ def bars(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"precompute_ref_log_probs": True}, {"ref_model_sync_steps": 2}])
-def test_all_that_takes_time_has_a_bar_that_fills(rows, tmp_path, bars, options):
+def test_all_that_takes_time_has_a_bar_that_fills(rows, tmp_path, bars, monkeypatch, options):
+    monkeypatch.setitem(PRESETS, "tiny", SMALL_DECODER)
     watched = {"samples": 2, "sample_steps": 3, "exact_answers": 2, "save_steps": 3, "eval_steps": 3}
     train(make_config(rows, tmp_path / "out", epochs=1, **(watched | options)))
     counted = {bar.desc for bar in bars if bar.total is not None}

@@ -19,7 +19,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         ["bash", str(HERE / "run.sh"), *arguments],
         capture_output=True,
         text=True,
-        env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | {"PATH": path} | environment,
     )
 
 

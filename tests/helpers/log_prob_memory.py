@@ -24,8 +24,6 @@ from dpo_wrapper import token_log_probs
 from dpo_wrapper.log_probs import FusedLoss
 from dpo_wrapper.log_probs.softmax_cache import SoftmaxCache
 
-THREADS = 2
-
 
 def read_status(name: str) -> int:
     """One line of /proc/self/status, in bytes."""
@@ -72,7 +70,7 @@ def forward_and_backward(mode: str, t: int, d: int, v: int) -> dict[str, str | i
 
 
 def measure(mode: str, *sizes: str) -> None:
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(1)
     t, d, v = map(int, sizes)
     forward_and_backward(mode, 64, 64, 64)  # loads what is loaded lazily
     print(json.dumps(forward_and_backward(mode, t, d, v) | {"t": t, "d": d, "v": v}), flush=True)

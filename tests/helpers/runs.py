@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import pytest
 
+from dpo_wrapper.evaluation import samples
 from dpo_wrapper.training.config import TrainConfig
 from helpers.forked_scripts import PATHS, ROOT, ForkedScript
 
@@ -25,6 +27,13 @@ def make_config(data, out, **options):
     defaults = {"sft_epochs": 1, "epochs": 2, "batch_size": 4, "max_length": 128, "cpu": True}
     watched = {"eval_steps": 4, "samples": 1}
     return TrainConfig(data=data, out=out, **(defaults | watched | options))
+
+
+@contextmanager
+def short_samples() -> Iterator[None]:
+    """Models that are trained inside write samples of few tokens; 120 would take a quarter of a small run."""
+    with patch.object(samples, "MAX_COMPLETION_TOKENS", 16):
+        yield
 
 
 def read_metrics(folder, *dropped):
@@ -126,10 +135,10 @@ def train_in_two_processes(script, rows, out, loss=None):
         "from dpo_wrapper.pretrained import PRESETS\n"
         "from dpo_wrapper.training.train import train\n"
         "from helpers.curves import unrendered_curves\n"
-        "from helpers.runs import SMALL_DECODER, make_config\n"
+        "from helpers.runs import SMALL_DECODER, make_config, short_samples\n"
         "torch.set_num_threads(1)\n"
         "PRESETS['tiny'] = SMALL_DECODER\n"
-        "with unrendered_curves():\n"
+        "with unrendered_curves(), short_samples():\n"
         f"    train(make_config(*map(Path, sys.argv[1:]), **{options!r}))\n"
     )
     run_in_two_processes(script, rows, out)

@@ -164,10 +164,16 @@ def test_kernels_group_heads_as_x_transformers_does(kv_heads, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("each_kernel")
 @pytest.mark.parametrize("warm", [True, False], ids=["after-a-call", "from-the-first-call"])
-@pytest.mark.parametrize("name", ["xt-rotary", "xt-alibi", "hf-llama", "qwen3.5", "minimax"])
-def test_two_threads(name, warm, request):
+@pytest.mark.parametrize(
+    "name, each_kernel",
+    [
+        *product(["xt-rotary", "xt-alibi"], ["model"]),  # which never take the other kernel
+        *product(["hf-llama", "qwen3.5", "minimax"], ["model", "branches"]),
+    ],
+    indirect=["each_kernel"],
+)
+def test_two_threads(name, each_kernel, warm, request):
     request.addfinalizer(functools.partial(sys.setswitchinterval, sys.getswitchinterval()))
     sys.setswitchinterval(1e-6)
     expected = [loss_and_gradients(make_dpo(SHAREABLE[name]), case) for case in CASES[1:]]

@@ -1,6 +1,7 @@
 """Shared prefixes against padded rows: the same log-probs, loss and gradients."""
 
 import contextlib
+import math
 from dataclasses import replace
 from itertools import product
 
@@ -8,8 +9,9 @@ import pytest
 import torch
 
 from dpo_wrapper import DPO
+from dpo_wrapper.prefix_tree import cpu_attention
 from helpers.dpo_calls import LN2
-from helpers.kernels import shares_prefix
+from helpers.kernels import shares_prefix, tree_kernels
 from helpers.marks import mark_slow_except
 from helpers.models import CONTEXT, ZOO, seeded
 from helpers.oracle import ExactFloat64
@@ -25,7 +27,6 @@ from helpers.shareable_models import (
 )
 
 
-@pytest.mark.usefixtures("each_kernel")
 @pytest.mark.parametrize(
     "exact", [pytest.param(True, id="float64", marks=pytest.mark.slow), pytest.param(False, id="float32")]
 )
@@ -33,16 +34,25 @@ from helpers.shareable_models import (
     "name",
     mark_slow_except(["xt-rotary", "xt-alibi", "hf-llama-gqa", "hf-gpt2", "qwen3.5", "lfm2"], SHAREABLE),
 )
-def test_shared_prefixes_change_no_log_prob_loss_or_gradient(name, exact):
+def test_shared_prefixes_change_no_log_prob_loss_or_gradient(name, exact, monkeypatch):
     if name == "dory" and not exact:
         pytest.skip("its random weights give gradients of some hundred, of which float32 has three digits")
-    shared, padded = (make_dpo(SHAREABLE[name], share, exact=exact) for share in (True, False))
-    for case in CASES:
-        with ExactFloat64() if exact else contextlib.nullcontext():
-            results, expected = loss_and_gradients(shared, case), loss_and_gradients(padded, case)
-        assert_close(results, expected, 1e-10 if exact else 3e-5)
-    assert shares_prefix(shared) and not shares_prefix(padded)
-    assert max(g.abs().max() for key, g in results.items() if key.startswith("gradient")) > 1e-3
+    arithmetic = ExactFloat64 if exact else contextlib.nullcontext
+    padded = make_dpo(SHAREABLE[name], False, exact=exact)
+    with arithmetic():
+        expected = [loss_and_gradients(padded, case) for case in CASES]
+    assert not shares_prefix(padded)
+    for min_branch_numel in (math.inf, 0):  # along each path, and by torch's kernel on each branch
+        monkeypatch.setattr(cpu_attention, "MIN_BRANCH_NUMEL", min_branch_numel)
+        shared = make_dpo(SHAREABLE[name], True, exact=exact)
+        for case, truth in zip(CASES, expected, strict=True):
+            with arithmetic():
+                results = loss_and_gradients(shared, case)
+            assert_close(results, truth, 1e-10 if exact else 3e-5)
+        assert shares_prefix(shared)
+        assert max(g.abs().max() for key, g in results.items() if key.startswith("gradient")) > 1e-3
+        if "branches" not in tree_kernels(shared):
+            break  # the model's own attention, which never takes the kernel
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,9 @@ import torch
 from dpo_wrapper.pretrained import PRESETS
 from dpo_wrapper.training.train import train
 from dpo_wrapper.training.trainer import Trainer
+from helpers.curves import unrendered_curves
 from helpers.recorded_gradients import recorded_gradients
-from helpers.runs import SMALL_DECODER, interrupt_training, make_config
+from helpers.runs import SMALL_DECODER, interrupt_training, make_config, short_samples
 
 torch.set_num_threads(1)
 PRESETS["tiny"] = SMALL_DECODER
@@ -48,12 +49,13 @@ def train_sharded_step(self, *args):
 Trainer.train_step = train_sharded_step
 for job in json.loads(sys.argv[3]):
     config = make_config(rows, folder / job["out"], **job["options"])
-    if job.get("interrupted"):
-        with interrupt_training("dpo", after_steps=3):
+    with unrendered_curves(), short_samples():
+        if job.get("interrupted"):
+            with interrupt_training("dpo", after_steps=3):
+                train(config)
+            continue
+        with recorded_gradients(folder / f"{job['out']}.gradients"):
             train(config)
-        continue
-    with recorded_gradients(folder / f"{job['out']}.gradients"):
-        train(config)
 """
 
 SHORT = {"sft_epochs": 0, "epochs": 1, "max_steps": 4, "learning_rate": 1e-3, "save_steps": 2}

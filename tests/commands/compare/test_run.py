@@ -136,13 +136,12 @@ def test_a_folder_of_something_else_is_refused(make_comparison, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_interrupted_comparison_goes_on(make_comparison, rows, tmp_path, decoder, monkeypatch):
+def test_an_interrupted_comparison_goes_on(make_comparison, rows, tmp_path, decoder):
     """SIGTERM in the middle of the first run, which then ends in the weights that it would have had."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as this process has it
     out = tmp_path / "out"
     arguments = ["--losses", "sigmoid", "ipo", "--seeds", "1", "--max-steps", "150", "--eval-steps", "1000"]
     command = [sys.executable, "-m", "dpo_wrapper", "compare", *list_options(rows, decoder, out), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     log = out / "runs" / "sigmoid-seed0" / "metrics.jsonl"
     deadline = time.monotonic() + 120
