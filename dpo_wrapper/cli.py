@@ -91,9 +91,10 @@ def train(args: Sequence[str]) -> None:
             setup = set_up_training(config)
         run_training(setup)
     except TrainingError as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by torchrun, when another process has ended before
         exit_with_error(error, status=1)
     except KeyboardInterrupt as interrupt:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by torchrun, when another process has ended before
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as above
         status = setup.run.record.status
         if status == "finished":  # it came at the very end
             return

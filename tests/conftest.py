@@ -1,5 +1,6 @@
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,6 +48,14 @@ def freeze_libraries() -> None:
     """Collections of garbage, of which each run makes several, no more look at what is loaded by now."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def own_sigterm_handler() -> Iterator[None]:
+    """A command that a test runs in this process may set another, or ignore the signal at its end."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -257,3 +257,22 @@ def test_random_states_come_back():
     assert (
         checkpoint.set_random_state(state, torch.device("meta")) == "the checkpoint was not written on meta"
     )
+
+
+def test_sigterm_behind_a_sentence_adds_no_other(rows, tmp_path, monkeypatch):
+    """torchrun sends it to a process that ends because another has ended."""
+
+    def fail(setup):
+        raise TrainingError("another process has ended")
+
+    def exit_slowly(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        exit_with_error(*args, **kwargs)
+
+    exit_with_error, config = cli.exit_with_error, make_config(rows, tmp_path / "out")
+    monkeypatch.setattr(command_line, "parse_arguments", lambda _: (config, False))
+    monkeypatch.setattr(train_module, "run_training", fail)
+    monkeypatch.setattr(cli, "exit_with_error", exit_slowly)
+    assert call_in_fork(lambda: cli.main(["train"]), tmp_path / "printed") == 1
+    sentence = (tmp_path / "printed").read_text().splitlines()[-1]
+    assert sentence == "dpo-wrapper: another process has ended"
