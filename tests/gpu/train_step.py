@@ -66,7 +66,8 @@ NAMES = {
     "trl-checkpointing": "TRL DPOTrainer, checkpointing (its default)",
     "plain": "dpo_wrapper, padded rows",
 }
-DEFAULT_NAMES = [name for name in NAMES if name != "plain"]
+DEFAULT_NAMES = [name for name in NAMES if name not in ("plain", "tree-compiled-layers")]
+"""Without what takes long: whole layers are compiled for more than a minute."""
 
 
 OUT_OF_MEMORY = "out of memory"
