@@ -61,7 +61,7 @@ class PreferenceBatch(Batch):
 
         rows = copy_to_cpu(stack_sides(seqs), ~stack_sides(prompt_masks), stack_sides(seq_masks))
         sequences = ScoredSequences.from_padded(*rows)
-        weights, margins = (None if column is None else column.cpu() for column in (weights, margins))
+        weights, margins = (x.cpu() if isinstance(x, Tensor) else x for x in (weights, margins))
         return cls(sequences, index_stacked_sides(sequences), weights, margins).to(seqs[0].device)
 
     @classmethod

@@ -80,7 +80,9 @@ def read_prompt(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
         pass  # the template takes no system's message
     opening = next(opening[:end] for end in range(len(opening), -1, -1) if text.endswith(opening[:end]))
     for before, border in sorted(starts, key=lambda pair: -len(pair[0])):
-        if text.startswith(before) and border in text:
+        if not before or not border or not text.startswith(before) or border not in text:
+            continue
+        if answer not in text.partition(border)[0]:  # the model begins some dialogues
             turns = []
             for exchange in text.partition(border)[2].removesuffix(opening).split(next_question):
                 question, _, reply = exchange.partition(answer)

@@ -57,10 +57,11 @@ def hold_modes(modes: Sequence[tuple[nn.Module, bool]]) -> Iterator[None]:
 
 
 def set_mode(module: nn.Module, is_training: bool) -> None:
-    """Set a module's flag, without `nn.Module.__setattr__`, which takes ten times as long."""
-    if "training" in vars(module):
+    """Set a module's flag, without `nn.Module.__setattr__` where that would do no more but takes long."""
+    module_class: Any = type(module)
+    if module_class.__setattr__ is nn.Module.__setattr__ and not hasattr(module_class, "training"):
         vars(module)["training"] = is_training
-    else:  # of the module in a wrapper, or of a compiled one
+    else:
         module.training = is_training
 
 
@@ -79,7 +80,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     library = sys.modules.get("transformers.modeling_layers")
     layer_class = getattr(library, "GradientCheckpointingLayer", ())
     modules = list_modules(model)
-    checkpointing = [m for m in modules if vars(m).get("gradient_checkpointing")]
+    checkpointing = [m for m in modules if getattr(m, "gradient_checkpointing", False)]
     if any(isinstance(module, layer_class) for module in checkpointing):
         with _lock:
             checkpoint_in_eval_mode(layer_class)

@@ -42,7 +42,7 @@ def carries_state(module: nn.Module) -> bool:
     convolutions = (child for child in children if isinstance(child, nn.Conv1d))
     is_convolution = any(child.groups == child.in_channels > 1 for child in convolutions)
     is_shift = any(isinstance(child, nn.ZeroPad2d) and child.padding[2:] == (1, -1) for child in children)
-    names = chain(module._parameters, module._buffers, module._modules)
+    names = chain(module._parameters.keys(), module._buffers.keys(), module._modules.keys())
     return is_convolution or is_shift or not DECAYS.isdisjoint(names)
 
 
@@ -64,33 +64,37 @@ class RecurrentTree:
 
 @cache
 def install_layer_hook(layer_class: Any) -> None:
-    """Wrap the `__call__` of a class of layers, once for the process.
+    """Wrap `__call__` and `forward` of a class of layers, once for the process.
 
     While a model runs over a tree that names a layer in `along_paths`, the layer runs along the tree's paths;
-    otherwise, and in all other threads, it does what it always does. Its `forward` may be replaced at any
-    time, as accelerate does to move inputs between devices.
+    otherwise, and in all other threads, it does what it always does. The `forward` of a layer may be replaced
+    at any time, as accelerate does to move inputs between devices; `torch.compile(layer)` calls what
+    `__call__` was when it wrapped the layer.
     """
-    own_call = layer_class.__call__
+    for name in ("__call__", "forward"):
+        setattr(layer_class, name, _wrap(getattr(layer_class, name)))
 
-    @wraps(own_call)
+
+def _wrap(function: Any) -> Any:
+    @wraps(function)
     def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
         if may_be_over_tree():
-            return _call(own_call, layer, *args, **kwargs)
-        return own_call(layer, *args, **kwargs)
+            return _call(function, layer, *args, **kwargs)
+        return function(layer, *args, **kwargs)
 
-    layer_class.__call__ = call
+    return call
 
 
 @untraced  # a tree in the trace would have it compiled anew for each tree
-def _call(own_call: Any, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _call(function: Any, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     tree: RecurrentTree | None = attention_tree()
     if tree is None:
-        return own_call(layer, *args, **kwargs)
+        return function(layer, *args, **kwargs)
     if id(layer) in tree.along_paths:
         note_kernel(tree.layout, "paths")
-        return run_layer_along_paths(tree.layout, partial(own_call, layer), args, kwargs)
+        return run_layer_along_paths(tree.layout, partial(function, layer), args, kwargs)
     count = len(tree.called)
-    output = own_call(layer, *args, **kwargs)
+    output = function(layer, *args, **kwargs)
     if not tree.functions.get(id(layer), frozenset()) <= set(tree.called[count:]):
         raise PrefixSharingError("a layer with a state calls other functions than those that run over a tree")
     return output

@@ -58,24 +58,22 @@ def attend_with_kernel(
     """
     check_rows(layout, (q.shape[0], q.shape[2]))
     options, branches, rows = layout.options, layout.branches, len(layout.ids)
-    kernel = options.kernel
-    if kernel == "branches":
-        mean_branch_length = branches[-1][0].stop / len(branches)
-        pays = mean_branch_length * q.shape[1] * q.shape[-1] >= options.min_branch_numel
-        if window is not None or q.shape[-1] != v.shape[-1] or not pays:
-            return None
-    if kernel == "model":
-        return None
     q, k, v = cast_as_autocast(q, k, v)
-    if kernel == "flash" and not flash_attention.fits_flash(layout, q, k, v):
-        kernel = "flex"
-    note_kernel(layout, kernel)
-    if kernel == "flash":
+    is_used = options.kernel == "flex"
+    if options.kernel == "flash":
+        is_used = flash_attention.fits_flash(q, k, v)
+    elif options.kernel == "branches" and window is None and q.shape[-1] == v.shape[-1]:
+        mean_branch_length = branches[-1][0].stop / len(branches)
+        is_used = mean_branch_length * q.shape[1] * q.shape[-1] >= options.min_branch_numel
+    if not is_used:
+        return None
+    note_kernel(layout, options.kernel)
+    if options.kernel == "flash":
         q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
         out = flash_attention.attend_with_flash(layout, q, k, v, window, scale)
         return out.unflatten(0, (rows, -1)).transpose(1, 2)
     q, k, v = (rearrange(t, "r h w d -> 1 h (r w) d") for t in (q, k, v))
-    if kernel == "flex":
+    if options.kernel == "flex":
         from dpo_wrapper.prefix_tree import flex_attention  # imports a part of torch that others do not need
 
         out = flex_attention.attend_with_flex(q, k, v, layout.block_mask(window), scale)

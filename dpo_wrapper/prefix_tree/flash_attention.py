@@ -23,9 +23,6 @@ from torch.autograd.function import once_differentiable
 from dpo_wrapper.prefix_tree.layout import TreeLayout
 from dpo_wrapper.tensor_dataclass import TensorDataclass
 
-MAX_COPIES = 8
-"""The most keys for each token of the tree: beyond it, copies cost more than blocks of a mask."""
-
 MAX_WIDTH = 256  # of a head, in the kernel
 
 
@@ -70,17 +67,16 @@ def branch_sequences(layout: TreeLayout) -> BranchSequences:
     return layout.remember("branch sequences", lambda: BranchSequences.from_layout(layout))
 
 
-def fits_flash(layout: TreeLayout, q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the kernel is there and takes these heads, and copies of keys are few."""
+def fits_flash(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernel is there and takes these heads."""
     dtypes, widths = {t.dtype for t in (q, k, v)}, {t.shape[-1] for t in (q, k, v)}
-    is_taken = (
+    return (
         q.is_cuda
         and torch.cuda.get_device_capability(q.device) >= (8, 0)
         and torch.backends.cuda.flash_sdp_enabled()
         and (dtypes == {torch.float16} or dtypes == {torch.bfloat16})
         and (len(widths) == 1 and q.shape[-1] <= MAX_WIDTH and q.shape[-1] % 8 == 0)
     )
-    return is_taken and len(branch_sequences(layout).key_index) <= MAX_COPIES * layout.ids.numel()
 
 
 def attend_with_flash(

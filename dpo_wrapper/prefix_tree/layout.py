@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 TreeKernel = Literal["flash", "flex", "branches", "model"]
-"""What computes plain softmax attention over a tree: FlashAttention or, where it does not fit, FlexAttention;
-FlexAttention; torch's CPU kernel on each branch; or the model's own attention along each path."""
+"""What computes plain softmax attention over a tree: FlashAttention, FlexAttention, torch's CPU kernel on
+each branch, or the model's own attention along each path."""
 
 StateKernel = Literal["fork", "paths"]
 """What computes layers that carry a state along the sequence: each token once, where a branch begins with the

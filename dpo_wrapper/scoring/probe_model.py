@@ -92,18 +92,18 @@ def try_sharing(
     """The probe with the fastest kernel that gives the model's own results over a tree, or why none does."""
     own = TreeOptions(model.max_positions, state=state)
     trial = TreeTrial(model, probe, needs_grad)
-    why_own_attention = None
+    misfits, of_own = [], None
     for kernel in FAST_KERNELS.get(probe.device.type, ()):
         fast = replace(own, kernel=kernel)
         reason, kernels = trial.why_not_shared(fast)
-        if not kernels & set(KERNEL_NAMES):
-            why_own_attention = f"it is not plain softmax attention{model.plain_attention_hint}"
-            break  # the model's own has run instead
-        if reason is None:
+        if kernel not in kernels:
+            of_own = reason, kernels  # the model's own attention has run instead
+        elif reason is None:
             return replace(probe, tree=fast, kernels=kernels)
-        why_own_attention = f"{KERNEL_NAMES[kernel]} does not fit ({reason})"
-    else:
-        reason, kernels = trial.why_not_shared(own)
+        else:
+            misfits.append(f"{KERNEL_NAMES[kernel]} does not fit ({reason})")
+    reason, kernels = of_own or trial.why_not_shared(own)
     if reason is not None:
         return reason
-    return replace(probe, tree=own, kernels=kernels, why_own_attention=why_own_attention)
+    not_plain = f"it is not plain softmax attention{model.plain_attention_hint}"
+    return replace(probe, tree=own, kernels=kernels, why_own_attention=" and ".join(misfits) or not_plain)

@@ -66,3 +66,17 @@ def test_turns_of_a_decoded_prompt_are_told_apart_but_no_bos_is_there() -> None:
     assert decode_prompt(tokenizer, tokenizer.encode_prompt("cat?")) == "cat?"
     turns = (Message("user", "cat?"),)
     assert decode_prompt(tokenizer, tokenizer.encode_prompt(turns)) == "<bos><user>cat?<assistant>"
+
+
+def test_a_template_that_writes_nothing_in_front(tmp_path: Path) -> None:
+    turn = "{{ m.content }}{% if m.role == 'user' %}\n###\n{% else %}<|im_end|>{% endif %}"
+    bare = "{% for m in messages %}" + turn + "{% endfor %}"
+    tokenizer = load_tokenizer(save_tokenizer(tmp_path, template=bare))
+    for prompt in ((QUESTION,), "plain text ###\nq"):
+        ids = tokenizer.encode_prompt(prompt)
+        assert read_prompt(tokenizer, ids) == decode_prompt(tokenizer, ids)
+
+
+def test_a_dialogue_that_the_model_begins_is_shown(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(save_tokenizer(tmp_path, template=CHATML))
+    assert ANSWER.text in read_prompt(tokenizer, tokenizer.encode_prompt((ANSWER, AGAIN)))

@@ -1,13 +1,15 @@
 """Modes and dtypes of models: train and eval mode, autocast, `DPO.to(dtype)`."""
 
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from dpo_wrapper import DPO, UnpairedBatch
 from dpo_wrapper.losses import KTO
-from dpo_wrapper.models.eval_mode import eval_mode
+from dpo_wrapper.models.eval_mode import eval_mode, hold_modes
 from dpo_wrapper.prefix_tree import cpu_attention
 from helpers.dpo_calls import LN2, nudged
 from helpers.kernels import tree_kernels
@@ -118,3 +120,31 @@ def test_recurrent_layers_without_dropout_stay_in_train_mode():
     with eval_mode(model):
         assert plain.training
     assert not plain.training
+
+
+class WithProperty(nn.Module):
+    """Its flag is a property that does more."""
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        return bool(vars(self)["training"])
+
+    @training.setter
+    def training(self, is_training: bool) -> None:
+        vars(self)["training"] = is_training
+        vars(self)["fast"] = not is_training
+
+
+class WithSetattr(nn.Module):
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "training":
+            vars(self)["fast"] = not value
+
+
+@pytest.mark.parametrize("module", [WithProperty(), WithSetattr()], ids=["property", "setattr"])
+def test_a_flag_that_does_more_is_set_as_always(module):
+    module.train()
+    with hold_modes([(module, False)]):
+        assert not module.training and module.fast
+    assert module.training and not module.fast

@@ -9,11 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from torch import nn
+import torch
+from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dpo_wrapper import DPO
-from dpo_wrapper.models.recurrent import find_recurrent_layers
+from dpo_wrapper.models.recurrent import RecurrentTree, find_recurrent_layers, install_layer_hook
+from dpo_wrapper.models.rerun import run_pass
+from dpo_wrapper.prefix_tree import TreeLayout, TreeOptions
 from helpers.broken_trees import require_forks
 from helpers.dpo_calls import nudged
 from helpers.kernels import shares_prefix
@@ -27,6 +30,7 @@ from helpers.shareable_models import (
     loss_and_gradients,
     make_dpo,
 )
+from helpers.trees import paths_of, random_tree
 
 REPLACED = "a layer with a state calls other functions than those that run over a tree"
 
@@ -62,6 +66,25 @@ def test_layers_that_are_checkpointed_by_hand_run_over_the_tree():
     )
     assert_close(loss_and_gradients(shared, CASES[1]), loss_and_gradients(padded, CASES[1]), 1e-5)
     assert shares_prefix(shared)
+
+
+class CumulativeSum(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumsum(dim=1)
+
+
+@pytest.mark.parametrize("bound", ["__call__", "forward"])
+def test_what_was_bound_before_runs_along_paths(bound):
+    """`torch.compile(layer)` binds `__call__`; and some models call `forward`."""
+    layer, tree = CumulativeSum(), random_tree(1)
+    call = layer.__call__ if bound == "__call__" else lambda x: layer.forward(x)
+    install_layer_hook(CumulativeSum)
+    layout = TreeLayout.from_tree(tree, TreeOptions(state="paths"))
+    x = torch.randn(1, len(tree.ids), 3, generator=Generator().manual_seed(0))
+    out = run_pass(layer, lambda: call(x), RecurrentTree(layout, frozenset([id(layer)])))
+    for path in paths_of(tree):
+        torch.testing.assert_close(out[0, path], x[0, path].cumsum(dim=0))
+    assert layout.kernels == {"paths"} and torch.equal(call(x), x.cumsum(dim=1))
 
 
 def make_hooked_dpo(make: Make, hook: Callable[[nn.Module], None], share_prefix: bool) -> DPO:

@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from dpo_wrapper import DPO
-from dpo_wrapper.prefix_tree import PrefixTree, TreeLayout, TreeOptions, attend_with_kernel, flash_attention
+from dpo_wrapper.prefix_tree import PrefixTree, TreeLayout, TreeOptions, flash_attention
 from dpo_wrapper.prefix_tree.flash_attention import BranchSequences
 from dpo_wrapper.scoring import probe
 from helpers.batches import random_batch
@@ -143,35 +143,15 @@ def on_ampere(monkeypatch):
     ],
 )
 def test_which_heads_the_kernel_takes(q, v, fits, on_ampere):
-    layout = TreeLayout.from_tree(random_tree(1), OPTIONS)
-    assert flash_attention.fits_flash(layout, q, q, v) == fits
+    assert flash_attention.fits_flash(q, q, v) == fits
 
 
 def test_older_cards_and_what_the_user_switches_off(on_ampere, monkeypatch):
-    layout = TreeLayout.from_tree(random_tree(1), OPTIONS)
     monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: False)
-    assert not flash_attention.fits_flash(layout, heads(), heads(), heads())
+    assert not flash_attention.fits_flash(heads(), heads(), heads())
     monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert not flash_attention.fits_flash(layout, heads(), heads(), heads())
-
-
-@pytest.mark.parametrize("branches, fits", [(7, True), (40, False)])
-def test_many_branches_of_a_long_prompt_are_not_copied(branches, fits, on_ampere):
-    """Of 40 answers of 4 tokens to a prompt of 200, the keys would be 30 times the tokens."""
-    prompt = list(range(200))
-    tree = PrefixTree.from_sequences([[*prompt, 1000 + k, 1, 2, 3] for k in range(branches)])
-    layout = TreeLayout.from_tree(tree, OPTIONS)
-    assert flash_attention.fits_flash(layout, heads(), heads(), heads()) == fits
-
-
-@torch.no_grad()
-def test_flex_attention_computes_what_does_not_fit():
-    layout = TreeLayout.from_tree(random_tree(1), OPTIONS)
-    q, k, v = torch.randn(3, 1, 2, len(layout.subtree_end), 16, generator=Generator().manual_seed(0))
-    out = attend_with_kernel(layout, q, k, v, None, None)
-    flex = TreeLayout.from_tree(random_tree(1), TreeOptions(kernel="flex"))
-    assert layout.kernels == {"flex"} and torch.equal(out, attend_with_kernel(flex, q, k, v, None, None))
+    assert not flash_attention.fits_flash(heads(), heads(), heads())
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -213,6 +193,14 @@ def test_the_next_kernel_is_tried_where_this_one_fails(attend, reason, monkeypat
     dpo, _ = run_step()
     assert tree_kernels(dpo) == {"model"}
     assert "FlashAttention does not fit (" in dpo.explain() and reason in dpo.explain()
+
+
+@torch.no_grad()  # FlexAttention has no backward pass on the CPU
+def test_flex_attention_is_next_where_no_head_fits(monkeypatch):
+    monkeypatch.setitem(probe.FAST_KERNELS, "cpu", ("flash", "flex"))
+    dpo = DPO(nudged(ZOO["hf-llama"](0)), reference=ZOO["hf-llama"](0), share_prefix=True)
+    dpo(**arguments(random_batch(Generator().manual_seed(0), b=4, odd=0)))
+    assert tree_kernels(dpo) == {"flex"} and "by FlexAttention;" in dpo.explain()
 
 
 def test_the_explanation_names_what_has_run(monkeypatch):

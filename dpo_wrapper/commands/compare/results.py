@@ -1,5 +1,6 @@
 """What the runs of a comparison have logged and scored."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 
 from dpo_wrapper.commands.compare.intervals import CrossedBootstrap, Table
 from dpo_wrapper.commands.compare.runs import ComparedRun
-from dpo_wrapper.commands.evaluate.run_evaluation import SAMPLES_FILE, SCORES_FILE
+from dpo_wrapper.commands.evaluate.run_evaluation import EVALUATION_FILE, SAMPLES_FILE, SCORES_FILE
 from dpo_wrapper.evaluation.statistics.bootstrap import Estimate
 from dpo_wrapper.training.files import read_json_lines
 from dpo_wrapper.training.metrics_log import MetricsLog
@@ -25,6 +26,7 @@ class RunResult:
         scores: of each eval pair, lines of scores.jsonl of `dpo-wrapper evaluate`.
         answers: to eval prompts, with a judge's scores; empty without a judge.
         samples: of the run's own samples.jsonl.
+        notes: sentences of `dpo-wrapper evaluate` on the eval rows.
     """
 
     run: ComparedRun
@@ -32,6 +34,7 @@ class RunResult:
     scores: list[Record]
     answers: list[Record]
     samples: list[Record]
+    notes: Sequence[str] = ()
 
     @classmethod
     def read(cls, run: ComparedRun) -> "RunResult":
@@ -42,6 +45,7 @@ class RunResult:
             read_json_lines(run.evaluation / SCORES_FILE),
             read_json_lines(run.evaluation / SAMPLES_FILE),
             read_json_lines(run.folder / "samples.jsonl"),
+            json.loads((run.evaluation / EVALUATION_FILE).read_text(encoding="utf-8"))["notes"],
         )
 
     @property

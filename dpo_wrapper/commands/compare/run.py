@@ -16,6 +16,7 @@ from dpo_wrapper.commands.compare.results import (
 )
 from dpo_wrapper.commands.compare.runs import ComparedRun, RunFailedError, evaluate_run, list_runs, train_run
 from dpo_wrapper.commands.compare.words import draw_conclusions
+from dpo_wrapper.commands.evaluate.eval_pairs import TRAINED_NOTE
 from dpo_wrapper.data.whole_files import write_whole
 from dpo_wrapper.data.writable import check_writable
 from dpo_wrapper.display.terminal import print_line
@@ -77,6 +78,11 @@ def write_results(
     seeds = [seed for seed in comparison.seeds if any(one.run.seed == seed for one in results)]
     estimates = estimate_metrics(results, seeds)
     conclusions = draw_conclusions(estimates, len(seeds), len(results[0].scores))
+    names = dict.fromkeys(one.run.contestant.name for one in results if TRAINED_NOTE in one.notes)
+    warning = (
+        "was trained on all its eval pairs: its figures are not those of new ones (--eval-data names others)"
+    )
+    conclusions += [f"{name} {warning}." for name in names]
     content = describe_comparison(comparison) | {
         "results": {one.metric.name: describe_estimates(one) for one in estimates},
         "conclusions": conclusions,

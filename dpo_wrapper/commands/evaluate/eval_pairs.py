@@ -16,6 +16,8 @@ from dpo_wrapper.data.input_data import InputData
 from dpo_wrapper.data.split import split_rows
 from dpo_wrapper.data.trained_prompts import PromptDigests
 
+TRAINED_NOTE = "the run was trained on these rows: their figures are not those of new ones."
+
 RUN_OPTIONS = ("max_length", "max_prompt_length", "on_long", "score", "as_chat", "allow_empty")
 """Options of tokens that are as in the run unless they are given."""
 
@@ -125,8 +127,7 @@ def select_rows(
         return rows, notes
     is_new = ~np.isin(table.column("prompt_digest")[rows], trained_prompts)
     if len(rows) and not is_new.any():
-        sentence = "the run was trained on these rows: their figures are not those of new ones."
-        return rows, [*notes, sentence]
+        return rows, [*notes, TRAINED_NOTE]
     if left_out := int((~is_new).sum()):
         notes.append(f"{left_out:,} rows are left out, for the run was trained on them.")
     return rows[is_new], notes

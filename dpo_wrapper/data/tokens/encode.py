@@ -130,7 +130,7 @@ def fit_row(example: Example, tokenizer: Tokenizer, options: TokenizeOptions) ->
             encoded = tokenizer.encode_example(prompt, dialogue.completions, dialogue.tools, score)
         return cut_prompt(encoded, length, tokenizer)
 
-    encoded = shorten(whole, options.max_prompt_length or max_length)
+    encoded = whole if options.max_prompt_length is None else shorten(whole, options.max_prompt_length)
     longest = max(map(len, encoded.completions))
     num_truncated = 0
     if len(encoded.prompt) + longest > max_length:

@@ -21,7 +21,7 @@ def cut_dialogue(prompt: Turns, tools: Sequence[Any], length: int, tokenizer: To
 
     The earliest turns go first, up to a later question; the system's stay. Where the last question with what
     follows is too long still, the longest text is cut: that of the system at its end, others at their front.
-    The result is longer than `length` only if no text is left.
+    The result is longer than `length` where the template alone takes more than half of it: no text is cut.
     """
 
     def excess(turns: Turns) -> int:
@@ -31,6 +31,9 @@ def cut_dialogue(prompt: Turns, tools: Sequence[Any], length: int, tokenizer: To
     starts = [0, *(k for k, turn in enumerate(others) if k and turn.role == "user")]
     index = bisect_left(starts, True, key=lambda start: excess(system + others[start:]) <= 0)
     turns = system + others[starts[min(index, len(starts) - 1)] :]
+    of_template = length + excess(tuple(replace(turn, content="") for turn in turns))
+    if 2 * of_template > length:
+        return turns
     while (over := excess(turns)) > 0:
         ids = [tokenizer.encode(turn.text) for turn in turns]
         k = max(range(len(turns)), key=lambda k: len(ids[k]))

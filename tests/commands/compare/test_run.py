@@ -108,9 +108,12 @@ def test_a_run_that_fails_leaves_the_others(make_comparison, in_process, monkeyp
 
 
 @pytest.mark.slow
-def test_a_model_that_was_trained_on_eval_rows_is_compared_on_others(rows, tmp_path, decoder, in_process):
+@pytest.mark.parametrize("is_all", [False, True])
+def test_a_model_that_was_trained_on_eval_rows_is_compared_on_others(
+    rows, tmp_path, decoder, in_process, capsys, is_all
+):
     lines = [json.loads(line) for line in rows.read_text().splitlines()]
-    known = [row for row in lines if row["split"] == "test"][:2]
+    known = [row for row in lines if row["split"] == "test"][: None if is_all else 2]
     earlier = write_rows(tmp_path / "earlier.jsonl", [row | {"split": "train"} for row in known])
     options = QUICK | {"model": str(decoder), "sft_epochs": 0, "eval_fraction": 0.0}
     train(make_config(earlier, tmp_path / "trained", **options))
@@ -122,7 +125,10 @@ def test_a_model_that_was_trained_on_eval_rows_is_compared_on_others(rows, tmp_p
     evaluations = tmp_path / "out" / "evaluations"
     files = [evaluations / f"{name}-seed0" / "scores.jsonl" for name in ("fresh", "trained")]
     fresh, trained = (len(file.read_text().splitlines()) for file in files)
-    assert fresh == trained + 2
+    assert fresh == trained + (0 if is_all else 2)
+    assert (
+        "trained was trained on its eval pairs: its figures" in " ".join(capsys.readouterr().out.split())
+    ) == is_all
     assert f"<dt>eval pairs</dt><dd>{trained}</dd>" in (tmp_path / "out" / "report.html").read_text()
 
 

@@ -37,8 +37,9 @@ TURNS = make_turns("one", "two", "three", "four", "five", system="Be kind.")
         (16, make_turns("five", system="Be kind.")),
         (15, make_turns("five", system="Be kind")),  # the longest text is cut, a system's at its end
         (10, make_turns("five", system="Be")),
-        (4, make_turns("", system="")),  # BOS and three roles
-        (2, make_turns("", system="")),  # the template alone is longer
+        (8, make_turns("ve", system="Be")),  # BOS and three roles are half of it
+        (7, make_turns("five", system="Be kind.")),  # more than half: no text is cut
+        (2, make_turns("five", system="Be kind.")),
     ],
 )
 def test_the_earliest_turns_go_first_and_then_the_longest_text(length: int, expected: Turns) -> None:
@@ -60,7 +61,7 @@ _texts = st.text(st.characters(max_codepoint=0x2FFF, exclude_categories=("Cs",))
 
 
 @pytest.mark.pitfall(7)
-@given(st.lists(_texts, min_size=1, max_size=7), st.none() | _texts, st.integers(8, 80))
+@given(st.lists(_texts, min_size=1, max_size=7), st.none() | _texts, st.integers(10, 80))
 def test_any_dialogue(texts: list[str], system: str | None, length: int) -> None:
     turns = make_turns(*texts, system=system)
     kept = cut_dialogue(turns, (), length, BYTES)
@@ -102,3 +103,24 @@ def test_turns_that_are_imitated_are_those_that_are_left() -> None:
     (cut,) = row.examples
     ids = zip((*cut.prompt, *cut.completions[0]), cut.scored_masks()[0], strict=True)
     assert bytes(id_ for id_, is_scored in ids if is_scored and id_ < 256) == b"df"
+
+
+@pytest.mark.parametrize("on_long", ["drop", "error"])
+def test_a_dialogue_is_too_long_as_a_whole(on_long: Any) -> None:
+    """Although it would fit without its earliest turns."""
+    example = Example(make_turns("one " * 9, "two " * 9, "three"), ("four",))
+    options = TokenizeOptions(max_length=30, on_long=on_long)
+    if on_long == "error":
+        with pytest.raises(ValueError, match=r"at most 30 tokens, but it has 87"):
+            fit_row(example, BYTES, options)
+    else:
+        assert fit_row(example, BYTES, options).examples == ()
+
+
+def test_a_question_stays_where_the_template_takes_most_of_the_room(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(save_tokenizer(tmp_path, bos=None, eos="<|im_end|>", template=CHATML))
+    question = make_turns("What is the capital of France?")
+    length = len(tokenizer.encode_prompt(question)) - 3
+    kept = fit_row(Example(question, ("Paris " * 90,)), tokenizer, TokenizeOptions(max_length=4 * length))
+    text = tokenizer.decode(kept.examples[0].prompt, skip_special_tokens=False)
+    assert "capital of France?" in text
