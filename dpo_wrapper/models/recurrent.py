@@ -72,25 +72,28 @@ def install_layer_hook(layer_class: Any) -> None:
     `__call__` was when it wrapped the layer.
     """
     for name in ("__call__", "forward"):
-        setattr(layer_class, name, _wrap(getattr(layer_class, name)))
+        setattr(layer_class, name, _wrap(getattr(layer_class, name), is_forward=name == "forward"))
 
 
-def _wrap(function: Any) -> Any:
+def _wrap(function: Any, is_forward: bool) -> Any:
     @wraps(function)
     def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
         if may_be_over_tree():
-            return _call(function, layer, *args, **kwargs)
+            return _call(function, is_forward, layer, *args, **kwargs)
         return function(layer, *args, **kwargs)
 
     return call
 
 
 @untraced  # a tree in the trace would have it compiled anew for each tree
-def _call(function: Any, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _call(function: Any, is_forward: bool, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     tree: RecurrentTree | None = attention_tree()
     if tree is None:
         return function(layer, *args, **kwargs)
     if id(layer) in tree.along_paths:
+        if is_forward and not any(has_rows_of(tree.layout, value) for value in (*args, *kwargs.values())):
+            with without_tree():  # a checkpoint of it runs again, with rows that are paths
+                return function(layer, *args, **kwargs)
         note_kernel(tree.layout, "paths")
         return run_layer_along_paths(tree.layout, partial(function, layer), args, kwargs)
     count = len(tree.called)
@@ -98,6 +101,11 @@ def _call(function: Any, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if not tree.functions.get(id(layer), frozenset()) <= set(tree.called[count:]):
         raise PrefixSharingError("a layer with a state calls other functions than those that run over a tree")
     return output
+
+
+def has_rows_of(layout: TreeLayout, value: object) -> bool:
+    """Whether a value is a tensor with something for each token of a tree's rows."""
+    return isinstance(value, Tensor) and value.shape[:2] == layout.ids.shape
 
 
 def run_layer_along_paths(
@@ -109,8 +117,7 @@ def run_layer_along_paths(
     states, for which nobody asks where no text is generated; None stands for them.
     """
     values, structure = tree_flatten((args, kwargs))
-    tensors = [k for k, value in enumerate(values) if isinstance(value, Tensor)]
-    of_tokens = [k for k in tensors if values[k].shape[:2] == layout.ids.shape]
+    of_tokens = [k for k, value in enumerate(values) if has_rows_of(layout, value)]
     results: list[tuple[list[Any], Any]] = []
 
     def call(*tokens: Tensor) -> Tensor:
