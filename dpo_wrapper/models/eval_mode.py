@@ -39,8 +39,7 @@ def hold_modes(modes: Sequence[tuple[nn.Module, bool]]) -> Iterator[None]:
     holder = object()
     with _lock:
         for module, is_training in modes:  # all are read first: a wrapper may hand its flag on
-            if (held := _held.get(id(module))) is None:
-                held = _held[id(module)] = _Held(module, module.training, {})
+            held = _held.setdefault(id(module), _Held(module, module.training, {}))
             held.modes[holder] = is_training
         for module, is_training in modes:
             set_mode(module, is_training)

@@ -58,14 +58,15 @@ def attend_with_kernel(
     """
     check_rows(layout, (q.shape[0], q.shape[2]))
     options, branches, rows = layout.options, layout.branches, len(layout.ids)
-    q, k, v = cast_as_autocast(q, k, v)
-    is_used = options.kernel == "flex"
-    if options.kernel == "flash":
-        is_used = flash_attention.fits_flash(q, k, v)
-    elif options.kernel == "branches" and window is None and q.shape[-1] == v.shape[-1]:
+    if options.kernel == "model":
+        return None
+    if options.kernel == "branches":
         mean_branch_length = branches[-1][0].stop / len(branches)
-        is_used = mean_branch_length * q.shape[1] * q.shape[-1] >= options.min_branch_numel
-    if not is_used:
+        pays = mean_branch_length * q.shape[1] * q.shape[-1] >= options.min_branch_numel
+        if window is not None or q.shape[-1] != v.shape[-1] or not pays:
+            return None
+    q, k, v = cast_as_autocast(q, k, v)
+    if options.kernel == "flash" and not flash_attention.fits_flash(q, k, v):
         return None
     note_kernel(layout, options.kernel)
     if options.kernel == "flash":

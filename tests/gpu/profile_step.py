@@ -30,10 +30,11 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from train_step import NAMES
 from training_case import Case, Setup, add_case_options, run_cases, set_up
 
 CASES = [Case("0.5b", "full", "hh", 64), Case("1.5b", "lora", "en", 16)]
-OURS = ["tree", "tree-compiled-parts", "tree-compiled-layers", "tree-checkpointing", "packed", "plain"]
+OURS = [name for name in NAMES if not name.startswith("trl")]
 MAX_KERNELS, MAX_GAPS, MAX_PLACES = 25, 10, 25
 WAITS = (
     "cudaStreamSynchronize",

@@ -30,7 +30,9 @@ def cut_dialogue(prompt: Turns, tools: Sequence[Any], length: int, tokenizer: To
     system, others = split_system(prompt)
     starts = [0, *(k for k, turn in enumerate(others) if k and turn.role == "user")]
     index = bisect_left(starts, True, key=lambda start: excess(system + others[start:]) <= 0)
-    turns = system + others[starts[min(index, len(starts) - 1)] :]
+    if index < len(starts):
+        return system + others[starts[index] :]
+    turns = system + others[starts[-1] :]
     of_template = length + excess(tuple(replace(turn, content="") for turn in turns))
     if 2 * of_template > length:
         return turns
