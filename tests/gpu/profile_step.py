@@ -6,15 +6,17 @@
 
 Cases and contestants are those of train_step.py. Kernels and waits are per step, as torch.profiler records
 them. It slows the processor's side down, so that the share of gaps is computed from the time of steps that
-were not profiled: 1 - (time in which a kernel runs) / (time of a step). Places are lines of code that waited
-for the device in one more step, as torch.cuda.set_sync_debug_mode warns of them. On the CPU, the outermost
-operations stand for kernels, and places are those of operations that would wait on CUDA, as far as torch
-dispatches them.
+were not profiled: 1 - (time in which a kernel runs) / (time of a step). In a row, steps are launched without
+waiting in between, as in a training loop; the processor's time is until the last one is launched. Places
+are lines of code that waited for the device in one more step, as torch.cuda.set_sync_debug_mode warns of
+them. On the CPU, the outermost operations stand for kernels, and places are those of operations that would
+wait on CUDA, as far as torch dispatches them.
 """
 
 import argparse
 import statistics
 import sys
+import time
 import traceback
 import warnings
 from collections import Counter
@@ -25,8 +27,8 @@ from typing import Any
 
 import torch
 from contestants import Step
+from kernels import add_by_kind, count_kernels, find_gaps, find_kernels
 from measure import ROOT, UnavailableError, add_running, timed
-from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -66,49 +68,6 @@ def record_steps(setup: Setup, forward: Step, steps: int) -> list[FunctionEvent]
         if setup.device == "cuda":
             torch.cuda.synchronize()
     return list(profiler.events())
-
-
-def is_kernel(event: FunctionEvent) -> bool:
-    return event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
-
-
-def find_kernels(events: list[FunctionEvent], device: str) -> list[FunctionEvent]:
-    """What ran on the device, in order; on the CPU the outermost operations."""
-    if device == "cuda":
-        kernels = [e for e in events if is_kernel(e)]
-    else:
-        kernels = [e for e in events if e.cpu_parent is None and e.name.startswith("aten::")]
-    return sorted(kernels, key=lambda event: event.time_range.start)
-
-
-def count_kernels(kernels: list[FunctionEvent], steps: int) -> list[dict[str, Any]]:
-    """Number and milliseconds per step of each kernel, the longest first."""
-    times: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
-    for event in kernels:
-        times[event.name] += event.time_range.elapsed_us()
-        counts[event.name] += 1
-    total = sum(times.values()) or 1.0
-    return [
-        {"name": name, "ms": us / 1e3 / steps, "count": counts[name] / steps, "share": us / total}
-        for name, us in times.most_common()
-    ]
-
-
-def find_gaps(kernels: list[FunctionEvent]) -> tuple[float, list[dict[str, Any]]]:
-    """Milliseconds in which a kernel runs, and the gaps between kernels, the longest first."""
-    busy, gaps, end, last = 0.0, [], None, ""
-    for event in kernels:
-        start, stop = event.time_range.start, event.time_range.end
-        if end is None or start > end:
-            if end is not None:
-                gaps.append({"ms": (start - end) / 1e3, "after": last, "before": event.name})
-            busy += stop - start
-        elif stop > end:
-            busy += stop - end
-        if end is None or stop > end:
-            end, last = stop, event.name
-    return busy / 1e3, sorted(gaps, key=lambda gap: -gap["ms"])
 
 
 def count_waits(events: list[FunctionEvent], steps: int) -> dict[str, dict[str, float]]:
@@ -180,6 +139,21 @@ def count_places(device: str) -> Iterator[Counter[tuple[str, str]]]:
 # a case
 
 
+def time_in_a_row(setup: Setup, forward: Step, steps: int) -> dict[str, float]:
+    """Milliseconds per step when none is waited for, and of these those until the last one is launched."""
+    launched = 0.0
+
+    def launch_steps() -> None:
+        nonlocal launched
+        began = time.perf_counter()
+        for _ in range(steps):
+            setup.train_step(forward)
+        launched = time.perf_counter() - began
+
+    seconds = timed(launch_steps, setup.device)
+    return {"in_a_row_ms": seconds / steps * 1e3, "launched_ms": launched / steps * 1e3}
+
+
 def profile_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     setup = set_up(case, args.device)
     forward = setup.build_forward(args.contestant)
@@ -187,9 +161,11 @@ def profile_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     for _ in range(2):  # the first probes and compiles, the second fills caches
         setup.train_step(forward)
     runs = [timed(lambda: setup.train_step(forward), args.device) for _ in range(args.runs)]
+    in_a_row = time_in_a_row(setup, forward, args.runs)
     events = record_steps(setup, forward, args.runs)
     kernels = find_kernels(events, args.device)
     busy_ms, gaps = find_gaps(kernels)
+    counted = count_kernels(kernels, args.runs)
     with count_places(args.device) as places:
         setup.train_step(forward)
     step_ms, busy_ms = statistics.median(runs) * 1e3, busy_ms / args.runs
@@ -201,12 +177,14 @@ def profile_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         "explain": forward.explain().splitlines(),  # type: ignore[attr-defined]
         "tokens": setup.batch.counts(),
         "step_ms": step_ms,
+        **in_a_row,
         "busy_ms": busy_ms,
         "gap_share": 1 - busy_ms / step_ms,
         "profiled_step_ms": profiled_ms,
         "profiled_gap_share": 1 - busy_ms / profiled_ms if profiled_ms else None,
         "kernel_count": len(kernels) / args.runs,
-        "kernels": count_kernels(kernels, args.runs)[:MAX_KERNELS],
+        "kinds": add_by_kind(counted),
+        "kernels": counted[:MAX_KERNELS],
         "gaps": gaps[:MAX_GAPS],
         "waits": count_waits(events, args.runs),
         "places": [
@@ -222,6 +200,8 @@ def report(record: dict[str, Any]) -> None:
         f"a step takes {record['step_ms']:.1f} ms; kernels run for {record['busy_ms']:.1f} ms of it: "
         f"{record['gap_share']:.0%} gaps ({record['profiled_gap_share'] or 0:.0%} while profiled)"
     )
+    print(f"in a row {record['in_a_row_ms']:.1f} ms, launched in {record['launched_ms']:.1f} ms")
+    print(", ".join(f"{kind} {ms:.1f} ms" for kind, ms in record["kinds"].items()))
     print(f"\nkernels, {record['kernel_count']:.0f} a step\n{'ms':>9} {'share':>6} {'count':>8}")
     for kernel in record["kernels"]:
         print(f"{kernel['ms']:>9.3f} {kernel['share']:>6.1%} {kernel['count']:>8.1f}  {kernel['name'][:140]}")

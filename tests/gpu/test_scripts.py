@@ -19,7 +19,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The scripts as modules; they find each other and the benchmarks beside them, as when they are run."""
     for folder in (HERE, HERE.parent / "benchmarks"):
         monkeypatch.syspath_prepend(str(folder))
-    names = ("gather", "profile_step", "train_step", "training_case")
+    names = ("gather", "kernels", "profile_step", "train_step", "training_case")
     modules: dict[str, ModuleType] = {name: importlib.import_module(name) for name in names}
     return SimpleNamespace(**modules)
 
@@ -32,19 +32,26 @@ def event(name: str, start: float, end: float) -> Any:
 def test_gaps_are_where_no_kernel_runs(scripts):
     # microseconds: a and b overlap, c lies within b, then nothing runs for 30, then d; 20 later e
     kernels = [event("a", 0, 40), event("b", 10, 100), event("c", 50, 60), event("d", 130, 140)]
-    busy_ms, gaps = scripts.profile_step.find_gaps([*kernels, event("e", 160, 161)])
+    busy_ms, gaps = scripts.kernels.find_gaps([*kernels, event("e", 160, 161)])
     assert busy_ms == pytest.approx(0.100 + 0.010 + 0.001)
     assert [(gap["after"], gap["before"]) for gap in gaps] == [("b", "d"), ("d", "e")]
     assert [gap["ms"] for gap in gaps] == pytest.approx([0.030, 0.020])
-    assert scripts.profile_step.find_gaps([]) == (0.0, [])
+    assert scripts.kernels.find_gaps([]) == (0.0, [])
 
 
 def test_kernels_are_counted_per_step(scripts):
     kernels = [event("a", 0, 1000), event("b", 1000, 4000), event("a", 5000, 6000), event("b", 6000, 9000)]
-    assert scripts.profile_step.count_kernels(kernels, steps=2) == [
+    assert scripts.kernels.count_kernels(kernels, steps=2) == [
         {"name": "b", "ms": 3.0, "count": 1.0, "share": 0.75},
         {"name": "a", "ms": 1.0, "count": 1.0, "share": 0.25},
     ]
+
+
+def test_kernels_are_added_by_the_first_kind_that_fits(scripts):
+    times = {"triton_tem_flex_0": 2, "triton_poi_mul_1": 3, "nvjet_256": 4, "Memcpy DtoH": 5, "reduce": 6}
+    kinds = scripts.kernels.add_by_kind([{"name": name, "ms": ms} for name, ms in times.items()])
+    others = {"torch's own operations": 6, "copies": 5, "matrix products": 4}
+    assert kinds == {"attention": 2, "compiled": 3, **others}
 
 
 def test_places_that_wait_on_cuda_are_those_of_its_warnings(scripts, monkeypatch):
