@@ -18,6 +18,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 TIMEOUT = 120
+TIME_OF_DUMP = TIMEOUT - 20
+"""When each process prints where it stands; both in seconds."""
 
 
 def call_in_fork(function: Callable[[], object], printed: Path) -> int:
@@ -91,6 +93,8 @@ class ForkedScript:
         """The status of each of the processes that belong together, once all have ended."""
         try:
             self.process.wait(TIMEOUT)
+        except psutil.TimeoutExpired:
+            pytest.fail(f"no end after {TIMEOUT} s; where the processes stood:\n{self.errors[-10_000:]}")
         finally:
             if self.process.is_running():
                 psutil.wait_procs([one.kill() or one for one in (self.process, *self.process.children())])

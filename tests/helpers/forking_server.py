@@ -5,6 +5,7 @@ each other as those of `torch.distributed.run` do: in a store that is there befo
 fails, the others get SIGTERM, as they do there.
 """
 
+import faulthandler
 import gc
 import json
 import os
@@ -25,6 +26,7 @@ from torch.distributed import checkpoint, fsdp  # noqa: F401
 
 import dpo_wrapper.training.train  # noqa: F401
 from helpers.counted_script import run_counted
+from helpers.forked_scripts import TIME_OF_DUMP
 
 STORES: list[Any] = []
 """Kept until the process ends: in a fork, the end of one would wait for threads that are not there."""
@@ -86,6 +88,7 @@ def run_ranks(folder: Path, size: int, script: list[str]) -> list[int]:
     for rank in range(size):
         pids.append(os.fork())
         if pids[-1] == 0:
+            faulthandler.dump_traceback_later(TIME_OF_DUMP)
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             end_with(run_counted, folder, script)
     write_json(folder / "pids.json", pids)

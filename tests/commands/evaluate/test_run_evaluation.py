@@ -231,7 +231,7 @@ def test_rows_that_the_run_was_trained_on_are_left_out(rows, llama, tmp_path):
     content = run_evaluation(make_evaluation(tmp_path / "run", unmarked))
     last = next(record for record in reversed(read_metrics(tmp_path / "run")) if record["part"] == "eval")
     assert content["figures"]["logps/chosen"]["value"] == pytest.approx(last["logps/chosen"], rel=1e-4)
-    assert any("for the run was trained on them" in note for note in content["notes"])
+    assert any("in the training data of the run" in note for note in content["notes"])
 
 
 def test_what_cannot_be_evaluated_is_refused(llama, rows, tmp_path, subsets):

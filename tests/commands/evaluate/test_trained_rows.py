@@ -66,7 +66,7 @@ def evaluate(model, data, out, **options):
 
 
 def count_left_out(number):
-    return f"{number:,} rows are left out, for the run was trained on them."
+    return f"{number:,} rows are left out, for their prompts are in the training data of the run."
 
 
 @pytest.fixture(scope="module")
