@@ -78,6 +78,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         if isinstance(self.data, (str, Path)):
             object.__setattr__(self, "data", (Path(self.data),))
+        if not self.data:
+            problem = "--data should name at least one file, but it names none"
+            raise ValueError(f"{problem}: write --data FILE, behind arguments that have no name.")
         self.fields  # noqa: B018  raises for columns that cannot be
         self.tokenizer_options(None)
         for name, choices in CHOICES.items():

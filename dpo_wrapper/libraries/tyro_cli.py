@@ -60,8 +60,12 @@ def explain_box(box: str, program: str) -> str:
         sentence = f"the options should be those of {program}, but {' and '.join(problems)}"
         return f"{sentence}: {remedy} {program} --help."
     if match := re.search(r"^invalid choice '(.*)' for argument '(.*)'. Expected one of \((.*)\)", message):
-        known = match[3].replace("'", "").rstrip(",")
-        return f"{match[2]} should be one of {known}, but it is {match[1] or 'empty'}: choose one of them."
+        known = [name for name in re.split(r"[', ]+", match[3]) if name not in ("", "None")]
+        problem = f"{match[2]} should be one of {', '.join(known)}, but it is {match[1] or 'empty'}"
+        return f"{problem}: choose one of them."
+    if match := re.search(r"^Missing value for argument '(\w.*)'", message):
+        problem = f"{match[1]} should stand in front of all options, without a name, but it is not there"
+        return f"{problem}: see {program} --help."
     if match := re.search(r"^Missing value for argument '(.*)'", message):
         return f"{match[1]} should have a value, but it has none: give one, or leave it out."
     message = re.sub(r"^Error parsing (\w+: )?", "", message)

@@ -27,9 +27,21 @@ SENTENCES = {
     "train --data x --precision fp8": (
         "--precision should be one of no, bf16, fp16, but it is fp8: choose one of them."
     ),
+    "train --data x --seed -1": "--seed should be from 0 to 4,294,967,295, but it is -1: give another value.",
+    "train --data --out x": "--data should name at least one file, but it names none: write --data FILE,",
+    "evaluate --data x": "--data should name at least one file, but it names none: write --data FILE,",
+    "evaluate --model x --data y": "model should stand in front of all options, without a name, but",
+    "evaluate x --data y --seed -1": "--seed should be at least 0, but it is -1: raise it.",
     "pairs a.jsonl --out": "--out should have a value, but it has none: give one, or leave it out.",
     "train --data x --lora-targets": "--lora-targets should be one name or more, but it is (): give another",
 }
+
+
+def test_none_is_no_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--data", "x", "--stage", "foo"])
+    choices = capsys.readouterr().err.partition("one of ")[2].partition(", but")[0]
+    assert set(choices.split(", ")) == {"pretrain", "sft", "dpo"}
 
 
 @pytest.mark.parametrize("line", SENTENCES)

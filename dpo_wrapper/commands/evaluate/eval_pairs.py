@@ -129,7 +129,9 @@ def select_rows(
     if len(rows) and not is_new.any():
         return rows, [*notes, TRAINED_NOTE]
     if left_out := int((~is_new).sum()):
-        notes.append(f"{left_out:,} rows are left out, for their prompts are in the training data of the run.")
+        notes.append(
+            f"{left_out:,} rows are left out, for their prompts are in the training data of the run."
+        )
     return rows[is_new], notes
 
 

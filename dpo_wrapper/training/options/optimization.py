@@ -95,6 +95,7 @@ class OptimizationOptions(Options):
             self.check(name, lambda value: value > 0 and math.isfinite(value), "a positive number")
         for name in ("weight_decay", "warmup_ratio"):
             self.check(name, lambda value: 0 <= value < 1, "in [0, 1)")
+        self.check("seed", lambda value: 0 <= value < 2**32, "from 0 to 4,294,967,295")
         for name in ("optimizer_args", "lr_scheduler_args"):
             self.check(name, is_json_object, "the JSON of an object")
         for key, own in (("lr", "learning_rate"), ("weight_decay", "weight_decay")):
