@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-TIMEOUT = 120
+TIMEOUT = 300
 TIME_OF_DUMP = TIMEOUT - 20
 """When each process prints where it stands; both in seconds."""
 
