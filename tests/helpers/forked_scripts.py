@@ -16,6 +16,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "tests" / "helpers" / "forked_launch.py"
 PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 TIMEOUT = 120
 TIME_OF_DUMP = TIMEOUT - 20

@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers.forked_scripts import ROOT
+from helpers.forked_scripts import LAUNCH, ROOT, ForkedScript
 from helpers.runs import BUNDLED, assert_metrics_close, read_metrics
 
 pytestmark = [
@@ -22,7 +21,6 @@ pytestmark = [
 ]
 
 ADDED = ["--epochs", "1", "--samples", "0", "--exact-answers", "0"]
-TIMEOUT = 300
 
 
 @pytest.fixture
@@ -49,35 +47,24 @@ class Command:
     """One of the commands, while it runs."""
 
     def __init__(self, command, folder, number):
-        words = command.replace("dpo-wrapper", "python -m dpo_wrapper").split() + ADDED
-        programs = {"torchrun": "torch.distributed.run", "accelerate": "accelerate.commands.accelerate_cli"}
-        if words[0] in programs:
-            words[:1] = ["python", "-m", programs[words[0]]]
-        self.file = folder / f"printed-{number}"
-        with self.file.open("w") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, *words[1:]],
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                cwd=folder,
-                env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
-                start_new_session=True,
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-            )
+        self.status = folder / f"status-{number}"
+        words = [folder, self.status, *command.split(), *ADDED]
+        self.forked = ForkedScript(0, folder / f"printed-{number}", LAUNCH, *words)
 
     @property
     def printed(self):
-        return self.file.read_text(encoding="utf-8")
+        return self.forked.output + self.forked.errors
 
     def interrupt_after_step(self):
         """Ctrl-C once a step is done."""
         while not re.search(r"^(sft|dpo) +[1-9]\d*/", self.printed, re.MULTILINE):
-            assert self.process.poll() is None, self.printed
+            assert self.forked.process.is_running(), self.printed
             time.sleep(0.02)
-        os.killpg(self.process.pid, signal.SIGINT)
+        os.killpg(self.forked.process.pid, signal.SIGINT)
 
     def wait(self):
-        return self.process.wait(TIMEOUT)
+        self.forked.wait()
+        return int(self.status.read_text())
 
 
 def find_free_port():
