@@ -50,6 +50,7 @@ def test_a_compiled_dpo_runs_uncompiled_and_says_so(by):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_layer")
 def test_what_a_compiled_base_model_wants_is_told():
     dpo = make_dpo()
     dpo.policy_model.model.compile(backend="eager")
