@@ -8,7 +8,7 @@ import yaml
 from safetensors.torch import load_file
 
 from dpo_wrapper.training.train import train
-from helpers.forked_scripts import LAUNCH, ROOT, ForkedScript
+from helpers.forked_scripts import ROOT, ForkedCommand
 from helpers.runs import make_config
 
 FOLDER = ROOT / "examples" / "accelerate"
@@ -58,9 +58,8 @@ def test_a_configuration_runs_in_two_processes(name, rows, tmp_path):
     script, out = tmp_path / "script.py", tmp_path / "two"
     script.write_text(SCRIPT.replace("OPTIONS", repr(OPTIONS)))
     command = ["accelerate", "launch", "--config_file", FOLDER / f"{name}.yaml", script, rows, out, name]
-    forked = ForkedScript(0, tmp_path / "printed", LAUNCH, tmp_path, tmp_path / "status", *command)
-    forked.wait()
-    assert (tmp_path / "status").read_text() == "0", forked.errors[-3000:]
+    launched = ForkedCommand(tmp_path / "printed", tmp_path, *command)
+    assert launched.status == 0, launched.errors[-3000:]
     train(make_config(rows, tmp_path / "one", **OPTIONS))
     weights, expected = (load_file(tmp_path / end / "model.safetensors") for end in ("two", "one"))
     for key, value in expected.items():

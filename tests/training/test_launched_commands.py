@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers.forked_scripts import LAUNCH, ROOT, ForkedScript
+from helpers.forked_scripts import ROOT, ForkedCommand
 from helpers.runs import BUNDLED, assert_metrics_close, read_metrics
 
 pytestmark = [
@@ -43,28 +43,17 @@ def commands():
     return [line.split("  # ") for block in blocks for line in block.replace("\\\n", "").splitlines()]
 
 
-class Command:
-    """One of the commands, while it runs."""
+def start(command, folder, name):
+    """One of the commands, with options that leave little to do."""
+    return ForkedCommand(folder / f"printed-{name}", folder, *command.split(), *ADDED)
 
-    def __init__(self, command, folder, number):
-        self.status = folder / f"status-{number}"
-        words = [folder, self.status, *command.split(), *ADDED]
-        self.forked = ForkedScript(0, folder / f"printed-{number}", LAUNCH, *words)
 
-    @property
-    def printed(self):
-        return self.forked.output + self.forked.errors
-
-    def interrupt_after_step(self):
-        """Ctrl-C once a step is done."""
-        while not re.search(r"^(sft|dpo) +[1-9]\d*/", self.printed, re.MULTILINE):
-            assert self.forked.process.is_running(), self.printed
-            time.sleep(0.02)
-        os.killpg(self.forked.process.pid, signal.SIGINT)
-
-    def wait(self):
-        self.forked.wait()
-        return int(self.status.read_text())
+def interrupt_after_step(command):
+    """Ctrl-C once a step is done."""
+    while not re.search(r"^(sft|dpo) +[1-9]\d*/", command.printed, re.MULTILINE):
+        assert command.process.is_running(), command.printed
+        time.sleep(0.02)
+    os.killpg(command.process.pid, signal.SIGINT)
 
 
 def find_free_port():
@@ -75,23 +64,23 @@ def find_free_port():
 
 def test_the_commands_of_the_page_train_the_same_model(commands, folder):
     (two, *_), (cluster, *_), *sharded = commands
-    first = Command(two, folder, "two")
-    assert first.wait() == 0, first.printed
+    first = start(two, folder, "two")
+    assert first.status == 0, first.printed
     assert first.printed.count("\ndpo 1/") == 1  # one run, and not one of each process
 
     assert "--machine_rank 0" in cluster and "--main_process_port 29501" in cluster
     cluster = cluster.replace("29501", str(find_free_port()))
     of_ranks = [cluster, cluster.replace("--machine_rank 0", "--machine_rank 1")]
-    machines = [Command(command, folder, f"machine-{rank}") for rank, command in enumerate(of_ranks)]
-    assert [machine.wait() for machine in machines] == [0, 0], machines[0].printed + machines[1].printed
+    machines = [start(command, folder, f"machine-{rank}") for rank, command in enumerate(of_ranks)]
+    assert [machine.status for machine in machines] == [0, 0], machines[0].printed + machines[1].printed
     assert "\ndpo 1/" in machines[0].printed and "\ndpo 1/" not in machines[1].printed
 
     runs = folder / "runs"
     for number, (command, *comment) in enumerate(sharded):
-        running = Command(command, folder, f"sharded-{number}")
+        running = start(command, folder, f"sharded-{number}")
         if is_interrupted := comment == ["Ctrl-C"]:
-            running.interrupt_after_step()
-        assert running.wait() == int(is_interrupted), running.printed
+            interrupt_after_step(running)
+        assert running.status == int(is_interrupted), running.printed
         assert ("\ncontinuing runs/sharded after step" in "\n" + running.printed) == (number > 0)
         assert ("the same command continues it in runs/sharded" in running.printed) == is_interrupted
         if is_interrupted:
