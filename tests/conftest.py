@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers import models
 from helpers.curves import unrendered_curves
 from helpers.runs import BUNDLED, QUICK, SMALL_DECODER, make_config, short_samples
 
@@ -95,6 +96,12 @@ def tiled_impl(request: pytest.FixtureRequest) -> Iterator[str]:
 
     with softmax_caching(request.param == "cached"):
         yield "chunked"
+
+
+@pytest.fixture
+def one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models of the zoo have one layer: tracing what is compiled takes a second or two for each."""
+    monkeypatch.setattr(models, "DEPTH", 1)
 
 
 @pytest.fixture(scope="session")

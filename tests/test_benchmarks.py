@@ -1,22 +1,22 @@
 """The benchmarks run, at sizes at which they measure nothing."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from helpers.forked_scripts import ForkedCommand
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 
 
 def run(script: str, options: str, into: Path, status: int = 0) -> tuple[str, dict[str, Any]]:
     """What it prints, and its JSON."""
-    command = [sys.executable, str(BENCHMARKS / script), *options.split(), "--runs", "1", "--threads", "1"]
-    done = subprocess.run([*command, "--json", str(into)], capture_output=True, text=True)
-    assert done.returncode == status and "Traceback" not in done.stderr, done.stdout + done.stderr
-    return done.stdout, json.loads(into.read_text())
+    words = [*options.split(), "--runs", "1", "--threads", "1", "--json", into]
+    command = ForkedCommand(into.parent / "printed", into.parent, BENCHMARKS / script, *words)
+    assert command.status == status and "Traceback" not in command.errors, command.printed
+    return command.output, json.loads(into.read_text())
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from dpo_wrapper import cli
 from dpo_wrapper.pretrained import PRESETS
 from dpo_wrapper.training.config import GROUPS, TrainConfig
 from dpo_wrapper.version import __version__
+from helpers.forked_scripts import ForkedCommand
 from helpers.runs import BUNDLED, ROOT, SMALL_DECODER
 
 
@@ -211,26 +212,16 @@ def test_bad_input_gets_one_sentence_and_loses_nothing(case, tmp_path, monkeypat
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])  # to workers as well
 def test_a_signal_writes_a_checkpoint_and_says_how_to_continue(tmp_path, number):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "dpo_wrapper", "train", "--data", BUNDLED, "--out", out, "--cpu"]
-    command += ["--num-workers", "1"]
-    process = subprocess.Popen(
-        list(map(str, command)),
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-        # where the tests run in the background, the shell has told them to ignore the signal
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    words = ["dpo-wrapper", "train", "--data", BUNDLED, "--out", out, "--cpu", "--num-workers", "1"]
+    command = ForkedCommand(tmp_path / "printed", ROOT, *words)
     log = out / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while not (log.exists() and log.read_text().count("\n") > 2) and time.monotonic() < deadline:
         time.sleep(0.1)
-    os.killpg(process.pid, number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
+    os.killpg(command.process.pid, number)
+    assert command.status == 128 + number
     assert list(out.glob("checkpoints/*/progress.json"))
-    assert b"the same command continues it" in err and b"Traceback" not in err
+    assert "the same command continues it" in command.errors and "Traceback" not in command.errors
 
 
 @pytest.mark.slow

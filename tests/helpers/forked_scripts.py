@@ -16,6 +16,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "tests" / "helpers" / "forked_launch.py"
 PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 TIMEOUT = 300
 TIME_OF_DUMP = TIMEOUT - 20
@@ -72,6 +73,8 @@ class ForkedScript:
         if not hasattr(os, "fork"):
             pytest.skip("the processes are forked")
         folder.mkdir(parents=True, exist_ok=True)
+        for name in ("stdout", "stderr"):
+            (folder / name).touch()
         self.size, self.folder = size, folder
         words = [str(script), *map(str, arguments)]
         asked = {"folder": str(folder), "size": size, "script": words, "environ": dict(os.environ)}
@@ -112,3 +115,25 @@ class ForkedScript:
     def sentences(self) -> list[str]:
         """What the command said of its end."""
         return [line for line in self.errors.splitlines() if line.startswith("dpo-wrapper: ")]
+
+
+class ForkedCommand(ForkedScript):
+    """A command in a process that leads a group: ours, or one of `torchrun` or `accelerate`.
+
+    Args:
+        printed: for what it prints, a new folder.
+        folder: where it runs.
+    """
+
+    def __init__(self, printed: Path, folder: Path, *words: Any) -> None:
+        super().__init__(0, printed, LAUNCH, folder, printed / "status", *words)
+
+    @property
+    def status(self) -> int:
+        """Its exit status, once it has ended."""
+        self.wait()
+        return int((self.folder / "status").read_text())
+
+    @property
+    def printed(self) -> str:
+        return self.output + self.errors

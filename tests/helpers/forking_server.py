@@ -20,7 +20,9 @@ from typing import Any, NoReturn
 import matplotlib.backends.backend_agg
 import matplotlib.figure  # noqa: F401
 import peft  # noqa: F401
+import pyarrow
 import transformers.models.llama.modeling_llama  # noqa: F401
+import x_transformers  # noqa: F401
 from torch import distributed
 from torch.distributed import checkpoint, fsdp  # noqa: F401
 
@@ -34,6 +36,7 @@ STORES: list[Any] = []
 
 def serve() -> NoReturn:
     """Fork a process for each line of the input, and print its number."""
+    pyarrow.array([""])  # imports pandas, if there is one
     gc.freeze()  # what is imported need not be looked at again in each fork
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # whoever ends is gone at once
     for line in sys.stdin:

@@ -10,9 +10,10 @@ import transformers
 from torch import Generator, Tensor, nn
 
 from dpo_wrapper import DPO
+from helpers import models
 from helpers.batches import Case, random_batch
 from helpers.dpo_calls import arguments, nudged
-from helpers.models import CONTEXT, DEPTH, DIM, ROTARY, VOCAB, ZOO, randomise_, seeded, x_transformer
+from helpers.models import CONTEXT, DIM, ROTARY, VOCAB, ZOO, randomise_, seeded, x_transformer
 from helpers.oracle import to_float64
 
 Make = Callable[[int], nn.Module]
@@ -28,8 +29,9 @@ def hf(family: str, attention: str | None = None, config_suffix: str = "Config",
 
     def make(seed: int) -> nn.Module:
         sizes: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
-        sizes |= dict(hidden_size=DIM, intermediate_size=32, num_hidden_layers=DEPTH, num_attention_heads=2)
-        sizes |= dict(num_key_value_heads=1, max_position_embeddings=CONTEXT, vocab_size=VOCAB)
+        sizes |= dict(hidden_size=DIM, intermediate_size=32, num_hidden_layers=models.DEPTH)
+        sizes |= dict(num_attention_heads=2, num_key_value_heads=1)
+        sizes |= dict(max_position_embeddings=CONTEXT, vocab_size=VOCAB)
         config = getattr(transformers, family + config_suffix)(**sizes | kwargs)
         config._attn_implementation = attention
         config._experts_implementation = "eager"  # the grouped product has no float64

@@ -148,6 +148,7 @@ def test_at_the_reference_sides_are_pushed_apart(loss: Loss):
 
 
 @pytest.mark.pitfall(13, 16)
+@pytest.mark.usefixtures("one_layer")
 @pytest.mark.parametrize("loss", EVERY_LOSS_BUT_MOST_SLOW)
 def test_prefix_tree_and_padding_change_nothing(loss: Loss):
     case = random_batch(Generator().manual_seed(11), b=4)

@@ -112,6 +112,7 @@ def compile_parts(model, parts):
     ],
     indirect=["each_kernel"],
 )
+@pytest.mark.usefixtures("one_layer")
 def test_compiled_parts(name, parts, each_kernel):
     expected, make = loss_and_gradients(make_dpo(SHAREABLE[name]), CASES[1]), SHAREABLE[name]
     torch._dynamo.reset()
@@ -122,6 +123,7 @@ def test_compiled_parts(name, parts, each_kernel):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_layer")
 @pytest.mark.parametrize("name", ["hf-llama", "xt-rotary-flash"])
 def test_a_model_compiled_and_used_before_is_compiled_no_more_for_new_trees(name):
     torch._dynamo.reset()

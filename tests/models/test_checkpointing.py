@@ -104,11 +104,14 @@ NAMES = [
     "recurrent-gemma",
     "plain-transformer",
 ]
+TWICE = ("hf-llama", "xt-rotary", "qwen3.5", "recurrent-gemma", "plain-transformer")
+"""Models of each kind of layer that runs again: checkpointing twice tells no more of the others."""
 CASES_OF_WAYS = [
     (name, way, reentrant)
     for name in NAMES
     for way, reentrant in WAYS
     if way is not by_the_librarys_flag or not name.startswith(("xt", "plain"))
+    if way is not by_hand_twice or name in TWICE
 ]
 FAST = [
     *(("hf-llama", way, reentrant) for way, reentrant in WAYS if way is not by_hand_twice),

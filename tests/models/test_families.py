@@ -11,6 +11,7 @@ from helpers.naive_dpo import ARGUMENTS, naive_loss, train
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_layer")
 @pytest.mark.filterwarnings("ignore:a Hugging Face model should be compiled")
 @pytest.mark.parametrize("name", ["xt-tied", "xt-wrapped", "hf-llama", "plain-transformer"])
 def test_a_compiled_model_is_of_its_family(name):

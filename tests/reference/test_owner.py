@@ -77,6 +77,7 @@ def test_what_cannot_be_assigned_is_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_layer")
 @pytest.mark.filterwarnings("ignore:a Hugging Face model should be compiled")
 @pytest.mark.parametrize("make", [ZOO["hf-llama"], lambda seed: lora(ZOO["hf-llama"](seed))])
 def test_a_policy_compiled_afterwards(make):

@@ -1,9 +1,6 @@
 """`torch.compile` of DPO, which runs as it is, and of the model below it."""
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +10,7 @@ from torch import Tensor
 from dpo_wrapper import DPO
 from dpo_wrapper.models.rerun import attention_tree
 from helpers.dpo_calls import nudged
+from helpers.forked_scripts import ForkedCommand
 from helpers.models import VOCAB, hf_llama
 from helpers.naive_dpo import ARGUMENTS
 from helpers.shareable_models import SHAREABLE
@@ -50,6 +48,7 @@ def test_a_compiled_dpo_runs_uncompiled_and_says_so(by):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_layer")
 def test_what_a_compiled_base_model_wants_is_told():
     dpo = make_dpo()
     dpo.policy_model.model.compile(backend="eager")
@@ -106,8 +105,10 @@ def test_compiled_parts_keep_their_graphs_over_batches_of_any_shape(name, part):
 
 
 @pytest.mark.slow
-def test_a_model_that_is_compiled_before_any_tree_still_finds_the_first():
-    code = """
+def test_a_model_that_is_compiled_before_any_tree_still_finds_the_first(tmp_path):
+    """In a process that has not compiled anything."""
+    script = tmp_path / "script.py"
+    script.write_text("""
 import torch
 from dpo_wrapper import DPO
 from helpers.models import hf_llama
@@ -116,5 +117,6 @@ dpo = DPO(hf_llama(0), reference=hf_llama(0), share_prefix=True)
 for layer in dpo.policy_model.model.layers:
     layer.compile(backend="eager")
 dpo(**ARGUMENTS)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+""")
+    command = ForkedCommand(tmp_path / "printed", tmp_path, script)
+    assert command.status == 0, command.errors

@@ -78,6 +78,7 @@ def args_of(case) -> tuple:
 
 
 @pytest.mark.pitfall(15)
+@pytest.mark.usefixtures("one_layer")
 @pytest.mark.parametrize("share", (True, pytest.param(False, marks=pytest.mark.slow)))
 @pytest.mark.parametrize("loss", EVERY_LOSS_BUT_MOST_SLOW)
 def test_every_loss_comes_true(loss, share: bool, watch: Watch):

@@ -1,7 +1,5 @@
 """The configurations in examples/accelerate: each starts one run of two processes."""
 
-import os
-import subprocess
 import sys
 
 import pytest
@@ -10,7 +8,7 @@ import yaml
 from safetensors.torch import load_file
 
 from dpo_wrapper.training.train import train
-from helpers.forked_scripts import PATHS, ROOT
+from helpers.forked_scripts import ROOT, ForkedCommand
 from helpers.runs import make_config
 
 FOLDER = ROOT / "examples" / "accelerate"
@@ -54,18 +52,14 @@ def test_the_configurations_are_those_that_the_page_names():
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="two processes would take two GPUs")
+@pytest.mark.skipif(sys.platform == "win32", reason="the processes are forked")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_configuration_runs_in_two_processes(name, rows, tmp_path):
     script, out = tmp_path / "script.py", tmp_path / "two"
     script.write_text(SCRIPT.replace("OPTIONS", repr(OPTIONS)))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", FOLDER / f"{name}.yaml"]
-    done = subprocess.run(
-        list(map(str, [*launch, script, rows, out, name])),
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": PATHS},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = ["accelerate", "launch", "--config_file", FOLDER / f"{name}.yaml", script, rows, out, name]
+    launched = ForkedCommand(tmp_path / "printed", tmp_path, *command)
+    assert launched.status == 0, launched.errors[-3000:]
     train(make_config(rows, tmp_path / "one", **OPTIONS))
     weights, expected = (load_file(tmp_path / end / "model.safetensors") for end in ("two", "one"))
     for key, value in expected.items():

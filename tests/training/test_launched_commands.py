@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers.forked_scripts import ROOT
+from helpers.forked_scripts import ROOT, ForkedCommand
 from helpers.runs import BUNDLED, assert_metrics_close, read_metrics
 
 pytestmark = [
@@ -22,7 +21,6 @@ pytestmark = [
 ]
 
 ADDED = ["--epochs", "1", "--samples", "0", "--exact-answers", "0"]
-TIMEOUT = 300
 
 
 @pytest.fixture
@@ -45,39 +43,17 @@ def commands():
     return [line.split("  # ") for block in blocks for line in block.replace("\\\n", "").splitlines()]
 
 
-class Command:
-    """One of the commands, while it runs."""
+def start(command, folder, name):
+    """One of the commands, with options that leave little to do."""
+    return ForkedCommand(folder / f"printed-{name}", folder, *command.split(), *ADDED)
 
-    def __init__(self, command, folder, number):
-        words = command.replace("dpo-wrapper", "python -m dpo_wrapper").split() + ADDED
-        programs = {"torchrun": "torch.distributed.run", "accelerate": "accelerate.commands.accelerate_cli"}
-        if words[0] in programs:
-            words[:1] = ["python", "-m", programs[words[0]]]
-        self.file = folder / f"printed-{number}"
-        with self.file.open("w") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, *words[1:]],
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                cwd=folder,
-                env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
-                start_new_session=True,
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-            )
 
-    @property
-    def printed(self):
-        return self.file.read_text(encoding="utf-8")
-
-    def interrupt_after_step(self):
-        """Ctrl-C once a step is done."""
-        while not re.search(r"^(sft|dpo) +[1-9]\d*/", self.printed, re.MULTILINE):
-            assert self.process.poll() is None, self.printed
-            time.sleep(0.02)
-        os.killpg(self.process.pid, signal.SIGINT)
-
-    def wait(self):
-        return self.process.wait(TIMEOUT)
+def interrupt_after_step(command):
+    """Ctrl-C once a step is done."""
+    while not re.search(r"^(sft|dpo) +[1-9]\d*/", command.printed, re.MULTILINE):
+        assert command.process.is_running(), command.printed
+        time.sleep(0.02)
+    os.killpg(command.process.pid, signal.SIGINT)
 
 
 def find_free_port():
@@ -88,23 +64,23 @@ def find_free_port():
 
 def test_the_commands_of_the_page_train_the_same_model(commands, folder):
     (two, *_), (cluster, *_), *sharded = commands
-    first = Command(two, folder, "two")
-    assert first.wait() == 0, first.printed
+    first = start(two, folder, "two")
+    assert first.status == 0, first.printed
     assert first.printed.count("\ndpo 1/") == 1  # one run, and not one of each process
 
     assert "--machine_rank 0" in cluster and "--main_process_port 29501" in cluster
     cluster = cluster.replace("29501", str(find_free_port()))
     of_ranks = [cluster, cluster.replace("--machine_rank 0", "--machine_rank 1")]
-    machines = [Command(command, folder, f"machine-{rank}") for rank, command in enumerate(of_ranks)]
-    assert [machine.wait() for machine in machines] == [0, 0], machines[0].printed + machines[1].printed
+    machines = [start(command, folder, f"machine-{rank}") for rank, command in enumerate(of_ranks)]
+    assert [machine.status for machine in machines] == [0, 0], machines[0].printed + machines[1].printed
     assert "\ndpo 1/" in machines[0].printed and "\ndpo 1/" not in machines[1].printed
 
     runs = folder / "runs"
     for number, (command, *comment) in enumerate(sharded):
-        running = Command(command, folder, f"sharded-{number}")
+        running = start(command, folder, f"sharded-{number}")
         if is_interrupted := comment == ["Ctrl-C"]:
-            running.interrupt_after_step()
-        assert running.wait() == int(is_interrupted), running.printed
+            interrupt_after_step(running)
+        assert running.status == int(is_interrupted), running.printed
         assert ("\ncontinuing runs/sharded after step" in "\n" + running.printed) == (number > 0)
         assert ("the same command continues it in runs/sharded" in running.printed) == is_interrupted
         if is_interrupted:

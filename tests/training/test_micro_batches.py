@@ -1,8 +1,6 @@
 """Micro-batches come from workers as they were made, however many there are."""
 
-import os
 import pickle
-import subprocess
 import sys
 from dataclasses import fields
 
@@ -15,6 +13,7 @@ from dpo_wrapper.data.collate import COLLATE_FNS, collate_sft
 from dpo_wrapper.tensor_dataclass import TensorDataclass
 from dpo_wrapper.training.micro_batches import MicroBatches, make_micro_batches
 from helpers.datasets import pairs
+from helpers.forked_scripts import ForkedCommand
 from helpers.runs import ROOT
 
 
@@ -66,13 +65,6 @@ def test_many_micro_batches_need_few_file_descriptors(rows, tmp_path):
         "options = {'batch_size': 64, 'micro_batch_tokens': 1, 'num_workers': 2, 'save_steps': 0}\n"
         "train(make_config(*map(Path, sys.argv[1:]), **options))\n"
     )
-    done = subprocess.run(
-        [sys.executable, script, rows, tmp_path / "out"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = ForkedCommand(tmp_path / "printed", ROOT, script, rows, tmp_path / "out")
+    assert command.status == 0, command.errors[-3000:]
     assert (tmp_path / "out" / "model.safetensors").exists()

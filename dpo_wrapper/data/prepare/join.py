@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby, pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -89,8 +90,13 @@ def join_parts(job: PrepareJob, num_parts: int) -> None:
     for file in files:
         flush_to_disk(folder / file["name"])
     write_whole(folder / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")
+    remove_parts(folder)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what finished data was made of."""
     for work in folder.glob("work-*"):
-        shutil.rmtree(work)
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def check_columns(job: PrepareJob, counts: PartCounts, num_parts: int) -> None:

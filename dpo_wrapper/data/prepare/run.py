@@ -17,7 +17,7 @@ from dpo_wrapper.data.examples import TokenizedExamples
 from dpo_wrapper.data.lint import Finding, format_findings
 from dpo_wrapper.data.prepare.config import PrepareConfig
 from dpo_wrapper.data.prepare.job import PrepareJob, find_difference
-from dpo_wrapper.data.prepare.join import REFUSED_FILE, REPORT_FILE, join_parts
+from dpo_wrapper.data.prepare.join import REFUSED_FILE, REPORT_FILE, join_parts, remove_parts
 from dpo_wrapper.data.prepare.part_maker import is_written
 from dpo_wrapper.data.prepare.parts import Part, read_parts
 from dpo_wrapper.data.prepare.workers import make_in_workers
@@ -65,6 +65,8 @@ def prepare_data(config: PrepareConfig) -> PreparedData | None:
             problem = f"--out should be a new folder or hold the same data, but {config.out} has {difference}"
             raise ValueError(f"{problem}: name a new folder, or delete it.")
         print(f"{config.out} holds this data already, prepared with these options: nothing is done.")
+        if processes.rank == 0:
+            remove_parts(config.out)  # for what made the data may have been killed before it did
         return PreparedData.open(config.out)
     check_folder(config.out)
     try:

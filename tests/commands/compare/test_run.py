@@ -1,10 +1,7 @@
 """Comparisons: runs, their results, the page, and what is done when they are interrupted or fail."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from html import unescape
@@ -20,6 +17,7 @@ from dpo_wrapper.commands.compare.runs import RunFailedError, list_runs, train_r
 from dpo_wrapper.training.train import train
 from helpers.browser import check_page, needs_browser
 from helpers.datasets import write_rows
+from helpers.forked_scripts import ForkedCommand
 from helpers.lora_runs import save_decoder
 from helpers.runs import QUICK, ROOT, make_config
 
@@ -145,17 +143,15 @@ def test_an_interrupted_comparison_goes_on(make_comparison, rows, tmp_path, deco
     """SIGTERM in the middle of the first run, which then ends in the weights that it would have had."""
     out = tmp_path / "out"
     arguments = ["--losses", "sigmoid", "ipo", "--seeds", "1", "--max-steps", "150", "--eval-steps", "1000"]
-    command = [sys.executable, "-m", "dpo_wrapper", "compare", *list_options(rows, decoder, out), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    options = [*list_options(rows, decoder, out), *arguments]
+    command = ForkedCommand(tmp_path / "printed", ROOT, "dpo-wrapper", "compare", *options)
     log = out / "runs" / "sigmoid-seed0" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (log.exists() and log.read_text().count('"step"') > 5) and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "the comparison was interrupted; the same command goes on with it" in errors
+    command.process.send_signal(signal.SIGTERM)
+    assert command.status == 128 + signal.SIGTERM
+    assert "the comparison was interrupted; the same command goes on with it" in command.errors
     assert [*(out / "runs" / "sigmoid-seed0" / "checkpoints").iterdir()]
 
     run = list_runs(make_comparison(*arguments))[0]

@@ -1,11 +1,8 @@
 """`dpo-wrapper export`: what stands in its place is whole and agrees with the model; all else is said."""
 
 import errno
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -17,7 +14,7 @@ from dpo_wrapper.commands.export.agreement import ExportError
 from dpo_wrapper.commands.export.place import UNFINISHED, ExportPlace
 from dpo_wrapper.pretrained import load_pretrained
 from helpers.exports import export_to, flip_lowest_bit, read_record
-from helpers.runs import ROOT
+from helpers.forked_scripts import ForkedCommand
 
 
 def list_names(folder):
@@ -210,19 +207,17 @@ def test_what_a_process_has_left_that_was_killed_is_removed(llama, tmp_path):
 
 @pytest.mark.slow
 def test_a_signal_ends_the_command_in_the_middle(llama, tmp_path):
-    out = tmp_path / "out"
-    code = (
+    out, script = tmp_path / "out", tmp_path / "script.py"
+    script.write_text(
         "import time; from dpo_wrapper.commands.export import run; from dpo_wrapper.cli import main\n"
         "write = run.WRITERS['merged']\n"
         "run.WRITERS['merged'] = lambda *args: (write(*args), time.sleep(60))\n"
         f"main(['export', {str(llama)!r}, '--to', 'merged', '--out', {str(out)!r}])"
     )
-    command, environment = [sys.executable, "-c", code], os.environ | {"PYTHONPATH": str(ROOT)}
-    started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    command = ForkedCommand(tmp_path / "printed", tmp_path, script)
     while not (out / UNFINISHED / "merged" / "config.json").exists():
-        assert started.poll() is None, started.stderr.read()
+        assert command.process.is_running(), command.errors
         time.sleep(0.01)
-    started.terminate()
-    error = started.communicate()[1]
-    assert error.endswith("the export was interrupted; the same command begins it again.\n")
-    assert started.returncode == 128 + signal.SIGTERM and not out.exists()
+    command.process.terminate()
+    assert command.status == 128 + signal.SIGTERM and not out.exists()
+    assert command.errors.endswith("the export was interrupted; the same command begins it again.\n")

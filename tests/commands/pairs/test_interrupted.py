@@ -1,9 +1,6 @@
 """Work that is interrupted goes on to the same bytes, and with the same settings alone."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from contextlib import contextmanager
 
@@ -12,6 +9,7 @@ import pytest
 from dpo_wrapper.commands.pairs import samples
 from dpo_wrapper.commands.pairs.progress_file import ProgressFile
 from dpo_wrapper.commands.pairs.samples import plan_batches
+from helpers.forked_scripts import ForkedCommand
 from helpers.pairs import LOGS, NEW_TOKENS, read_rows, write_rows
 from helpers.runs import ROOT
 
@@ -105,15 +103,13 @@ def test_a_signal_ends_the_command_with_how_to_go_on(make, logs, model, tmp_path
     make("whole.jsonl")
     out = tmp_path / "pairs.jsonl"
     options = ["--model", model, "--max-new-tokens", NEW_TOKENS, "--batch-size", 4, "--cpu"]
-    command = [sys.executable, "-m", "dpo_wrapper", "pairs", logs, "--out", out, *options]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    started = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, env=environment)
+    command = ForkedCommand(tmp_path / "printed", ROOT, "dpo-wrapper", "pairs", logs, "--out", out, *options)
     progress = tmp_path / "pairs.jsonl.progress"
     while not (progress.exists() and progress.read_bytes().count(b"\n") > 2):
-        assert started.poll() is None, started.stderr.read()
+        assert command.process.is_running(), command.errors
         time.sleep(0.01)
-    started.terminate()
-    assert "the same command goes on with it." in started.communicate()[1]
-    assert started.returncode == 128 + signal.SIGTERM and not out.exists()
+    command.process.terminate()
+    assert command.status == 128 + signal.SIGTERM and not out.exists()
+    assert "the same command goes on with it." in command.errors
     make()
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

@@ -110,6 +110,7 @@ def test_the_same_again_does_nothing_and_something_else_is_refused(
     file, out = write_rows(tmp_path / "a.jsonl", PAIRS), tmp_path / "out"
     prepare(file, out)
     times = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    (out / "work-0").mkdir()  # left behind where the program was killed at its end
     capsys.readouterr()
     prepare(file, out)
     assert "holds this data already, prepared with these options: nothing is done." in capsys.readouterr().out
