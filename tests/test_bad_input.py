@@ -537,14 +537,14 @@ bad_model(
 bad_model("nothing returned", TypeError, f"{LOGITS} None", lambda: Answering(lambda x: None))
 bad_model("ids returned", TypeError, f"{LOGITS} torch.int64", lambda: Answering(lambda x: x.argmax(-1)))
 WANTED = (
-    r"^the model should return logits of shape \(b, n, v\), for ids of shape \(2, 5\), but their shape is"
+    r"^the model should return logits of shape \(b, n, v\), for ids of shape \(4, 8\), but their shape is"
 )
 bad_model("a loss returned", TypeError, rf"{WANTED} \(\): wrap it", lambda: Answering(Tensor.mean))
-bad_model("the last logits only", TypeError, rf"{WANTED} \(2, 37\)", lambda: Answering(lambda x: x[:, -1]))
+bad_model("the last logits only", TypeError, rf"{WANTED} \(4, 37\)", lambda: Answering(lambda x: x[:, -1]))
 bad_model(
-    "logits, time first", TypeError, rf"{WANTED} \(5, 2, 37\)", lambda: Answering(lambda x: x.transpose(0, 1))
+    "logits, time first", TypeError, rf"{WANTED} \(8, 4, 37\)", lambda: Answering(lambda x: x.transpose(0, 1))
 )
-bad_model("logits cut short", TypeError, rf"{WANTED} \(2, 4, 37\)", lambda: Answering(lambda x: x[:, 1:]))
+bad_model("logits cut short", TypeError, rf"{WANTED} \(4, 7, 37\)", lambda: Answering(lambda x: x[:, 1:]))
 bad_model(
     "logits that are no numbers",
     ValueError,
@@ -554,7 +554,7 @@ bad_model(
 bad_model(
     "a module that takes no ids",
     TypeError,
-    r"^the model should take ids of shape \(b, n\) .*given \(2, 5\) it raised Runtime.*wrap",
+    r"^the model should take ids of shape \(b, n\) .*given \(4, 8\) it raised Runtime.*wrap",
     lambda: nn.Linear(5, 5),
 )
 bad_model(

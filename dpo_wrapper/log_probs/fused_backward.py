@@ -208,7 +208,7 @@ class FusedLossLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        forbid_double_backward("impl = 'eager'")
+        forbid_double_backward("impl = 'eager' (log_prob_impl of DPO)")
         *saved, predicted_grad = ctx.saved_tensors
         grads, ctx.grads = ctx.grads, None  # autograd need not copy what nobody else holds
         scale = None if grads is None else proportionality(grad, predicted_grad)

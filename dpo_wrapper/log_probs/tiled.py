@@ -51,7 +51,7 @@ class TiledLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        forbid_double_backward("impl = 'eager'")
+        forbid_double_backward("impl = 'eager' (log_prob_impl of DPO)")
         if ctx.has_hidden_grad:
             (hidden_grad,) = ctx.saved_tensors
             hidden_grad = sum_over(hidden_grad * grad[:, None], ctx.options.vocab_group)

@@ -15,6 +15,9 @@ from dpo_wrapper.models.x_transformers import XTransformersModel
 
 __all__ = ["LanguageModel", "OutputHead", "language_model"]
 
+OF_HUGGING_FACE = ("config", "base_model", "get_input_embeddings", "get_output_embeddings")
+"""Attributes that every model of transformers has."""
+
 
 def language_model(model: nn.Module) -> LanguageModel:
     """Wrap a model in the class of its family. PEFT or `torch.compile` may have wrapped it before."""
@@ -28,7 +31,7 @@ def language_model(model: nn.Module) -> LanguageModel:
             net = getattr(net, "net", None)
         if isinstance(net, library.TransformerWrapper):
             return XTransformersModel(model, unadapted if net is inner else net)
-    if hasattr(inner, "config") and hasattr(inner, "get_output_embeddings"):
+    if all(hasattr(inner, name) for name in OF_HUGGING_FACE):
         return HuggingFaceModel(model, inner)
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         warnings.warn(

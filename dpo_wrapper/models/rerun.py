@@ -54,10 +54,11 @@ def run_pass(model: nn.Module, forward: Callable[[], Output], tree: Any = None) 
         output = forward()
     if isinstance(output, Tensor) and output.requires_grad:
         forward_pass = ForwardPass(range(first, torch._C._autograd._get_sequence_nr()), modes, tree)
+        last = output.grad_fn  # first: torch 2.13 crashes where a view that was written in place gets a hook
         output.register_hook(forward_pass.begin_backward)
-        if are_held_from_training(modes) and output.grad_fn is not None:
+        if are_held_from_training(modes) and last is not None:
             # other losses of the same backward pass may follow, whose layers run again in modes of their own
-            node = find_first_node(output.grad_fn, forward_pass.numbers)
+            node = find_first_node(last, forward_pass.numbers)
             node.register_hook(lambda *_: forward_pass.held.close())
     return output
 

@@ -16,7 +16,7 @@ from dpo_wrapper.models.batch_dependence import max_independent_length
 from dpo_wrapper.models.eval_mode import eval_mode
 from dpo_wrapper.reference.cache import LogProbCache
 from dpo_wrapper.reference.sharding import is_true_everywhere
-from dpo_wrapper.reference.shared_weights import SharedWeights, tensor_version
+from dpo_wrapper.reference.shared_weights import SharedWeights, saved_buffers, tensor_version
 from dpo_wrapper.scoring.scorer import Scorer
 
 
@@ -129,8 +129,8 @@ class ModelReference(Reference):
         return dict(self.model.named_parameters())
 
     def forget_if_changed(self, cache: LogProbCache) -> None:
-        """Empty the cache if a parameter was replaced or written since the last call."""
-        for name, p in self.frozen_parameters().items():
+        """Empty the cache if a weight was replaced or written since the last call."""
+        for name, p in (*self.frozen_parameters().items(), *saved_buffers(self.model)):
             # FSDP gathers a parameter for a time, which is no change
             form = (name, hasattr(p, "device_mesh"))
             version = (id(p), tensor_version(p), p.dtype, p.device)

@@ -1,6 +1,7 @@
 """Weights that policy and reference share: a reference stays where it is only while nobody writes them."""
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,24 +14,26 @@ WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_modu
 
 
 class SharedWeights:
-    """The parameters that policy and reference share, and checksums by which a change of them is seen.
+    """The weights that policy and reference share, and checksums by which a change of them is seen.
+
+    They are parameters, and buffers that are saved.
 
     Parameters of adapted layers are read before each pass of the reference, since merging an adapter writes
     them in a way that autograd does not count; others only where autograd has counted a write.
 
     Attributes:
-        names: of each shared parameter its name in the policy and in the reference.
+        names: of each shared weight its name in the policy and in the reference.
     """
 
     def __init__(self, policy: nn.Module, reference: nn.Module) -> None:
         self.policy, self.reference = policy, reference
         mergeable = mergeable_parameters(policy)
         if policy is reference:  # with its adapter off: all that is no factor of the adapter
-            shared = {n: p for n, p in parameters_by_name(policy).items() if not LORA_FACTOR.search(n)}
+            shared = {n: p for n, p in weights_by_name(policy).items() if not LORA_FACTOR.search(n)}
             self.names = {name: name for name in shared}
         else:
-            keys = {memory_key(p): name for name, p in parameters_by_name(reference).items()}
-            shared = {name: p for name, p in parameters_by_name(policy).items() if memory_key(p) in keys}
+            keys = {memory_key(p): name for name, p in weights_by_name(reference).items()}
+            shared = {name: p for name, p in weights_by_name(policy).items() if memory_key(p) in keys}
             self.names = {name: keys[memory_key(p)] for name, p in shared.items()}
         self.mergeable = {self.names[name] for name, p in shared.items() if id(p) in mergeable}
         self.had_adapter = any(map(is_adapted, policy.modules()))
@@ -46,7 +49,7 @@ class SharedWeights:
         """ValueError if a shared parameter trains, or is or was written."""
         if not self.names:
             return
-        policy = parameters_by_name(self.policy)
+        policy = weights_by_name(self.policy)
         for name in self.names:
             if name in policy and policy[name].requires_grad:
                 raise ValueError(
@@ -73,7 +76,7 @@ class SharedWeights:
 
     def find_written(self) -> str | None:
         """The name of a parameter that differs from what it was when it was first seen in its form."""
-        parameters = parameters_by_name(self.reference)
+        parameters = weights_by_name(self.reference)
         read = {}
         for name in self.names.values():
             local = local_tensor(parameters.get(name))
@@ -91,13 +94,23 @@ class SharedWeights:
         return written[0] if written else None
 
 
-def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters by the names that they had before wrappers came between."""
-    return {WRAPPERS.sub("", name): p for name, p in model.named_parameters()}
+def weights_by_name(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and saved buffers of floats, by the names that they had before wrappers came between."""
+    weights = (*model.named_parameters(), *saved_buffers(model))
+    return {WRAPPERS.sub("", name): weight for name, weight in weights}
 
 
-def memory_key(parameter: nn.Parameter) -> tuple[str, int]:
-    """The same for parameters that lie in the same memory, be they one object or two."""
+def saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers of floats that a state dict holds, such as the biases of a router, by name."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            is_saved = buffer is not None and name not in module._non_persistent_buffers_set
+            if is_saved and buffer.is_floating_point():
+                yield f"{prefix}.{name}".lstrip("."), buffer
+
+
+def memory_key(parameter: Tensor) -> tuple[str, int]:
+    """The same for weights that lie in the same memory, be they one object or two."""
     local = local_tensor(parameter)
     address = 0 if local is None else local.data_ptr()
     return (str(parameter.device), address) if address else ("object", id(parameter))

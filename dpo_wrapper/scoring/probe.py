@@ -34,7 +34,8 @@ class ProbeKey:
         dtypes: those of the weights; none where they are sharded, whose dtype changes as they are gathered.
         trains: whether each parameter trains; None where no gradient is computed.
         checkpointed: the number of modules that checkpoint activations, where gradients are computed.
-        hooks: the number of hooks on the model as a whole.
+        structure: a hash of the class of each module, its own forward method if it has one, and the number of
+            its hooks.
     """
 
     device: torch.device
@@ -42,16 +43,19 @@ class ProbeKey:
     dtypes: frozenset[torch.dtype]
     trains: tuple[bool, ...] | None
     checkpointed: int
-    hooks: int
+    structure: int
 
     @classmethod
     def of_model(cls, model: LanguageModel, device: torch.device) -> "ProbeKey":
         """The state that a model is in now. This runs in every forward pass, so it reads attributes alone."""
         trains: list[bool] = []
+        structure: list[Any] = []
         dtypes: set[torch.dtype] = set()
         checkpointed, any_sharded = 0, False
         for module in list_modules(model.model):
             attributes, module_class = module.__dict__, cast(Any, type(module))
+            hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
+            structure.append((module_class, id(attributes.get("forward")), hooks))
             for parameter in attributes["_parameters"].values():
                 if parameter is not None:
                     trains.append(parameter.requires_grad)
@@ -69,9 +73,7 @@ class ProbeKey:
             frozenset() if any_sharded else frozenset(dtypes),
             tuple(trains) if needs_grad else None,
             checkpointed if needs_grad else 0,
-            sum(
-                len(m._forward_hooks) + len(m._forward_pre_hooks) for m in (model.model, model.called_module)
-            ),
+            hash(tuple(structure)),
         )
 
     def without_gradients(self) -> "ProbeKey":

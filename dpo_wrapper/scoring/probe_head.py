@@ -28,9 +28,8 @@ def probe_head(
     reference, depends on the policy's trained parameters. With `needs_grad` it warns of parameters that train
     but get no gradient. `is_eval` says whether the model will be called in eval mode.
     """
-    known_size, n = model.vocab_size or 2, min(5, model.max_positions or 5)
-    row = [(2 * k + 1) * known_size // (2 * n) for k in range(n)]  # spread out: small ids are often padding
-    ids = torch.tensor([row, [*row[:-1], (row[-1] + 1) % known_size]], device=device)
+    ids, starts = causality_rows(model.vocab_size or 2, min(8, model.max_positions or 8))
+    ids = ids.to(device)
     head = model.output_head()
     with torch.enable_grad():
         logits = check_logits(first_forward(model, ids), ids)
@@ -45,9 +44,9 @@ def probe_head(
                 "the reference's output should not depend on parameters that train, but it does, so it would "
                 "follow the policy: give a separately built model as reference = module."
             )
-        # the two rows may differ by rounding, which is that of float32 even inside float64 models
-        _, differs = relative_error(logits[0, :-1], logits[1, :-1], torch.float32)
-        if differs:
+        # rows may differ by rounding, which is that of float32 even inside float64 models
+        pairs = ((logits[0, :start], other[:start]) for start, other in zip(starts, logits[1:], strict=True))
+        if any(relative_error(*pair, torch.float32)[1] for pair in pairs):
             raise ValueError(
                 "the model should be autoregressive, but changing a token changes the logits before it: use "
                 "a causal model (in x-transformers a Decoder)."
@@ -58,6 +57,21 @@ def probe_head(
     if reason is not None and model.name != "module":
         warnings.warn(f"all logits of the {model.name} model are computed, for {reason}.", stacklevel=3)
     return min(logits.shape[-1], model.vocab_size or logits.shape[-1]), reason
+
+
+def causality_rows(vocab_size: int, n: int) -> tuple[Int[Tensor, "b n"], list[int]]:
+    """A row of ids, and others that differ from it from some positions on: from 1, the middle, and the last.
+
+    In a model that sees ahead within blocks, of whatever size, position 0 sees what follows it.
+    """
+    row = [(2 * k + 1) * vocab_size // (2 * n) for k in range(n)]  # spread out: small ids are often padding
+    starts = sorted({1, n // 2, n - 1} & set(range(1, n)))
+    steps = [1 + k * (vocab_size // 4) for k in range(len(starts))]
+    others = [
+        row[:start] + [(id_ + step) % vocab_size for id_ in row[start:]]
+        for start, step in zip(starts, steps, strict=True)
+    ]
+    return torch.tensor([row, *others], device="cpu"), starts
 
 
 def first_forward(model: LanguageModel, ids: Int[Tensor, "b n"]) -> object:
@@ -76,9 +90,11 @@ def first_forward(model: LanguageModel, ids: Int[Tensor, "b n"]) -> object:
                 f"the model's weights should be of one dtype, but they are {' and '.join(dtypes)}: call DPO "
                 f"under torch.autocast({ids.device.type!r}), or convert the model by model.to(dtype)."
             ) from error
+        is_of_arguments = isinstance(error, TypeError) and "argument" in str(error)
+        remedy = "wrap it in a module that does" if is_of_arguments else "mend it, or wrap it"
         raise TypeError(
             f"the model should take ids of shape (b, n) and nothing else, but given {tuple(ids.shape)} it "
-            f"raised {type(error).__name__} ({error}): wrap it in a module that does."
+            f"raised {type(error).__name__} ({error}): {remedy}."
         ) from error
 
 

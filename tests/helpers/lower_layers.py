@@ -1,9 +1,11 @@
 """Models of which upper layers train, and `DPO` of them with and without layers that run once for both."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any
 from unittest import mock
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -70,15 +72,29 @@ def explain_after_call(dpo: DPO) -> str:
     return dpo.explain()
 
 
+COUNTED: "WeakKeyDictionary[nn.Module, Callable[[], None]]" = WeakKeyDictionary()
+"""What is called before each run of a module."""
+
+
 def count_runs(model: nn.Module) -> list[int]:
-    """A list to which each layer adds its number when it runs; hooks would show what hooks do."""
+    """A list to which each layer adds its number when it runs.
+
+    The class of the modules is changed: with hooks, or methods of its own, a model would be probed again.
+    """
     runs: list[int] = []
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     for k, layer in enumerate(base.model.layers):
-
-        def forward(*args: Any, own: Any = layer.mlp.forward, k: int = k, **kwargs: Any) -> Any:
-            runs.append(k)
-            return own(*args, **kwargs)
-
-        layer.mlp.forward = forward
+        count_runs_of(type(layer.mlp))
+        COUNTED[layer.mlp] = partial(runs.append, k)
     return runs
+
+
+@cache
+def count_runs_of(module_class: Any) -> None:
+    own = module_class.forward
+
+    def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        COUNTED.get(module, lambda: None)()
+        return own(module, *args, **kwargs)
+
+    module_class.forward = forward

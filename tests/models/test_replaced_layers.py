@@ -128,10 +128,7 @@ def replace_instance(layer: Any, _: pytest.MonkeyPatch) -> None:
     layer.forward = types.MethodType(unhooked(type(layer).forward), layer)
 
 
-WAYS = [replace_class, replace_function, replace_instance]
-
-
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [replace_class, replace_function])
 def test_sequences_are_padded_where_the_code_of_layers_is_replaced(way, monkeypatch):
     require_forks()
     dpo = make_dpo(SHAREABLE["qwen3.5"], "auto")
@@ -141,9 +138,11 @@ def test_sequences_are_padded_where_the_code_of_layers_is_replaced(way, monkeypa
         assert_close(loss_and_gradients(dpo, CASES[1]), expected, 1e-5)
 
 
-@pytest.mark.parametrize("way", [replace_class, replace_instance])
-def test_layers_go_on_along_paths_where_their_code_is_replaced(way, monkeypatch):
-    dpo = make_dpo(SHAREABLE["minimax"], "auto")
+@pytest.mark.parametrize(
+    "name, way", [("minimax", replace_class), ("minimax", replace_instance), ("qwen3.5", replace_instance)]
+)
+def test_layers_run_along_paths_where_their_code_is_replaced(name, way, monkeypatch):
+    dpo = make_dpo(SHAREABLE[name], "auto")
     expected = loss_and_gradients(dpo, CASES[1])
     way(find_recurrent_layers(dpo.policy_model)[0], monkeypatch)
     with warnings.catch_warnings():

@@ -73,6 +73,14 @@ def test_frozen_weights_of_zeros():
     assert_same_results(dpo, expected="layer 0 of 4 is computed once for both")
 
 
+def test_a_hook_below_that_comes_after_the_first_call():
+    model = FAMILIES["llama"](0)
+    dpo = move_policy(DPO(freeze_lower(model, ("model.embed_tokens", "model.layers.0."))))
+    assert_same_results(dpo, expected="layer 0 of 4 is computed once for both")
+    model.model.embed_tokens.register_forward_hook(lambda _module, _ids, output: 1.5 * output)
+    assert_same_results(dpo, expected="no layer is computed for both at once")
+
+
 def test_a_trained_head_alone():
     model = FAMILIES["llama"](0)
     dpo = move_policy(DPO(freeze_lower(model, ("model.",))))
@@ -179,16 +187,18 @@ def test_a_policy_that_gives_the_tree_up():
     policy = upper_lora(FAMILIES["llama"])
     dpo = move_policy(DPO(policy, reference="copy", share_prefix="auto"))
     assert_same_results(dpo)
-    layer, has_run = policy.base_model.model.model.layers[3], []
+    last, has_run = policy.base_model.model.model.layers[3], []
+    layer_class: Any = type(last)
+    own = layer_class.forward
 
-    def refuse_once(*args: Any, own: Any = layer.forward, **kwargs: Any) -> Any:
-        if not has_run:
+    def refuse_once(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if layer is last and not has_run:
             has_run.append(True)
             raise PrefixSharingError("it has changed")
-        return own(*args, **kwargs)
+        return own(layer, *args, **kwargs)
 
-    layer.forward = refuse_once
-    with pytest.warns(UserWarning, match="no longer shared"):
+    refusing = mock.patch.object(layer_class, "forward", refuse_once)  # one of its own would be probed
+    with refusing, pytest.warns(UserWarning, match="no longer shared"):
         results = loss_and_gradients(dpo, CASES[1])
     with whole_passes():
         assert_close(results, loss_and_gradients(dpo, CASES[1]), 1e-12)

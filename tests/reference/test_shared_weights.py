@@ -194,3 +194,44 @@ def test_a_fresh_dpo_of_a_lora_shares_its_base():
     base = {id(p) for name, p in policy.named_parameters() if "lora_" not in name}
     assert base <= {id(p) for p in dpo.ref_model.parameters()}
     assert abs(dpo(**ARGUMENTS) - LN2) < 1e-6
+
+
+class BiasedHead(nn.Linear):
+    """A head with a bias that is saved but no parameter, as the routers of DeepSeek-V3 have one."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__(head.in_features, head.out_features, bias=False)
+        self.weight = head.weight
+        self.register_buffer("bias_of_ids", torch.zeros(head.out_features))
+        self.register_buffer("calls", torch.zeros(()), persistent=False)
+
+    def forward(self, x):
+        self.calls += 1  # is no weight
+        return super().forward(x) + self.bias_of_ids
+
+
+def with_biased_head():
+    model = ZOO["hf-llama"](0)
+    model.lm_head = BiasedHead(model.lm_head)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:all logits")
+def test_a_written_buffer_of_the_base_is_refused():
+    policy = lora(with_biased_head())
+    dpo = DPO(policy, reference="adapter")
+    train(dpo)
+    policy.get_base_model().lm_head.bias_of_ids[5] += 1
+    with pytest.raises(ValueError, match=f"bias_of_ids {WRITTEN}"):
+        dpo(**ARGUMENTS)
+
+
+@pytest.mark.filterwarnings("ignore:all logits")
+def test_a_written_buffer_empties_the_memory_of_a_reference():
+    dpo = DPO(with_biased_head(), cache_ref_log_probs=True)
+    before = reference_log_probs(dpo)
+    assert reference_log_probs(dpo) == before
+    dpo.ref_model.lm_head.bias_of_ids[5] += 1
+    changed = reference_log_probs(dpo)
+    assert changed == pytest.approx(reference_log_probs(DPO(dpo.policy_model, reference=dpo.ref_model)))
+    assert changed != pytest.approx(before, abs=1e-3)

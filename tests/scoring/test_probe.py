@@ -41,7 +41,7 @@ class FakeHuggingFace(PlainGRU):
         (lambda model, logits: logits, None),
         (lambda model, logits: 1.5 * logits, "its head alone gives other logits"),
         (lambda model, logits: logits + model.extra, "its head alone leaves out trained parameters"),
-        (lambda model, logits: logits[..., :36], r"its head gives logits of shape \(2, 5, 37\) instead"),
+        (lambda model, logits: logits[..., :36], r"its head gives logits of shape \(4, 8, 37\) instead"),
     ],
     ids=["nothing", "scaled", "a bias that starts at 0", "cut"],
 )
@@ -75,3 +75,49 @@ def test_tokens_masked_out_of_the_vocabulary_do_not_hide_a_model_that_sees_ahead
     assert abs(DPO(MaskedVocabulary(sees_ahead=False))(**arguments).item() - LN2) < 1e-6
     with pytest.raises(ValueError, match="should be autoregressive, but"):
         DPO(MaskedVocabulary(sees_ahead=True))(**arguments)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 8])
+def test_a_model_that_sees_ahead_within_blocks_is_refused(size):
+    class Blocks(PlainGRU):
+        def forward(self, ids: Tensor) -> Tensor:
+            logits = super().forward(ids)
+            block = torch.arange(ids.shape[1]) // size
+            means = (block[:, None] == block).float() @ self.embed(ids)
+            return logits + self.head(means)
+
+    with pytest.raises(ValueError, match="should be autoregressive, but"):
+        DPO(Blocks())(**ARGUMENTS)
+
+
+def test_a_module_that_names_its_parts_as_transformers_does_is_plain():
+    class Named(PlainGRU):
+        config = None
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.head
+
+    dpo = DPO(Named())
+    assert abs(dpo(**ARGUMENTS).item() - LN2) < 1e-6
+    assert dpo.policy.language_model.name == "module"
+
+
+def test_a_model_may_write_into_a_view_of_its_logits():
+    """torch 2.13 ends the process where such a view gets a hook before its `grad_fn` is read."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(VOCAB, 8), nn.Linear(8, VOCAB)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            logits = self.head(self.embed(ids))
+            logits[..., 36:] = -1e4
+            return logits
+
+    arguments = ARGUMENTS | {k: ARGUMENTS[k] % 36 for k in ("preferred_seq", "unpreferred_seq")}
+    with seeded(0):
+        dpo = DPO(Masked())
+    loss = dpo(**arguments)
+    loss.backward()
+    assert abs(loss.item() - LN2) < 1e-6 and dpo.policy_model.head.weight.grad.any()

@@ -169,3 +169,55 @@ def test_stand_ins_of_zeros_are_noise_and_others_aliases():
         assert weight.grad is None
     assert model["a"].weight is weight is model["b"].weight and model["c"].weight is zeros
     assert weight.grad is None
+
+
+class Shifted(nn.Module):
+    """A layer that sees the token before its own."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1))
+
+
+def swap_mlp(model: Any) -> None:
+    model.model.layers[0].mlp = Shifted(model.model.layers[0].mlp)
+
+
+def hook_attention(model: Any) -> None:
+    """A hook that mixes tokens."""
+
+    def mix(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return (output[0] + output[0].cumsum(dim=1), *output[1:])
+
+    model.model.layers[0].self_attn.register_forward_hook(mix)
+
+
+def scale_logits(model: Any) -> None:
+    forward = model.forward
+
+    def scaled(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        output.logits = 0.5 * output.logits
+        return output
+
+    model.forward = scaled
+
+
+def scale_head(model: Any) -> None:
+    forward = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: 0.5 * forward(hidden)
+
+
+@pytest.mark.filterwarnings("ignore:prefixes are not shared", "ignore:all logits")
+@pytest.mark.parametrize("change", [swap_mlp, hook_attention, scale_logits, scale_head])
+def test_a_model_that_is_changed_after_the_first_call(change):
+    reference = hf_llama(0).eval()
+    dpo = DPO(nudged(hf_llama(0).eval(), 0.3), reference=reference)
+    before = dpo(**ARGUMENTS)
+    change(dpo.policy_model)
+    expected = naive_loss(dpo.policy_model, reference)
+    torch.testing.assert_close(dpo(**ARGUMENTS), expected, rtol=1e-5, atol=1e-6)
+    assert abs(expected - before) > 1e-4
