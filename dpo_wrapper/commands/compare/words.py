@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+from dpo_wrapper.commands.compare.intervals import MIN_PROMPTS
 from dpo_wrapper.commands.compare.results import MetricResult
 from dpo_wrapper.evaluation.statistics.bootstrap import Estimate
 
@@ -37,6 +38,9 @@ def describe_order(
         name: [other for other in names[k + 1 :] if not do_overlap(estimates[name], estimates[other])]
         for k, name in enumerate(names)
     }
+    if any(one.bounds is None for one in estimates.values()):
+        few = f"for fewer than {MIN_PROMPTS} prompts allow no interval"
+        return f"In {label} no order can be told, {few}: {join_words([*shown.values()])}."
     if not any(below.values()):
         return f"In {label} all are a tie, for their intervals overlap: {join_words([*shown.values()])}."
     if all(len(below[name]) == len(names) - 1 - k for k, name in enumerate(names)):

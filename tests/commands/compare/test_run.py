@@ -21,7 +21,7 @@ from dpo_wrapper.training.train import train
 from helpers.browser import check_page, needs_browser
 from helpers.datasets import write_rows
 from helpers.lora_runs import save_decoder
-from helpers.runs import QUICK, ROOT, make_config
+from helpers.runs import BUNDLED, QUICK, ROOT, make_config
 
 LOSSES = ["--losses", "sigmoid", "simpo", "--seeds", "2", "--max-steps", "4"]
 OPTIONS = "--epochs 100 --batch-size 8 --max-length 128 --samples 1 --exact-answers 0 --eval-steps 2 --cpu"
@@ -29,6 +29,13 @@ OPTIONS = "--epochs 100 --batch-size 8 --max-length 128 --samples 1 --exact-answ
 
 def list_options(rows, model, out):
     return ["--data", str(rows), "--model", str(model), "--out", str(out), *OPTIONS.split()]
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """25 pairs to train on and 6 to evaluate on."""
+    lines = BUNDLED.read_text(encoding="utf-8").splitlines()[:31]
+    return write_rows(tmp_path / "rows.jsonl", [json.loads(line) for line in lines])
 
 
 @pytest.fixture
