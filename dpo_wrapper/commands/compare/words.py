@@ -9,6 +9,8 @@ from dpo_wrapper.evaluation.statistics.bootstrap import Estimate
 
 def draw_conclusions(results: Sequence[MetricResult], num_seeds: int, num_pairs: int) -> list[str]:
     """The sentences of a page, on each metric and on what was drawn for the intervals."""
+    if not results:
+        return ["Nothing can be compared, for fewer than two contestants have results."]
     sentences = []
     for one in results:
         sentences.append(describe_order(one.metric.label, one.means, one.metric.format))

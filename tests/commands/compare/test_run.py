@@ -115,6 +115,35 @@ def test_a_run_that_fails_leaves_the_others(make_comparison, in_process, monkeyp
 
 
 @pytest.mark.slow
+def test_a_contestant_that_refuses_the_data_leaves_the_others(rows, tmp_path, decoder):
+    """KTO needs completions of other prompts, and there is one eval prompt."""
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    known = [row for row in lines if row["split"] != "test"]
+    known.append(next(row for row in lines if row["split"] == "test"))
+    options = list_options(write_rows(tmp_path / "one.jsonl", known), decoder, tmp_path / "out")
+    arguments = ["--losses", "kto", "sigmoid", "--seeds", "1", "--max-steps", "1"]
+    assert compare(parse_arguments([*options, *arguments])) == 1
+    content = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert content["failures"]["kto-seed0"].startswith("KTO estimates a KL from completions of other")
+    assert content["conclusions"] == ["Nothing can be compared, for fewer than two contestants have results."]
+    page = unescape((tmp_path / "out" / "report.html").read_text())
+    assert content["failures"]["kto-seed0"] in page and content["conclusions"][0] in page
+
+
+def test_a_comparison_ends_where_all_contestants_refuse_the_data(make_comparison, monkeypatch):
+    tried = []
+
+    def refuse(run):
+        tried.append(run.name)
+        raise RunFailedError("the path should be a file, but it does not exist: check the path.", 2)
+
+    monkeypatch.setattr(run_module, "train_run", refuse)
+    with pytest.raises(ValueError, match="the path should be a file"):
+        compare(make_comparison(*LOSSES))
+    assert tried == ["sigmoid-seed0", "simpo-seed0"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("is_all", [False, True])
 def test_a_model_that_was_trained_on_eval_rows_is_compared_on_others(
     rows, tmp_path, decoder, in_process, is_all
