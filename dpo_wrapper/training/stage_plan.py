@@ -82,7 +82,7 @@ def choose_stages(config: TrainConfig, types: Collection[DatasetType]) -> tuple[
         has_stage: dict[StageName, bool] = {
             "pretrain": "language_modeling" in types,
             "sft": has_sft,
-            "dpo": has_preferences,
+            "dpo": has_preferences and config.epochs != 0,
         }
         stages = tuple(stage for stage in STAGES if has_stage[stage])
     elif "dpo" in stages and not has_preferences:
@@ -90,16 +90,19 @@ def choose_stages(config: TrainConfig, types: Collection[DatasetType]) -> tuple[
             f"--stage dpo should have preferences, but the data holds {' and '.join(sorted(types))} alone"
         )
         raise ValueError(f"{problem}: leave dpo out, or add rows with 'chosen' and 'rejected'.")
-    if "sft" in stages and config.sft_epochs == 0:
-        raise ValueError("--sft-epochs should not be 0 if --stage names sft: leave one of the two out.")
+    for stage, option in (("sft", "sft_epochs"), ("dpo", "epochs")):
+        if stage in stages and getattr(config, option) == 0:
+            remedy = "leave one of the two out"
+            raise ValueError(f"{flag(option)} should not be 0 if --stage names {stage}: {remedy}.")
+    if not stages and has_preferences:
+        raise ValueError("--epochs should not be 0 where no other stage is left: raise it or --sft-epochs.")
     if not stages:
         raise ValueError("--sft-epochs should not be 0 for data of prompt_completion alone: leave it out.")
     options = {"pretrain": PRETRAIN_OPTIONS, "sft": SFT_OPTIONS, "dpo": DPO_OPTIONS}
     defaults = {field.name: field.default for field in fields(TrainConfig)}
+    no_stage = [name for name in ("sft_epochs", "epochs") if getattr(config, name) == 0]
     for stage, names in options.items():
-        given = [name for name in names if getattr(config, name) != defaults[name]]
-        if "sft_epochs" in given and config.sft_epochs == 0:  # which asks for no such stage
-            given.remove("sft_epochs")
+        given = [name for name in names if getattr(config, name) != defaults[name] and name not in no_stage]
         if stage not in stages and given:
             has = f"the stages of this run are {', '.join(stages)}"
             own = f"{stages[-1]}_{given[0]}"

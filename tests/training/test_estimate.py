@@ -68,6 +68,11 @@ def test_the_plan_is_printed_and_nothing_is_written(tmp_path, rows, small_decode
     assert list(tmp_path.iterdir()) == [rows]
 
 
+def test_a_stage_without_epochs_is_not_planned(tmp_path, rows, small_decoder, monkeypatch):
+    estimates = estimate_run(make_config(rows, tmp_path / "out", epochs=0), monkeypatch)
+    assert [one.seconds.keys() for one in estimates] == [{"steps", "evaluation"}]  # of sft: no reference
+
+
 def tiny_llama(**options):
     from transformers import LlamaConfig, LlamaForCausalLM
 

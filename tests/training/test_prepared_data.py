@@ -119,6 +119,7 @@ def test_stages_take_the_rows_of_their_kind(tmp_path):
     assert [stage[2] for stage in stages[1:]] == [texts["sft"], texts["dpo"]]
     assert [stage[0] for stage in plan(stage=("sft", "dpo"))] == ["sft", "dpo"]
     assert [stage[0] for stage in plan(sft_epochs=0)] == ["pretrain", "dpo"]
+    assert [stage[0] for stage in plan(epochs=0)] == ["pretrain", "sft"]
 
 
 def test_preferences_alone_are_learned_as_documents_and_as_completions(tmp_path):
@@ -178,6 +179,8 @@ def test_preferences_alone_are_learned_as_documents_and_as_completions(tmp_path)
             {"stage": ("sft",), "sft_epochs": 0, "epochs": 3},
             r"--sft-epochs should not be 0 if --stage",
         ),
+        (PAIRS, {"stage": ("sft", "dpo"), "epochs": 0}, r"--epochs should not be 0 if --stage names dpo"),
+        (PAIRS, {"sft_epochs": 0, "epochs": 0}, r"--epochs should not be 0 where no other stage is left"),
         (PAIRS, {"pretrain_epochs": 3}, r"--pretrain-epochs is an option of the stage pretrain"),
         (PAIRS, {"stage": ("dpo", "sft")}, r"--stage should name stages in the order pretrain, sft, dpo"),
         (PAIRS, {"stage": ()}, r"--stage should name stages in the order pretrain, sft, dpo"),

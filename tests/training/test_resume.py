@@ -17,6 +17,10 @@ from dpo_wrapper.training.trainer import Trainer
 from helpers.runs import InterruptedRunError, interrupt_training, make_config, read_metrics
 
 
+def raise_interrupted(*_):
+    raise InterruptedRunError
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage, after_steps", [("sft", 3), ("dpo", 1), ("dpo", 7)])
 def test_an_interrupted_run_resumes_to_the_same_result(
@@ -33,6 +37,19 @@ def test_an_interrupted_run_resumes_to_the_same_result(
     assert f"continuing {out} {place}\n" in capsys.readouterr().out
     assert read_metrics(out) == read_metrics(finished_run)
     assert (out / "model.safetensors").read_bytes() == (finished_run / "model.safetensors").read_bytes()
+
+
+def test_a_run_without_preference_training_ends_after_supervised_training(rows, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    config = make_config(rows, out, epochs=0, save_steps=0, samples=0)
+    with monkeypatch.context() as patch, pytest.raises(InterruptedRunError):
+        patch.setattr(RunFolder, "finish", raise_interrupted)
+        train(config)
+    assert json.loads((out / "run.json").read_text())["status"] == "trained"
+    train(config)
+    assert json.loads((out / "run.json").read_text())["status"] == "finished"
+    assert {record["stage"] for record in read_metrics(out)} == {"sft"}
+    assert (out / "model.safetensors").is_file()
 
 
 @pytest.mark.slow

@@ -217,7 +217,7 @@ def estimate_metrics(results: Sequence[RunResult], seeds: Sequence[int]) -> list
         }
         best = max(means, key=lambda name: means[name].value or 0.0)
         differences = {
-            name: bootstrap.estimate_difference(table, tables[best])
+            name: bootstrap.estimate_difference(table, tables[best], is_share=metric.is_share)
             for name, table in tables.items()
             if name != best
         }

@@ -32,22 +32,24 @@ def compare(comparison: Comparison) -> int:
     The page is written anew whenever a seed of all contestants is done.
 
     Raises:
-        ValueError: the folder holds another comparison, or a run refuses its options or its data.
+        ValueError: the folder holds another comparison, or all contestants refuse their options or data.
         KeyboardInterrupt: a signal came. The same command goes on from the last checkpoint.
     """
     open_folder(comparison)
     runs = list_runs(comparison)
     results: list[RunResult] = []
     failures: dict[str, str] = {}
+    num_refused = 0
     for number, run in enumerate(runs, start=1):
         place = f"run {number} of {len(runs)}, {run.name}"
         try:
             complete_run(run, comparison, place)
         except RunFailedError as error:
-            if error.status == 2:
-                raise ValueError(str(error)) from error
             failures[run.name] = str(error)
             print_line(f"{place} failed: {error}")
+            num_refused += error.status == 2
+            if num_refused == number == len(comparison.contestants):
+                raise ValueError(str(error)) from error
         else:
             results.append(RunResult.read(run))
         if number % len(comparison.contestants) == 0 and results:

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+from dpo_wrapper.commands.compare.intervals import MIN_PROMPTS
 from dpo_wrapper.commands.compare.results import MetricResult
 from dpo_wrapper.evaluation.statistics.bootstrap import Estimate
 
 
 def draw_conclusions(results: Sequence[MetricResult], num_seeds: int, num_pairs: int) -> list[str]:
     """The sentences of a page, on each metric and on what was drawn for the intervals."""
+    if not results:
+        return ["Nothing can be compared, for fewer than two contestants have results."]
     sentences = []
     for one in results:
         sentences.append(describe_order(one.metric.label, one.means, one.metric.format))
@@ -37,6 +40,9 @@ def describe_order(
         name: [other for other in names[k + 1 :] if not do_overlap(estimates[name], estimates[other])]
         for k, name in enumerate(names)
     }
+    if any(one.bounds is None for one in estimates.values()):
+        few = f"for fewer than {MIN_PROMPTS} prompts allow no interval"
+        return f"In {label} no order can be told, {few}: {join_words([*shown.values()])}."
     if not any(below.values()):
         return f"In {label} all are a tie, for their intervals overlap: {join_words([*shown.values()])}."
     if all(len(below[name]) == len(names) - 1 - k for k, name in enumerate(names)):

@@ -87,7 +87,7 @@ def estimate(
 ) -> dict[str, Estimate]:
     """Each number with its interval, all from the same resamples.
 
-    A share of 0 or 1, which is the same in all resamples, has the interval of `bound_certain_share`.
+    A share of 0 or 1, which is the same in all resamples, has the interval of `bound_constant`.
 
     Args:
         statistics: over the same `n` examples, of which there is at least one.
@@ -112,18 +112,23 @@ def estimate(
         estimates[name] = found = find_interval(*values, confidence)
         if statistics[name].is_share and found.value in (0.0, 1.0):
             num_inside = int(np.count_nonzero(sums[:, start + 1]))
-            estimates[name] = bound_certain_share(found.value, num_inside, confidence)
+            estimates[name] = bound_constant(found.value, num_inside, confidence)
         start += width
     return estimates
 
 
-def bound_certain_share(value: float, num_groups: int, confidence: float) -> Estimate:
-    """A share of 0 or 1 with the exact interval of Clopper and Pearson for so many independent prompts.
+def bound_constant(
+    value: float, num_groups: int, confidence: float, limits: tuple[float, float] = (0.0, 1.0)
+) -> Estimate:
+    """The mean of values that are the same for so many independent prompts, with its exact interval.
 
-    That of `n` out of `n` begins at `((1 - confidence) / 2)^(1/n)`.
+    Others may have any value within the limits. Were they more than a share of
+    `1 - ((1 - confidence) / 2)^(1/n)` of all, the `n` would hold one of them with a probability above
+    `(1 + confidence) / 2`. For a share of 0 or 1 this is the interval of Clopper and Pearson.
     """
-    bound = float(((1 - confidence) / 2) ** (1 / num_groups))
-    return Estimate(value, *((bound, 1.0) if value else (0.0, 1 - bound)))
+    others = 1 - ((1 - confidence) / 2) ** (1 / num_groups)
+    low, high = (value + others * (limit - value) for limit in limits)
+    return Estimate(value, low, high)
 
 
 def draw_counts(num_groups: int, num_resamples: int, seed: int) -> Iterator[Floats]:

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from dpo_wrapper.evaluation.statistics.bootstrap import (
     Estimate,
-    bound_certain_share,
+    bound_constant,
     draw_counts,
     find_interval,
 )
@@ -69,7 +69,7 @@ def compare_answers(
     columns = zip(value, np.concatenate(drawn).T, left_out.T, strict=True)
     raw, controlled, weight = (find_interval(*column, confidence) for column in columns)
     if raw.value in (0.0, 1.0):  # which all resamples are, however few the answers
-        raw = bound_certain_share(raw.value, num_groups, confidence)
+        raw = bound_constant(raw.value, num_groups, confidence)
         controlled = widen(controlled, raw)
     return WinRates(raw, controlled, weight)
 

@@ -42,7 +42,7 @@ class OptimizationOptions(Options):
     """Whether supervised training learns the prompts of preferences as well as their best completions. By
     default it does for a new model that has not been pretrained."""
     epochs: int = 3
-    """Epochs of preference training."""
+    """Epochs of preference training; 0 leaves the stage out."""
     learning_rate: Annotated[float | None, tyro.conf.arg(aliases=["--lr"])] = None
     """Peak learning rate of preference training. By default 1e-4 for a new model, 1e-6 for other models, and
     for an adapter 5e-4 for up to 20 steps and less for more, with the square root of their number: 1.6e-4 for

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dpo_wrapper.commands.compare.intervals import CrossedBootstrap
+from dpo_wrapper.commands.compare.intervals import CrossedBootstrap, expand_tail
 from dpo_wrapper.commands.compare.results import METRICS, MetricResult
 from dpo_wrapper.commands.compare.words import describe_differences, describe_order
 from dpo_wrapper.evaluation.statistics.bootstrap import Estimate
@@ -54,6 +54,46 @@ def test_what_is_always_right_is_not_certain():
     assert bootstrap.estimate_mean(np.zeros((2, 20)), is_share=True).high == pytest.approx(1 - right.low)
 
 
+def test_contestants_that_are_right_on_the_same_pairs_are_not_equal_for_certain():
+    """With 20 prompts, of which none tells the two apart, 16.8% still may, with a chance of 2.5%."""
+    bootstrap = CrossedBootstrap(2, [str(k) for k in range(20)])
+    right, wrong = np.ones((2, 20)), np.zeros((2, 20))
+    some = np.arange(40).reshape(2, 20) % 3 / 2
+    limit = 1 - 0.025 ** (1 / 20)
+    for table in (right, some):
+        equal = bootstrap.estimate_difference(table, table, is_share=True)
+        assert (equal.value, *equal.bounds) == pytest.approx((0, -limit, limit))
+    opposite = bootstrap.estimate_difference(wrong, right, is_share=True)
+    assert (opposite.value, *opposite.bounds) == pytest.approx((-1, -1, -1 + 2 * limit))
+    ties = bootstrap.estimate_mean(0.5 * right, is_share=True)
+    assert (ties.value, *ties.bounds) == pytest.approx((0.5, 0.5 - limit / 2, 0.5 + limit / 2))
+
+
+@pytest.mark.parametrize("num_prompts", [2, 5, 6])
+def test_draws_from_fewer_than_six_prompts_have_no_interval(num_prompts):
+    """Means that seem apart, and a difference that is negative in all draws."""
+    bootstrap = CrossedBootstrap(1, [str(k) for k in range(num_prompts)])
+    high, low = np.linspace(1, 1.1, num_prompts)[None], np.linspace(0, 0.2, num_prompts)[None]
+    means = {name: bootstrap.estimate_mean(table) for name, table in (("high", high), ("low", low))}
+    difference = bootstrap.estimate_difference(low, high)
+    sentence = describe_order("x", means, "{:.2f}".format)
+    if num_prompts < 6:
+        assert all(one.bounds is None for one in (*means.values(), difference))
+        few = "In x no order can be told, for fewer than 6 prompts allow no interval: "
+        assert sentence == f"{few}high (1.05) and low (0.10)."
+    else:
+        assert difference.high < 0 and "the order is high" in sentence
+
+
+def test_an_interval_of_few_prompts_is_as_wide_as_students():
+    """Of eight values, normal percentiles cover 87% of means and these 93%."""
+    assert expand_tail(0.025, 8) == pytest.approx(0.00575, abs=2e-4)  # Φ(-2.3646 √(8/7))
+    assert expand_tail(0.025, 10**6) == pytest.approx(0.025, rel=1e-4)
+    values, bootstrap = np.random.default_rng(3), CrossedBootstrap(1, [str(k) for k in range(8)])
+    intervals = [bootstrap.estimate_mean(values.normal(size=(1, 8))) for _ in range(400)]
+    assert sum(one.low <= 0 <= one.high for one in intervals) >= 0.91 * 400
+
+
 A, B, C = Estimate(0.8, 0.7, 0.9), Estimate(0.75, 0.65, 0.85), Estimate(0.5, 0.4, 0.6)
 
 
@@ -68,7 +108,7 @@ A, B, C = Estimate(0.8, 0.7, 0.9), Estimate(0.75, 0.65, 0.85), Estimate(0.5, 0.4
         ),
         (
             {"a": Estimate(0.8), "c": C},
-            "In x all are a tie, for their intervals overlap: a (80%) and c (50%).",
+            "In x no order can be told, for fewer than 6 prompts allow no interval: a (80%) and c (50%).",
         ),
     ],
 )

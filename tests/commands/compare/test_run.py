@@ -19,7 +19,7 @@ from helpers.browser import check_page, needs_browser
 from helpers.datasets import write_rows
 from helpers.forked_scripts import ForkedCommand
 from helpers.lora_runs import save_decoder
-from helpers.runs import QUICK, ROOT, make_config
+from helpers.runs import BUNDLED, QUICK, ROOT, make_config
 
 LOSSES = ["--losses", "sigmoid", "simpo", "--seeds", "2", "--max-steps", "4"]
 OPTIONS = "--epochs 100 --batch-size 8 --max-length 128 --samples 1 --exact-answers 0 --eval-steps 2 --cpu"
@@ -27,6 +27,13 @@ OPTIONS = "--epochs 100 --batch-size 8 --max-length 128 --samples 1 --exact-answ
 
 def list_options(rows, model, out):
     return ["--data", str(rows), "--model", str(model), "--out", str(out), *OPTIONS.split()]
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """25 pairs to train on and 6 to evaluate on."""
+    lines = BUNDLED.read_text(encoding="utf-8").splitlines()[:31]
+    return write_rows(tmp_path / "rows.jsonl", [json.loads(line) for line in lines])
 
 
 @pytest.fixture
@@ -103,6 +110,35 @@ def test_a_run_that_fails_leaves_the_others(make_comparison, in_process, monkeyp
     assert "simpo-seed1 failed" in page and "the loss should be finite, but it is nan." in page
     content = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert content["failures"] == {"simpo-seed1": "the loss should be finite, but it is nan."}
+
+
+@pytest.mark.slow
+def test_a_contestant_that_refuses_the_data_leaves_the_others(rows, tmp_path, decoder):
+    """KTO needs completions of other prompts, and there is one eval prompt."""
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    known = [row for row in lines if row["split"] != "test"]
+    known.append(next(row for row in lines if row["split"] == "test"))
+    options = list_options(write_rows(tmp_path / "one.jsonl", known), decoder, tmp_path / "out")
+    arguments = ["--losses", "kto", "sigmoid", "--seeds", "1", "--max-steps", "1"]
+    assert compare(parse_arguments([*options, *arguments])) == 1
+    content = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert content["failures"]["kto-seed0"].startswith("KTO estimates a KL from completions of other")
+    assert content["conclusions"] == ["Nothing can be compared, for fewer than two contestants have results."]
+    page = unescape((tmp_path / "out" / "report.html").read_text())
+    assert content["failures"]["kto-seed0"] in page and content["conclusions"][0] in page
+
+
+def test_a_comparison_ends_where_all_contestants_refuse_the_data(make_comparison, monkeypatch):
+    tried = []
+
+    def refuse(run):
+        tried.append(run.name)
+        raise RunFailedError("the path should be a file, but it does not exist: check the path.", 2)
+
+    monkeypatch.setattr(run_module, "train_run", refuse)
+    with pytest.raises(ValueError, match="the path should be a file"):
+        compare(make_comparison(*LOSSES))
+    assert tried == ["sigmoid-seed0", "simpo-seed0"]
 
 
 @pytest.mark.slow
