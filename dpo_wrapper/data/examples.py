@@ -234,7 +234,7 @@ class TokenizedExamples:
     num_split: int = 0
     origins: list[int] = field(default_factory=list, compare=False)
 
-    def summary(self) -> str:
+    def summary(self, *, says_cuts: bool = True) -> str:
         """One sentence on what was left out or shortened; empty if nothing was."""
         left_out = [
             (len(self.errors), "with an error"),
@@ -248,7 +248,7 @@ class TokenizedExamples:
         reasons = ", ".join(f"{n:,} {reason}" for n, reason in left_out if n)
         cuts = ", ".join(f"{n:,} {noun}{'s' * (n > 1)} {end}" for n, noun, end in shortened if n)
         clauses = [f"left out of {total:,} examples: {reasons}"] if reasons else []
-        clauses += [f"cut to the maximum length: {cuts}"] if cuts else []
+        clauses += [f"cut to the maximum length: {cuts}"] if cuts and says_cuts else []
         kinds = [
             (self.num_continued, "in {} a token would span the border, so completions were tokenized apart"),
             (self.num_cut, "in {} the chat template writes less before an answer than to open one"),
