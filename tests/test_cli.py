@@ -82,7 +82,7 @@ BAD = {
     "nothing preferred": (
         {"d.jsonl": json_line(prompt="p", chosen="a", rejected="a")},
         ["--data", "d.jsonl", "--eval-fraction", "0"],
-        r"to train on, but d\.jsonl leaves none .Left out of 1 examples: 1 with the same tokens",
+        r"to train on, but d\.jsonl leaves none .Left out of 1 example: 1 with the same tokens",
     ),
     "gzip cut off": ({"d.jsonl.gz": b"\x1f\x8b\x08\x00"}, ["--data", "d.jsonl.gz"], r"d\.jsonl\.gz"),
     "not parquet": ({"d.parquet": "hello"}, ["--data", "d.parquet"], r"d\.parquet"),

@@ -39,7 +39,24 @@ def collect_errors(errors: list[ExampleError], on_error: OnError, source: str = 
         errors.append(located)
 
 
+TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completions", "completion", "label", "text")
+"""The columns that --columns gives other names, but for those that a row need not have."""
+
+
+def find_other_case(record: Mapping[Any, Any]) -> dict[str, str]:
+    """The columns that differ from the usual ones in case alone, by the usual names."""
+    columns = {str(key).lower(): str(key) for key in record}
+    return {name: columns[name] for name in TEXT_COLUMNS if name in columns and name not in record}
+
+
+def format_columns(names: Mapping[str, str]) -> str:
+    """Names of columns as on the command line."""
+    return " ".join(["--columns", *(f"{name}={column}" for name, column in names.items())])
+
+
 def missing_field_error(record: Mapping[Any, Any], field: str, remedy: str) -> ExampleError:
+    if field in (other := find_other_case(record)):
+        remedy = f"name its columns with {format_columns(other)}"
     return ExampleError(f"a row should have this field, but it has {quote_keys(record)}: {remedy}.", field)
 
 

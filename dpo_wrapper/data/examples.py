@@ -207,6 +207,7 @@ class TokenizedExamples:
 
     Attributes:
         num_identical: examples left out because all completions are the same tokens.
+        num_identical_cut: examples left out because all completions are the same tokens once they are cut.
         num_unscored: examples left out because a completion has no scored token; a list needs two that have.
         num_dropped: examples left out because they are longer than the maximum.
         num_split: texts that are longer than the maximum and became several examples.
@@ -232,13 +233,15 @@ class TokenizedExamples:
     num_template_text: int = 0
     num_dropped: int = 0
     num_split: int = 0
+    num_identical_cut: int = 0
     origins: list[int] = field(default_factory=list, compare=False)
 
-    def summary(self) -> str:
+    def summary(self, *, says_cuts: bool = True) -> str:
         """One sentence on what was left out or shortened; empty if nothing was."""
         left_out = [
             (len(self.errors), "with an error"),
             (self.num_identical, "with the same tokens in every completion"),
+            (self.num_identical_cut, "that differ only behind the maximum length, which should be larger"),
             (self.num_unscored, "with nothing to score"),
             (self.num_dropped, "longer than the maximum"),
         ]
@@ -247,15 +250,15 @@ class TokenizedExamples:
         total = len(self.examples) + sum(n for n, _ in left_out)
         reasons = ", ".join(f"{n:,} {reason}" for n, reason in left_out if n)
         cuts = ", ".join(f"{n:,} {noun}{'s' * (n > 1)} {end}" for n, noun, end in shortened if n)
-        clauses = [f"left out of {total:,} examples: {reasons}"] if reasons else []
-        clauses += [f"cut to the maximum length: {cuts}"] if cuts else []
+        clauses = [f"left out of {total:,} example{'s' * (total != 1)}: {reasons}"] if reasons else []
+        clauses += [f"cut to the maximum length: {cuts}"] if cuts and says_cuts else []
         kinds = [
             (self.num_continued, "in {} a token would span the border, so completions were tokenized apart"),
             (self.num_cut, "in {} the chat template writes less before an answer than to open one"),
             (self.num_as_chat, "in {} the chat template makes a plain prompt the user's turn"),
             (self.num_template_text, "in {} a plain prompt has been written by a chat template already"),
-            (self.num_split, "{} are texts that are longer than the maximum and became several"),
+            (self.num_split, "{} became several, for the text is longer than the maximum"),
         ]
-        clauses += [sentence.format(f"{n:,} examples") for n, sentence in kinds if n]
+        clauses += [sentence.format(f"{n:,} example{'s' * (n != 1)}") for n, sentence in kinds if n]
         text = "; ".join(clauses)
         return f"{text[0].upper()}{text[1:]}." if text else ""

@@ -18,7 +18,8 @@ PathLike = str | os.PathLike[str]
 JSON_LINES = (".jsonl", ".ndjson")
 TEXT_ENDINGS = (*JSON_LINES, ".json", ".csv", ".tsv")
 TABLE_ENDINGS = (".parquet", ".arrow")
-PACKED_ENDINGS = (".gz", ".bz2", ".xz", ".zst")
+PACKINGS = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "Zstandard"}
+PACKED_ENDINGS = tuple(PACKINGS)
 KNOWN_ENDINGS = (
     ".jsonl, .ndjson, .json, .csv, .tsv (each may be packed: .gz, .bz2, .xz, .zst), .parquet or .arrow"
 )
@@ -119,6 +120,16 @@ def open_packed(raw: IO[bytes]) -> IO[bytes]:
         stream: Any = import_pyarrow().CompressedInputStream(raw, "zstd")
         return cast(IO[bytes], io.BufferedReader(stream))
     return raw
+
+
+def check_packed(file: IO[bytes], name: str) -> None:
+    """Raise ValueError for a file of JSON that is not packed, although its name says so, nor JSON."""
+    packing = next((words for ending, words in PACKINGS.items() if name.lower().endswith(ending)), None)
+    start = file.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip()
+    file.seek(0)
+    if packing and start and not start.startswith((b"{", b"[")):
+        problem = f"the file should be packed with {packing}, as its name says, but it is not"
+        raise ValueError(f"{name}: {problem}: fetch or write it again.")
 
 
 def import_pyarrow() -> Any:

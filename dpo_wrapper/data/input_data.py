@@ -88,8 +88,11 @@ class InputData:
         """The length that prepared data was cut to."""
         return None if self.prepared is None else self.prepared.manifest["options"]["max_length"]
 
-    def tokenize(self, tokenizer: Tokenizer, config: DataConfig) -> TokenizedData:
+    def tokenize(self, tokenizer: Tokenizer, config: DataConfig, *, says_cuts: bool = True) -> TokenizedData:
         """The examples as tokens.
+
+        Args:
+            says_cuts: whether the notes say how many of all rows are cut.
 
         Raises:
             ValueError: the tokenizer refuses a row, or it is not the one that the data was prepared with.
@@ -111,7 +114,8 @@ class InputData:
         if tokenized.errors:
             problem = f"{len(tokenized.errors):,} rows could not be tokenized and are left out"
             notes.append(f"{problem}; the first: {tokenized.errors[0]}")
-        notes += [tokenized.summary()] if tokenized.summary() else []
+        summary = tokenized.summary(says_cuts=says_cuts)
+        notes += [summary] if summary else []
         counts = (tokenized.num_shortened_prompts, tokenized.num_truncated_completions)
         table = ExampleTable.from_rows(rows)
         return TokenizedData(table, notes, *counts, examples, tokenized.origins)

@@ -17,7 +17,7 @@ from dpo_wrapper.data.examples import (
     Kind,
     find_family,
 )
-from dpo_wrapper.data.files import JSON_LINES, PathLike, Source, find_sources, open_packed
+from dpo_wrapper.data.files import JSON_LINES, PathLike, Source, check_packed, find_sources, open_packed
 from dpo_wrapper.data.json_records import RawLine, Record, read_json, read_raw_lines
 from dpo_wrapper.data.rows.comparison import LeftOutError
 from dpo_wrapper.data.rows.forms import ROW_KEYS
@@ -263,7 +263,8 @@ def read_raw_records(
     name = source.name
     try:
         with open(source.path, "rb") as raw:
-            file = open_packed(raw)
+            if (file := open_packed(raw)) is raw:
+                check_packed(raw, name)
             if source.kind in JSON_LINES:
                 yield from ((line, source.split) for line in read_raw_lines(file, name))
             else:

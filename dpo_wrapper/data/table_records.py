@@ -1,9 +1,11 @@
 """The records of tables: Parquet, Arrow, CSV, and data sets that `datasets` has saved or the hub holds."""
 
+import csv
+import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dpo_wrapper.data.errors import ExampleError
+from dpo_wrapper.data.errors import ExampleError, describe_value
 from dpo_wrapper.data.files import Source, import_pyarrow, open_packed
 from dpo_wrapper.data.json_records import Record, decode
 from dpo_wrapper.libraries.error_text import summarize_error
@@ -42,7 +44,7 @@ def read_table(
                 yield (f"{source.name}, row {number}", values | others), name
         for last, wrong in sorted(torn.items()):
             yield _torn_row(source, last, wrong), source.split
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, csv.Error) as error:
         reason = summarize_error(error)
         place = f"{source.name}, after row {number}" if number else source.name
         kind = {".parquet": "Parquet", ".arrow": "Arrow"}.get(source.kind, "a table")
@@ -82,7 +84,7 @@ def _read_batches(
     else:
         with open(source.path, "rb") as raw:
             text = open_packed(raw).read()
-        decode(text, source.name)  # tells the place of what is no UTF-8
+        decoded = decode(text, source.name).removeprefix("\ufeff")  # tells the place of what is no UTF-8
 
         def note(row: Any) -> str:
             cells = f"{row.expected_columns} cells as the first row, but it has {row.actual_columns}"
@@ -90,9 +92,12 @@ def _read_batches(
             return "skip"
 
         delimiter = "\t" if source.kind == ".tsv" else ","
+        # pa.csv.open_csv leaves a thread behind, which may abort the process at its end
+        lines = csv.reader(io.StringIO(decoded, newline=None), delimiter=delimiter)
+        names = next(filter(None, lines), [])
         parse = pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=note)
         read = pa.csv.ReadOptions(use_threads=False)
-        names = pa.csv.open_csv(pa.BufferReader(text), read_options=read, parse_options=parse).schema.names
+        _check_separator(source, names, delimiter)
         convert = pa.csv.ConvertOptions(
             column_types=dict.fromkeys(names, pa.string()),
             strings_can_be_null=True, null_values=[""], quoted_strings_can_be_null=False,
@@ -101,6 +106,14 @@ def _read_batches(
             pa.BufferReader(text), read_options=read, parse_options=parse, convert_options=convert
         )
         yield from ((batch, source.split) for batch in table.to_batches())
+
+
+def _check_separator(source: Source, names: list[str], delimiter: str) -> None:
+    """Raise ValueError if the first line of a file has another separator and is one column therefore."""
+    if len(names) == 1 and (others := set(names[0]) & set(",;|\t") - {delimiter}):
+        kind = "commas" if delimiter == "," else "tabs"
+        problem = f"the columns should be separated by {kind}, but the first line has {min(others)!r} instead"
+        raise ValueError(f"{source.name}: {problem} ({describe_value(names[0])}): write it with {kind}.")
 
 
 def _read_datasets(source: Source, split: str | None) -> Iterator[tuple[Any, str | None]]:

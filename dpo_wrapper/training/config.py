@@ -37,6 +37,12 @@ class TrainConfig(DataOptions, ModelOptions, LoraOptions, LossOptions, Optimizat
         for group in GROUPS.values():
             check_group: Any = vars(group).get("__post_init__", lambda config: None)
             check_group(self)
+        if self.ref_model_sync_steps and self.compares_evaluations:
+            name = "keep_best" if self.keep_best else "early_stopping_patience"
+            raise ValueError(
+                f"{flag(name)} should be given with a reference that does not change, for it compares "
+                "evaluations, but --ref-model-sync-steps updates it: leave one of them out."
+            )
 
     @classmethod
     def from_groups(cls, groups: Any) -> "TrainConfig":

@@ -142,7 +142,7 @@ def estimate_stage(trainer: Trainer) -> StageEstimate:
         tokens=epoch,
         flops=forward.count(cost(epoch), epoch.scored, epoch.attended, has_reference=has_reference),
         memory=memory,
-        checkpoint_bytes=memory["gradients"] + memory["optimizer"],
+        checkpoint_bytes=memory["gradients"] * (2 if trainer.config.keep_best else 1) + memory["optimizer"],
         step_seconds=rate * mean,
         seconds=seconds,
     )

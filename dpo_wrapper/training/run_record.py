@@ -73,7 +73,7 @@ class RunRecord:
     def check_settings(self, settings: Mapping[str, Any], folder: Path) -> None:
         """Raise ValueError unless the run can be continued with these settings."""
         changed = ", ".join(
-            format_setting(name, self.settings.get(name))
+            f"{format_setting(name, self.settings.get(name))} (now {format_setting(name, value)})"
             for name, value in settings.items()
             if name not in CHANGEABLE_SETTINGS and value != self.settings.get(name)
         )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dpo_wrapper.pretrained import PretrainedModel
 from dpo_wrapper.training.config import TrainConfig
+from dpo_wrapper.training.monitoring.report_line import count_examples
 from dpo_wrapper.training.setup import TrainSetup
 
 LOAD_HUGGING_FACE = """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -57,6 +58,7 @@ def list_stages(setup: TrainSetup) -> tuple[list[str], list[list[str]]]:
     head = ["stage", "trained on", "evaluated on", "steps", "peak learning rate"]
     rows = []
     for plan in setup.stages:
-        counts = [f"{len(part):,} {plan.splits.unit}" for part in (plan.splits.train, plan.splits.eval)]
+        splits = plan.splits
+        counts = [count_examples(len(part), splits.unit) for part in (splits.train, splits.eval)]
         rows.append([plan.name, *counts, f"{plan.num_steps:,}", f"{plan.learning_rate:.2g}"])
     return head, rows

@@ -31,6 +31,7 @@ from dpo_wrapper.training.config import STAGES, TrainConfig
 from dpo_wrapper.training.flags_in_errors import flags_in_errors
 from dpo_wrapper.training.model_card import write_model_card
 from dpo_wrapper.training.monitoring.figure import Figure
+from dpo_wrapper.training.monitoring.report_line import count_examples
 from dpo_wrapper.training.monitoring.trackers import Trackers
 from dpo_wrapper.training.out_of_memory import advise_on_weights, explain_out_of_memory
 from dpo_wrapper.training.policy import compile_layers
@@ -186,7 +187,7 @@ def report_merging(setup: TrainSetup, accelerator: Accelerator) -> None:
 def describe_plan(plan: StagePlan, config: TrainConfig) -> str:
     """What a stage is trained on, in words."""
     splits = plan.splits
-    examples = f"{len(splits.train):,} train and {len(splits.eval):,} eval {splits.unit}"
+    examples = f"{len(splits.train):,} train and {count_examples(len(splits.eval), f'eval {splits.unit}')}"
     epochs, steps = (
         f"{n:,} {noun}{'s' * (n != 1)}" for n, noun in ((plan.epochs, "epoch"), (plan.num_steps, "step"))
     )

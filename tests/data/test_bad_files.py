@@ -58,6 +58,10 @@ BAD: list[tuple[str, bytes, str, int | None]] = [
     ("a.jsonl.xz", lzma.compress(LINE * 99)[:-9], f": {PACKED}", None),
     ("a.jsonl.zst", b"\x28\xb5\x2f\xfdrubbish",
      ": the file should be readable, but reading it gives '", None),
+    ("a.jsonl.gz", b"\0\x01\xff", ": the file should be packed with gzip, as its name says, but it",
+     None),
+    ("a.json.zst", b"<html>", ": the file should be packed with Zstandard, as its name says, but it",
+     None),
     ("a.json", PRETTY + b"\n" + b'{"prompt":\n',
      ", line 6: the file should be JSON, but from here on it is broken JSON (", None),
     ("a.json", b"[" + LINE.strip() + b",]",
@@ -89,8 +93,13 @@ BAD: list[tuple[str, bytes, str, int | None]] = [
     ("a.csv", HEAD + b",A,B\nQ,A,B\n",
      ", row 1, field 'prompt': the prompt should not be empty, but it is null", 1),
     ("a.csv", b"prompt;chosen;rejected\nQ;A;B\n",
-     ", row 1, field 'chosen': a row should have this field, but it has "
-     "'prompt;chosen;rejected'", 0),
+     ": the columns should be separated by commas, but the first line has ';' instead "
+     "('prompt;chosen;rejected'): write it with commas.", None),
+    ("a.tsv", HEAD + b"Q,A,B\n",
+     ": the columns should be separated by tabs, but the first line has ',' instead", None),
+    ("a.csv", b"Prompt,chosen,Rejected\nQ,A,B\n",
+     ", row 1, field 'rejected': a row should have this field, but it has 'chosen', 'Prompt', 'Rejected': "
+     "name its columns with --columns prompt=Prompt rejected=Rejected.", 0),
     ("a.csv", b"prompt,chosen,rejected,weight\nQ,A,B,heavy\nQ,A,B,2\n",
      ", row 1, field 'weight': the value should be a", 1),
     ("a.csv", b"prompt,completion,label\nQ,A,maybe\nQ,A,1\n",
@@ -117,6 +126,18 @@ def test_bad_file(tmp_path: Path, name: str, content: bytes, sentence: str, kept
         read = read_examples(tmp_path / name, on_error="skip")
         assert len(read.examples) == kept
         assert len(read.errors) == read.num_rows - kept > 0 and str(read.errors[0]) == message
+
+
+def test_a_file_that_is_not_packed_is_read_whatever_its_name_says(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(b"\xef\xbb\xbf\n" + LINE)
+    assert len(read_examples(tmp_path / "a.jsonl.gz").examples) == 1
+
+
+def test_the_header_of_a_table_may_be_quoted_and_stand_behind_empty_lines(tmp_path: Path) -> None:
+    """Cells of such columns are text, even where all of them look like numbers."""
+    (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbf\r\n"prompt",chosen,"rejected"\r\n1,02,"3"\r\n')
+    (example,) = read_examples(tmp_path / "a.csv").examples
+    assert (example.prompt, example.completions) == ("1", ("02", "3"))
 
 
 def test_rows_keep_their_numbers_behind_torn_ones(tmp_path: Path) -> None:

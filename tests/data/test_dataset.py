@@ -100,7 +100,7 @@ def test_from_file_refusals(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", [{"prompt": "Q", "chosen": "A", "rejected": "A"}])
     with pytest.raises(
         ValueError,
-        match=r"should be pairs to train on, but there are none .Left out of 1 examples: 1 with.*: add rows",
+        match=r"should be pairs to train on, but there are none .Left out of 1 example: 1 with.*: add rows",
     ):
         PreferenceDataset.from_file(path)
     for taken in (256, 257):

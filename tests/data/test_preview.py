@@ -76,7 +76,7 @@ def test_rows_that_are_imitated_and_documents(tmp_path: Path, capsys: pytest.Cap
         "── 4 of 4: c.jsonl, line 1 ──\n"
         "prompt  <bos>\ntext    ⟦=4<eos>⟧\n\n"
         "Rows: 3 read (1 dialogue, 1 text with masked spans, 1 text).\n"
-        "1 examples are texts that are longer than the maximum and became several.\n"
+        "1 example became several, for the text is longer than the maximum.\n"
     )
 
 

@@ -288,6 +288,14 @@ def test_options_that_cannot_act_are_refused(rows, tmp_path):
             "--precompute-ref-log-probs needs a reference that does not change",
         ),
         (
+            {"ref_model_sync_steps": 2, "keep_best": True},
+            "--keep-best should be given with a reference that does not .* but --ref-model-sync-steps",
+        ),
+        (
+            {"ref_model_sync_steps": 2, "early_stopping_patience": 3},
+            "--early-stopping-patience should be given with a reference that does not change",
+        ),
+        (
             {"ref_model_mixup_alpha": 0.5},
             "--ref-model-mixup-alpha should be given together with --ref-model-sync-steps",
         ),

@@ -42,7 +42,7 @@ def estimate_run(config, monkeypatch):
 
 
 def test_what_is_counted_is_what_a_run_does(tmp_path, rows, small_decoder, monkeypatch, capsys):
-    config = make_config(rows, tmp_path / "out", epochs=2, save_steps=0, samples=0)
+    config = make_config(rows, tmp_path / "out", epochs=2, save_steps=0, samples=0, keep_best=True)
     sft, dpo = estimate_run(config, monkeypatch)
     assert not config.out.exists()
     train(config)
@@ -54,6 +54,7 @@ def test_what_is_counted_is_what_a_run_does(tmp_path, rows, small_decoder, monke
             assert getattr(estimate.tokens, kind) == pytest.approx(total, rel=0.1)
     assert dpo.memory["gradients"] == pytest.approx(dpo.memory["weights"], rel=0.01)  # but for buffers
     assert dpo.memory["optimizer"] == pytest.approx(2 * dpo.memory["gradients"], rel=0.01)
+    assert dpo.checkpoint_bytes == pytest.approx(4 * dpo.memory["gradients"], rel=0.01)  # and the best
     assert dpo.memory["reference"] == dpo.memory["weights"]  # a copy
     assert sft.memory["reference"] == 0
     assert dpo.seconds.keys() == {"steps", "reference", "evaluation"}

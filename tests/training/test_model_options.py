@@ -73,6 +73,14 @@ def test_narrow_weights_that_train_are_told(rows, tmp_path, llama, model):
         set_up(rows, tmp_path, dtype="float16", **options)
 
 
+def test_an_adapter_trains_in_float32_on_a_narrow_base(rows, tmp_path, llama):
+    setup = set_up(rows, tmp_path, dtype="bfloat16", lora=True, **llama)
+    parameters = list(setup.pretrained.model.parameters())
+    assert {p.dtype for p in parameters if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in parameters if not p.requires_grad} == {torch.bfloat16}
+    assert not any("bfloat16" in note for note in setup.notes)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["tiny", "llama"])
 def test_a_run_in_bfloat16_is_saved_in_bfloat16(rows, tmp_path, llama, model):

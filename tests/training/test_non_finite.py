@@ -96,11 +96,17 @@ def test_skipped_steps_are_counted_on_where_a_run_is_resumed(rows, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after_steps, save_steps", [(3, 1), (3, 2), (0, 3)])
-def test_a_run_that_stopped_goes_on_as_if_it_had_skipped(rows, tmp_path, after_steps, save_steps):
+@pytest.mark.parametrize(
+    "after_steps, save_steps, options",
+    [
+        (3, 1, {"ref_model_sync_steps": 3, "ref_model_mixup_alpha": 0.5}),
+        (3, 2, {"keep_best": True}),
+        (0, 3, {"keep_best": True}),
+    ],
+)
+def test_a_run_that_stopped_goes_on_as_if_it_had_skipped(rows, tmp_path, after_steps, save_steps, options):
     """From the checkpoint of the step before, of an earlier step, or from the beginning, without any."""
-    options = {"loss": "betadpo", "ref_model_sync_steps": 3, "ref_model_mixup_alpha": 0.5}
-    options |= OPTIONS | {"save_steps": save_steps, "eval_steps": 1, "keep_best": True}
+    options = options | OPTIONS | {"loss": "betadpo", "save_steps": save_steps, "eval_steps": 1}
     poison = after_steps + 1
     with poison_steps(poison):
         train(make_config(rows, tmp_path / "whole", **options))

@@ -157,7 +157,9 @@ def test_resume_is_refused_with_other_settings(rows, tmp_path):
     changed = {"batch_size": 8, "max_steps": 3, "warmup_ratio": 0.5, "keep_best": True, "stage": ("dpo",)}
     sentence = (
         "a run should be continued with the settings that it began with, but that in .* had "
-        r"no --keep-best, no --stage, --batch-size 4, no --max-steps, --warmup-ratio 0\.1: give the same, or"
+        r"no --keep-best \(now --keep-best\), no --stage \(now --stage dpo\), --batch-size 4 "
+        r"\(now --batch-size 8\), no --max-steps \(now --max-steps 3\), --warmup-ratio 0\.1 "
+        r"\(now --warmup-ratio 0\.5\): give the same, or"
     )
     for resume in (False, True):
         with pytest.raises(ValueError, match=sentence):

@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dpo_wrapper.commands.evaluate.config import EvaluateConfig
 from dpo_wrapper.data import Example, TokenizedExample, Tokenizer
 from dpo_wrapper.data.config import DataConfig, flag
 from dpo_wrapper.data.example_table import ExampleTable
 from dpo_wrapper.data.example_view import PREFERENCE, RANKED, view_preferences
 from dpo_wrapper.data.input_data import InputData
+from dpo_wrapper.data.prepared import PreparedData, is_prepared
 from dpo_wrapper.data.split import split_rows
 from dpo_wrapper.data.trained_prompts import PromptDigests
+from dpo_wrapper.pretrained import read_run
 
 TRAINED_NOTE = "the run was trained on these rows: their figures are not those of new ones."
 
@@ -59,6 +62,13 @@ def take_run_options(config: DataConfig, run: Mapping[str, Any]) -> tuple[DataCo
     return replace(config, **taken), [f"as in the run: {words}."] if taken else []
 
 
+def take_options_of_tokens(config: EvaluateConfig) -> tuple[DataConfig, list[str]]:
+    """The settings with options of tokens as in the run, or as prepared data has them, and a sentence."""
+    if prepared := next(filter(is_prepared, config.data), None):
+        return take_run_options(config, {"settings": PreparedData.open(prepared).manifest["options"]})[0], []
+    return take_run_options(config, read_run(Path(config.model)))
+
+
 def hide_subset(data: InputData, config: DataConfig) -> InputData:
     """The data without a note that the column of subsets is not used, which reading alone does not."""
     if data.read is None:
@@ -87,7 +97,7 @@ def select_pairs(
     Raises:
         ValueError: the tokenizer refuses a row, or there is no pair.
     """
-    tokenized = data.tokenize(tokenizer, config)
+    tokenized = data.tokenize(tokenizer, config, says_cuts=False)
     table, notes = tokenized.table, list(tokenized.notes)
     rows, split_notes = select_rows(table, config, run, trained_prompts)
     types = table.dataset_types[rows]
@@ -105,6 +115,8 @@ def select_pairs(
             f"--data should hold pairs to evaluate on, but {names} has none{said}: add rows with 'chosen' "
             "and 'rejected'."
         )
+    if count := int(table.column("is_cut")[pairs.rows].sum()):
+        notes.append(f"Cut to the maximum length: {count:,} of {len(pairs):,} pairs.")
     originals = [tokenized.originals[tokenized.origins[row]] for row in pairs.rows] if data.read else []
     digests = table.column("prompt_digest")[pairs.rows].astype(np.uint64).view(np.int64)
     subsets = [example.subset for example in originals] or [None] * len(pairs)

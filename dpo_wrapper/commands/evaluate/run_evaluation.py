@@ -11,7 +11,12 @@ import torch
 from dpo_wrapper.commands.evaluate.answers import Answers, choose_opponent, find_questions, write_lines
 from dpo_wrapper.commands.evaluate.conclusions import draw_conclusions
 from dpo_wrapper.commands.evaluate.config import EvaluateConfig
-from dpo_wrapper.commands.evaluate.eval_pairs import EvalPairs, hide_subset, select_pairs, take_run_options
+from dpo_wrapper.commands.evaluate.eval_pairs import (
+    EvalPairs,
+    hide_subset,
+    select_pairs,
+    take_options_of_tokens,
+)
 from dpo_wrapper.commands.evaluate.evaluation_table import format_evaluation
 from dpo_wrapper.data.input_data import InputData
 from dpo_wrapper.data.trained_prompts import read_trained_prompts
@@ -37,7 +42,7 @@ EVALUATION_FILE, SCORES_FILE, SAMPLES_FILE = "evaluation.json", "scores.jsonl", 
 Content = dict[str, Any]
 
 
-def run_evaluation(config: EvaluateConfig) -> Content:
+def run_evaluation(options: EvaluateConfig) -> Content:
     """Evaluate, print tables and sentences, and write the files; returns the content of evaluation.json.
 
     The same command again gives the same figures. Answers to prompts that are in the folder are kept, if the
@@ -47,6 +52,8 @@ def run_evaluation(config: EvaluateConfig) -> Content:
         ValueError, TypeError, OSError, ImportError: one sentence about the setting or the row that is wrong.
     """
     hide_library_bars()
+    config: Any
+    config, notes = take_options_of_tokens(options)
     settings = json.loads(json.dumps(asdict(config), default=str))
     before = read_evaluation(config.out, settings)
     judge = None if config.judge is None else load_judge(config.judge, **config.loading)
@@ -63,11 +70,7 @@ def run_evaluation(config: EvaluateConfig) -> Content:
         **config.loading,
     )
     choose_opponent(pair, config)
-    notes: list[str] = []
-    used: Any = config
-    if data.read is not None:
-        used, notes = take_run_options(config, pair.run)
-    pairs = select_pairs(data, pair.tokenizer, used, pair.run, trained_prompts)
+    pairs = select_pairs(data, pair.tokenizer, config, pair.run, trained_prompts)
     for model in pair.models:
         check_limits(model, pairs.table)
     content: Content = {"version": __version__, "settings": settings, "status": "scoring"}

@@ -66,10 +66,10 @@ class PairsConfig(DataConfig, LoadingOptions):
     """Number of answers that are sampled at once."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "out", Path(self.out))
         if not self.data:
             raise ValueError("dpo-wrapper pairs should be given files of logs, but there are none: name one.")
+        super().__post_init__()
+        object.__setattr__(self, "out", Path(self.out))
         if self.out.suffix != ".jsonl":
             raise ValueError(
                 f"--out should be a .jsonl file, but it is {self.out}: name it {self.out}.jsonl."

@@ -1,6 +1,7 @@
 """`dpo-wrapper pairs LOGS --out FILE`: sample answers to the prompts of logs, and write pairs."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from dpo_wrapper.commands.pairs.rows import (
 from dpo_wrapper.commands.pairs.samples import Sampler, score_all
 from dpo_wrapper.data import TokenizedExample
 from dpo_wrapper.data.example_table import ExampleTable, TableRow
+from dpo_wrapper.data.files import find_sources
 from dpo_wrapper.data.prepared import is_prepared
 from dpo_wrapper.data.readers import ReadExamples, read_examples
 from dpo_wrapper.data.whole_files import write_whole
@@ -42,12 +44,16 @@ def make_pairs(options: PairsConfig) -> None:
     Raises:
         ValueError, TypeError, OSError, ImportError: one sentence about the setting or the row that is wrong.
     """
-    if options.out.exists():
-        problem = f"--out should be a new file, but {options.out} is there and finished"
-        raise ValueError(f"{problem}: name another, or delete it.")
     if prepared := next(filter(is_prepared, options.data), None):
         problem = f"logs should be files of rows, but {prepared} is prepared data, which holds tokens"
         raise ValueError(f"{problem}: name the files that it was made of.")
+    if options.out.exists():
+        inputs = {os.path.realpath(source.path) for source in find_sources(options.data)}
+        if os.path.realpath(options.out) in inputs:
+            problem = f"--out should be a new file, but {options.out} is one of the logs"
+            raise ValueError(f"{problem}: name another.")
+        problem = f"--out should be a new file, but {options.out} is there and finished"
+        raise ValueError(f"{problem}: name another, or delete it.")
     job = PairsJob.plan(options)
     config: Any
     config, run_notes = take_run_options(options, read_run(Path(options.model)))

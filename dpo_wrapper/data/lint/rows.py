@@ -173,8 +173,8 @@ def check_left_out(features: FeatureMap, counts: Counts) -> list[Finding]:
     if not refused and not duplicates:
         return []
     fact = (
-        f"{count_rows(counts.get('read', 0))} were read; {refused:,} were refused and {duplicates:,} left "
-        "out as duplicates"
+        f"Of {count_rows(counts.get('read', 0))}, {refused:,} {'was' if refused == 1 else 'were'} refused "
+        f"and {duplicates:,} left out as {'a duplicate' if duplicates == 1 else 'duplicates'}"
     )
     return [make_finding("left_out", False, fact, "", (), {"refused": refused, "duplicates": duplicates})]
 

@@ -25,6 +25,7 @@ from dpo_wrapper.data.prepared import MANIFEST_FILE, PreparedData, is_prepared, 
 from dpo_wrapper.data.preview import print_examples
 from dpo_wrapper.data.readers import format_ignored_spans, format_margins
 from dpo_wrapper.data.whole_files import try_lock
+from dpo_wrapper.data.writable import check_writable
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def prepare_data(config: PrepareConfig) -> PreparedData | None:
         if processes.rank == 0:
             remove_parts(config.out)  # for what made the data may have been killed before it did
         return PreparedData.open(config.out)
+    check_writable(config.out)
     check_folder(config.out)
     try:
         make_and_join_parts(job, processes)

@@ -127,7 +127,9 @@ def parse_dialogues(dialogues: dict[str, Turns], prompt: Prompt) -> tuple[Turns,
         shared = min(sum(1 for _ in equal), count)
         if any(turns[shared].role != "assistant" for turns in (whole, other)):
             problem = f"the turns before the last answer should be those of field '{first}', but they differ "
-            problem += f"from turn {shared + 1} on ({len(other) - 1} turns instead of {len(whole) - 1})"
+            problem += f"from turn {shared + 1} on"
+            if (num_turns := len(other) - 1) != len(whole) - 1:
+                problem += f" ({num_turns} turn{'s' * (num_turns != 1)} instead of {len(whole) - 1})"
             raise ExampleError(f"{problem}: let all answer one prompt or leave the row out.", field)
         count = shared
     _check_prompt(whole[:count], prompt, first)

@@ -3,7 +3,14 @@
 from dataclasses import replace
 from typing import Any
 
-from dpo_wrapper.data.errors import ExampleError, describe_value, missing_field_error, quote_keys
+from dpo_wrapper.data.errors import (
+    ExampleError,
+    describe_value,
+    find_other_case,
+    format_columns,
+    missing_field_error,
+    quote_keys,
+)
 from dpo_wrapper.data.examples import Example, Kind
 from dpo_wrapper.data.rows.comparison import Comparison, UndesirableRowError
 from dpo_wrapper.data.rows.forms import (
@@ -75,7 +82,8 @@ def no_form_error(row: Row, kind: Kind) -> ExampleError:
     keys = quote_keys(row.record)
     if kind in FORMS:
         problem = f"a row should have {FORMS[kind]}, but it has {keys}"
-        return ExampleError(f"{problem}: name its fields with --columns, or leave it out.")
+        columns = format_columns(find_other_case(row.record))
+        return ExampleError(f"{problem}: name its fields with {columns}, or leave it out.")
     if row.first_of(*DIALOGUE_NAMES, "completion", "response", "output", "text") is None:
         return missing_field_error(row.record, row.column("chosen"), NO_SIDE)
     problem = f"a row should compare answers or label one, but it has {keys}, one answer alone"

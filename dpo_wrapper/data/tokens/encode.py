@@ -96,6 +96,10 @@ def tokenize_row(example: Example, tokenizer: Tokenizer, options: TokenizeOption
     for tokenized in row.examples:
         completions = tokenized.completions
         if len(completions) > 1 and all(ids == completions[0] for ids in completions):
+            differ = any(completion != example.completions[0] for completion in example.completions)
+            if differ and row.counts["num_truncated_completions"]:
+                problem = f"the completions differ only behind the maximum length of {options.max_length:,}"
+                return TokenizedRow((), f"{problem}: raise --max-length", {"num_identical_cut": 1})
             return TokenizedRow((), "all completions are the same tokens", {"num_identical": 1})
         if count_scored(tokenized) < min(2, len(completions)):
             return TokenizedRow((), "nothing to score", {"num_unscored": 1})

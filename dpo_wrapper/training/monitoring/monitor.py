@@ -15,6 +15,7 @@ from dpo_wrapper.training.explanations import Explanations
 from dpo_wrapper.training.monitoring.figure import Figure
 from dpo_wrapper.training.monitoring.memory import measure_peak_memory
 from dpo_wrapper.training.monitoring.report_line import (
+    count_examples,
     format_duration,
     format_evaluation_line,
     format_step_line,
@@ -147,7 +148,7 @@ class Monitor(AbstractContextManager["Monitor"]):
             seconds = self.time_left.seconds[split]
             self.log(split, step, metrics | {"seconds": seconds})
             place = (self.stage, step, self.schedule.num_steps)
-            where = f"{num_examples:,} {split} {self.unit}"
+            where = count_examples(num_examples, f"{split} {self.unit}")
             print_line(format_evaluation_line(*place, metrics, where, seconds))
 
             self.explain(split, step, metrics)

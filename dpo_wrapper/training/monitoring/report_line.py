@@ -34,6 +34,11 @@ def format_evaluation_line(
     return "  ".join([format_place(stage, step, num_steps), *format_metrics(metrics), took])
 
 
+def count_examples(count: int, unit: str) -> str:
+    """'1 pair', '2,000 pairs'."""
+    return f"{count:,} {unit.removesuffix('s') if count == 1 else unit}"
+
+
 def format_place(stage: str, step: int, num_steps: int) -> str:
     return f"{stage} {step:{len(str(num_steps))}}/{num_steps}"
 

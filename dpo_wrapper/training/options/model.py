@@ -21,7 +21,7 @@ class ModelOptions(Options):
     Hugging Face model by folder or name."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the weights. auto: float32 for weights that train and on the CPU; on an accelerator, frozen
-    weights below an adapter keep the dtype that they are stored in."""
+    weights below an adapter keep the dtype that they are stored in. Those of an adapter are in float32."""
     attn_implementation: str | None = None
     """Attention of a Hugging Face model, by transformers' names: eager, sdpa, flex_attention,
     flash_attention_2 and others. By default transformers chooses."""

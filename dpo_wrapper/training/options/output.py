@@ -27,7 +27,7 @@ class OutputOptions(Options):
     the one that SIGINT or SIGTERM asks for."""
     save_total_limit: Annotated[int, tyro.conf.arg(aliases=["--keep-checkpoints"])] = 1
     """Number of checkpoints that are kept, the newest ones. With AdamW a checkpoint has three times the size
-    of the weights that train. While one is written there is one more."""
+    of the weights that train, four times with --keep-best. While one is written there is one more."""
     sample_steps: Annotated[int, tyro.conf.arg(aliases=["--sample-every"])] = 0
     """Number of steps between samples: completions of reference and policy for the same prompts, side by
     side, on the terminal and in samples.jsonl; 0 for the end of the run alone."""

@@ -61,6 +61,7 @@ def test_the_figures_of_a_run_are_those_of_its_own_last_evaluation(kind, rows, t
     if kind == "lora_run":
         assert figures["logratios/chosen"]["value"] == pytest.approx(last["kl/chosen"], rel=1e-3, abs=1e-4)
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == content
+    assert content["settings"]["max_length"] == 128
     said = capsys.readouterr().out
     assert "as in the run: --max-length 128." in said and "rows are left out, for they are not marked" in said
     assert content["conclusions"][0] in said and content["reference"] in said
@@ -214,6 +215,7 @@ def test_prepared_data_gives_the_figures_of_its_files(llama, rows, tmp_path):
     raw = run_evaluation(make_evaluation(llama, rows, max_length=128))
     prepared = run_evaluation(make_evaluation(llama, tmp_path / "prepared"))
     assert prepared["figures"] == raw["figures"]
+    assert prepared["settings"]["max_length"] == raw["settings"]["max_length"] == 128
     with pytest.raises(ValueError, match="--judge should be given with files"):
         run_evaluation(make_evaluation(llama, tmp_path / "prepared", tmp_path / "out", judge="math:floor"))
 

@@ -151,6 +151,22 @@ def test_prepared_data_is_told_apart(run, held_out, tmp_path):
     assert evaluate(run, tmp_path / "prepared", tmp_path / "out") == held_out
 
 
+@pytest.mark.parametrize("is_prepared", [False, True])
+def test_cuts_are_counted_of_the_rows_that_are_left(run, held_out, tmp_path, is_prepared):
+    rows = [row | {"rejected": "no" * 200} if k % 4 < 3 else row for k, row in enumerate(make_rows())]
+    data = write_rows(tmp_path / "long.jsonl", rows)
+    if is_prepared:
+        options = {"tokenizer": str(run), "max_length": 128, "workers": 1}
+        prepare_data(PrepareConfig(data=data, out=tmp_path / "prepared", **options))
+        data = tmp_path / "prepared"
+    notes, prompts = evaluate(run, data, tmp_path / "out")
+    lines = (tmp_path / "out" / "scores.jsonl").read_text(encoding="utf-8").splitlines()
+    lengths = [json.loads(line)["length/rejected"] for line in lines]
+    num_cut = sum(length > 50 for length in lengths)
+    assert prompts == held_out[1] and 0 < num_cut < len(prompts)
+    assert notes[-1] == f"Cut to the maximum length: {num_cut} of {len(prompts)} pairs."
+
+
 def test_other_rows_are_new_and_a_subset_is_told_apart(run, held_out, tmp_path):
     """Rows of the run beside those of others: half of its own rows, and rows with other prompts."""
     half = make_rows()[: NUM_ROWS // 2]

@@ -82,6 +82,17 @@ def test_other_options_and_a_finished_file_are_refused(make, logs, tmp_path):
         make()
 
 
+@pytest.mark.parametrize("by", ["file", "folder", "link"])
+def test_an_output_that_is_one_of_the_logs_is_not_to_be_deleted(make, logs, tmp_path, by):
+    (tmp_path / "link.jsonl").symlink_to(logs)
+    data, out = (tmp_path if by == "folder" else logs), ("link.jsonl" if by == "link" else "logs.jsonl")
+    with pytest.raises(
+        ValueError, match=rf"--out should be a new file, but \S+{out} is one of the logs: name another\.$"
+    ):
+        make(out, data=(data,))
+    assert read_rows(logs) == LOGS
+
+
 def test_a_judge_that_fails_loses_no_samples_and_may_be_corrected(make, rules, monkeypatch):
     options = {"judge": f"{rules}:fails", "num_samples": 2}
     with pytest.raises(ValueError, match="but it raised ZeroDivisionError"):

@@ -167,8 +167,10 @@ def test_too_few_rows() -> None:
 def test_rows_that_were_left_out() -> None:
     finding = find(PAIRS, "left_out", read=210, refused=4, duplicates=6)
     assert not finding.is_problem
-    assert finding.sentence == "210 rows were read; 4 were refused and 6 left out as duplicates."
+    assert finding.sentence == "Of 210 rows, 4 were refused and 6 left out as duplicates."
     assert find(PAIRS, "left_out", read=200) is None
+    single = find(PAIRS, "left_out", read=210, refused=1, duplicates=1)
+    assert single.sentence == "Of 210 rows, 1 was refused and 1 left out as a duplicate."
 
 
 def test_problems_come_first() -> None:

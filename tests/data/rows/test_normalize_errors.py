@@ -282,3 +282,19 @@ def test_message_role() -> None:
         match="the role should be one of system, developer, user, assistant, tool, but it is 'human': rename",
     ):
         Message("human", "Q")
+
+
+def test_columns_that_differ_in_case_are_named() -> None:
+    remedy = r": name its fields with --columns prompt=Prompt chosen=CHOSEN rejected=Rejected, or leave"
+    with pytest.raises(ExampleError, match=remedy):
+        to_example({"Prompt": "Q", "CHOSEN": "A", "Rejected": "B"}, Fields(), kind="auto")
+    with pytest.raises(ExampleError, match=r": add it, name its column by --columns, or give"):
+        to_example({"prompt": "Q", "chosen": "A", "Text": "B"}, Fields())
+
+
+def test_numbers_of_turns_are_told_where_they_differ() -> None:
+    sides = {"chosen": f"{ASKED}A", "rejected": "Human: R\n\nAssistant: B"}
+    with pytest.raises(ExampleError, match="they differ from turn 1 on: let all answer one prompt"):
+        to_example(sides, Fields())
+    with pytest.raises(ExampleError, match=r"from turn 1 on \(1 turn instead of 3\): let all"):
+        to_example(sides | {"chosen": f"{ASKED}A\n\nHuman: Q\n\nAssistant: A"}, Fields())

@@ -100,9 +100,10 @@ def test_pairs_that_teach_nothing_are_counted_and_left_out() -> None:
     ]
     tokenized = tokenize_examples(examples, NoBos(), 8, allow_empty=True)
     assert tokenized.examples == [TokenizedExample((81,), ((65, EOS), (66, EOS)))]
-    assert (tokenized.num_identical, tokenized.num_unscored, tokenized.errors) == (2, 1, [])
+    assert (tokenized.num_identical, tokenized.num_identical_cut, tokenized.num_unscored) == (1, 1, 1)
     assert tokenized.summary() == (
-        "Left out of 4 examples: 2 with the same tokens in every completion, 1 with nothing to score."
+        "Left out of 4 examples: 1 with the same tokens in every completion, 1 that differ only behind the "
+        "maximum length, which should be larger, 1 with nothing to score."
     )
     assert len(tokenize_examples(examples[3:], BYTES, 8, allow_empty=True).examples) == 1
 
@@ -181,7 +182,7 @@ def test_tokenizer_errors_name_the_row(tmp_path: Path) -> None:
     assert [str(error)[:17] for error in tokenized.errors] == ["a.jsonl, line 2: ", "a.jsonl, line 3: "]
     assert tokenized.summary() == (
         "Left out of 3 examples: 2 with an error; "
-        "in 1 examples the chat template makes a plain prompt the user's turn."
+        "in 1 example the chat template makes a plain prompt the user's turn."
     )
 
 
@@ -265,6 +266,9 @@ def test_columns_reach_the_tokens() -> None:
     assert (example.weight, example.source, example.ranks) == (2.0, "s", (0.0, 1.0, 1.0))
     row = tokenize_row(Example("q", ("a", "a")), BYTES, TokenizeOptions(max_length=8))
     assert row.refusal == "all completions are the same tokens" and not row.examples
+    row = tokenize_row(Example("q", ("a" * 9, "a" * 8 + "b")), BYTES, TokenizeOptions(max_length=8))
+    problem = "the completions differ only behind the maximum length of 8: raise --max-length"
+    assert row.refusal == problem and not row.examples
     shortest = Example("q" * 9, ("",), source="s")  # of which nothing is left but the prompt and EOS
     assert fit_row(shortest, BYTES, TokenizeOptions(max_length=8)).examples[0].completions == ((EOS,),)
 

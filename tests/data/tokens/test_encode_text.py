@@ -220,4 +220,4 @@ def test_long_texts_are_dropped_or_refused_as_others_are() -> None:
         tokenize_examples(examples, BYTES, 8, on_long="error")
     split = tokenize_examples(examples, BYTES, 8)
     assert (len(split.examples), split.num_split) == (3, 1)
-    assert split.summary() == "1 examples are texts that are longer than the maximum and became several."
+    assert split.summary() == "1 example became several, for the text is longer than the maximum."

@@ -3,6 +3,7 @@
 import pytest
 
 from dpo_wrapper.training.monitoring.report_line import (
+    count_examples,
     format_duration,
     format_evaluation_line,
     format_step_line,
@@ -38,6 +39,11 @@ def test_a_line_of_supervised_training_has_the_perplexity():
 )
 def test_durations(seconds, text):
     assert format_duration(seconds) == text
+
+
+def test_one_example_is_told_in_the_singular():
+    assert count_examples(1, "eval pairs") == "1 eval pair" and count_examples(0, "lists") == "0 lists"
+    assert count_examples(2000, "documents") == "2,000 documents"
 
 
 def test_the_time_left_counts_what_is_still_due():
