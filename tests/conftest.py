@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from helpers import models
 from helpers.curves import unrendered_curves
 from helpers.runs import BUNDLED, QUICK, SMALL_DECODER, make_config, short_samples
+
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")  # a machine may be busy
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -109,7 +109,7 @@ def test_kto_end_to_end(share: bool):
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.integers(0, 3))
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, derandomize=True)
 def test_partners_have_other_prompts(prompts: list[int], seed: int):
     found = kl_partner_indices(prompts, seed)
     taken = [other for other in found if other is not None]

@@ -52,7 +52,7 @@ ROWS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(ROWS, min_size=1, max_size=4))
 def test_examples_come_back_from_memory_and_from_files(tmp_path_factory, batches):
     file = tmp_path_factory.mktemp("table") / "data.arrow"

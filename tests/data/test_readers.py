@@ -148,7 +148,7 @@ FORMATS = [
 
 
 @pytest.mark.parametrize("form", FORMS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_round_trip_of_every_form_through_every_format(form: str, data: st.DataObject) -> None:
     strategy, record_of = FORMS[form]

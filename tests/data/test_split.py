@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dpo_wrapper.data import ByteTokenizer, Example, Message, split_examples
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.integers(0, 6), min_size=2, max_size=40).filter(lambda keys: len(set(keys)) > 1),
     st.floats(0.01, 0.99),

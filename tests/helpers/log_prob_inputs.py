@@ -14,7 +14,7 @@ from dpo_wrapper import token_log_probs
 from dpo_wrapper.log_probs import fused_backward, tiles
 from dpo_wrapper.log_probs.softmax_cache import SoftmaxCache
 
-FAST = settings(max_examples=60, deadline=None, derandomize=True)
+FAST = settings(max_examples=60, derandomize=True)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # for hidden, weight and bias, whether they require gradients
 NEEDS_GRAD = [needs_grad for needs_grad in product((True, False), repeat=3) if any(needs_grad)]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dpo_wrapper import Loss, PairLogProbs
 
-SETTINGS = settings(max_examples=50, deadline=None, derandomize=True)
+SETTINGS = settings(max_examples=50, derandomize=True)
 
 
 def make_pairs(

@@ -47,7 +47,7 @@ def oracle_options(loss: Loss) -> dict:
 
 @every_loss
 @given(pairs=random_pairs(lowest=-5.0, highest=-0.05, max_length=9))
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=8, derandomize=True)
 def test_values_and_gradients_equal_the_oracle(loss: Loss, pairs: PairLogProbs):
     lengths = pairs.chosen_length.tolist(), pairs.rejected_length.tolist()
     columns = (pairs.chosen, pairs.rejected, pairs.ref_chosen, pairs.ref_rejected, *lengths)
@@ -78,7 +78,7 @@ def test_gradients_equal_finite_differences(loss: Loss):
 
 @every_loss
 @given(pairs=random_pairs(min_pairs=2))
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=6, derandomize=True)
 def test_there_is_one_value_per_pair_that_depends_on_what_the_class_says(loss: Loss, pairs: PairLogProbs):
     whole = loss(pairs)
     assert whole.shape == pairs.chosen.shape and whole.dtype == torch.float64

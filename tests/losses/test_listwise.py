@@ -26,7 +26,7 @@ def test_plackett_luce_by_hand():
 
 
 @given(st.lists(st.floats(-50, 0), min_size=4, max_size=4), st.floats(0.01, 2))
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50, derandomize=True)
 def test_plackett_luce_of_two_is_dpo(values: list[float], beta: float):
     lists = make_lists([values[:2]], [values[2:]])
     difference = (values[0] - values[2]) - (values[1] - values[3])

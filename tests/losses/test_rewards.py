@@ -195,7 +195,7 @@ def test_the_table_knows_every_loss():
 
 @pytest.mark.parametrize("loss", [loss for loss in EVERY_LOSS if type(loss) in TIED], ids=loss_id)
 @given(pairs=random_pairs(lowest=-5.0, highest=-0.05, max_length=9))
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, derandomize=True)
 def test_a_loss_below_that_of_a_tie_has_chosen_ahead(loss: Any, pairs: PairLogProbs):
     for k in range(len(pairs.chosen)):
         pair = index_pairs(pairs, [k])
@@ -211,7 +211,7 @@ def test_a_loss_below_that_of_a_tie_has_chosen_ahead(loss: Any, pairs: PairLogPr
 
 
 @given(pairs=random_pairs(lowest=-20.0, max_length=9))
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 def test_ipo_is_below_its_value_at_a_tie_for_margins_between_0_and_1(pairs: PairLogProbs):
     loss = IPO(0.4)
     chosen, rejected = loss.rewards(pairs)

@@ -24,7 +24,7 @@ def attend_causally(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.
 
 
 @given(st.integers(0, 1000), st.none() | st.integers(1, 40))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_outputs_are_those_under_the_mask_of_the_tree(seed, max_positions):
     tree = random_tree(seed, longest=30)
     layout, u = TreeLayout.from_tree(tree, TreeOptions(max_positions)), len(tree.ids)

@@ -35,7 +35,7 @@ def test_the_branches_of_the_tree_in_the_docstring():
 
 
 @given(sequence_sets | branching_sequences())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_branches_lie_end_to_end_and_continue_their_prefix(sequences):
     tree = PrefixTree.from_sequences(sequences)
     branches = find_branches(tree.position)
@@ -130,7 +130,7 @@ def test_a_kernel_that_does_not_give_the_models_attention_is_not_used(name, monk
 
 
 @given(st.integers(0, 1000))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_branches_run_through_the_rows_of_a_layout(seed):
     tree = random_tree(seed, longest=30)
     layout = TreeLayout.from_tree(tree, TreeOptions(16, "branches"))

@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -101,7 +101,6 @@ def check(tree: PrefixTree, max_positions: int | None, window: int | None, kv_he
     assert out.isfinite().all()
 
 
-@settings(deadline=None)
 @given(branching_sequences().filter(any), st.sampled_from([None, 1, 3]), st.sampled_from([None, 20]))
 def test_any_tree(sequences, window, max_positions):
     check(PrefixTree.from_sequences(sequences), max_positions, window)

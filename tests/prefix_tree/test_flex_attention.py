@@ -22,7 +22,7 @@ from helpers.trees import attention_mask, random_tree
 
 
 @given(st.integers(0, 10_000), st.integers(1, 8), st.sampled_from([3, 40, 200, 500]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_blocks_hold_every_pair_that_attends_and_full_blocks_no_other(seed, sequences, longest):
     tree = random_tree(seed, sequences, longest)
     mask, attends = create_tree_block_mask(tree.subtree_end, tree.position), attention_mask(tree)

@@ -9,7 +9,7 @@ from dpo_wrapper.prefix_tree.grouping import MAX_PADDING
 from helpers.trees import branching_sequences, sequence_sets
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(sequence_sets | branching_sequences(), st.none() | st.integers(1, 20))
 @example([[7]], None)
 @example([[7]], 1)

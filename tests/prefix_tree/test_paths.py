@@ -11,7 +11,7 @@ from helpers.trees import assert_equal_along_paths, branching_sequences, draw_no
 
 
 @given(sequence_sets | branching_sequences(), st.none() | st.integers(1, 20))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @example([[7]], 1)
 @example([[1, 2, 3], [1, 2], [1, 2], [1, 4]], 2)
 def test_a_causal_function_runs_along_each_path(sequences, max_positions):

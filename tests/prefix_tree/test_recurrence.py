@@ -39,7 +39,7 @@ def layout_of(sequences, max_positions=None):
 
 
 @given(sequences, max_positions, st.sampled_from([0, 1, 2, 3, 7, 50]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @example([[7]], None, 1)
 @example([[1, 2, 3], [1, 2, 3, 4], [1, 5]], 2, 2)
 @example([[1], [2], [3]], None, 3)  # as far as there are tokens
@@ -54,7 +54,7 @@ def test_a_shift_is_that_along_each_path(sequences, max_positions, distance):
 
 
 @given(sequences, max_positions, st.sampled_from([1, 2, 4, 9, 60]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @example([[7]], None, 4)
 @example([[1, 2, 3, 4], [1, 2, 3, 5], [1, 6]], 3, 4)
 def test_a_convolution_is_that_along_each_path(sequences, max_positions, width):
@@ -104,7 +104,7 @@ def scan_inputs(layout):
 
 
 @given(sequences, max_positions, st.sampled_from([1, 2, 3, None]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @example([[7]], 1, None)
 @example(DOCSTRING, None, None)
 @example([[1, 2, 3, 4], [1, 2, 3], [1, 2, 3], [1, 2, 5, 6, 7, 8, 9]], 3, 2)
@@ -193,7 +193,7 @@ def test_the_kernel_is_noted_and_other_rows_are_refused(compute, request):
 
 
 @given(sequences, st.integers(1, 6))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_heads_of_branches_are_the_tokens_whose_window_leaves_the_branch(sequences, width):
     tree, layout = layout_of(sequences)
     parent, expected = parents_of(tree), {}

@@ -42,7 +42,7 @@ def test_the_segments_of_the_tree_in_the_docstring():
     assert segments_of(find_segments(tree)) == expected
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(sequence_sets | branching_sequences(), st.none() | st.integers(1, 20), st.none() | st.integers(1, 5))
 @example([[7]], None, None)
 @example([[7]], 1, 1)
@@ -76,7 +76,7 @@ def test_segments_are_runs_behind_their_parents(sequences, max_positions, max_le
 
 
 @given(sequence_sets | branching_sequences())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_parents_are_those_on_the_paths(sequences):
     tree = PrefixTree.from_sequences(sequences)
     if len(tree.ids):

@@ -24,7 +24,7 @@ def random_sequences(generator, count, longest, vocab=3):
     return [torch.randint(vocab, (n,), generator=generator).tolist() for n in lengths]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(sequence_sets | branching_sequences())
 @example([])
 @example([[]])
@@ -53,7 +53,7 @@ def test_the_tree_is_the_trie(sequences):
     assert sorted(leaf_paths) == sorted(leaves)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(sequence_sets | branching_sequences())
 def test_a_token_attends_to_its_own_path_and_to_nothing_else(sequences):
     tree = PrefixTree.from_sequences(sequences)

@@ -188,7 +188,7 @@ ROWS = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(ROWS, min_size=1, max_size=30), st.booleans())
 def test_counts_add_up_and_examples_decode_to_their_rows(
     tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], dedupe: bool

@@ -113,7 +113,7 @@ PIECES += [
 TEXT = st.lists(st.sampled_from(PIECES), max_size=6).map(lambda pieces: "Q" + "".join(pieces) + "Z")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(TEXT, TEXT, TEXT)
 @pytest.mark.parametrize(
     "template", ["llama3_1", "qwen3", "gemma3", "gptoss", "deepseekv3", "phi3", "glm4moe"]

@@ -73,7 +73,7 @@ def masked_texts(draw: st.DrawFn, letters: st.SearchStrategy[str]) -> tuple[str,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_a_token_is_scored_unless_one_of_its_characters_is_masked(kind: str, data: st.DataObject) -> None:
     text, spans = data.draw(masked_texts(UNICODE if kind in ALL_BYTES else ASCII))
@@ -154,7 +154,7 @@ TOKENIZERS = [BYTES, NoBos(), *map(load, KINDS)]
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=["bytes", "bytes without BOS", *KINDS])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_parts_of_a_long_text(tokenizer: Any, data: st.DataObject) -> None:
     text, spans = data.draw(masked_texts(UNICODE))

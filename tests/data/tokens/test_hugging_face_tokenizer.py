@@ -48,7 +48,7 @@ def shown(tokenizer: HuggingFaceTokenizer, ids: list[int]) -> str:
     return tokenizer.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text(alphabet=st.characters(exclude_characters="<", exclude_categories=["Cs"])))
 def test_hugging_face_round_trip(load: Load, text: str) -> None:
     tokenizer = load()

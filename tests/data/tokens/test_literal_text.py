@@ -26,7 +26,7 @@ def own_ids(tokenizer: HuggingFaceTokenizer, text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(parts=st.lists(PARTS | TEXTS, max_size=8))
 def test_ids_are_those_of_the_tokenizers_call(kind: str, parts: list[str]) -> None:
     """Also where unmarked special tokens cut the text, at its beginning, at its end and side by side."""

@@ -160,7 +160,7 @@ def squeeze(text: str) -> str:
 SOURCE = st.text(alphabet="aIt is.?noPr\n</s>", max_size=14)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(SOURCE.filter(str.strip), SOURCE)
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompt_and_completion_decode_to_their_source(kind: str, prompt: str, completion: str) -> None:
@@ -197,7 +197,7 @@ def ends_in_eos(completion: str) -> bool:
 TURN = st.text(alphabet="aIt is.?noPr\n", min_size=1, max_size=12).map(str.strip).filter(bool)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(TURN, min_size=1, max_size=3), TURN)
 @pytest.mark.parametrize("template", [ZEPHYR, LLAMA_2, CHATML], ids=["zephyr", "llama 2", "chatml"])
 @pytest.mark.parametrize("kind", KINDS)

@@ -51,7 +51,7 @@ def dialogues(draw: Any) -> Turns:
     return tuple(Message(role, draw(contents | special)) for role in roles)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.sampled_from(NAMES), dialogues(), st.booleans())
 def test_template_writes_what_the_chat_template_does(name: str, turns: Turns, adds_bos: bool) -> None:
     tokenizer, template = make(name, adds_bos=adds_bos)
