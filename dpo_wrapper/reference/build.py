@@ -50,6 +50,10 @@ def build_reference(
                 f"{option} is for reference = 'copy', but it is {which}: leave it out, and convert or "
                 "move a module of your own by module.to(...)."
             )
+    if has_cache and (kind == "none" or isinstance(kind, CachedReference)):
+        what = "there is none" if kind == "none" else "its log-probs are there already"
+        problem = f"cache_ref_log_probs should be left out where the reference computes nothing ({what})"
+        raise ValueError(f"{problem}, but it is True: leave it out, or give another reference.")
     if isinstance(kind, CachedReference):
         if per_token and not kind.per_token:
             raise ValueError(

@@ -20,7 +20,7 @@ from dpo_wrapper.evaluation.exact_answers import ExactAnswers
 from dpo_wrapper.evaluation.generate import list_end_ids
 from dpo_wrapper.evaluation.report import format_before_and_after
 from dpo_wrapper.evaluation.samples import format_samples, select_last_samples
-from dpo_wrapper.losses import parse_losses
+from dpo_wrapper.losses import CombinedLoss, parse_losses
 from dpo_wrapper.pretrained import rescales_in_eval_mode, save_pretrained
 from dpo_wrapper.reference import CachedReference, precompute_ref_log_probs
 from dpo_wrapper.reference.build import ReferenceKind
@@ -216,15 +216,18 @@ def build_dpo(setup: TrainSetup, splits: Splits, accelerator: Accelerator) -> DP
     config, model = setup.config, setup.pretrained.model
     needs_copy = config.ref_model_sync_steps or config.reference_dtype or config.reference_device
     reference: ReferenceKind | CachedReference = "copy" if needs_copy else config.reference
+    loss = parse_losses(config.loss)
+    is_needed = CombinedLoss(loss).needs_reference and reference != "none"
     if config.precompute_ref_log_probs:
         reference = precompute_reference(setup, splits, accelerator)
     dpo = DPO(
         model,
-        loss=parse_losses(config.loss),
+        loss=loss,
         reference=reference,
         reference_dtype=getattr(torch, config.reference_dtype) if config.reference_dtype else None,
         reference_device=config.reference_device,
-        cache_ref_log_probs=not config.ref_model_sync_steps,
+        cache_ref_log_probs=is_needed
+        and not (config.ref_model_sync_steps or config.precompute_ref_log_probs),
         ld_alpha=config.ld_alpha,
         wpo=config.wpo,
         disable_dropout=not (config.lora_dropout or rescales_in_eval_mode(model)),

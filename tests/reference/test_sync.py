@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Generator
 
-from dpo_wrapper import DPO, precompute_ref_log_probs
+from dpo_wrapper import DPO, CachedReference, SimPO, precompute_ref_log_probs
 from dpo_wrapper.data import scored_sequences
 from dpo_wrapper.pretrained import PRESETS
 from dpo_wrapper.training.train import train
@@ -236,9 +236,24 @@ def test_a_reference_apart_survives_what_modules_go_through():
             ValueError,
             "reference_device is for reference = 'copy'",
         ),
+        (
+            {"cache_ref_log_probs": True, "reference": "none"},
+            ValueError,
+            r"cache_ref_log_probs should be left out where the reference computes nothing \(there is none\)",
+        ),
+        (
+            {"cache_ref_log_probs": True, "loss": SimPO()},
+            ValueError,
+            r"cache_ref_log_probs should be left out where the reference computes nothing \(there is none\)",
+        ),
+        (
+            {"cache_ref_log_probs": True, "reference": CachedReference(per_token=False)},
+            ValueError,
+            r"where the reference computes nothing \(its log-probs are there already\)",
+        ),
     ],
 )
-def test_devices_that_are_none(options, kind, message):
+def test_options_of_a_reference_that_cannot_act(options, kind, message):
     with pytest.raises(kind, match=message):
         DPO(ZOO["xt-tied"](0), **options)
 
