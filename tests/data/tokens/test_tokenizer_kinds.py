@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dpo_wrapper.data import HuggingFaceTokenizer, Message
@@ -162,6 +162,7 @@ SOURCE = st.text(alphabet="aIt is.?noPr\n</s>", max_size=14)
 
 @settings(max_examples=150)
 @given(SOURCE.filter(str.strip), SOURCE)
+@example("<", "a</s>")
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompt_and_completion_decode_to_their_source(kind: str, prompt: str, completion: str) -> None:
     tokenizer = load(kind)
@@ -172,9 +173,10 @@ def test_prompt_and_completion_decode_to_their_source(kind: str, prompt: str, co
     assert encoded.prompt == tokenizer.encode_prompt(prompt)
     assert ids[-1] == tokenizer.eos_id and ids.count(tokenizer.eos_id) == 1
     text = tokenizer.decode(encoded.prompt + ids[:-1])
-    source = (
-        prompt + completion.rstrip().removesuffix("</s>") if ends_in_eos(completion) else prompt + completion
-    )
+    eos = tokenizer.tokenizer.eos_token  # of wordpiece another
+    while completion.rstrip().endswith(eos):
+        completion = completion.rstrip().removesuffix(eos)
+    source = prompt + completion
     if kind == "wordpiece":
         assert squeeze(text) == squeeze(source)
     elif kind in PREFIXED:
@@ -188,10 +190,6 @@ def test_prompt_and_completion_decode_to_their_source(kind: str, prompt: str, co
     whole = tokenizer.encode_prompt(source)
     if not encoded.is_continued:
         assert encoded.prompt + ids[:-1] == whole
-
-
-def ends_in_eos(completion: str) -> bool:
-    return completion.rstrip().endswith("</s>")
 
 
 TURN = st.text(alphabet="aIt is.?noPr\n", min_size=1, max_size=12).map(str.strip).filter(bool)
