@@ -1,7 +1,7 @@
 """Weights that policy and reference share: a reference stays where it is only while nobody writes them."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -43,10 +43,10 @@ class SharedWeights:
         """Take the weights as they are now for those of the reference."""
         self.versions: dict[str, Any] = {}
         self.checksums: dict[Any, int] = {}
-        self.find_written()
+        self.find_written(weights_by_name(self.reference))
 
     def check(self) -> None:
-        """ValueError if a shared parameter trains, or is or was written."""
+        """ValueError if a shared weight trains, or is or was written."""
         if not self.names:
             return
         policy = weights_by_name(self.policy)
@@ -67,21 +67,21 @@ class SharedWeights:
                 "the policy should keep the adapter that it had when DPO was made, but it was unloaded: make "
                 "a new DPO."
             )
-        if (written := self.find_written()) is not None:
+        reference = policy if self.policy is self.reference else weights_by_name(self.reference)
+        if (written := self.find_written(reference)) is not None:
             raise ValueError(
                 f"{written} should stay as it was when DPO was made, since policy and reference share it, "
                 "but it was written (merging and unmerging an adapter rounds): make DPO with reference = "
                 "'copy' and a reference_dtype, whose copy shares nothing."
             )
 
-    def find_written(self) -> str | None:
-        """The name of a parameter that differs from what it was when it was first seen in its form."""
-        parameters = weights_by_name(self.reference)
+    def find_written(self, weights: Mapping[str, Tensor]) -> str | None:
+        """Which of the reference's weights differs from what it was when it was first seen in its form."""
         read = {}
         for name in self.names.values():
-            local = local_tensor(parameters.get(name))
+            local = local_tensor(weights.get(name))
             if local is not None:
-                version = (id(parameters[name]), local.data_ptr(), tensor_version(local))
+                version = (id(weights[name]), local.data_ptr(), tensor_version(local))
                 if name in self.mergeable or self.versions.get(name) != version:
                     read[name] = local
                 self.versions[name] = version
